@@ -1,0 +1,247 @@
+"""`TokenBatch`: padded (B, T) or packed (n,) + cu_seqlens input as one flat table of token rows.
+
+Everything after this file works on rows, so no equation knows how the batch was laid out. Sums over a sequence are
+deterministic: a reshape and a row sum when padded, a segmented reduction (one fixed tree per sequence, no atomics)
+when packed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype the mathematics runs in: fp64 for fp64 input, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One row per token, in the order of `completion_ids`; n = B·T padded, or the packed length.
+
+    Masked rows hold neutral values (index 0, advantage 0, log-probabilities 0) whatever the caller left there.
+    """
+
+    index: Tensor
+    """(n,) int64: token ids."""
+
+    mask: Tensor
+    """(n,) bool: rows that count."""
+
+    seq_id: Tensor
+    """(n,) int64 in [0, S): which sequence a row belongs to."""
+
+    num_sequences: int
+    """S (= B when padded), empty and fully masked sequences included."""
+
+    advantages: Tensor
+    """(n,) compute dtype."""
+
+    sequence_advantages: Tensor | None
+    """(S,) compute dtype, or None when the caller gave one advantage per token."""
+
+    lengths: Tensor
+    """(S,) compute dtype: unmasked rows per sequence."""
+
+    cu_seqlens: Tensor | None
+    """(S+1,) int64 row offsets when packed, None when padded."""
+
+    shape: tuple[int, ...]
+    """Shape of the caller's completion_ids; outputs are returned in it."""
+
+    old_per_token_logps: Tensor | None = None
+    """(n,) compute dtype: log-probs under the policy that started this update; None = the current policy."""
+
+    ref_per_token_logps: Tensor | None = None
+    """(n,) compute dtype: log-probs under the reference model."""
+
+    sampling_per_token_logps: Tensor | None = None
+    """(n,) compute dtype: log-probs the sampler reported; NaN where it reported none."""
+
+    @classmethod
+    def build(
+        cls,
+        completion_ids: Tensor,  # (B, T) or (n,)
+        advantages: Tensor,  # (S,) or the shape of completion_ids
+        *,
+        dtype: torch.dtype,  # compute dtype of the rows
+        completion_mask: Tensor | None = None,
+        old_per_token_logps: Tensor | None = None,
+        ref_per_token_logps: Tensor | None = None,
+        sampling_per_token_logps: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> "TokenBatch":
+        """Validate and flatten. Shapes as in `grpo_loss`; raises ValueError naming the offending shapes."""
+        _check_layout(completion_ids, cu_seqlens)
+        shape, device, n = tuple(completion_ids.shape), completion_ids.device, completion_ids.numel()
+        per_token = {
+            "completion_mask": completion_mask,
+            "old_per_token_logps": old_per_token_logps,
+            "ref_per_token_logps": ref_per_token_logps,
+            "sampling_per_token_logps": sampling_per_token_logps,
+        }
+        for name, x in per_token.items():
+            _check_per_token(name, x, completion_ids)
+
+        if cu_seqlens is None:
+            num_sequences = shape[0]
+            seq_id = torch.arange(num_sequences, device=device).repeat_interleave(shape[1], output_size=n)
+            in_sequence = torch.ones(n, dtype=torch.bool, device=device)
+        else:
+            num_sequences, cu_seqlens = cu_seqlens.numel() - 1, cu_seqlens.to(torch.int64)
+            row = torch.arange(n, device=device)
+            seq_id = torch.bucketize(row, cu_seqlens[1:], right=True).clamp(max=max(num_sequences - 1, 0))
+            in_sequence = (row >= cu_seqlens[0]) & (row < cu_seqlens[-1])
+        mask = in_sequence if completion_mask is None else in_sequence & (completion_mask.reshape(-1) != 0)
+
+        def neutral(x: Tensor | None) -> Tensor | None:
+            return None if x is None else torch.where(mask, x.detach().reshape(-1).to(dtype), 0.0)
+
+        per_sequence = _advantages_are_per_sequence(advantages, completion_ids, num_sequences)
+        lengths = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
+        advantage_rows = advantages.detach()[seq_id] if per_sequence else advantages
+        sequence_advantages = torch.where(lengths > 0, advantages.detach().to(dtype), 0.0) if per_sequence else None
+        return cls(
+            index=torch.where(mask, completion_ids.reshape(-1).to(torch.int64), 0),
+            mask=mask,
+            seq_id=seq_id,
+            num_sequences=num_sequences,
+            advantages=neutral(advantage_rows),
+            sequence_advantages=sequence_advantages,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            shape=shape,
+            old_per_token_logps=neutral(old_per_token_logps),
+            ref_per_token_logps=neutral(ref_per_token_logps),
+            sampling_per_token_logps=neutral(sampling_per_token_logps),
+        )
+
+    def segment_sum(self, x: Tensor) -> Tensor:
+        """(n,) rows -> (S,) sums over each sequence's unmasked rows; differentiable, blind to NaN in masked rows."""
+        return _segment_sum(self.masked(x), self.cu_seqlens, self.seq_id, self.num_sequences)
+
+    def expand(self, x: Tensor) -> Tensor:
+        """(S,) values -> (n,) rows; differentiable, and its gradient is a sum over each sequence's rows."""
+        if self.cu_seqlens is None:
+            return x[:, None].expand(self.shape).reshape(-1)
+        return _ExpandSegments.apply(x, self.cu_seqlens, self.seq_id)
+
+    def masked(self, x: Tensor) -> Tensor:
+        """(n,) rows with masked rows set to 0, in value and in gradient, even if they hold NaN."""
+        return torch.where(self.mask, x, 0.0)
+
+    def check_index(self, vocab_size: int) -> None:
+        """Raise ValueError for a target outside the vocabulary; on the CPU only, where looking costs no sync."""
+        check_index_in_vocab(self.index, vocab_size)
+
+
+def check_index_in_vocab(index: Tensor, vocab_size: int) -> None:
+    """ValueError when a CPU index tensor holds a value outside [0, vocab_size). Elsewhere the row becomes NaN."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, high = (int(x) for x in index.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"token ids must lie in [0, {vocab_size}) on unmasked positions, got values from {low} to {high}; "
+            "set completion_mask to 0 where the ids are padding such as -100"
+        )
+
+
+def _segment_sum(x: Tensor, cu_seqlens: Tensor | None, seq_id: Tensor, num_sequences: int) -> Tensor:
+    if cu_seqlens is None:
+        return x.reshape(num_sequences, x.numel() // max(num_sequences, 1)).sum(-1)
+    return _SumSegments.apply(x, cu_seqlens, seq_id)
+
+
+class _SumSegments(torch.autograd.Function):
+    """Sums of packed segments. PyTorch's index_add would use float atomics on CUDA."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cu_seqlens: Tensor, seq_id: Tensor) -> Tensor:  # (n,), (S+1,), (n,) -> (S,)
+        ctx.save_for_backward(seq_id)
+        # unsafe=True: `build` checked the offsets where that is free; checking again would sync the device.
+        return torch.segment_reduce(x.contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (seq_id,) = ctx.saved_tensors
+        return grad[seq_id], None, None
+
+
+class _ExpandSegments(torch.autograd.Function):
+    """Each packed row reads its segment's value. The gradient of plain indexing would be a scatter-add."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cu_seqlens: Tensor, seq_id: Tensor) -> Tensor:  # (S,), (S+1,), (n,) -> (n,)
+        ctx.save_for_backward(cu_seqlens)
+        return x[seq_id]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (cu_seqlens,) = ctx.saved_tensors
+        return torch.segment_reduce(grad.contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True), None, None
+
+
+def _check_layout(completion_ids: Tensor, cu_seqlens: Tensor | None) -> None:
+    shape = tuple(completion_ids.shape)
+    if completion_ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"completion_ids must be int32 or int64, got {completion_ids.dtype}")
+    if cu_seqlens is None:
+        if completion_ids.dim() != 2:
+            raise ValueError(
+                f"completion_ids has shape {shape}: without cu_seqlens it must be (B, T); pass cu_seqlens (S+1,) "
+                "for packed tokens of shape (n,)"
+            )
+        return
+    if completion_ids.dim() != 1:
+        raise ValueError(
+            f"completion_ids has shape {shape}: with cu_seqlens it must be (n,); write completion_ids.reshape(-1)"
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"cu_seqlens must be (S+1,) int32 or int64 row offsets starting at 0, got shape "
+            f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
+        )
+    _check_device("cu_seqlens", cu_seqlens, completion_ids)
+    if cu_seqlens.device.type == "cpu":
+        first, last, n = int(cu_seqlens[0]), int(cu_seqlens[-1]), completion_ids.numel()
+        if first != 0 or last != n or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens must rise from 0 to n={n}, the length of completion_ids; it goes from {first} to {last}"
+            )
+
+
+def _check_per_token(name: str, x: Tensor | None, completion_ids: Tensor) -> None:
+    if x is None:
+        return
+    if x.shape != completion_ids.shape:
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)} but completion_ids has shape {tuple(completion_ids.shape)}; "
+            "they must be equal"
+        )
+    _check_device(name, x, completion_ids)
+    if name != "completion_mask":
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    elif x.is_floating_point() and x.device.type == "cpu" and not bool(((x == 0) | (x == 1)).all()):
+        raise ValueError("completion_mask must hold only 0 and 1: it selects tokens, it does not weight them")
+
+
+def _check_device(name: str, x: Tensor, completion_ids: Tensor) -> None:
+    if x.device != completion_ids.device:
+        raise ValueError(f"{name} is on {x.device} but completion_ids is on {completion_ids.device}; move it there")
+
+
+def _advantages_are_per_sequence(advantages: Tensor, completion_ids: Tensor, num_sequences: int) -> bool:
+    _check_device("advantages", advantages, completion_ids)
+    if not advantages.is_floating_point():
+        raise ValueError(f"advantages must be a floating-point tensor, got {advantages.dtype}")
+    if tuple(advantages.shape) == (num_sequences,):
+        return True
+    if advantages.shape == completion_ids.shape:
+        return False
+    raise ValueError(
+        f"advantages has shape {tuple(advantages.shape)}; with completion_ids {tuple(completion_ids.shape)} it must "
+        f"be one per sequence ({num_sequences},) or one per token {tuple(completion_ids.shape)}"
+    )

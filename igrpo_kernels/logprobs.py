@@ -1,0 +1,156 @@
+"""Per-token log-probabilities and entropies, from logits or straight from hidden states."""
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.batch import check_index_in_vocab
+from igrpo_kernels.impls import resolve_impl
+from igrpo_kernels.types import LogitTransform
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V)
+    index: Tensor,  # (...)
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(logits / temperature) at `index`, and optionally the entropy of that softmax.
+
+        logp = z[index] - logsumexp(z),   H = -sum_v p_v·log p_v,   z = logits / temperature
+
+    Args:
+        logits: (..., V), fp64, fp32, bf16 or fp16, any strides. Columns of -inf have probability 0.
+        index: (...) int32 or int64, the token whose log-probability is wanted.
+        temperature: > 0.
+        return_entropy: also return H, in nats.
+        impl: "auto", or a name from `available_impls()`.
+
+    Returns:
+        logps (...), or (logps, entropy): fp32 (fp64 for fp64 logits), both differentiable; the gradient of logits has
+        their dtype. The mathematics runs in fp32 (fp64) whatever the logits' dtype.
+
+    Raises:
+        ValueError: shapes that do not match; on the CPU, an index outside [0, V). On other devices looking would cost
+        a sync, so such a row's log-probability and gradient are NaN instead.
+    """
+    check_logits_shape("logits", logits, index)
+    check_index(index, logits.device, logits.shape[-1])
+    module = resolve_impl(impl, logits.device.type)
+    logps, entropy = module.selective_log_softmax(
+        logits, index.long(), checked_transform(temperature), return_entropy=return_entropy, row_mask=None
+    )
+    return (logps, entropy) if return_entropy else logps
+
+
+def linear_selective_log_softmax(
+    hidden_states: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    index: Tensor,  # (...)
+    *,
+    lm_head_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+    row_mask: Tensor | None = None,  # (...)
+    return_entropy: bool = False,
+    impl: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`selective_log_softmax` of `hidden_states @ lm_head_weight.T + lm_head_bias` without storing those logits.
+
+    Tokens are walked in chunks: one chunk's logits exist at a time and backward computes them again. For n unmasked
+    tokens that is 2·n·H·V FLOP forward and 6·n·H·V backward (4 if lm_head_weight is frozen). Kept between forward and
+    backward: references to the inputs plus 4 B per token (8 with the entropy; doubled for fp64). At the peak: a few
+    buffers of one chunk's logits (128 MiB in fp32 each), and in backward 4·V·H bytes of fp32 dW.
+
+    Args:
+        hidden_states: (..., H), fp64, fp32, bf16 or fp16.
+        lm_head_weight: (V, H), any float dtype; frozen (requires_grad=False) means its gradient is never computed.
+        index: (...) int32 or int64.
+        lm_head_bias: (V,).
+        temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(logit_scale·logits/softcap) / temperature.
+        row_mask: (...) bool, int or float; rows of 0 are dropped before the matmul, output 0 and gradient exactly 0.
+        return_entropy: also return the entropy, in nats.
+        impl: "auto", or a name from `available_impls()`.
+
+    Returns:
+        logps (...), or (logps, entropy): fp32 (fp64 for fp64 hidden states), both differentiable once. The matmuls run
+        in the autocast dtype when autocast is on, else in hidden_states' dtype (a weight of another dtype is cast, one
+        temporary copy). dW and db are accumulated in fp32 and returned in their parameter's dtype.
+
+    Raises:
+        ValueError: shapes that do not match; on the CPU, an index outside [0, V) on an unmasked row (NaN elsewhere).
+    """
+    check_linear_shapes(hidden_states, lm_head_weight, lm_head_bias, index)
+    transform = checked_transform(temperature, logit_scale, final_logit_softcapping)
+    rows, mask = index.reshape(-1).long(), None
+    if row_mask is not None:
+        if row_mask.shape != index.shape:
+            raise ValueError(f"row_mask has shape {tuple(row_mask.shape)} but index has shape {tuple(index.shape)}")
+        mask = row_mask.reshape(-1) != 0
+        rows = torch.where(mask, rows, 0)
+    check_index(rows, hidden_states.device, lm_head_weight.shape[0])
+    module = resolve_impl(impl, hidden_states.device.type)
+    logps, entropy = module.linear_selective_log_softmax(
+        hidden_states.reshape(-1, hidden_states.shape[-1]),
+        lm_head_weight,
+        lm_head_bias,
+        rows,
+        transform,
+        return_entropy=return_entropy,
+        row_mask=mask,
+    )
+    logps = logps.view(index.shape)
+    return (logps, entropy.view(index.shape)) if return_entropy else logps
+
+
+def checked_transform(
+    temperature: float, logit_scale: float = 1.0, final_logit_softcapping: float | None = None
+) -> LogitTransform:
+    """A `LogitTransform`, or ValueError for a value that cannot be one."""
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be > 0")
+    if logit_scale == 0:
+        raise ValueError("logit_scale=0 makes every logit equal; it must be different from 0")
+    if final_logit_softcapping is not None and not final_logit_softcapping > 0:
+        raise ValueError(f"final_logit_softcapping={final_logit_softcapping} must be > 0, or None for no cap")
+    return LogitTransform(logit_scale, final_logit_softcapping, temperature)
+
+
+def check_logits_shape(name: str, logits: Tensor, index: Tensor) -> None:
+    """ValueError unless logits is (*index.shape, V) in a float dtype, with a hint for the usual off-by-one."""
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {logits.dtype}")
+    if logits.dim() != index.dim() + 1 or logits.shape[:-1] != index.shape or logits.shape[-1] == 0:
+        hint = ""
+        if logits.dim() == 3 and index.dim() == 2 and logits.shape[1] == index.shape[1] + 1:
+            hint = f"; row t must predict token t, so write {name}[:, :-1]"
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)} but the token ids have shape {tuple(index.shape)}: {name} must "
+            f"be {(*index.shape, 'V')}{hint}"
+        )
+
+
+def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
+    """ValueError unless hidden (*index.shape, H), weight (V, H) and bias (V,) fit together on one device."""
+    check_logits_shape("hidden_states", hidden, index)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"lm_head_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}: "
+            f"the weight must be (V, {hidden.shape[-1]}), as nn.Linear stores it"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"lm_head_bias has shape {tuple(bias.shape)}, it must be ({weight.shape[0]},)")
+    for name, x in (("lm_head_weight", weight), ("lm_head_bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device} but hidden_states is on {hidden.device}; move it there")
+
+
+def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
+    """ValueError for a wrong dtype or device, and on the CPU for a value outside the vocabulary."""
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"token ids must be int32 or int64, got {index.dtype}")
+    if index.device != device:
+        raise ValueError(f"token ids are on {index.device} but the model output is on {device}; move them there")
+    check_index_in_vocab(index, vocab_size)

@@ -1,0 +1,277 @@
+"""The GRPO objective on per-token log-probabilities: the one definition every implementation shares.
+
+Given log-probs l = log pi(token), old policy o, reference r, sampler s and advantages A, all (n,) rows:
+
+    log-ratio          d = l - o                                    o = stop_gradient(l) when not given
+    importance weight  w = exp(d)                  "token"
+                       w = exp(mean of d over the sequence)         "sequence"
+    loss per token     L = gates · sampler ratio · policy_term(w, A, l) + beta · KL(l, r, w)
+    loss               reduction of L over tokens and sequences - entropy_coef · mean entropy
+
+A kernel needs only the rows' gradients: dloss/dlogits = dloss/dl · dl/dlogits + dloss/dH · dH/dlogits, and
+`objective_and_row_gradients` returns dloss/dl and dloss/dH from detached rows. Everything here is (n,)- or (S,)-sized
+elementwise work and segment sums: no host sync, no data-dependent shape, no collective.
+
+Extreme values follow IEEE arithmetic as in TRL (no clamp on the log-ratio), with one convention: 0 · inf = 0. A row
+with A = 0, a dropped row, or a clipped row therefore contributes exactly 0 where TRL would compute 0 · exp(100) = NaN.
+A sampled token whose own logit is -inf (probability 0) has l = -inf and a non-finite loss, as in TRL.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.loss_metrics import objective_metrics
+from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig
+
+_VESPO_LOG_RATIO_LIMIT = 20.0
+_VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
+_VESPO_LAMBDA_MIN = 1e-4
+
+
+def grpo_objective(
+    per_token_logps: Tensor,  # (n,) fp32 or fp64
+    entropy: Tensor | None,  # (n,) same dtype, nats
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None = None,  # () or a number
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss () and metrics; the loss is differentiable in `per_token_logps` and, if entropy_coef != 0, in `entropy`.
+
+    `entropy` may be None when neither entropy_coef nor top_entropy_quantile needs it; its metric is then absent.
+    Masked rows may hold anything, NaN included: they change no value and get gradient exactly 0.
+    """
+    logps = batch.masked(per_token_logps)  # l
+    entropy = None if entropy is None else batch.masked(entropy)  # H
+    if entropy is None and (config.entropy_coef != 0.0 or config.top_entropy_quantile < 1.0):
+        raise ValueError("entropy_coef and top_entropy_quantile need `entropy`, got None")
+    if config.beta != 0.0 and batch.ref_per_token_logps is None:
+        raise ValueError(f"beta={config.beta} needs ref_per_token_logps, got None; pass them or set beta=0.0")
+    old = logps.detach() if batch.old_per_token_logps is None else batch.old_per_token_logps  # o
+
+    log_ratio = logps - old  # d
+    weight = importance_weight(log_ratio, batch, config)  # w
+    sampler = sampler_ratio(old, batch, config)
+    per_token_loss, vespo_phi = policy_term(logps, log_ratio, weight, sampler, batch, config)
+
+    if config.off_policy_mask_threshold is not None:
+        per_token_loss = torch.where(off_policy_keep(logps.detach(), old, batch, config), per_token_loss, 0.0)
+    keep_entropy = None
+    if config.top_entropy_quantile < 1.0:
+        keep_entropy = top_entropy_keep(entropy.detach(), batch, config.top_entropy_quantile)
+        per_token_loss = torch.where(keep_entropy, per_token_loss, 0.0)
+    if sampler is not None and config.loss_type != "vespo":
+        per_token_loss = _times(rows(sampler, batch, config), per_token_loss)
+
+    kl = None
+    if config.beta != 0.0:  # added after the gates: the KL term is neither masked nor corrected for the sampler
+        kl = per_token_kl(logps, batch.ref_per_token_logps, weight, config)
+        per_token_loss = per_token_loss + config.beta * kl
+
+    policy_loss = reduce_loss(per_token_loss, batch, config, num_items_in_batch)
+    loss = policy_loss
+    if config.entropy_coef != 0.0:
+        active = batch.mask if keep_entropy is None else batch.mask & keep_entropy
+        # bonus = sum of H over active tokens / number of active tokens, whatever the loss type's own normaliser
+        count = active.sum().clamp(min=1)
+        loss = loss - config.entropy_coef * (torch.where(active, entropy, 0.0).sum() / count)
+    with torch.no_grad():
+        metrics = objective_metrics(weight, old, entropy, kl, sampler, vespo_phi, policy_loss, batch, config)
+    return loss, metrics
+
+
+def objective_and_row_gradients(
+    per_token_logps: Tensor,  # (n,)
+    entropy: Tensor | None,  # (n,)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
+    """Detached loss, metrics, dloss/dlogps (n,) and dloss/dentropy (n,) or None: all a gradient kernel needs."""
+    logps = per_token_logps.detach().requires_grad_()
+    leaves = [logps]
+    if config.needs_entropy_gradient:
+        entropy = entropy.detach().requires_grad_()
+        leaves.append(entropy)
+    with torch.enable_grad():
+        loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+    grads = torch.autograd.grad(loss, leaves)
+    return loss.detach(), metrics, grads[0], grads[1] if config.needs_entropy_gradient else None
+
+
+def importance_weight(log_ratio: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """w (n,): exp(d_t), or on the sequence level exp(sum_t d_t / n_tokens) on every row of the sequence."""
+    if config.importance_sampling_level == "token":
+        return _Exp.apply(log_ratio)
+    mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
+    return batch.expand(_Exp.apply(mean_log_ratio))
+
+
+def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
+    """pi_old / pi_sampler as a constant: (n,) for token_* modes, (S,) for sequence_* modes, None when off."""
+    if config.importance_sampling_mode is None or batch.sampling_per_token_logps is None:
+        return None
+    level, action = config.importance_sampling_mode.split("_")
+    # A token the sampler reported NaN for gets ratio 1: no evidence, no correction.
+    log_ratio = torch.nan_to_num(old - batch.sampling_per_token_logps, nan=0.0)
+    if level == "sequence":
+        log_ratio = batch.segment_sum(log_ratio)  # a sum, not a mean: the ratio of whole-sequence probabilities
+    ratio = log_ratio.exp()
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if action == "truncate":
+        return ratio.clamp(min=low, max=high)
+    outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
+    return ratio.masked_fill(outside, 0.0)
+
+
+def rows(sampler: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """A sampler ratio on rows (n,), from its own granularity."""
+    return batch.expand(sampler) if config.importance_sampling_mode.startswith("sequence") else sampler
+
+
+def policy_term(
+    logps: Tensor,  # (n,) l
+    log_ratio: Tensor,  # (n,) d
+    weight: Tensor,  # (n,) w
+    sampler: Tensor | None,  # (n,) or (S,), constant
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+) -> tuple[Tensor, Tensor | None]:
+    """Loss per token (n,) before gates, sampler ratio and KL; and VESPO's phi (n,) for its metric."""
+    if config.loss_type in CLIPPED_LOSS_TYPES:
+        return clipped_surrogate(weight, batch.advantages, config), None
+    if config.loss_type == "cispo":
+        # -stop_gradient(min(w, epsilon_high)) · A · l
+        return -_times(weight.detach().clamp(max=config.clip_high) * batch.advantages, logps), None
+    if config.loss_type == "sapo":
+        return sapo_term(weight, batch.advantages, config), None
+    phi = vespo_phi(log_ratio.detach(), sampler, batch, config)
+    return -_times(phi * batch.advantages, logps), phi  # -phi · A · l
+
+
+def clipped_surrogate(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """-min(min(w, delta)·A, clip(w, 1-eps_low, 1+eps_high)·A), floored for A < 0 by dual-clip at c·A."""
+    clipped = weight.clamp(config.clip_low, config.clip_high)
+    if config.delta is not None:
+        weight = weight.clamp(max=config.delta)
+    surrogate = torch.min(_times(advantages, weight), advantages * clipped)
+    if config.dual_clip is not None:
+        floored = torch.max(surrogate, config.dual_clip * advantages)
+        surrogate = torch.where(advantages < 0, floored, surrogate)
+    return -surrogate
+
+
+def sapo_term(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """-(4/t)·sigmoid(t·(w - 1))·A with t = temperature_pos where A > 0, else temperature_neg."""
+    positive = torch.full_like(weight, config.sapo_temperature_pos)
+    temperature = torch.where(advantages > 0, positive, config.sapo_temperature_neg)
+    return -(torch.sigmoid(temperature * (weight - 1.0)) * 4.0 / temperature) * advantages
+
+
+def vespo_phi(log_ratio: Tensor, sampler: Tensor | None, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """phi(W) = exp(lambda + k·log W - lambda·W) (n,), a constant; W = product of the sequence's token ratios.
+
+    log W = sum_t clip(d_t, ±20) [+ sum_t clip(log sampler ratio_t, log 1e-8, 20)], clipped to [log 1e-8, 20]; k and
+    lambda by the sign of A. phi(1) = 1.
+    """
+    log_weight = log_ratio.clamp(-_VESPO_LOG_RATIO_LIMIT, _VESPO_LOG_RATIO_LIMIT)
+    if sampler is not None:
+        log_weight = log_weight + sampler.log().clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT)
+    log_w = batch.expand(batch.segment_sum(log_weight).clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT))
+    not_negative = batch.advantages >= 0
+    k = torch.where(not_negative, torch.full_like(log_w, config.vespo_k_pos), config.vespo_k_neg)
+    decay = torch.where(not_negative, torch.full_like(log_w, config.vespo_lambda_pos), config.vespo_lambda_neg)
+    decay = decay.clamp(min=_VESPO_LAMBDA_MIN)
+    log_phi = decay + k * log_w - decay * log_w.exp()
+    return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def per_token_kl(logps: Tensor, ref: Tensor, weight: Tensor, config: GRPOLossConfig) -> Tensor:
+    """KL(policy || reference) estimate per token (n,), x = r - l; times w (with its gradient) if bias-corrected.
+
+    k1 = -x;  k2 = x²/2;  k3 = exp(x) - x - 1.
+    """
+    x = ref - logps
+    if config.kl_estimator == "k1":
+        kl = -x
+    elif config.kl_estimator == "k2":
+        kl = 0.5 * x * x
+    else:
+        kl = _Exp.apply(x) - x - 1.0
+    return kl * weight if config.use_bias_correction_kl else kl
+
+
+def off_policy_keep(logps: Tensor, old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """OPSM (DeepSeek-V3.2), bool (n,): keep where A >= 0 or mean_t(s - l) <= threshold; s = o without a sampler."""
+    behaviour = old if batch.sampling_per_token_logps is None else batch.sampling_per_token_logps
+    divergence = torch.nan_to_num(behaviour - logps, nan=0.0)  # unscored tokens are no evidence
+    mean_divergence = batch.segment_sum(divergence) / batch.lengths.clamp(min=1.0)
+    return (batch.advantages >= 0) | (batch.expand(mean_divergence) <= config.off_policy_mask_threshold)
+
+
+def top_entropy_keep(entropy: Tensor, batch: TokenBatch, share: float) -> Tensor:
+    """Bool (n,): unmasked rows whose entropy reaches the (1 - share) quantile of this batch's unmasked rows.
+
+    The quantile interpolates linearly like `torch.quantile`, written with a sort because selecting the unmasked rows
+    first would need a host sync. It sees this call's tokens only; TRL gathers them from all ranks first.
+    """
+    if entropy.numel() == 0:
+        return batch.mask
+    ordered = torch.where(batch.mask, entropy, torch.inf).sort().values  # masked rows sort behind all others
+    rank = (1.0 - share) * (batch.lengths.sum() - 1.0).clamp(min=0.0)
+    below = rank.floor()
+    # gather, because indexing with a 0-d tensor reads it on the host
+    low, high = ordered.gather(0, torch.stack([below, rank.ceil()]).long()).unbind()
+    threshold = torch.where(below == rank, low, torch.lerp(low, high, rank - below))
+    return batch.mask & (entropy >= threshold)
+
+
+def reduce_loss(
+    per_token_loss: Tensor,  # (n,)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+) -> Tensor:
+    """Masked token losses -> (). n_b = unmasked tokens of sequence b, S = sequences (empty ones included).
+
+    grpo, sapo:          1/S · sum_b (sum_t L / max(n_b, 1))
+    luspo:               1/S · sum_b  sum_t L
+    bnpo:                sum_bt L / max(sum_b n_b, 1)
+    dr_grpo:             sum_bt L / (S · max_completion_length)
+    dapo, cispo, vespo:  sum_bt L / max(num_items_in_batch, 1); None counts this call's own tokens
+    """
+    per_sequence = batch.segment_sum(per_token_loss)  # (S,)
+    num_sequences = max(batch.num_sequences, 1)
+    if config.loss_type in ("grpo", "sapo"):
+        return (per_sequence / batch.lengths.clamp(min=1.0)).sum() / num_sequences
+    if config.loss_type == "luspo":
+        return per_sequence.sum() / num_sequences
+    if config.loss_type == "dr_grpo":
+        return per_sequence.sum() / (num_sequences * config.max_completion_length)
+    if config.loss_type == "bnpo" or num_items_in_batch is None:
+        return per_sequence.sum() / batch.lengths.sum().clamp(min=1.0)
+    if isinstance(num_items_in_batch, Tensor):
+        return per_sequence.sum() / num_items_in_batch.to(per_sequence).reshape(()).clamp(min=1.0)
+    return per_sequence.sum() / max(num_items_in_batch, 1.0)
+
+
+def _times(a: Tensor, x: Tensor) -> Tensor:
+    """a·x for a constant a, with 0 · inf = 0 in value and in gradient."""
+    return torch.where(a == 0, 0.0, a * x)
+
+
+class _Exp(torch.autograd.Function):
+    """exp whose gradient keeps 0 · exp(large) = 0, so a clipped or dropped row with an infinite ratio stays silent."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        y = x.exp()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.where(grad == 0, 0.0, grad * y)

@@ -1,0 +1,239 @@
+"""`impl="torch"`: the definition of truth, in plain PyTorch, on any device.
+
+    z        = softcap·tanh(scale·x/softcap) / T          (LogitTransform; fp32, or fp64 for fp64 input)
+    logp_v   = z_v - logsumexp(z)
+    l        = logp[target]                                dl/dz_v = [v = target] - p_v
+    H        = -sum_v p_v · logp_v   (0 where p_v = 0)     dH/dz_v = -p_v · (logp_v + H)
+
+The materialised operations leave the derivatives to autograd; the fused linear one writes them out, because it
+recomputes its logits chunk by chunk.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.objective import grpo_objective
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+
+# Logits per chunk of the fused linear operation: 2^25 = 128 MiB in fp32, e.g. 220 tokens at V = 152k.
+CHUNK_LOGITS = 2**25
+
+LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+
+
+def grpo_loss(
+    logits: Tensor,  # (B, T, V) or (n, V)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+    *,
+    inplace: bool,  # ignored: the reference never writes into its input
+) -> LossRows:
+    """Loss (), logps (n,), entropy (n,), metrics."""
+    logps, entropy = selective_log_softmax(
+        logits,
+        batch.index.view(batch.shape),
+        config.logit_transform,
+        return_entropy=True,
+        row_mask=batch.mask.view(batch.shape),
+        entropy_gradient=config.needs_entropy_gradient,
+    )
+    logps, entropy = logps.reshape(-1), entropy.reshape(-1)
+    loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+    return loss, logps, entropy, metrics
+
+
+def linear_grpo_loss(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+) -> LossRows:
+    """Loss (), logps (n,), entropy (n,), metrics."""
+    logps, entropy = linear_selective_log_softmax(
+        hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True, row_mask=batch.mask
+    )
+    loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+    return loss, logps, entropy, metrics
+
+
+def transform_logits(x: Tensor, transform: LogitTransform) -> Tensor:
+    """Raw logits x -> policy logits z, in x's dtype, out of place."""
+    z = x if transform.logit_scale == 1.0 else x * transform.logit_scale
+    if transform.final_logit_softcapping is not None:
+        z = torch.tanh(z / transform.final_logit_softcapping) * transform.final_logit_softcapping
+    return z if transform.temperature == 1.0 else z / transform.temperature
+
+
+def selective_log_softmax(
+    logits: Tensor,  # (..., V), any strides
+    index: Tensor,  # (...)
+    transform: LogitTransform,
+    *,
+    return_entropy: bool,
+    row_mask: Tensor | None = None,  # (...) bool; masked rows: output 0, gradient exactly 0
+    entropy_gradient: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """logps (...) and entropy (...) or None, fp32 or fp64. An index outside the vocabulary makes its row's logp NaN."""
+    x = logits.to(compute_dtype(logits.dtype))
+    if row_mask is not None:  # on the logits, so that NaN in a masked row cannot reach any gradient
+        x = torch.where(row_mask[..., None], x, 0.0)
+    log_p = torch.log_softmax(transform_logits(x, transform), dim=-1)
+    in_vocab = index.clamp(0, logits.shape[-1] - 1)
+    logps = log_p.gather(-1, in_vocab[..., None]).squeeze(-1)
+    logps = torch.where(index == in_vocab, logps, torch.nan)
+    entropy = None
+    if return_entropy:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+            # Where p = 0, log p is -inf; as a factor it must be 0, or 0·inf would make value and gradient NaN.
+            entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    if row_mask is not None:
+        logps = torch.where(row_mask, logps, 0.0)
+        entropy = None if entropy is None else torch.where(row_mask, entropy, 0.0)
+    return logps, entropy
+
+
+def linear_selective_log_softmax(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    index: Tensor,  # (n,)
+    transform: LogitTransform,
+    *,
+    return_entropy: bool,
+    row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
+    chunk_logits: int = CHUNK_LOGITS,
+) -> tuple[Tensor, Tensor | None]:
+    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits."""
+    logps, entropy = LinearSelectiveLogSoftmax.apply(
+        hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits
+    )
+    return logps, entropy
+
+
+class LinearSelectiveLogSoftmax(torch.autograd.Function):
+    """Walks chunks of tokens: logits of one chunk -> row statistics; backward recomputes them -> dX, dW, db.
+
+    The matmuls run in the autocast dtype if autocast is on, else in hidden's dtype; the chunk's mathematics and the
+    accumulation of dW and db in fp32 (fp64 for fp64 hidden). dX is stored in hidden's dtype, dW in weight's.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits):
+        ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
+        ctx.transform, ctx.chunk_logits, ctx.matmul_dtype = transform, chunk_logits, _matmul_dtype(hidden)
+        head = _LmHead(hidden, weight, bias, transform, ctx.matmul_dtype)
+        logps = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
+        entropy, log_norm = torch.zeros_like(logps) if return_entropy else None, torch.zeros_like(logps)
+        for chunk in _chunks(row_mask, hidden, weight, chunk_logits):
+            z = transform_logits(head.logits(chunk), transform)
+            log_norm[chunk] = log_z = z.logsumexp(-1)
+            in_vocab = index[chunk].clamp(0, weight.shape[0] - 1)
+            target = z.gather(-1, in_vocab[:, None]).squeeze(-1) - log_z
+            logps[chunk] = torch.where(index[chunk] == in_vocab, target, torch.nan)
+            if return_entropy:
+                log_p = z - log_z[:, None]
+                entropy[chunk] = -_p_log_p(log_p.exp(), log_p).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, log_norm, entropy)
+        return logps, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
+        hidden, weight, bias, index, row_mask, log_norm, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        head = _LmHead(hidden, weight, bias, ctx.transform, ctx.matmul_dtype)
+        grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
+        for chunk in _chunks(_rows_with_gradient(row_mask, grad_logps, grad_entropy), hidden, weight, ctx.chunk_logits):
+            grad_x = _grad_logits(head, chunk, index, log_norm, entropy, grad_logps, grad_entropy)
+            with torch.autocast(hidden.device.type, enabled=False):
+                if needs_weight:
+                    grad_weight.addmm_(grad_x.t(), hidden[chunk].to(head.dtype))
+                if needs_bias:
+                    grad_bias += grad_x.sum(0)
+                if needs_hidden:
+                    grad_hidden[chunk] = (grad_x.to(ctx.matmul_dtype) @ head.weight).to(hidden.dtype)
+        grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
+        grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+
+
+class _LmHead:
+    """The projection with its dtypes settled once: matmul in `matmul_dtype`, result in the compute dtype."""
+
+    def __init__(self, hidden, weight, bias, transform: LogitTransform, matmul_dtype: torch.dtype):
+        self.hidden, self.transform, self.matmul_dtype = hidden, transform, matmul_dtype
+        self.weight = weight.to(matmul_dtype)  # a copy only when the dtypes differ
+        self.bias = None if bias is None else bias.to(matmul_dtype)
+        self.dtype = compute_dtype(hidden.dtype)
+
+    def logits(self, chunk: Tensor) -> Tensor:
+        """Raw logits x (m, V) of the rows in `chunk` (m,), compute dtype."""
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return torch.nn.functional.linear(self.hidden[chunk].to(self.matmul_dtype), self.weight, self.bias).to(
+                self.dtype
+            )
+
+
+def _grad_logits(
+    head: _LmHead,
+    chunk: Tensor,  # (m,) row numbers
+    index: Tensor,  # (n,), as the rest
+    log_norm: Tensor,
+    entropy: Tensor | None,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+) -> Tensor:
+    """dloss/dx (m, V): dz_v = g_l·([v = target] - p_v) - g_H·p_v·(logp_v + H), then back through the transform."""
+    x = head.logits(chunk)
+    log_p = transform_logits(x, head.transform) - log_norm[chunk][:, None]
+    p = log_p.exp()
+    grad = torch.zeros_like(p)
+    if grad_logps is not None:
+        g = grad_logps[chunk]
+        target = index[chunk]
+        in_vocab = target.clamp(0, p.shape[1] - 1)
+        g = torch.where(target == in_vocab, g, torch.nan)[:, None]  # a bad target poisons its row
+        grad = (-g * p).scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
+    if grad_entropy is not None:
+        grad = grad - grad_entropy[chunk][:, None] * (_p_log_p(p, log_p) + p * entropy[chunk][:, None])
+    transform = head.transform
+    if transform.final_logit_softcapping is not None:
+        grad = grad * (1.0 - torch.tanh(x * (transform.logit_scale / transform.final_logit_softcapping)).square())
+    return grad * (transform.logit_scale / transform.temperature)
+
+
+def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
+    """p·log p with 0 where p = 0, whose log p may be -inf."""
+    return torch.where(p > 0, p * log_p, 0.0)
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """Autocast's dtype when it is on (it leaves fp64 alone), else hidden's own."""
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _rows_with_gradient(row_mask: Tensor | None, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """Bool (n,): rows whose gradient is not exactly zero. Clipped and A = 0 tokens need no recomputation."""
+    active = False
+    for grad in (grad_logps, grad_entropy):
+        active = active if grad is None else active | (grad != 0)
+    return active if row_mask is None else active & row_mask
+
+
+def _chunks(row_mask: Tensor | None, hidden: Tensor, weight: Tensor, chunk_logits: int) -> tuple[Tensor, ...]:
+    """Row numbers that need work, split so that a chunk's logits hold at most `chunk_logits` values (one row if more).
+
+    Finding the unmasked rows is the one host sync of the fused linear path; it saves their share of every GEMM.
+    """
+    rows = torch.arange(hidden.shape[0], device=hidden.device) if row_mask is None else row_mask.nonzero().squeeze(-1)
+    return rows.split(max(chunk_logits // max(weight.shape[0], 1), 1)) if rows.numel() else ()
