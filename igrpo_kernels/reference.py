@@ -150,7 +150,8 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
-        for chunk in _chunks(_rows_with_gradient(row_mask, grad_logps, grad_entropy), hidden, weight, ctx.chunk_logits):
+        active = _rows_with_gradient(log_norm, row_mask, grad_logps, grad_entropy)
+        for chunk in _chunks(active, hidden, weight, ctx.chunk_logits):
             grad_x = _grad_logits(head, chunk, index, log_norm, entropy, grad_logps, grad_entropy)
             with torch.autocast(hidden.device.type, enabled=False):
                 if needs_weight:
@@ -222,11 +223,11 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _rows_with_gradient(row_mask: Tensor | None, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+def _rows_with_gradient(log_norm: Tensor, row_mask: Tensor | None, *grads: Tensor | None) -> Tensor:
     """Bool (n,): rows whose gradient is not exactly zero. Clipped and A = 0 tokens need no recomputation."""
-    active = False
-    for grad in (grad_logps, grad_entropy):
-        active = active if grad is None else active | (grad != 0)
+    active = torch.zeros_like(log_norm, dtype=torch.bool)
+    for grad in grads:
+        active = active if grad is None else active | (grad != 0)  # NaN != 0: a poisoned row stays poisoned
     return active if row_mask is None else active & row_mask
 
 
