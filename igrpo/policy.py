@@ -1,0 +1,116 @@
+"""The causal LM and the fused loss as one module, so that DDP and FSDP see a single forward.
+
+hidden states -> rows that predict completion tokens -> ``linear_grpo_loss``; logits never exist whole, and prompt or
+padding positions never meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from igrpo.batching import MicroBatch
+from igrpo.config import ConfigError, TrainConfig
+from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
+
+
+def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig:
+    """The loss's settings from the run's.
+
+    Raises:
+        ConfigError: settings of the loss that exclude each other.
+    """
+    correct = config.vllm_importance_sampling_correction
+    scale = getattr(model_config, "logit_scale", None)
+    try:
+        return GRPOLossConfig(
+            loss_type=config.loss_type,
+            importance_sampling_level=config.importance_sampling_level,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            delta=config.delta,
+            dual_clip=config.dual_clip,
+            beta=config.beta,
+            kl_estimator=config.kl_estimator,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+            temperature=config.temperature,
+            entropy_coef=config.entropy_coef,
+            top_entropy_quantile=config.top_entropy_quantile,
+            off_policy_mask_threshold=config.off_policy_mask_threshold,
+            importance_sampling_mode=config.vllm_importance_sampling_mode if correct else None,
+            importance_sampling_clip_min=config.vllm_importance_sampling_clip_min if correct else None,
+            importance_sampling_clip_max=config.vllm_importance_sampling_clip_max if correct else None,
+            max_completion_length=config.max_completion_length,
+            sapo_temperature_pos=config.sapo_temperature_pos,
+            sapo_temperature_neg=config.sapo_temperature_neg,
+            vespo_k_pos=config.vespo_k_pos,
+            vespo_lambda_pos=config.vespo_lambda_pos,
+            vespo_k_neg=config.vespo_k_neg,
+            vespo_lambda_neg=config.vespo_lambda_neg,
+            logit_scale=1.0 if scale is None else float(scale),
+            final_logit_softcapping=getattr(model_config, "final_logit_softcapping", None),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).replace("importance_sampling_mode", "vllm_importance_sampling_mode")) from None
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward returns the loss of a micro-batch.
+
+    Args:
+        model: a Hugging Face causal LM with ``base_model`` and output embeddings.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig):
+        super().__init__()
+        self.model = model
+        self.loss_config = loss_config(config, model.config)
+        self.impl = config.loss_impl
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        old_per_token_logps: torch.Tensor | None = None,  # (n,)
+        ref_per_token_logps: torch.Tensor | None = None,  # (n,)
+        num_items_in_batch: float | None = None,
+        logps_only: bool = False,
+    ) -> GRPOLossOutput | torch.Tensor:
+        """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities at the sampling temperature instead."""
+        hidden = self.hidden_states(batch)
+        head = self.model.get_output_embeddings()
+        if logps_only:
+            settings = self.loss_config
+            return linear_selective_log_softmax(
+                hidden,
+                head.weight,
+                batch.completion_ids,
+                lm_head_bias=head.bias,
+                temperature=settings.temperature,
+                logit_scale=settings.logit_scale,
+                final_logit_softcapping=settings.final_logit_softcapping,
+                impl=self.impl,
+            )
+        return linear_grpo_loss(
+            hidden,
+            head.weight,
+            batch.completion_ids,
+            batch.advantages,
+            lm_head_bias=head.bias,
+            old_per_token_logps=old_per_token_logps,
+            ref_per_token_logps=ref_per_token_logps,
+            sampling_per_token_logps=batch.sampling_per_token_logps,
+            cu_seqlens=batch.cu_seqlens,
+            num_items_in_batch=num_items_in_batch,
+            config=self.loss_config,
+            impl=self.impl,
+        )
+
+    def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
+        """Final hidden states of the positions that predict a completion token.
+
+        Right padding needs neither position ids nor a mask for causality: no real token sees what comes after it.
+        """
+        out = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        return out.last_hidden_state.flatten(0, 1)[batch.rows]

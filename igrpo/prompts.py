@@ -1,0 +1,124 @@
+"""Token ids of the two prompts: the question alone (q) and the question with a draft (q' = template(q, d)).
+
+A draft enters q' as the ids that were sampled. So that no text is ever tokenised twice, the chat template is rendered
+once around a marker that stands right after the question, and cut there:
+
+    head = [system turn, question]      tail = [end of the user turn, start of the assistant turn]
+    q  = head + tail
+    q' = head + before + draft ids + after + tail        (before, after: the draft template around ``{draft}``)
+
+``head`` is a common prefix of q and q', so the engine's prefix cache serves Stage 2 from Stage 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from igrpo.config import TrainConfig
+from igrpo.types import Message, Problem
+
+# No chat template changes these characters, and no question contains them.
+_MARK = "\u2063\u2062\u2063<<end-of-question>>\u2063\u2062\u2063"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptParts:
+    """Example: ``PromptParts(messages=({"role": "user", "content": "3+4?"},), head=(1, 9, 8), tail=(2, 5))``"""
+
+    messages: tuple[Message, ...]
+    """The conversation as reward functions see it."""
+    head: tuple[int, ...]
+    """Ids up to the end of the question."""
+    tail: tuple[int, ...]
+    """Ids from the end of the user turn to where the model writes."""
+
+    @property
+    def bare(self) -> tuple[int, ...]:
+        return self.head + self.tail
+
+
+class PromptBuilder:
+    """Builds prompts for one tokenizer and one configuration.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer; one without a chat template gets plain text.
+        max_model_length: tokens the engine can hold for prompt + completion.
+    """
+
+    def __init__(self, tokenizer: Any, config: TrainConfig, max_model_length: int | None = None):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.max_model_length = max_model_length
+        before, after = config.draft_template.split("{draft}")
+        self.before, self.after = self._encode(before), self._encode(after)
+        self.special_ids = frozenset(tokenizer.all_special_ids)
+
+    def parts(self, problem: Problem) -> PromptParts:
+        """Raises ValueError if a conversation does not end in a user turn."""
+        messages = self._messages(problem)
+        head_text, tail_text = self._render(messages)
+        return PromptParts(messages, self._encode(head_text), self._encode(tail_text))
+
+    def with_draft(self, parts: PromptParts, draft_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """Ids of q' and whether the draft was trimmed.
+
+        The draft loses its special tokens (the end-of-sequence token would end the user turn) and, if the context
+        demands it, its beginning: the answer stands at the end. The question and the system prompt are never cut.
+        """
+        draft = tuple(i for i in draft_ids if i not in self.special_ids)
+        room = self._room_for_draft(parts)
+        kept = draft[max(0, len(draft) - room) :] if room is not None else draft
+        ids = parts.head + self.before + kept + self.after + parts.tail
+        return ids, len(kept) < len(draft)
+
+    def longest_refinement(self, parts: PromptParts) -> int:
+        """Tokens that prompt, longest draft and completion can take together for one question."""
+        draft = 0
+        if self.config.shows_draft:
+            longest = self.config.draft_max_tokens or self.config.max_completion_length
+            draft = len(self.before) + min(longest, self.config.max_completion_length) + len(self.after)
+        return len(parts.bare) + draft + self.config.max_completion_length
+
+    def shortest_context(self, parts: PromptParts) -> int:
+        """Tokens without which not even an empty draft fits: a question that needs more than the engine has is left out."""
+        draft = len(self.before) + len(self.after) if self.config.shows_draft else 0
+        return len(parts.bare) + draft + self.config.max_completion_length
+
+    def _room_for_draft(self, parts: PromptParts) -> int | None:
+        rooms = [self.config.draft_max_tokens] if self.config.draft_max_tokens is not None else []
+        if self.max_model_length is not None:
+            rooms.append(self.max_model_length - self.shortest_context(parts))
+        if rooms and min(rooms) < 0:
+            raise ValueError(
+                f"a question of {len(parts.bare)} tokens leaves no room in a context of {self.max_model_length}; "
+                "raise vllm_max_model_length or lower max_completion_length"
+            )
+        return min(rooms) if rooms else None
+
+    def _messages(self, problem: Problem) -> tuple[Message, ...]:
+        turns = (
+            ({"role": "user", "content": problem.prompt},) if isinstance(problem.prompt, str) else tuple(problem.prompt)
+        )
+        if not turns or turns[-1]["role"] != "user":
+            raise ValueError(f"row {problem.index}: a conversation must end in a user turn to be answered")
+        if self.config.system_prompt and turns[0]["role"] != "system":
+            turns = ({"role": "system", "content": self.config.system_prompt}, *turns)
+        return turns
+
+    def _render(self, messages: tuple[Message, ...]) -> tuple[str, str]:
+        marked = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + _MARK}]
+        if self.tokenizer.chat_template is None:
+            text = "\n\n".join(m["content"] for m in marked) + "\n\n"
+        else:
+            text = self.tokenizer.apply_chat_template(
+                marked, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
+            )
+        head, mark, tail = text.partition(_MARK)
+        if not mark or _MARK in tail:
+            raise ValueError("the chat template does not write the user's text exactly once; set another model or template")
+        return head, tail
+
+    def _encode(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()

@@ -1,0 +1,172 @@
+"""The folder of a run: config, metrics, completions, checkpoints. Nothing in it is ever half-written or overwritten."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_file import dump_yaml
+from igrpo.types import RolloutGroup, Scored
+
+_PREFIX = "checkpoint-"
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from.
+
+    Raises:
+        ConfigError: one was asked for and is not there.
+    """
+    asked = config.resume_from_checkpoint
+    if asked is None:
+        return None
+    if asked in ("last", "latest", "true"):
+        found = checkpoints(Path(config.output_dir))
+        if not found:
+            raise ConfigError(f"resume_from_checkpoint: {config.output_dir} has no checkpoint yet; leave the key out")
+        return found[-1]
+    folder = Path(asked).expanduser()
+    if not (folder / "state" / "loop.pt").is_file():
+        raise ConfigError(f"resume_from_checkpoint: {asked} is no checkpoint folder (no state/loop.pt inside)")
+    return folder
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
+
+
+class Processes(Protocol):
+    """The part of ``accelerate.Accelerator`` that a folder shared by several processes needs."""
+
+    is_main_process: bool
+
+    def wait_for_everyone(self) -> None: ...
+
+
+class RunFolder:
+    """Opens the folder: a new run sets an earlier one aside, a resumed run drops lines past its checkpoint.
+
+    Args:
+        resumed_step: the checkpoint's step, or None for a new run.
+        processes: of the run; only the main one changes the folder.
+    """
+
+    def __init__(self, config: TrainConfig, resumed_step: int | None, processes: Processes):
+        self.path = Path(config.output_dir).expanduser()
+        self.limit = config.save_total_limit
+        self.processes = processes
+        self.set_aside: Path | None = None
+        if not processes.is_main_process:
+            return
+        if resumed_step is None:
+            self.set_aside = _set_aside(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob(f".{_PREFIX}*"):  # of a run that was killed while saving
+            shutil.rmtree(leftover, ignore_errors=True)
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            if resumed_step is not None:
+                _drop_lines_after(self.path / name, resumed_step)
+        write_atomically(self.path / "config.yaml", dump_yaml(config))
+
+    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+
+    def log_completions(self, step: int, groups: Iterable[RolloutGroup]) -> None:
+        """One line per problem: question, drafts, the chosen one, refinements with rewards and advantages."""
+        self._append("completions.jsonl", [_group_record(step, group) for group in groups])
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
+        """``write`` (in every process) fills a hidden folder, which then gets its name in one rename."""
+        staging, target = self.path / f".{_PREFIX}{step}", self.path / f"{_PREFIX}{step}"
+        write(staging)
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            _sync_to_disk(staging)
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(staging, target)
+            if self.limit is not None:
+                for old in checkpoints(self.path)[: -self.limit]:
+                    shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def _append(self, name: str, records: list[dict[str, Any]]) -> None:
+        with open(self.path / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    staging = path.with_name(f".{path.name}.tmp")
+    staging.write_text(text, encoding="utf-8")
+    os.replace(staging, path)
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Renames a folder that holds an earlier run; an empty or foreign folder stays."""
+    if not (path / "config.yaml").is_file():
+        return None
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime((path / "config.yaml").stat().st_mtime))
+    target = path.with_name(f"{path.name}-{stamp}")
+    for i in range(1, 1000):
+        if not target.exists():
+            break
+        target = path.with_name(f"{path.name}-{stamp}.{i}")
+    os.rename(path, target)
+    return target
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """The steps after the checkpoint will run again; a line cut by a kill goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def _sync_to_disk(folder: Path) -> None:
+    """Contents before the name: after a power cut the renamed folder must not hold empty files."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
+    return {
+        "step": step,
+        "row": group.problem.index,
+        "prompt": group.problem.prompt,
+        "solution": group.problem.solution,
+        "drafts": [_scored_record(s) for s in group.drafts],
+        "chosen": group.chosen,
+        "refinements": [
+            {**_scored_record(s), "advantage": a} for s, a in zip(group.refinements, group.advantages, strict=True)
+        ],
+    }
+
+
+def _scored_record(scored: Scored) -> dict[str, Any]:
+    completion = scored.completion
+    return {
+        "text": completion.text,
+        "reward": scored.reward,
+        "rewards": scored.rewards,
+        "tokens": len(completion.token_ids),
+        "finish_reason": completion.finish_reason,
+    }

@@ -1,0 +1,113 @@
+"""iGRPO training: ``python -m igrpo.train --config recipes/quickstart.yaml`` or ``accelerate launch igrpo/train.py …``.
+
+The loop, from top to bottom: sample drafts -> score -> select -> refine -> score -> advantages (``rollout.run``) ->
+learner step -> push weights -> log -> checkpoint.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __package__ in (None, ""):  # run as a script, this folder leads the path, and its types.py would hide Python's own
+    sys.path[0] = sys.path[0].rpartition("igrpo")[0] or "."
+
+import signal
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_file import parse_args
+
+if TYPE_CHECKING:
+    from igrpo.job import Job
+
+# Everything heavy is imported inside functions: a mistake in a recipe is answered at once, and reward workers, which
+# import the main module again, stay light.
+
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 130 stopped by Ctrl-C after a save."""
+    try:
+        return train(parse_args(sys.argv[1:] if argv is None else argv))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+
+
+def train(config: TrainConfig) -> int:
+    """Runs the whole job.
+
+    Raises:
+        ConfigError: before anything is written.
+    """
+    from igrpo.job import build
+
+    with build(config) as job:
+        return loop(job)
+
+
+def loop(job: Job) -> int:
+    from igrpo.engines import EngineError
+    from igrpo.metrics import rollout_metrics
+
+    config, view, learner = job.config, job.view, job.learner
+    stop = StopRequest()
+    try:
+        with view, stop:
+            before = job.evaluate("before training") if job.step == 0 else {}
+            while job.step < job.total_steps:
+                start = time.perf_counter()
+                step = job.step + 1
+                problems_P = job.next_problems()
+                view.begin_step(len(problems_P))
+                groups, stats = job.rollout.run(problems_P, step, view.rolled_out)
+                view.stage("learner")
+                metrics = rollout_metrics(groups, stats, config) | job.rewards.stats()
+                metrics |= learner.train_on(job.samples(groups))
+                view.stage("weights to the engine")
+                metrics |= job.push_weights(step)
+                job.step = step
+                metrics["step_time"] = time.perf_counter() - start
+                job.log(groups, metrics)
+                if config.eval_steps and step % config.eval_steps == 0 and step < job.total_steps:
+                    job.evaluate(f"after step {step}")
+                if step == job.total_steps or stop.requested or (config.save_steps and step % config.save_steps == 0):
+                    job.save()
+                if stop.requested:
+                    view.say(f"stopped after step {step}; go on with --resume_from_checkpoint last")
+                    return EXIT_INTERRUPTED
+            job.report(before, job.evaluate("after training"))
+        return 0
+    except EngineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ENGINE
+
+
+class StopRequest:
+    """Ctrl-C (or SIGTERM) once: finish the step, save, leave. Twice: leave now."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nstopping after this step; once more to stop now", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
