@@ -106,11 +106,11 @@ def linear_selective_log_softmax(
     *,
     return_entropy: bool,
     row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
-    chunk_logits: int = CHUNK_LOGITS,
+    chunk_logits: int | None = None,  # logits per chunk, default CHUNK_LOGITS
 ) -> tuple[Tensor, Tensor | None]:
     """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits."""
     logps, entropy = LinearSelectiveLogSoftmax.apply(
-        hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits
+        hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits or CHUNK_LOGITS
     )
     return logps, entropy
 

@@ -62,9 +62,7 @@ def test_logits_gradient_with_detached_weights(loss_type, level, options):
     options = {"epsilon_high": 1.3, **OPTIONS[options]} if loss_type == "cispo" else OPTIONS[options]
     config, inputs = make_config(loss_type, level, options), small_inputs(level)
     policy_only = replace(config, beta=0.0, entropy_coef=0.0)
-    batch = TokenBatch.build(
-        inputs.completion_ids, inputs.advantages, dtype=torch.float64, **inputs.keywords(config)
-    )
+    batch = TokenBatch.build(inputs.completion_ids, inputs.advantages, dtype=torch.float64, **inputs.keywords(config))
     out, grad = loss_and_grad(inputs, policy_only, num_items_in_batch=9)
     _, _, slope, _ = objective_and_row_gradients(
         out.per_token_logps.flatten(), out.entropy.flatten(), batch, policy_only, 9

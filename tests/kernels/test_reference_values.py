@@ -255,7 +255,7 @@ def test_sampler_correction_modes(mode, low, high, expected):
         importance_sampling_clip_min=low,
         importance_sampling_clip_max=high,
     )
-    loss = sum(l * r for l, r in zip(L0 + L1, expected[0] + expected[1], strict=True)) / 5
+    loss = sum(x * r for x, r in zip(L0 + L1, expected[0] + expected[1], strict=True)) / 5
     g0 = [g * r for g, r in zip(G0, expected[0], strict=True)]
     g1 = [g * r for g, r in zip(G1, expected[1], strict=True)]
     metrics = check(config, loss, scaled(1 / 5, 1 / 5, g0, g1), sampling_per_token_logps=sampler_logps(RATIO))
@@ -331,7 +331,7 @@ def test_top_entropy_quantile_keeps_the_most_uncertain_tokens():
     threshold = unmasked[2]
     keep = [[float(h >= threshold) for h in row] for row in ENTROPY]
     keep[1][2] = 0.0
-    loss = sum(l * k for l, k in zip(L0 + L1, keep[0] + keep[1][:2], strict=True)) / 5
+    loss = sum(x * k for x, k in zip(L0 + L1, keep[0] + keep[1][:2], strict=True)) / 5
     g0 = [g * k for g, k in zip(G0, keep[0], strict=True)]
     g1 = [g * k for g, k in zip(G1, keep[1][:2], strict=True)]
     config = GRPOLossConfig(loss_type="bnpo", top_entropy_quantile=0.5)

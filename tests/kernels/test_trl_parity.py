@@ -107,9 +107,7 @@ def trl_logps(logits, inputs, config):
     """TRL's own materialised log-prob and entropy functions, at the padded positions too."""
     from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    logps, entropy = selective_log_softmax_and_entropy(
-        logits, inputs.completion_ids, temperature=config.temperature
-    )
+    logps, entropy = selective_log_softmax_and_entropy(logits, inputs.completion_ids, temperature=config.temperature)
     return logps, entropy, None
 
 

@@ -1,0 +1,422 @@
+"""Inputs at the edge of the definition, by name. Each states the defined result; none may be NaN by accident."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from igrpo_kernels import (
+    GRPOLossConfig,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
+from igrpo_kernels.impls import resolve_impl
+from igrpo_kernels.types import LogitTransform
+from tests.kernels.oracle import (
+    IMPLS,
+    LOSS_LEVELS,
+    assert_close_to_truth,
+    boundary_inputs,
+    linear_loss_and_grads,
+    loss_and_grad,
+    packed,
+)
+
+pytestmark = pytest.mark.parametrize("impl", IMPLS)
+NAN, INF = math.nan, math.inf
+
+
+def full_config(loss_type="grpo", level="token", **extra):
+    """Every term switched on."""
+    return GRPOLossConfig(
+        **{
+            "loss_type": loss_type,
+            "importance_sampling_level": level,
+            "beta": 0.1,
+            "entropy_coef": 0.02,
+            "top_entropy_quantile": 0.8,
+            "importance_sampling_mode": "token_mask",
+            "off_policy_mask_threshold": 0.02,
+            "max_completion_length": 24,
+            **extra,
+        }
+    )
+
+
+def random_head(inputs, dtype=torch.float64):
+    """Hidden states, weight and bias for the tokens of `inputs`, V = 37."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((*inputs.completion_ids.shape, 8), (37, 8), (37,))
+    return [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
+    ]
+
+
+def assert_finite(*tensors):
+    for x in tensors:
+        assert torch.isfinite(x).all()
+
+
+# ---- masked rows
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+@pytest.mark.parametrize("garbage", [NAN, INF, -INF])
+def test_masked_rows_may_hold_anything(loss_type, level, garbage, impl):
+    inputs, config = boundary_inputs(level=level), full_config(loss_type, level)
+    expected, grad = loss_and_grad(inputs, config, impl=impl)
+    mask = inputs.completion_mask
+    poisoned = replace(
+        inputs,
+        logits=inputs.logits.masked_fill(~mask[..., None], garbage),
+        completion_ids=inputs.completion_ids.masked_fill(~mask, -100),
+        old_per_token_logps=inputs.old_per_token_logps.masked_fill(~mask, garbage),
+        ref_per_token_logps=inputs.ref_per_token_logps.masked_fill(~mask, garbage),
+        sampling_per_token_logps=inputs.sampling_per_token_logps.masked_fill(~mask, garbage),
+    )
+    out, actual = loss_and_grad(poisoned, config, impl=impl)
+    torch.testing.assert_close((out.loss, actual), (expected.loss, grad), rtol=0, atol=0)
+    torch.testing.assert_close(out.metrics, expected.metrics, rtol=0, atol=0)
+    assert (actual[~mask] == 0).all() and (out.per_token_logps[~mask] == 0).all() and (out.entropy[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_masked_hidden_states_may_hold_nan(layout, impl):
+    inputs, config = boundary_inputs(), full_config()
+    mask = inputs.completion_mask
+    if layout == "packed":
+        inputs = packed(replace(inputs, completion_mask=torch.ones_like(mask)))
+        mask = mask.flatten()
+        inputs = replace(inputs, completion_mask=mask)
+    hidden, weight, bias = random_head(inputs)
+    expected, grads = linear_loss_and_grads(hidden, weight, bias, inputs, config, impl=impl)
+    poisoned = hidden.detach().masked_fill(~mask[..., None], NAN).requires_grad_()
+    out, actual = linear_loss_and_grads(poisoned, weight, bias, inputs, config, impl=impl)
+    torch.testing.assert_close((out.loss, *actual), (expected.loss, *grads), rtol=0, atol=0)
+    assert (actual[0][~mask] == 0).all()
+
+
+def test_garbage_advantages_of_a_masked_sequence(impl):
+    inputs, config = boundary_inputs(), full_config("vespo", importance_sampling_mode="token_mask")
+    mask = inputs.completion_mask.clone()
+    mask[1] = False
+    clean = replace(inputs, completion_mask=mask)
+    dirty = replace(clean, advantages=inputs.advantages.index_fill(0, torch.tensor([1]), NAN))
+    results = [loss_and_grad(x, config, impl=impl) for x in (clean, dirty)]
+    torch.testing.assert_close(results[0][0].loss, results[1][0].loss, rtol=0, atol=0)
+    torch.testing.assert_close(results[0][0].metrics, results[1][0].metrics, rtol=0, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+
+
+# ---- nothing to learn from
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_a_whole_masked_batch_gives_zero_loss_and_zero_gradients(loss_type, level, impl):
+    inputs, config = boundary_inputs(level=level), full_config(loss_type, level)
+    inputs = replace(inputs, completion_mask=torch.zeros_like(inputs.completion_mask))
+    for num_items in (None, 0, torch.tensor(0)):
+        out, grad = loss_and_grad(inputs, config, impl=impl, num_items_in_batch=num_items)
+        assert out.loss.item() == 0.0 and (grad == 0).all()
+        assert_finite(*out.metrics.values())
+    out, grads = linear_loss_and_grads(*random_head(inputs), inputs, config, impl=impl)
+    assert out.loss.item() == 0.0 and all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+@pytest.mark.parametrize("num_sequences", [0, 3])
+def test_no_tokens_at_all(loss_type, level, num_sequences, impl):
+    config = full_config(loss_type, level)
+    rows = dict.fromkeys(("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps"), torch.zeros(0))
+    out = grpo_loss(
+        logits := torch.zeros(0, 5, requires_grad=True),
+        torch.zeros(0, dtype=torch.long),
+        torch.zeros(num_sequences),
+        cu_seqlens=torch.zeros(num_sequences + 1, dtype=torch.int32),
+        config=config,
+        impl=impl,
+        **rows,
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0.0 and logits.grad.shape == (0, 5)
+    assert_finite(*out.metrics.values())
+    padded = {name: torch.zeros(num_sequences, 0) for name in rows}
+    out = grpo_loss(
+        torch.zeros(num_sequences, 0, 5, requires_grad=True),
+        torch.zeros(num_sequences, 0, dtype=torch.long),
+        torch.zeros(num_sequences),
+        config=config,
+        impl=impl,
+        **padded,
+    )
+    out.loss.backward()
+    assert out.loss.item() == 0.0
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_zero_advantage_rows_have_exactly_zero_policy_gradient(loss_type, level, impl):
+    inputs = boundary_inputs(level=level)
+    inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(8) >= 4))
+    config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=24)
+    out, grad = loss_and_grad(inputs, config, impl=impl)
+    assert (grad[:4] == 0).all() and (grad[4:] != 0).any()
+    for name in ("clip_ratio/low_mean", "clip_ratio/high_mean"):  # A = 0 is never clipped, whatever its ratio
+        if name in out.metrics:
+            silent, _ = loss_and_grad(replace(inputs, advantages=torch.zeros(8).double()), config, impl=impl)
+            assert silent.metrics[name] == 0.0
+
+
+# ---- extreme logits
+
+
+def test_columns_of_minus_infinity_have_probability_zero(impl):
+    """Value and gradient equal those of the softmax without the columns, entropy bonus included."""
+    inputs, config = boundary_inputs(), full_config()
+    banned = torch.zeros(37, dtype=torch.bool)
+    banned[[3, 17, 36]] = True
+    inputs = replace(inputs, completion_ids=torch.where(banned[inputs.completion_ids], 4, inputs.completion_ids))
+    out, grad = loss_and_grad(replace(inputs, logits=inputs.logits.masked_fill(banned, -INF)), config, impl=impl)
+    kept = (~banned).nonzero().squeeze(-1)
+    position = torch.zeros(37, dtype=torch.long).index_put_((kept,), torch.arange(len(kept)))
+    smaller = replace(inputs, logits=inputs.logits[..., kept], completion_ids=position[inputs.completion_ids])
+    expected, smaller_grad = loss_and_grad(smaller, config, impl=impl)
+    assert_close_to_truth("loss", out.loss, expected.loss, rtol=1e-12)
+    assert_close_to_truth("gradient", grad[..., kept], smaller_grad, rtol=1e-12)
+    assert (grad[..., banned] == 0).all()
+
+
+def test_minus_infinity_from_the_lm_head_bias(impl):
+    """Padded vocabulary columns are usually switched off by a bias of -inf."""
+    inputs, config = boundary_inputs(), full_config()
+    hidden, weight, bias = random_head(inputs)
+    inputs = replace(inputs, completion_ids=inputs.completion_ids % 30)
+    closed = bias.detach().index_fill(0, torch.arange(30, 37), -INF).requires_grad_()
+    out, grads = linear_loss_and_grads(hidden, weight, closed, inputs, config, impl=impl)
+    cut = [hidden, weight.detach()[:30].requires_grad_(), bias.detach()[:30].requires_grad_()]
+    expected, cut_grads = linear_loss_and_grads(*cut, inputs, config, impl=impl)
+    assert_close_to_truth("loss", out.loss, expected.loss, rtol=1e-12)
+    assert_close_to_truth("dX", grads[0], cut_grads[0], rtol=1e-12)
+    for name, actual, truth in (("dW", grads[1], cut_grads[1]), ("db", grads[2], cut_grads[2])):
+        assert_close_to_truth(name, actual[:30], truth, rtol=1e-12)
+        assert (actual[30:] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [-1e4, -200.0, 88.0, 1e4])
+def test_rows_of_large_or_all_negative_logits(offset, impl):
+    """A running maximum that starts at 0, or an exp without a maximum, breaks here."""
+    logits = torch.randn(4, 6, 33, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(24).view(4, 6)
+    shifted = (logits.double() + offset).float()
+    truth = selective_log_softmax(shifted.double(), index, return_entropy=True)
+    actual = selective_log_softmax(shifted, index, return_entropy=True, impl=impl)
+    for name, a, b in zip(("log-probs", "entropy"), actual, truth, strict=True):
+        assert_close_to_truth(name, a, b, rtol=1e-4 if abs(offset) > 1e3 else 2e-6)
+
+
+def test_a_certain_token_has_entropy_zero_and_no_gradient(impl):
+    logits = torch.full((1, 1, 4), -INF)
+    logits[..., 2] = 7.0
+    logits.requires_grad_()
+    logps, entropy = selective_log_softmax(logits, torch.tensor([[2]]), return_entropy=True, impl=impl)
+    (logps + entropy).sum().backward()
+    assert logps.item() == 0.0 and entropy.item() == 0.0 and (logits.grad == 0).all()
+
+
+def test_bfloat16_extremes_do_not_overflow(impl):
+    logits = torch.tensor([[[3e38, 3e38, -3e38, 0.0]]], dtype=torch.bfloat16, requires_grad=True)
+    logps, entropy = selective_log_softmax(logits, torch.tensor([[0]]), return_entropy=True, impl=impl)
+    (logps + entropy).sum().backward()
+    assert logps.item() == pytest.approx(-math.log(2)) and entropy.item() == pytest.approx(math.log(2))
+    assert_finite(logits.grad)
+
+
+# ---- extreme ratios
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_an_overflowing_ratio_is_never_nan(loss_type, level, impl):
+    """exp(200) is inf in fp32. Clipped (A > 0) or without advantage its gradient is exactly 0, where TRL has NaN."""
+    inputs = boundary_inputs(level=level).to(torch.float32)
+    advantages = inputs.advantages.abs()
+    advantages[3] = 0.0
+    old = inputs.old_per_token_logps.clone()
+    old[3:5] -= 200.0
+    config = GRPOLossConfig(
+        loss_type=loss_type, importance_sampling_level=level, max_completion_length=24, epsilon_high=1.3
+    )
+    out, grad = loss_and_grad(replace(inputs, advantages=advantages, old_per_token_logps=old), config, impl=impl)
+    assert_finite(out.loss, grad, *out.metrics.values())
+    if loss_type not in ("cispo", "vespo"):
+        assert (grad[3:5] == 0).all()
+
+
+def test_an_overflowing_ratio_with_negative_advantage_is_infinite_not_nan(impl):
+    inputs = boundary_inputs().to(torch.float32)
+    old = inputs.old_per_token_logps.clone()
+    old[0, 0] -= 200.0  # A < 0: the surrogate is unbounded there, as in TRL
+    inputs = replace(inputs, old_per_token_logps=old)
+    out, _ = loss_and_grad(inputs, GRPOLossConfig(), impl=impl)
+    assert out.loss.item() == INF
+    for bound in ({"delta": 2.0}, {"dual_clip": 3.0}):
+        out, grad = loss_and_grad(inputs, GRPOLossConfig(**bound), impl=impl)
+        assert_finite(out.loss, grad)
+
+
+def test_a_dropped_sequence_stays_silent_even_with_an_infinite_loss(impl):
+    inputs = boundary_inputs().to(torch.float32)
+    old = inputs.old_per_token_logps.clone()
+    old[0] -= 200.0
+    sampling = inputs.sampling_per_token_logps.clone()
+    sampling[0] += 50.0
+    inputs = replace(inputs, old_per_token_logps=old, sampling_per_token_logps=sampling)
+    out, grad = loss_and_grad(inputs, GRPOLossConfig(off_policy_mask_threshold=10.0), impl=impl)
+    assert_finite(out.loss, grad)
+    assert (grad[0] == 0).all()
+
+
+# ---- targets
+
+
+@pytest.mark.parametrize("bad", [-1, -100, 37, 10**12])
+def test_a_target_outside_the_vocabulary_raises_on_the_cpu(bad, impl):
+    inputs = boundary_inputs()
+    ids = inputs.completion_ids.clone()
+    ids[0, 0] = bad
+    head = random_head(inputs)
+    with pytest.raises(ValueError, match=r"\[0, 37\).*completion_mask"):
+        grpo_loss(inputs.logits, ids, inputs.advantages, completion_mask=inputs.completion_mask, impl=impl)
+    with pytest.raises(ValueError, match=r"\[0, 37\)"):
+        linear_grpo_loss(*head[:2], ids, inputs.advantages, completion_mask=inputs.completion_mask, impl=impl)
+    with pytest.raises(ValueError, match=r"\[0, 37\)"):
+        selective_log_softmax(inputs.logits, ids, impl=impl)
+    with pytest.raises(ValueError, match=r"\[0, 37\)"):
+        linear_selective_log_softmax(*head[:2], ids, impl=impl)
+
+
+def test_where_looking_would_sync_a_bad_target_poisons_its_row_only(impl):
+    """The implementations see unchecked targets on accelerators: NaN in that row, nothing elsewhere."""
+    module = resolve_impl(impl, "cpu")
+    logits = torch.randn(3, 5, requires_grad=True)
+    index = torch.tensor([1, 5, -1])
+    logps, entropy = module.selective_log_softmax(logits, index, LogitTransform(), return_entropy=True, row_mask=None)
+    assert logps.isnan().tolist() == [False, True, True]
+    assert_finite(entropy)
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    logps, entropy = module.linear_selective_log_softmax(
+        hidden, weight, None, index, LogitTransform(), return_entropy=True
+    )
+    assert logps.isnan().tolist() == [False, True, True]
+    logps.sum().backward()
+    assert hidden.grad.isnan().any(-1).tolist() == [False, True, True]
+
+
+# ---- traps that peers fell into
+
+
+def test_trap_sequence_gradient_couples_all_tokens_of_its_sequence(impl):
+    """Moving one token's logits changes the gradient of its sequence mates (old versions elsewhere lost this)."""
+    inputs = boundary_inputs(level="sequence")
+    config = GRPOLossConfig(importance_sampling_level="sequence", beta=0.2, epsilon=0.9, epsilon_high=9.0)
+    _, grad = loss_and_grad(inputs, config, impl=impl)
+    old = inputs.old_per_token_logps.clone()
+    old[2, 0] += 0.1
+    _, moved = loss_and_grad(replace(inputs, old_per_token_logps=old), config, impl=impl)
+    changed = (grad != moved).any(-1)
+    assert changed[2, 1:5].all() and not changed[[0, 1, 3, 4, 5, 6, 7]].any()
+
+
+def test_trap_no_collective_hides_in_the_normaliser(impl, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a loss must not communicate")
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    loss_and_grad(boundary_inputs(), GRPOLossConfig(loss_type="dapo"), impl=impl)
+
+
+def test_trap_luspo_sums_only_unmasked_tokens(impl):
+    inputs, config = boundary_inputs(level="sequence"), GRPOLossConfig("luspo", "sequence", epsilon=0.9)
+    out, _ = loss_and_grad(inputs, config, impl=impl)
+    lengths = inputs.completion_mask.sum(-1)
+    ratio = (inputs.logits.log_softmax(-1).gather(-1, inputs.completion_ids[..., None])[..., 0]) - (
+        inputs.old_per_token_logps
+    )
+    ratio = ((ratio * inputs.completion_mask).sum(-1) / lengths).exp().clamp(0.1, 1.9)
+    torch.testing.assert_close(out.loss.detach(), -(ratio * inputs.advantages * lengths).mean())
+
+
+def test_trap_clip_metrics_use_strict_inequalities(impl):
+    """A ratio of exactly 1 ± epsilon is not clipped (and clamp passes its gradient)."""
+    logits = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
+    half = math.log(0.5)
+    old = torch.tensor([[half - math.log(1.5), half - math.log(0.5)]], dtype=torch.float64)
+    for advantage, name in ((1.0, "high"), (-1.0, "low")):
+        out = grpo_loss(
+            logits,
+            torch.zeros(1, 2, dtype=torch.long),
+            torch.tensor([advantage], dtype=torch.float64),
+            old_per_token_logps=old,
+            config=GRPOLossConfig(epsilon=0.5 + 1e-12),
+            impl=impl,
+        )
+        assert out.metrics[f"clip_ratio/{name}_mean"] == 0.0
+        assert (torch.autograd.grad(out.loss, logits)[0] != 0).all()
+
+
+def test_trap_entropy_and_kl_are_those_of_the_tempered_distribution(impl):
+    inputs = boundary_inputs()
+    config = GRPOLossConfig(temperature=0.5, beta=0.1)
+    out, _ = loss_and_grad(inputs, config, impl=impl)
+    expected, _ = loss_and_grad(replace(inputs, logits=inputs.logits / 0.5), GRPOLossConfig(beta=0.1), impl=impl)
+    torch.testing.assert_close(out.entropy, expected.entropy)
+    torch.testing.assert_close(out.metrics["kl"], expected.metrics["kl"])
+
+
+def test_trap_vespo_counts_the_sampler_ratio_of_each_token_once(impl):
+    inputs = boundary_inputs()
+    config = GRPOLossConfig(loss_type="vespo", importance_sampling_mode="token_truncate")
+    out, _ = loss_and_grad(inputs, config, impl=impl)
+    # Folding the ratio into the old log-probs must give the same weights, as long as nothing is truncated.
+    wide = replace(config, importance_sampling_clip_max=1e9)
+    folded = replace(inputs, old_per_token_logps=inputs.sampling_per_token_logps)
+    plain, _ = loss_and_grad(folded, GRPOLossConfig(loss_type="vespo"), impl=impl)
+    corrected, _ = loss_and_grad(inputs, wide, impl=impl)
+    torch.testing.assert_close(corrected.loss, plain.loss)
+    assert out.loss.isfinite()
+
+
+def test_trap_inputs_are_never_modified(impl):
+    inputs, config = boundary_inputs(), full_config()
+    before = {name: value.clone() for name, value in vars(inputs).items() if value is not None}
+    loss_and_grad(inputs, config, impl=impl)
+    linear_loss_and_grads(*random_head(inputs), inputs, config, impl=impl)
+    for name, value in before.items():
+        torch.testing.assert_close(getattr(inputs, name), value, rtol=0, atol=0)
+
+
+def test_trap_results_are_deterministic(impl):
+    inputs, config = packed(boundary_inputs()).to(torch.float32), full_config(level="sequence")
+    runs = [loss_and_grad(inputs, config, impl=impl) for _ in range(3)]
+    for out, grad in runs[1:]:
+        torch.testing.assert_close((out.loss, grad), (runs[0][0].loss, runs[0][1]), rtol=0, atol=0)
+
+
+def test_trap_a_row_does_not_depend_on_the_other_rows(impl):
+    """Batch invariance: the trainer's log-probs must not drift with the micro-batch size."""
+    logits, ids = boundary_inputs().logits.float(), boundary_inputs().completion_ids
+    whole = selective_log_softmax(logits, ids, return_entropy=True, impl=impl)
+    for part in (slice(0, 1), slice(2, 7)):
+        alone = selective_log_softmax(logits[part], ids[part], return_entropy=True, impl=impl)
+        torch.testing.assert_close(alone, (whole[0][part], whole[1][part]), rtol=0, atol=0)
+
+
+def test_trap_a_zero_gradient_would_be_noticed(impl):
+    """The inputs of these tests give most unmasked rows a gradient well above every tolerance used here."""
+    for level in ("token", "sequence"):
+        inputs = boundary_inputs(level=level)
+        _, grad = loss_and_grad(inputs, GRPOLossConfig(importance_sampling_level=level), impl=impl)
+        size = grad.abs().amax(-1)[inputs.completion_mask]
+        assert (size > 1e-3 * grad.abs().max()).double().mean() > 0.5
