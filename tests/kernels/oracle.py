@@ -95,6 +95,33 @@ def assert_every_branch_is_hit(log_ratio: Tensor, inputs: LossInputs, config: GR
         assert share >= 0.05, f"only {share:.1%} of the tokens are {name}: these inputs cannot test that branch"
 
 
+def full_config(loss_type: str = "grpo", level: str = "token", **extra) -> GRPOLossConfig:
+    """Every term of the loss switched on; for `boundary_inputs` of the default size."""
+    values = {
+        "loss_type": loss_type,
+        "importance_sampling_level": level,
+        "epsilon_high": 1.3 if loss_type == "cispo" else 0.28,
+        "beta": 0.1,
+        "entropy_coef": 0.02,
+        "top_entropy_quantile": 0.8,
+        "importance_sampling_mode": "token_truncate",
+        "off_policy_mask_threshold": 0.02,
+        "max_completion_length": 24,
+    }
+    return GRPOLossConfig(**{**values, **extra})
+
+
+def random_head(
+    inputs: LossInputs, *, hidden_size: int = 8, dtype: torch.dtype = torch.float64, bias: bool = True
+) -> list[Tensor | None]:
+    """Leaves hidden (..., H), weight (V, H) and bias (V,) or None for the tokens and vocabulary of `inputs`."""
+    generator = torch.Generator().manual_seed(5)
+    vocab = inputs.logits.shape[-1]
+    shapes = [(*inputs.completion_ids.shape, hidden_size), (vocab, hidden_size), (vocab,)][: 2 + bias]
+    leaves = [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+    return leaves if bias else [*leaves, None]
+
+
 def packed(inputs: LossInputs) -> LossInputs:
     """The unmasked tokens of padded inputs, one sequence after the other."""
     mask = inputs.completion_mask

@@ -20,39 +20,15 @@ from tests.kernels.oracle import (
     LOSS_LEVELS,
     assert_close_to_truth,
     boundary_inputs,
+    full_config,
     linear_loss_and_grads,
     loss_and_grad,
     packed,
+    random_head,
 )
 
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 NAN, INF = math.nan, math.inf
-
-
-def full_config(loss_type="grpo", level="token", **extra):
-    """Every term switched on."""
-    return GRPOLossConfig(
-        **{
-            "loss_type": loss_type,
-            "importance_sampling_level": level,
-            "beta": 0.1,
-            "entropy_coef": 0.02,
-            "top_entropy_quantile": 0.8,
-            "importance_sampling_mode": "token_mask",
-            "off_policy_mask_threshold": 0.02,
-            "max_completion_length": 24,
-            **extra,
-        }
-    )
-
-
-def random_head(inputs, dtype=torch.float64):
-    """Hidden states, weight and bias for the tokens of `inputs`, V = 37."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = ((*inputs.completion_ids.shape, 8), (37, 8), (37,))
-    return [
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes
-    ]
 
 
 def assert_finite(*tensors):
@@ -311,112 +287,3 @@ def test_where_looking_would_sync_a_bad_target_poisons_its_row_only(impl):
     assert logps.isnan().tolist() == [False, True, True]
     logps.sum().backward()
     assert hidden.grad.isnan().any(-1).tolist() == [False, True, True]
-
-
-# ---- traps that peers fell into
-
-
-def test_trap_sequence_gradient_couples_all_tokens_of_its_sequence(impl):
-    """Moving one token's logits changes the gradient of its sequence mates (old versions elsewhere lost this)."""
-    inputs = boundary_inputs(level="sequence")
-    config = GRPOLossConfig(importance_sampling_level="sequence", beta=0.2, epsilon=0.9, epsilon_high=9.0)
-    _, grad = loss_and_grad(inputs, config, impl=impl)
-    old = inputs.old_per_token_logps.clone()
-    old[2, 0] += 0.1
-    _, moved = loss_and_grad(replace(inputs, old_per_token_logps=old), config, impl=impl)
-    changed = (grad != moved).any(-1)
-    assert changed[2, 1:5].all() and not changed[[0, 1, 3, 4, 5, 6, 7]].any()
-
-
-def test_trap_no_collective_hides_in_the_normaliser(impl, monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("a loss must not communicate")
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    loss_and_grad(boundary_inputs(), GRPOLossConfig(loss_type="dapo"), impl=impl)
-
-
-def test_trap_luspo_sums_only_unmasked_tokens(impl):
-    inputs, config = boundary_inputs(level="sequence"), GRPOLossConfig("luspo", "sequence", epsilon=0.9)
-    out, _ = loss_and_grad(inputs, config, impl=impl)
-    lengths = inputs.completion_mask.sum(-1)
-    ratio = (inputs.logits.log_softmax(-1).gather(-1, inputs.completion_ids[..., None])[..., 0]) - (
-        inputs.old_per_token_logps
-    )
-    ratio = ((ratio * inputs.completion_mask).sum(-1) / lengths).exp().clamp(0.1, 1.9)
-    torch.testing.assert_close(out.loss.detach(), -(ratio * inputs.advantages * lengths).mean())
-
-
-def test_trap_clip_metrics_use_strict_inequalities(impl):
-    """A ratio of exactly 1 ± epsilon is not clipped (and clamp passes its gradient)."""
-    logits = torch.zeros(1, 2, 2, dtype=torch.float64, requires_grad=True)
-    half = math.log(0.5)
-    old = torch.tensor([[half - math.log(1.5), half - math.log(0.5)]], dtype=torch.float64)
-    for advantage, name in ((1.0, "high"), (-1.0, "low")):
-        out = grpo_loss(
-            logits,
-            torch.zeros(1, 2, dtype=torch.long),
-            torch.tensor([advantage], dtype=torch.float64),
-            old_per_token_logps=old,
-            config=GRPOLossConfig(epsilon=0.5 + 1e-12),
-            impl=impl,
-        )
-        assert out.metrics[f"clip_ratio/{name}_mean"] == 0.0
-        assert (torch.autograd.grad(out.loss, logits)[0] != 0).all()
-
-
-def test_trap_entropy_and_kl_are_those_of_the_tempered_distribution(impl):
-    inputs = boundary_inputs()
-    config = GRPOLossConfig(temperature=0.5, beta=0.1)
-    out, _ = loss_and_grad(inputs, config, impl=impl)
-    expected, _ = loss_and_grad(replace(inputs, logits=inputs.logits / 0.5), GRPOLossConfig(beta=0.1), impl=impl)
-    torch.testing.assert_close(out.entropy, expected.entropy)
-    torch.testing.assert_close(out.metrics["kl"], expected.metrics["kl"])
-
-
-def test_trap_vespo_counts_the_sampler_ratio_of_each_token_once(impl):
-    inputs = boundary_inputs()
-    config = GRPOLossConfig(loss_type="vespo", importance_sampling_mode="token_truncate")
-    out, _ = loss_and_grad(inputs, config, impl=impl)
-    # Folding the ratio into the old log-probs must give the same weights, as long as nothing is truncated.
-    wide = replace(config, importance_sampling_clip_max=1e9)
-    folded = replace(inputs, old_per_token_logps=inputs.sampling_per_token_logps)
-    plain, _ = loss_and_grad(folded, GRPOLossConfig(loss_type="vespo"), impl=impl)
-    corrected, _ = loss_and_grad(inputs, wide, impl=impl)
-    torch.testing.assert_close(corrected.loss, plain.loss)
-    assert out.loss.isfinite()
-
-
-def test_trap_inputs_are_never_modified(impl):
-    inputs, config = boundary_inputs(), full_config()
-    before = {name: value.clone() for name, value in vars(inputs).items() if value is not None}
-    loss_and_grad(inputs, config, impl=impl)
-    linear_loss_and_grads(*random_head(inputs), inputs, config, impl=impl)
-    for name, value in before.items():
-        torch.testing.assert_close(getattr(inputs, name), value, rtol=0, atol=0)
-
-
-def test_trap_results_are_deterministic(impl):
-    inputs, config = packed(boundary_inputs()).to(torch.float32), full_config(level="sequence")
-    runs = [loss_and_grad(inputs, config, impl=impl) for _ in range(3)]
-    for out, grad in runs[1:]:
-        torch.testing.assert_close((out.loss, grad), (runs[0][0].loss, runs[0][1]), rtol=0, atol=0)
-
-
-def test_trap_a_row_does_not_depend_on_the_other_rows(impl):
-    """Batch invariance: the trainer's log-probs must not drift with the micro-batch size."""
-    logits, ids = boundary_inputs().logits.float(), boundary_inputs().completion_ids
-    whole = selective_log_softmax(logits, ids, return_entropy=True, impl=impl)
-    for part in (slice(0, 1), slice(2, 7)):
-        alone = selective_log_softmax(logits[part], ids[part], return_entropy=True, impl=impl)
-        torch.testing.assert_close(alone, (whole[0][part], whole[1][part]), rtol=0, atol=0)
-
-
-def test_trap_a_zero_gradient_would_be_noticed(impl):
-    """The inputs of these tests give most unmasked rows a gradient well above every tolerance used here."""
-    for level in ("token", "sequence"):
-        inputs = boundary_inputs(level=level)
-        _, grad = loss_and_grad(inputs, GRPOLossConfig(importance_sampling_level=level), impl=impl)
-        size = grad.abs().amax(-1)[inputs.completion_mask]
-        assert (size > 1e-3 * grad.abs().max()).double().mean() > 0.5

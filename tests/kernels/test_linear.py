@@ -12,11 +12,13 @@ from tests.kernels.oracle import (
     LOSS_LEVELS,
     assert_close_to_truth,
     boundary_inputs,
+    full_config,
     linear_loss_and_grads,
     packed,
+    random_head,
 )
 
-H, V = 8, 37
+H, V = 8, 37  # of `random_head` and `boundary_inputs`
 HEADS = {
     "plain": {},
     "temperature": {"temperature": 0.6},
@@ -49,14 +51,6 @@ class OperatorLog(TorchDispatchMode):
         return found
 
 
-def make_head(inputs, *, dtype=torch.float64, bias=True, seed=5):
-    generator = torch.Generator().manual_seed(seed)
-    vocab = inputs.logits.shape[-1]
-    shapes = ((*inputs.completion_ids.shape, H), (vocab, H)) + (((vocab,),) if bias else ())
-    tensors = [torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
-    return tensors if bias else [*tensors, None]
-
-
 def on_policy_boundary(inputs, head, config):
     """Inputs whose old, reference and sampling log-probs surround the ones this head produces."""
     hidden, weight, bias = (None if x is None else x.detach().double() for x in head)
@@ -84,18 +78,10 @@ def materialised(head, inputs, config, **keywords):
     return out, [None if x is None else x.grad for x in leaves]
 
 
-def full_config(loss_type="grpo", level="token", **extra):
-    return GRPOLossConfig(
-        **{
-            "loss_type": loss_type,
-            "importance_sampling_level": level,
-            "beta": 0.1,
-            "entropy_coef": 0.02,
-            "importance_sampling_mode": "token_truncate",
-            "max_completion_length": 24,
-            **extra,
-        }
-    )
+def smooth_config(loss_type="grpo", level="token", **extra):
+    """Every term without a threshold, so that rounding cannot switch a token on or off."""
+    values = {"top_entropy_quantile": 1.0, "off_policy_mask_threshold": None, **extra}
+    return full_config(loss_type, level, **values)
 
 
 def assert_same(actual, expected, rtol):
@@ -114,17 +100,17 @@ def assert_same(actual, expected, rtol):
 @pytest.mark.parametrize("options", HEADS)
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_equals_the_materialised_loss(options, bias, layout):
-    config = full_config(**HEADS[options])
+    config = smooth_config(**HEADS[options])
     inputs = boundary_inputs() if layout == "padded" else packed(boundary_inputs())
-    head = make_head(inputs, bias=bias)
+    head = random_head(inputs, bias=bias)
     inputs = on_policy_boundary(inputs, head, config)
     assert_same(linear_loss_and_grads(*head, inputs, config), materialised(head, inputs, config), rtol=1e-11)
 
 
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 def test_equals_the_materialised_loss_of_every_type(loss_type, level):
-    config, inputs = full_config(loss_type, level), packed(boundary_inputs())
-    head = make_head(inputs)
+    config, inputs = smooth_config(loss_type, level), packed(boundary_inputs())
+    head = random_head(inputs)
     inputs = on_policy_boundary(inputs, head, config)
     actual = linear_loss_and_grads(*head, inputs, config, num_items_in_batch=31)
     assert_same(actual, materialised(head, inputs, config, num_items_in_batch=31), rtol=1e-11)
@@ -134,7 +120,7 @@ def test_equals_the_materialised_loss_of_every_type(loss_type, level):
 def test_chunk_borders(rows, monkeypatch):
     inputs = boundary_inputs(B=8, T=4)
     inputs = packed(replace(inputs, completion_mask=torch.ones_like(inputs.completion_mask)))
-    config, head = full_config("grpo", "sequence"), make_head(inputs)
+    config, head = smooth_config("grpo", "sequence"), random_head(inputs)
     inputs = on_policy_boundary(inputs, head, config)
     expected = linear_loss_and_grads(*head, inputs, config)
     monkeypatch.setattr(reference, "CHUNK_LOGITS", rows * V + V - 1)
@@ -146,8 +132,8 @@ def test_chunk_borders(rows, monkeypatch):
 
 def test_logits_never_exist_whole(monkeypatch):
     inputs = boundary_inputs(V=211)
-    config = full_config(temperature=0.7, final_logit_softcapping=3.0, top_entropy_quantile=0.8)
-    head = make_head(inputs)
+    config = smooth_config(temperature=0.7, final_logit_softcapping=3.0, top_entropy_quantile=0.8)
+    head = random_head(inputs)
     inputs = on_policy_boundary(inputs, head, config)
     tokens = inputs.completion_ids.numel()
     monkeypatch.setattr(reference, "CHUNK_LOGITS", 16 * 211)
@@ -162,8 +148,8 @@ def test_logits_never_exist_whole(monkeypatch):
 
 
 def test_frozen_head_does_no_weight_gradient_work():
-    inputs, config = packed(boundary_inputs()), full_config()
-    hidden, weight, bias = make_head(inputs)
+    inputs, config = packed(boundary_inputs()), smooth_config()
+    hidden, weight, bias = random_head(inputs)
     inputs = on_policy_boundary(inputs, (hidden, weight, bias), config)
     expected = linear_loss_and_grads(hidden, weight, bias, inputs, config)[1]
 
@@ -185,8 +171,8 @@ def test_frozen_head_does_no_weight_gradient_work():
 
 
 def test_masked_rows_are_dropped_before_the_matmul():
-    inputs, config = boundary_inputs(), full_config()
-    head = make_head(inputs)
+    inputs, config = boundary_inputs(), smooth_config()
+    head = random_head(inputs)
     inputs = on_policy_boundary(inputs, head, config)
     kept = int(inputs.completion_mask.sum())
     with OperatorLog() as log:
@@ -199,7 +185,7 @@ def test_rows_without_gradient_are_not_recomputed():
     """Clipped tokens and tokens with A = 0 cost nothing in backward; with KL or entropy bonus all tokens count."""
     inputs = packed(boundary_inputs())
     advantages = inputs.advantages * (torch.arange(8) >= 4)
-    head = make_head(inputs)
+    head = random_head(inputs)
     for config in (GRPOLossConfig(), GRPOLossConfig(beta=0.1)):
         batch = replace(on_policy_boundary(inputs, head, config), advantages=advantages)
         out, grads = materialised(head, batch, config)
@@ -230,9 +216,9 @@ def away_from_the_bounds(inputs, head, config):
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_bf16_against_fp64_truth(weight_dtype, level):
-    config = full_config("grpo", level)
+    config = smooth_config("grpo", level)
     inputs = packed(boundary_inputs(level=level))
-    head = make_head(inputs, dtype=torch.bfloat16)
+    head = random_head(inputs, dtype=torch.bfloat16)
     inputs = away_from_the_bounds(on_policy_boundary(inputs, head, config), head, config)
     truth, truth_grads = linear_loss_and_grads(*(x.detach().double().requires_grad_() for x in head), inputs, config)
     head[1:] = [x.detach().to(weight_dtype).requires_grad_() for x in head[1:]]
@@ -261,8 +247,8 @@ def test_weight_gradient_is_accumulated_in_fp32(monkeypatch):
 
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_autocast_runs_the_matmuls_in_its_dtype(backward_inside):
-    inputs, config = packed(boundary_inputs()).to(torch.float32), full_config()
-    head = make_head(inputs, dtype=torch.float32)
+    inputs, config = packed(boundary_inputs()).to(torch.float32), smooth_config()
+    head = random_head(inputs, dtype=torch.float32)
     inputs = on_policy_boundary(inputs, head, config).to(torch.float32)
     rounded = [x.detach().bfloat16().requires_grad_() for x in head]
     expected, expected_grads = linear_loss_and_grads(*rounded, inputs, config)
@@ -290,8 +276,8 @@ def test_autocast_runs_the_matmuls_in_its_dtype(backward_inside):
 
 
 def test_autocast_leaves_fp64_alone():
-    inputs, config = packed(boundary_inputs()), full_config()
-    head = make_head(inputs)
+    inputs, config = packed(boundary_inputs()), smooth_config()
+    head = random_head(inputs)
     inputs = on_policy_boundary(inputs, head, config)
     expected = linear_loss_and_grads(*head, inputs, config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -299,8 +285,8 @@ def test_autocast_leaves_fp64_alone():
 
 
 def test_fp32_hidden_with_a_bf16_weight_computes_in_fp32():
-    inputs, config = packed(boundary_inputs()).to(torch.float32), full_config()
-    hidden, weight, _ = make_head(inputs, dtype=torch.bfloat16)
+    inputs, config = packed(boundary_inputs()).to(torch.float32), smooth_config()
+    hidden, weight, _ = random_head(inputs, dtype=torch.bfloat16)
     wide = [hidden.detach().float().requires_grad_(), weight, None]
     out, grads = linear_loss_and_grads(*wide, inputs, config)
     truth, truth_grads = linear_loss_and_grads(

@@ -13,6 +13,7 @@ from tests.kernels.oracle import (
     LOSS_LEVELS,
     assert_close_to_truth,
     boundary_inputs,
+    full_config,
     loss_and_grad,
     packed,
 )
@@ -22,27 +23,10 @@ RTOL = 2e-5  # fp32 against fp64
 pytestmark = pytest.mark.parametrize("impl", IMPLS)
 
 
-def rich_config(loss_type, level, **extra):
-    return GRPOLossConfig(
-        **{
-            "loss_type": loss_type,
-            "importance_sampling_level": level,
-            "beta": 0.1,
-            "entropy_coef": 0.02,
-            "top_entropy_quantile": 0.8,
-            "importance_sampling_mode": "token_truncate",
-            "off_policy_mask_threshold": 0.02,
-            "max_completion_length": 24,
-            "epsilon_high": 1.3 if loss_type == "cispo" else 0.28,
-            **extra,
-        }
-    )
-
-
 @pytest.mark.parametrize("cu_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 def test_packed_equals_padded(loss_type, level, cu_dtype, impl):
-    inputs, config = boundary_inputs(level=level), rich_config(loss_type, level)
+    inputs, config = boundary_inputs(level=level), full_config(loss_type, level)
     out, grad = loss_and_grad(inputs, config, num_items_in_batch=50)
     rows = packed(inputs)
     rows = replace(rows, cu_seqlens=rows.cu_seqlens.to(cu_dtype)).to(torch.float32)
@@ -63,7 +47,7 @@ def test_empty_sequences_in_a_packed_batch(level, impl):
     mask = inputs.completion_mask.clone()
     mask[0], mask[3], mask[-1] = False, False, False
     inputs = replace(inputs, completion_mask=mask)
-    config = rich_config("grpo", level)
+    config = full_config("grpo", level)
     out, grad = loss_and_grad(inputs, config)
     rows = packed(inputs)
     assert (rows.cu_seqlens.diff() == 0).sum() == 3
@@ -74,7 +58,7 @@ def test_empty_sequences_in_a_packed_batch(level, impl):
 
 def test_a_mask_inside_a_packed_sequence(impl):
     """Prompt or tool tokens may stay in the packed rows under a mask of 0."""
-    inputs, config = boundary_inputs(), rich_config("grpo", "sequence")
+    inputs, config = boundary_inputs(), full_config("grpo", "sequence")
     holes = inputs.completion_mask.clone()
     holes[:, 1::4] = False
     expected, grad = loss_and_grad(replace(inputs, completion_mask=holes), config)
@@ -88,7 +72,7 @@ def test_a_mask_inside_a_packed_sequence(impl):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_usual_view_of_the_model_s_logits(dtype, impl):
     """logits[:, -T-1:-1] of (B, prompt + T, V): no copy needed, and the gradient lands where the view looked."""
-    inputs, config = boundary_inputs().to(dtype), rich_config("dapo", "token")
+    inputs, config = boundary_inputs().to(dtype), full_config("dapo", "token")
     B, T, V = inputs.logits.shape
     whole = torch.randn(B, 5 + T + 1, V, dtype=dtype)
     whole[:, -T - 1 : -1] = inputs.logits
@@ -120,7 +104,7 @@ def test_other_strides(make, impl):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_masks_of_every_dtype_and_stride(dtype, contiguous, impl):
-    inputs, config = boundary_inputs(), rich_config("grpo", "token")
+    inputs, config = boundary_inputs(), full_config("grpo", "token")
     expected, grad = loss_and_grad(inputs, config, impl=impl)
     mask = inputs.completion_mask.to(dtype)
     if not contiguous:
@@ -164,7 +148,7 @@ def test_upstream_gradients_without_strides(impl):
     dense = torch.autograd.grad((logps, entropy), logits, (torch.ones(4, 6).double(), torch.ones(4, 6).double()))[0]
     torch.testing.assert_close(expanded, dense, rtol=0, atol=0)
 
-    inputs, config = boundary_inputs(), rich_config("grpo", "token")
+    inputs, config = boundary_inputs(), full_config("grpo", "token")
     _, grad = loss_and_grad(inputs, config, impl=impl)
     logits = inputs.logits.clone().requires_grad_()
     out = grpo_loss(
@@ -185,7 +169,7 @@ def test_inplace_is_accepted(impl):
 def test_outputs_have_the_callers_shape_and_are_detached(layout, impl):
     inputs = boundary_inputs().to(torch.bfloat16)
     inputs = inputs if layout == "padded" else packed(inputs)
-    config = rich_config("grpo", "token")
+    config = full_config("grpo", "token")
     weight, hidden = torch.eye(37, dtype=torch.bfloat16), inputs.logits.clone().requires_grad_()
     outs = [
         grpo_loss(hidden, inputs.completion_ids, inputs.advantages, config=config, **inputs.keywords(config)),
@@ -206,7 +190,7 @@ def test_micro_batches_add_up_as_documented(impl):
     lengths = inputs.completion_mask.sum(-1)
     n_total, s_total = int(lengths.sum()), len(lengths)
     for loss_type, level in LOSS_LEVELS:
-        config = rich_config(loss_type, level, top_entropy_quantile=1.0)
+        config = full_config(loss_type, level, top_entropy_quantile=1.0)
         whole, grad = loss_and_grad(inputs, config, num_items_in_batch=n_total)
         loss, grads = 0.0, []
         for part in (slice(0, 3), slice(3, 8)):
@@ -225,7 +209,7 @@ def test_micro_batches_add_up_as_documented(impl):
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 def test_rows_off_the_cpu_need_no_host_sync(loss_type, level, layout, impl):
     """Meta tensors hold no values: reading one, branching on one or a data-dependent shape raises."""
-    inputs, config = boundary_inputs(level=level), rich_config(loss_type, level)
+    inputs, config = boundary_inputs(level=level), full_config(loss_type, level)
     inputs = inputs if layout == "padded" else packed(inputs)
     keywords = {name: x.to("meta") for name, x in inputs.keywords(config).items() if x is not None}
     ids, advantages = inputs.completion_ids.to("meta"), inputs.advantages.to("meta")
