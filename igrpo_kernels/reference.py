@@ -20,6 +20,9 @@ from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 # Logits per chunk of the fused linear operation: 2^25 = 128 MiB in fp32, e.g. 220 tokens at V = 152k.
 CHUNK_LOGITS = 2**25
 
+# Smaller than log p of every p > 0 (fp32: -104, fp64: -746), so 0·(-inf) becomes an exact 0 and nothing else changes.
+_LOG_P_FLOOR = -1e4
+
 LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -136,8 +139,8 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
             target = z.gather(-1, in_vocab[:, None]).squeeze(-1) - log_z
             logps[chunk] = torch.where(index[chunk] == in_vocab, target, torch.nan)
             if return_entropy:
-                log_p = z - log_z[:, None]
-                entropy[chunk] = -_p_log_p(log_p.exp(), log_p).sum(-1)
+                log_p = z.sub_(log_z[:, None])
+                entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=_LOG_P_FLOOR)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, index, row_mask, log_norm, entropy)
         return logps, entropy
 
@@ -192,27 +195,26 @@ def _grad_logits(
     grad_entropy: Tensor | None,
 ) -> Tensor:
     """dloss/dx (m, V): dz_v = g_l·([v = target] - p_v) - g_H·p_v·(logp_v + H), then back through the transform."""
+    transform = head.transform
+    slope = transform.logit_scale / transform.temperature  # dz/dx without soft-capping
     x = head.logits(chunk)
-    log_p = transform_logits(x, head.transform) - log_norm[chunk][:, None]
+    log_p = transform_logits(x, transform).sub_(log_norm[chunk][:, None])  # may reuse x, unless x is needed below
     p = log_p.exp()
-    grad = torch.zeros_like(p)
+    if grad_entropy is None:
+        grad = p.neg_()
+    else:
+        weight = grad_entropy[chunk][:, None] * slope
+        grad = log_p.clamp_(min=_LOG_P_FLOOR).add_(entropy[chunk][:, None]).mul_(-weight).mul_(p)
     if grad_logps is not None:
-        g = grad_logps[chunk]
         target = index[chunk]
         in_vocab = target.clamp(0, p.shape[1] - 1)
-        g = torch.where(target == in_vocab, g, torch.nan)[:, None]  # a bad target poisons its row
-        grad = (-g * p).scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
-    if grad_entropy is not None:
-        grad = grad - grad_entropy[chunk][:, None] * (_p_log_p(p, log_p) + p * entropy[chunk][:, None])
-    transform = head.transform
+        # NaN: a bad target poisons its row
+        g = torch.where(target == in_vocab, grad_logps[chunk] * slope, torch.nan)[:, None]
+        grad = grad.mul_(g) if grad_entropy is None else grad.addcmul_(p, g, value=-1.0)
+        grad.scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
     if transform.final_logit_softcapping is not None:
-        grad = grad * (1.0 - torch.tanh(x * (transform.logit_scale / transform.final_logit_softcapping)).square())
-    return grad * (transform.logit_scale / transform.temperature)
-
-
-def _p_log_p(p: Tensor, log_p: Tensor) -> Tensor:
-    """p·log p with 0 where p = 0, whose log p may be -inf."""
-    return torch.where(p > 0, p * log_p, 0.0)
+        grad *= 1.0 - torch.tanh(x * (transform.logit_scale / transform.final_logit_softcapping)).square_()
+    return grad
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:

@@ -217,6 +217,20 @@ def test_an_empty_sequence_counts_in_the_mean_over_sequences(grpo_trainer_class)
         compare(config, inputs, trl_loss(grpo_trainer_class, inputs, config), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_zero_advantages(loss_type, level, grpo_trainer_class):
+    inputs = boundary_inputs(level=level)
+    inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(8) % 3 > 0))
+    config = GRPOLossConfig(
+        loss_type=loss_type,
+        importance_sampling_level=level,
+        off_policy_mask_threshold=-1.0,
+        max_completion_length=MAX_COMPLETION_LENGTH,
+        sapo_temperature_neg=SAPO_TEMPERATURE_NEG,
+    )
+    compare(config, inputs, trl_loss(grpo_trainer_class, inputs, config), rtol=1e-9)
+
+
 def test_unscored_sampler_tokens(grpo_trainer_class):
     inputs = boundary_inputs()
     sampling = inputs.sampling_per_token_logps.clone()
