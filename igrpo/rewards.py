@@ -1,0 +1,173 @@
+"""Reward functions, and how a configuration names them.
+
+A reward function is called as TRL calls it, ``f(prompts, completions, completion_ids, **columns)``: every argument is a
+list with one element per completion, and so is the result; None in it means "cannot be judged". Completions are
+strings, or lists of messages when the prompt is a conversation.
+
+Importing this module is cheap: reward workers start with it. math-verify and reasoning-gym load on first use.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from igrpo.answers import (
+    MATH_FUNCTIONS,
+    CompletionText,
+    completion_text,
+    explodes,
+    extract_answer,
+    judge,
+    read_reference,
+)
+
+
+def accuracy(completions: Sequence[CompletionText], solution: Sequence[str], **_: Any) -> list[float | None]:
+    """1.0 for the right answer, 0.0 for a wrong one or none, None where the reference cannot be read."""
+    scores = []
+    for completion, cell in zip(completions, solution, strict=True):
+        reference = read_reference(str(cell))
+        answer = extract_answer(completion_text(completion), words=reference.words, lines=reference.lines)
+        scores.append(judge(reference, answer))
+    return scores
+
+
+def format(completions: Sequence[CompletionText], **_: Any) -> list[float]:
+    """1.0 for exactly ``<think>…</think><answer>…</answer>``, one of each tag and only blanks around them; else 0.0."""
+    return [float(_well_formed(completion_text(completion))) for completion in completions]
+
+
+def _well_formed(text: str) -> bool:
+    single = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    return single and bool(re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL))
+
+
+def reasoning_gym_score(
+    completions: Sequence[CompletionText],
+    question: Sequence[str],
+    answer: Sequence[str | None],
+    metadata: Sequence[dict[str, Any]],
+    task_options: Sequence[dict[str, Any] | None] | None = None,
+    **_: Any,
+) -> list[float]:
+    """reasoning-gym's own score of the extracted answer, partial credit included.
+
+    The columns are those of a reasoning-gym entry; ``igrpo.data`` adds ``task_options``, which some scorers consult.
+    """
+    scores = []
+    for i, completion in enumerate(completions):
+        task = metadata[i]["source_dataset"]
+        reference = read_reference(answer[i] or "")
+        given = extract_answer(completion_text(completion), words=reference.number is None, lines=reference.lines)
+        if given is not None and not _harmless(task, given):
+            given = None
+        entry = {"question": question[i], "answer": answer[i], "metadata": metadata[i]}
+        options = json.dumps((task_options and task_options[i]) or {}, sort_keys=True)
+        scores.append(float(_reasoning_gym_task(task, options).score_answer(given, entry)))
+    return scores
+
+
+@cache
+def _reasoning_gym_task(task: str, options: str) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, **json.loads(options))
+
+
+EVALUATING_TASKS = {
+    "literal": frozenset({"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"}),
+    "formula": frozenset(
+        {"countdown", "puzzle24", "polynomial_multiplication", "simple_integration", "intermediate_integration"}
+    ),
+}
+"""reasoning-gym 0.1.25 tasks whose scorer runs ``eval`` (literal) or SymPy's ``parse_expr`` (formula) on the answer."""
+
+
+_SYMPY_NAMES = MATH_FUNCTIONS | {"asin", "acos", "atan", "Abs"}
+
+
+def _harmless(task: str, answer: str) -> bool:
+    """Whether the answer can do nothing but be compared, where reasoning-gym would execute it as Python."""
+    if task in EVALUATING_TASKS["literal"]:
+        if re.fullmatch(r"[\w\s]*", answer):
+            return True
+        try:
+            ast.literal_eval(answer)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return False
+    elif task in EVALUATING_TASKS["formula"]:
+        names = re.findall(r"[^\W\d]+", answer)
+        allowed = all((len(name) == 1 and name.isalpha()) or name in _SYMPY_NAMES for name in names)
+        return allowed and bool(re.fullmatch(r"[\w\s+\-*/^().]*", answer)) and not explodes(answer)
+    return True
+
+
+BUILTIN = {name: f"igrpo.rewards:{name}" for name in ("accuracy", "format", "reasoning_gym_score")}
+
+
+@dataclass(frozen=True, slots=True)
+class RewardFunction:
+    """A reward function by name, so that it travels to a worker process and is imported there.
+
+    Example: ``RewardFunction("accuracy", "igrpo.rewards:accuracy")``
+    """
+
+    name: str
+    """The ``<name>`` of ``rewards/<name>/…`` in the logs."""
+    path: str
+    """``package.module:function``"""
+
+    def load(self) -> Callable[..., Any]:
+        module, _, function = self.path.partition(":")
+        return getattr(importlib.import_module(module), function)
+
+
+def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
+    """Resolve the names of ``reward_funcs``: built-in ones, or ``package.module:function``; each is imported once here.
+
+    Raises:
+        ValueError: A name is unknown or given twice, or its module or function cannot be imported.
+    """
+    functions: list[RewardFunction] = []
+    for name in names:
+        if ":" in name:
+            short = name.partition(":")[2]
+            taken = {function.name for function in functions} | set(BUILTIN)
+            function = RewardFunction(name if short in taken else short, name)
+        elif name in BUILTIN:
+            function = RewardFunction(name, BUILTIN[name])
+        else:
+            near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.3)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            known = ", ".join(BUILTIN)
+            raise ValueError(f"unknown '{name}' (known: {known}, or package.module:function){hint}")
+        _check_loads(function)
+        if any(other.path == function.path for other in functions):
+            raise ValueError(f"'{name}' is given twice; use reward_weights to weigh it")
+        functions.append(function)
+    return functions
+
+
+def _check_loads(function: RewardFunction) -> None:
+    module, _, attribute = function.path.partition(":")
+    if module in ("", "__main__") or not attribute:
+        raise ValueError(f"'{function.path}' should read package.module:function")
+    try:
+        loaded = function.load()
+    except AttributeError as error:
+        near = difflib.get_close_matches(attribute, dir(importlib.import_module(module)), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"module '{module}' has no '{attribute}'{hint}") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"cannot import module '{module}' of '{function.path}': {reason}") from error
+    if not callable(loaded):
+        raise ValueError(f"'{function.path}' is a {type(loaded).__name__}, not a function")
