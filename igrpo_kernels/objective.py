@@ -258,8 +258,8 @@ def reduce_loss(
 
 
 def _times(a: Tensor, x: Tensor) -> Tensor:
-    """a·x for a constant a, with 0 · inf = 0 in value and in gradient."""
-    return torch.where(a == 0, 0.0, a * x)
+    """a·x for a constant a, with 0 · inf = 0 in value and in gradient. NaN stays NaN: a poisoned row must show."""
+    return torch.where((a == 0) & x.isinf(), 0.0, a * x)
 
 
 class _Exp(torch.autograd.Function):
@@ -274,4 +274,4 @@ class _Exp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        return torch.where(grad == 0, 0.0, grad * y)
+        return torch.where((grad == 0) & y.isinf(), 0.0, grad * y)

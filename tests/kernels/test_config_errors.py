@@ -205,7 +205,8 @@ def test_implementations_say_why_they_are_missing(monkeypatch):
         if reason != "available":
             with pytest.raises(RuntimeError) as error:
                 grpo_loss(LOGITS, IDS, ADVANTAGES, impl=name)
-            assert name in str(error.value) and reason in str(error.value)
+            assert f"impl={name!r} is not available: " in str(error.value)
+            assert "use impl='torch'" in str(error.value)  # a way out, whatever the reason
     with pytest.raises(ValueError, match=r"'fast'.*'torch'"):
         grpo_loss(LOGITS, IDS, ADVANTAGES, impl="fast")
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fast")

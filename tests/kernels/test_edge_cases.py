@@ -13,6 +13,7 @@ from igrpo_kernels import (
     linear_selective_log_softmax,
     selective_log_softmax,
 )
+from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.types import LogitTransform
 from tests.kernels.oracle import (
@@ -287,3 +288,18 @@ def test_where_looking_would_sync_a_bad_target_poisons_its_row_only(impl):
     assert logps.isnan().tolist() == [False, True, True]
     logps.sum().backward()
     assert hidden.grad.isnan().any(-1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_a_poisoned_row_shows_in_the_loss(loss_type, level, impl):
+    """Also where its advantage is 0: a wrong target is a bug in the caller, not a token without signal."""
+    inputs, config = boundary_inputs(level=level), full_config(loss_type, level, off_policy_mask_threshold=None)
+    inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(8) > 0))
+    config = replace(config, top_entropy_quantile=1.0)
+    module = resolve_impl(impl, "cpu")
+    for row in (0, 1):
+        ids = inputs.completion_ids.clone()
+        ids[row, 0] = 37
+        batch = TokenBatch.build(ids, inputs.advantages, dtype=torch.float64, **inputs.keywords(config))
+        loss, *_ = module.grpo_loss(inputs.logits, batch, config, None, inplace=False)
+        assert loss.isnan()

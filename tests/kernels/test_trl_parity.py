@@ -231,6 +231,25 @@ def test_zero_advantages(loss_type, level, grpo_trainer_class):
     compare(config, inputs, trl_loss(grpo_trainer_class, inputs, config), rtol=1e-9)
 
 
+def test_vespo_limits_each_token_before_the_sequence(grpo_trainer_class):
+    inputs = boundary_inputs()
+    old = inputs.old_per_token_logps.clone()
+    old[:, 0] += 30.0  # log-ratios of about -30 and +20: -10 in all, but 0 once the first is limited to -20
+    old[:, 1] -= 20.0
+    inputs, config = replace(inputs, old_per_token_logps=old), GRPOLossConfig(loss_type="vespo")
+    compare(config, inputs, trl_loss(grpo_trainer_class, inputs, config), rtol=1e-9)
+
+
+def test_vespo_drops_a_sequence_with_an_unknown_old_log_prob(grpo_trainer_class):
+    inputs = boundary_inputs()
+    old = inputs.old_per_token_logps.clone()
+    old[2, 1] = float("nan")
+    inputs, config = replace(inputs, old_per_token_logps=old), GRPOLossConfig(loss_type="vespo")
+    expected = trl_loss(grpo_trainer_class, inputs, config)
+    assert expected[0].isfinite() and (expected[1][2] == 0).all()
+    compare(config, inputs, expected, rtol=1e-9)
+
+
 def test_unscored_sampler_tokens(grpo_trainer_class):
     inputs = boundary_inputs()
     sampling = inputs.sampling_per_token_logps.clone()
