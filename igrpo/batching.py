@@ -84,9 +84,7 @@ def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list
     no loss, and leaving it out changes nothing but the work.
     """
     every_token_counts = config.beta > 0 or config.entropy_coef != 0
-    return [
-        s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)
-    ]
+    return [s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)]
 
 
 def micro_batches(
@@ -100,9 +98,7 @@ def micro_batches(
     ]
 
 
-def collate(
-    samples: Sequence[TrainingSample], totals: Denominators, loss_type: str, pad_token_id: int
-) -> MicroBatch:
+def collate(samples: Sequence[TrainingSample], totals: Denominators, loss_type: str, pad_token_id: int) -> MicroBatch:
     length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
     input_ids = torch.full((len(samples), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)

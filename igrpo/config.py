@@ -118,7 +118,7 @@ class TrainConfig:
 
     # --- rewards
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
-    """Names (`accuracy`, `format`, `reasoning_gym`) or `package.module:function`."""
+    """Names (`accuracy`, `format`, `reasoning_gym_score`) or `package.module:function`."""
     reward_weights: list[float] | None = None
     """One weight per function; null: all 1.0."""
     reward_timeout: float = 10.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import sys
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def coerce(key: str, value: Any) -> Any:
         return ",".join(map(str, value))
     if key == "scale_rewards" and isinstance(value, bool):  # TRL's older spelling
         return "group" if value else "none"
-    if get_origin(hint) is list and isinstance(value, str | int | float):
+    if any(get_origin(kind) is list for kind in kinds) and isinstance(value, str | int | float):
         return [value]
     return value
 
@@ -158,7 +159,7 @@ def field_docs() -> dict[str, str]:
 
     body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for node, following in zip(body, body[1:], strict=False):
+    for node, following in itertools.pairwise(body):
         if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
             docs[node.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
     return docs

@@ -42,9 +42,7 @@ def evaluate(
             )
             pending[i] = rewards.submit(problems[i], [completion], list(parts[i].messages))
     scored = [pending[i].result()[0] for i in range(len(problems))]
-    figures = {
-        f"eval/rewards/{name}": fmean(s.rewards[name] or 0.0 for s in scored) for name in scored[0].rewards
-    }
+    figures = {f"eval/rewards/{name}": fmean(s.rewards[name] or 0.0 for s in scored) for name in scored[0].rewards}
     return {
         "eval/accuracy": fmean(s.rewards[judge(config)] or 0.0 for s in scored),
         "eval/reward": fmean(s.reward for s in scored),

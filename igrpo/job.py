@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -64,7 +63,7 @@ class Job:
         figures = self.engine.push_weights(self.learner.named_tensors(), version)
         probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
         gap = fmean(
-            abs(e - l) for e, l in zip(self.engine.score(probe), self.learner.score(probe), strict=True)
+            abs(theirs - ours) for theirs, ours in zip(self.engine.score(probe), self.learner.score(probe), strict=True)
         )
         if not gap <= self.config.weight_sync_tolerance:
             raise EngineError(
@@ -107,9 +106,7 @@ class Job:
     def save(self) -> None:
         self.view.stage("checkpoint")
         state = {"step": self.step, "sampler": self.sampler.state_dict()}
-        saved = self.folder.save_checkpoint(
-            self.step, lambda path: self.learner.save(path, self.tokenizer, state), self.learner.accelerator
-        )
+        saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")
 
     def report(self, before: dict[str, float], after: dict[str, float]) -> None:
@@ -198,7 +195,10 @@ def _load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem
     }
     try:
         data = load_problems(
-            config.dataset_name, dataset_split=config.dataset_train_split, max_samples=config.max_train_samples, **options
+            config.dataset_name,
+            dataset_split=config.dataset_train_split,
+            max_samples=config.max_train_samples,
+            **options,
         )
         problems = [data[i] for i in range(len(data))]
         if not config.eval_samples:
@@ -250,8 +250,8 @@ def _fit_context(
     fitting = [p for p, part in zip(problems, parts, strict=True) if prompts.shortest_context(part) <= length]
     if not fitting:
         raise ConfigError(
-            f"no question fits a context of {length} tokens beside max_completion_length {config.max_completion_length}; "
-            "lower max_completion_length or raise vllm_max_model_length"
+            f"no question fits a context of {length} tokens beside max_completion_length = "
+            f"{config.max_completion_length}; lower max_completion_length or raise vllm_max_model_length"
         )
     if len(fitting) < len(problems):
         print(f"warning: {len(problems) - len(fitting)} of {len(problems)} questions are too long for a context of "

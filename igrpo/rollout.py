@@ -114,8 +114,8 @@ class Rollout:
         sent = flow.parts.bare if stage == "drafts" else flow.prompt_ids
         if result.prompt_ids != sent:
             raise EngineError(
-                f"row {flow.problem.index}: the engine read {len(result.prompt_ids)} prompt ids, not the {len(sent)} it "
-                "was sent; the learner would train on another context"
+                f"row {flow.problem.index}: the engine read {len(result.prompt_ids)} prompt ids, not the {len(sent)} "
+                "it was sent; the learner would train on another context"
             )
         tokens = sum(map(len, result.token_ids))
         if stage == "drafts":
@@ -131,9 +131,7 @@ class Rollout:
         outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, strict=True)
         return [Completion(ids, logprobs, text, reason, result.version) for ids, logprobs, text, reason in outputs]
 
-    def _advance(
-        self, i: int, flow: _Flow, step: int, stats: RolloutStats, on_event: OnEvent, start: float
-    ) -> None:
+    def _advance(self, i: int, flow: _Flow, step: int, stats: RolloutStats, on_event: OnEvent, start: float) -> None:
         """Takes scores that are ready: drafts lead to refinements, refinements end the flow."""
         if flow.pending is None or not (flow.pending.done() or self._must_wait()):
             return

@@ -11,8 +11,10 @@ import sys
 if __package__ in (None, ""):  # run as a script, this folder leads the path, and its types.py would hide Python's own
     sys.path[0] = sys.path[0].rpartition("igrpo")[0] or "."
 
+import os
 import signal
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -43,10 +45,24 @@ def train(config: TrainConfig) -> int:
     Raises:
         ConfigError: before anything is written.
     """
+    quiet_libraries()
     from igrpo.job import build
 
     with build(config) as job:
         return loop(job)
+
+
+def quiet_libraries() -> None:
+    """Loading bars and notices of other libraries would bury ours; whoever sets these variables keeps their say."""
+    for name, value in {
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def loop(job: Job) -> int:

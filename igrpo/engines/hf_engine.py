@@ -15,9 +15,7 @@ from igrpo.engines.base import EngineError, Request, Result
 class HFEngine:
     """See ``igrpo.engines.base.Engine``. Holds its own copy of the weights, as any engine does."""
 
-    def __init__(
-        self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
-    ):
+    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
         dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, dtype=dtype

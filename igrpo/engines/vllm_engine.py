@@ -34,9 +34,7 @@ class VLLMEngine:
         EngineError: vllm did not start.
     """
 
-    def __init__(
-        self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
-    ):
+    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self._set_environment(config)
         try:
@@ -57,6 +55,7 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",  # after temperature: what the loss needs
             "disable_log_stats": True,
             "generation_config": "vllm",  # no sampling defaults from the model's files
+            "use_tqdm_on_load": False,
             "seed": seed,
         }
         if self.on_cpu:
@@ -182,5 +181,3 @@ def _recording(
     for name, tensor in named_tensors:
         yield name, tensor
         sent[name] = tensor  # noted after the engine came back for the next one
-
-

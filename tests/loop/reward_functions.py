@@ -1,0 +1,23 @@
+"""Reward functions that tests name as ``tests.loop.reward_functions:NAME``, as a user names theirs."""
+
+from __future__ import annotations
+
+import time
+
+
+def low_bytes(completions, **_) -> list[float]:
+    """Share of characters below 'n': varies from sample to sample even for a random model."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ch < "n" for ch in text) / max(len(text), 1) for text in texts]
+
+
+def hangs_on_solution_13(completions, solution, **_) -> list[float]:
+    if solution[0] == "13":
+        time.sleep(3600)
+    return [0.0] * len(completions)
+
+
+def raises_on_solution_14(completions, solution, **_) -> list[float]:
+    if solution[0] == "14":
+        raise ZeroDivisionError("a user's bug")
+    return [0.0] * len(completions)

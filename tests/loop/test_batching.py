@@ -1,0 +1,84 @@
+"""Samples into micro-batches: rows point where the tokens are predicted, denominators add up for any split."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from igrpo.batching import Denominators, collate, contributing, count, micro_batches, training_samples
+from igrpo.config import TrainConfig
+from igrpo.types import Completion, Problem, RolloutGroup, Scored, TrainingSample
+
+
+def config(**settings) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+
+
+def sample(prompt: int, completion: int, advantage: float = 1.0, masked: bool = False) -> TrainingSample:
+    ids = tuple(range(100, 100 + completion))
+    return TrainingSample(tuple(range(prompt)), ids, tuple(-0.1 * i for i in ids), advantage, masked)
+
+
+def group(rewards, advantages, lengths, reasons=None, drafts=()) -> RolloutGroup:
+    reasons = reasons or ["stop"] * len(lengths)
+    scored = tuple(
+        Scored(Completion((7,) * n, (-0.5,) * n, "x", reason, 0), {"accuracy": r}, r)
+        for r, n, reason in zip(rewards, lengths, reasons, strict=True)
+    )
+    return RolloutGroup(Problem(0, "q", "a"), drafts, None, (1, 2, 3), scored, tuple(advantages))
+
+
+def test_rows_are_the_positions_before_each_completion_token():
+    batch = collate([sample(3, 2, 1.5), sample(1, 4, -0.5)], Denominators(2, 6), "grpo", pad_token_id=0)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101], [0, 100, 101, 102, 103]]
+    assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5]
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.rows + 1], batch.completion_ids)
+    assert batch.rows.tolist() == [2, 3, 5, 6, 7, 8]
+    assert batch.cu_seqlens.tolist() == [0, 2, 6]
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.sampling_per_token_logps[2:].tolist() == pytest.approx([-10.0, -10.1, -10.2, -10.3])
+
+
+def test_padding_is_masked():
+    batch = collate([sample(2, 1), sample(4, 3)], Denominators(2, 4), "grpo", pad_token_id=9)
+    assert batch.input_ids[0].tolist() == [0, 1, 100, 9, 9, 9, 9]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("loss_type", "share"), [("grpo", 2 / 8), ("dr_grpo", 2 / 8), ("bnpo", 5 / 40), ("dapo", 1.0)])
+def test_shares_of_the_steps_denominator(loss_type, share):
+    batch = collate([sample(1, 2), sample(1, 3)], Denominators(8, 40), loss_type, 0)
+    assert batch.scale == pytest.approx(share)
+
+
+def test_similar_lengths_share_a_micro_batch():
+    samples = [sample(1, n) for n in (2, 9, 3, 8)]
+    batches = micro_batches(samples, count(samples), config(per_device_train_batch_size=2, num_generations=2), 0)
+    assert [b.input_ids.shape for b in batches] == [(2, 10), (2, 4)]
+
+
+def test_zero_advantages_are_skipped_only_where_that_is_exact():
+    samples = [sample(1, 2, 0.0), sample(1, 2, 1.0), sample(1, 2, 1.0, masked=True), sample(1, 0, 1.0)]
+    assert contributing(samples, config()) == [samples[1]]
+    assert contributing(samples, config(beta=0.1)) == samples[:2]
+    assert contributing(samples, config(entropy_coef=0.1)) == samples[:2]
+
+
+def test_all_sequences_stay_in_the_denominators():
+    samples = [sample(1, 2, 0.0), sample(1, 3, 1.0), sample(1, 4, 1.0, masked=True)]
+    assert count(samples) == Denominators(sequences=3.0, tokens=5.0)
+
+
+def test_only_refinements_become_samples():
+    draft = Scored(Completion((5,), (-1.0,), "d", "stop", 0), {"accuracy": 1.0}, 1.0)
+    flat = group([1, 1], [0.0, 0.0], [2, 2])
+    mixed = group([1, 0], [0.7, -0.7], [2, 3], ["stop", "length"], drafts=(draft,))
+    kept = training_samples([flat, mixed], config())
+    assert [(s.advantage, s.masked, s.completion_ids) for s in kept] == [
+        (0.0, False, (7, 7)), (0.0, False, (7, 7)), (0.7, False, (7, 7)), (-0.7, False, (7, 7, 7)),
+    ]  # fmt: skip
+    assert all(s.prompt_ids == (1, 2, 3) for s in kept)
+    assert len(training_samples([flat, mixed], config(zero_variance="drop"))) == 2
+    masked = training_samples([mixed], config(mask_truncated_completions=True))
+    assert [s.masked for s in masked] == [False, True]

@@ -1,0 +1,55 @@
+"""Figures of a rollout, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from igrpo.config import TrainConfig
+from igrpo.metrics import copy_rate, rollout_metrics
+from igrpo.rollout import RolloutStats
+from igrpo.types import Completion, Problem, RolloutGroup, Scored
+
+
+def scored(accuracy, ids=(5, 6), fmt=1.0, reason="stop") -> Scored:
+    rewards = {"accuracy": accuracy, "format": fmt}
+    return Scored(Completion(ids, (-0.1,) * len(ids), "t", reason, 0), rewards, (accuracy or 0.0) + fmt)
+
+
+def group(drafts, chosen, refinements, advantages) -> RolloutGroup:
+    return RolloutGroup(Problem(0, "q", "a"), drafts, chosen, (1,), refinements, advantages)
+
+
+CONFIG = TrainConfig(model_name_or_path="m", dataset_name="d")
+STATS = RolloutStats(seconds=2.0, draft_tokens=30, refinement_tokens=10, prompt_tokens=100, cached_tokens=25)
+
+
+def test_two_groups_by_hand():
+    mixed = group((scored(1.0), scored(0.0)), 0, (scored(0.0, (5, 6)), scored(1.0, (7,), reason="length")), (-0.7, 0.7))
+    right = group((scored(0.0), scored(0.0)), 0, (scored(1.0), scored(1.0)), (0.0, 0.0))
+    m = rollout_metrics([mixed, right], STATS, CONFIG)
+    assert m["draft/accuracy"] == pytest.approx(0.25)
+    assert m["draft/best_accuracy"] == pytest.approx(0.5)
+    assert m["draft/best_accuracy_theory"] == pytest.approx(((1 - 0.5**2) + 0.0) / 2)
+    assert m["refinement/accuracy"] == pytest.approx(0.75)
+    assert m["reward"] == pytest.approx((1 + 2 + 2 + 2) / 4)
+    assert (m["frac_reward_zero_std"], m["frac_all_right"], m["frac_all_wrong"]) == (0.5, 0.5, 0.0)
+    assert m["completions/clipped_ratio"] == 0.25 and m["completions/mean_length"] == pytest.approx(7 / 4)
+    # Draft rewards are 2 and 1: the first group's pairs are worse (1 < 2) and equal, the second's both better.
+    assert (m["refinement/better_than_draft"], m["refinement/worse_than_draft"]) == (0.5, 0.25)
+    assert m["refinement/copies_draft"] == 0.75
+    assert (m["rollout/tokens_per_second"], m["rollout/prefix_cache_hit"]) == (20.0, 0.25)
+    assert m["rollout/rollouts_per_prompt"] == 4.0
+
+
+def test_scores_a_function_could_not_give_are_counted_apart():
+    one = group((), None, (scored(None), scored(1.0)), (-0.7, 0.7))
+    m = rollout_metrics([one], STATS, CONFIG)
+    assert m["rewards/accuracy/mean"] == 1.0 and m["rewards/accuracy/not_judged"] == 1.0
+    assert "draft/accuracy" not in m
+
+
+def test_copy_rate():
+    assert copy_rate((1, 2, 3, 4, 5), (1, 2, 3, 4, 9)) == 0.5
+    assert copy_rate((1, 2, 3, 4), (1, 2, 3, 4)) == 1.0
+    assert copy_rate((1, 2, 3), (3, 9)) == 0.5
+    assert copy_rate((), (1, 2, 3, 4)) == 0.0

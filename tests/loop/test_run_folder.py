@@ -1,0 +1,79 @@
+"""The run's folder: nothing overwritten, nothing half-written, no step logged twice after a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint
+
+ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
+
+
+def config(folder, **settings) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", output_dir=str(folder), **settings)
+
+
+def fill(path):
+    (path / "state").mkdir(parents=True)
+    (path / "state" / "loop.pt").write_text("x")
+
+
+def test_an_earlier_run_is_kept_under_another_name(tmp_path):
+    first = RunFolder(config(tmp_path / "run"), None, ALONE)
+    first.log_metrics(1, {"reward": 0.5})
+    second = RunFolder(config(tmp_path / "run"), None, ALONE)
+    third = RunFolder(config(tmp_path / "run"), None, ALONE)
+    assert json.loads((second.set_aside / "metrics.jsonl").read_text()) == {"step": 1, "reward": 0.5}
+    assert len({str(second.set_aside), str(third.set_aside), str(third.path)}) == 3
+    assert not (third.path / "metrics.jsonl").exists()
+
+
+def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
+    run = RunFolder(config(tmp_path / "run", resume_from_checkpoint="last"), None, ALONE)
+    run.save_checkpoint(2, fill)
+
+    def killed(path):
+        fill(path)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save_checkpoint(4, killed)
+    assert find_checkpoint(config(tmp_path / "run", resume_from_checkpoint="last")).name == "checkpoint-2"
+    RunFolder(config(tmp_path / "run"), 2, ALONE)
+    assert sorted(p.name for p in run.path.iterdir()) == ["checkpoint-2", "config.yaml"]
+
+
+def test_old_checkpoints_go_and_the_order_is_by_number(tmp_path):
+    run = RunFolder(config(tmp_path / "run", save_total_limit=2), None, ALONE)
+    for step in (8, 9, 10):
+        run.save_checkpoint(step, fill)
+    assert [p.name for p in checkpoints(run.path)] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path):
+    run = RunFolder(config(tmp_path / "run"), None, ALONE)
+    for step in (1, 2, 3):
+        run.log_metrics(step, {"reward": step})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "rew')  # cut by a kill
+    RunFolder(config(tmp_path / "run"), 2, ALONE)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_asking_for_a_checkpoint_that_is_not_there(tmp_path):
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        find_checkpoint(config(tmp_path / "run", resume_from_checkpoint="last"))
+    with pytest.raises(ConfigError, match="no checkpoint folder"):
+        find_checkpoint(config(tmp_path / "run", resume_from_checkpoint=str(tmp_path)))
+
+
+def test_only_the_main_process_touches_the_folder(tmp_path):
+    other = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    RunFolder(config(tmp_path / "run"), None, other)
+    assert os.listdir(tmp_path) == []

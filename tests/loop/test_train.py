@@ -1,0 +1,220 @@
+"""The whole program as a user runs it: real processes, a tiny random model, vLLM and the Hugging Face engine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+LOW_BYTES = "tests.loop.reward_functions:low_bytes"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def words(model: str, data: str, output: Path, **settings) -> list[str]:
+    options = {
+        "model_name_or_path": model, "dataset_name": data, "dataset_prompt_column": "question",
+        "dataset_solution_column": "answer", "output_dir": output, "system_prompt": "null", "use_cpu": True,
+        "bf16": False, "num_drafts": 3, "num_generations": 4, "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2, "max_completion_length": 10, "temperature": 1.0, "learning_rate": 1e-3,
+        "reward_funcs": f"[{LOW_BYTES}]", "gradient_checkpointing": False, "full_determinism": True,
+        "max_steps": 3, "save_steps": 2, "save_total_limit": "null", "draft_template": " [{draft}]", **settings,
+    }  # fmt: skip
+    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
+
+
+def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", "igrpo.train")) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def steps(folder: Path) -> list[dict]:
+    return [r for r in records(folder) if "reward" in r]
+
+
+TIMED = ("seconds", "per_second", "step_time", "core_hours", "peak_memory_gib")
+
+
+def untimed(record: dict) -> dict:
+    return {k: v for k, v in record.items() if not k.endswith(TIMED)}
+
+
+def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path):
+    """Drafts, selection, refinements, update, push, checkpoint; then 3 steps = 2 steps + resume 1, bit for bit."""
+    whole = tmp_path / "whole"
+    output = run(words(model, questions, whole, eval_samples=4))
+    assert "bare-prompt accuracy:" in output and "before" in output and "after" in output
+    logged = steps(whole)
+    assert [r["step"] for r in logged] == [1, 2, 3]
+    for r in logged:
+        # The engine samples from the weights of this very step: version and log-probabilities agree.
+        assert r["sync/version"] == r["step"] and r["sync/tensors_compared"] > 0
+        assert r["sync/probe_logp_gap"] < 1e-4
+        assert r["sampling/sampling_logp_difference/max"] < 1e-3
+        assert r["rollout/rollouts_per_prompt"] == 7.0 and r["grad_norm"] > 0.0
+        assert r["rollout/prefix_cache_hit"] >= 0.0
+    groups = records(whole, "completions.jsonl")
+    assert len(groups) == 3 * 2
+    for g in groups:
+        rewards = [d["reward"] for d in g["drafts"]]
+        assert len(rewards) == 3 and g["chosen"] == rewards.index(max(rewards))
+        assert len(g["refinements"]) == 4 and abs(sum(r["advantage"] for r in g["refinements"])) < 1e-6
+
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
+    for name in ("metrics.jsonl", "completions.jsonl", "config.yaml"):
+        shutil.copy(whole / name, resumed / name)
+    run(words(model, questions, resumed, eval_samples=4, resume_from_checkpoint="last"))
+    assert [r["step"] for r in steps(resumed)] == [1, 2, 3]
+    assert untimed(steps(resumed)[-1]) == untimed(logged[-1])
+    assert records(resumed, "completions.jsonl") == groups
+    _same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
+
+
+def _same_weights(a: Path, b: Path) -> None:
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_checkpoint_is_a_model_anyone_can_load(model, questions, tmp_path):
+    run(words(model, questions, tmp_path / "run", use_vllm=False, max_steps=1))
+    folder = tmp_path / "run" / "checkpoint-1"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("abc", return_tensors="pt").input_ids
+    start = AutoModelForCausalLM.from_pretrained(model)
+    assert not torch.equal(loaded(ids).logits, start(ids).logits)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+def test_killed_at_any_moment_and_resumed(model, questions, tmp_path):
+    """kill -9 while steps and saves go on; the run continues from a whole checkpoint and ends with every step once."""
+    settings = {"use_vllm": False, "save_steps": 1}
+    arguments = words(model, questions, tmp_path / "run", max_steps=200, save_total_limit=2, **settings)
+    process = subprocess.Popen([sys.executable, "-m", "igrpo.train", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(metrics.read_text().splitlines())
+    more = words(model, questions, tmp_path / "run", max_steps=done + 2, **settings)
+    output = run([*more, "--resume_from_checkpoint", "last"])
+    assert "resuming after step" in output
+    assert [r["step"] for r in steps(tmp_path / "run")] == list(range(1, done + 3))
+
+
+def test_grpo_through_accelerate_launch(model, questions, tmp_path):
+    settings = {"algorithm": "grpo", "use_vllm": False, "max_steps": 1, "loss_type": "dapo", "beta": 0.01}
+    run(
+        ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
+         "igrpo/train.py", *words(model, questions, tmp_path / "run", **settings)],
+        launcher=("-m", "accelerate.commands.launch"),
+    )  # fmt: skip
+    (only,) = steps(tmp_path / "run")
+    assert "draft/accuracy" not in only and only["rollout/rollouts_per_prompt"] == 4.0 and "kl" in only
+
+
+def test_two_processes_share_the_prompts_and_agree_on_the_weights(model, questions, tmp_path):
+    settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0}
+    run(
+        ["--cpu", "--multi_cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+         "--dynamo_backend", "no", "igrpo/train.py", *words(model, questions, tmp_path / "run", **settings)],
+        launcher=("-m", "accelerate.commands.launch"),
+    )  # fmt: skip
+    assert [r["step"] for r in steps(tmp_path / "run")] == [1, 2]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+
+
+def test_rewards_that_hang_or_raise_do_not_stop_the_run(model, tmp_path):
+    data = tmp_path / "traps.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "Q", "solution": str(i)}) + "\n" for i in range(10, 18)))
+    traps = ("hangs_on_solution_13", "raises_on_solution_14")
+    names = [LOW_BYTES, *(f"tests.loop.reward_functions:{name}" for name in traps)]
+    settings = {
+        "reward_funcs": f"[{', '.join(names)}]", "reward_timeout": 1.0, "use_vllm": False, "max_steps": 4,
+        "dataset_prompt_column": "prompt", "dataset_solution_column": "solution", "num_drafts": 2,
+    }  # fmt: skip
+    run(words(model, str(data), tmp_path / "run", **settings))
+    logged = steps(tmp_path / "run")
+    assert len(logged) == 4
+    # One problem hangs, one raises; each has 2 drafts and 4 refinements, and every one of them is counted.
+    total = {k: sum(r.get(k, 0.0) for r in logged) for k in {key for r in logged for key in r} if "rewards/" in k}
+    assert sum(v for k, v in total.items() if k.endswith("hangs_on_solution_13/timeouts")) == 6.0
+    assert sum(v for k, v in total.items() if k.endswith("raises_on_solution_14/errors")) == 6.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"dataset_prompt_column": "prompt"}, ("prompt", "question")),
+        ({"dataset_name": "nowhere.jsonl"}, ("nowhere.jsonl",)),
+        ({"reward_funcs": "[acuracy]"}, ("acuracy", "accuracy")),
+        ({"reward_funcs": "[tests.loop.reward_functions:nothing]"}, ("nothing",)),
+        ({"model_name_or_path": "./no-such-folder"}, ("model_name_or_path", "no-such-folder")),
+        ({"loss_type": "vespo"}, ("vespo", "vllm_importance_sampling_mode")),
+        ({"vllm_max_model_length": 12}, ("no question fits", "max_completion_length")),
+        ({"eval_samples": 20}, ("eval_samples", "dataset_test_split")),
+        ({"resume_from_checkpoint": "last"}, ("resume_from_checkpoint", "no checkpoint yet")),
+        ({"lr_scheduler_type": "sawtooth"}, ("lr_scheduler_type",)),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_mistakes_end_with_code_2_and_write_nothing(model, questions, tmp_path, settings, parts):
+    options = {"model": model, "data": questions}
+    arguments = words(**options, output=tmp_path / "run", use_vllm=False)
+    output = run([*arguments, *(w for k, v in settings.items() for w in (f"--{k}", str(v)))], code=2)
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    for part in parts:
+        assert part in line
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="needs GSM8K at ../shared/data/gsm8k beside the checkout")
+def test_real_gsm8k_rows_with_vllm(model, tmp_path):
+    settings = {
+        "reward_funcs": f"[accuracy, format, {LOW_BYTES}]", "max_steps": 1, "max_train_samples": 16,
+        "max_completion_length": 24, "bf16": True,
+    }  # fmt: skip
+    run(words(model, str(GSM8K), tmp_path / "run", **settings))
+    (only,) = steps(tmp_path / "run")
+    assert only["rewards/accuracy/not_judged"] == 0.0  # every `#### 72` was read as a number
+    assert only["sampling/sampling_logp_difference/mean"] < 0.1
+    assert all("####" in g["solution"] for g in records(tmp_path / "run", "completions.jsonl"))

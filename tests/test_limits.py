@@ -1,0 +1,34 @@
+"""Budgets that keep files readable: they grow past them only by changing this test."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FILES = sorted(p for d in ("igrpo", "igrpo_kernels", "scripts", "benchmarks") for p in (ROOT / d).rglob("*.py"))
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 400, 60, 120
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_and_functions_stay_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            limit = MAX_KERNEL if "kernel" in node.name or _jitted(node) else MAX_FUNCTION
+            assert _code_lines(node) <= limit, f"{node.name} has {_code_lines(node)} lines"
+
+
+def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of the function without its docstring."""
+    lines = node.end_lineno - node.lineno + 1
+    if ast.get_docstring(node) is not None:
+        lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+    return lines
+
+
+def _jitted(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    return any("jit" in ast.unparse(d) for d in node.decorator_list)
