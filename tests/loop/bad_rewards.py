@@ -121,7 +121,7 @@ def seen(prompts, completions, completion_ids, solution, level, **columns):
 
 
 def worker_modules(completions, **_):
-    heavy = {"torch", "transformers", "vllm", "accelerate", "pytest", "__mp_main__"}
+    heavy = {"torch", "transformers", "vllm", "accelerate", "pytest"}
     return [float(len(heavy & set(sys.modules)))] * len(completions)
 
 
