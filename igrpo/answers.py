@@ -2,9 +2,9 @@ r"""Reading the answer out of a completion, and comparing it with the reference 
 
 Reading (``extract_answer``). Exactly one passage of a completion counts, the first of these that is there: the last
 ``<answer>…</answer>``, the last ``\boxed{…}``, what follows the last ``####``, what follows the last "answer is" or
-"answer:", and otherwise the last number or formula (for a reference in words: the last line). Text before ``</think>``
-is not searched when anything follows it. Naming the right answer along the way, or several answers in the place of one,
-earns nothing.
+"answer:", the whole completion if it is one line without words, and otherwise the last number or formula (for a
+reference in words: the last line). Text before ``</think>`` is not searched when anything follows it. Naming the right
+answer along the way, or several answers in the place of one, earns nothing.
 
 Comparing (``judge``). Equal texts are equal. A reference that is a number accepts that number in any notation
 (thousands, units, currency, per cent, fractions, powers of ten) but no unevaluated arithmetic, so that repeating the
@@ -112,11 +112,17 @@ def extract_answer(text: str, *, words: bool = False, lines: int = 1) -> str | N
         return _limited(_stated(tail[announced[-1].end() :]))
     if words:
         return _limited("\n".join([line for line in tail.splitlines() if line.strip()][-lines:]))
+    if "\n" not in tail and _only_notation(tail):
+        return _limited(tail)
     if not (found := list(_LAST_EXPRESSION.finditer(tail))):
         return None
     last = found[-1]
     glued = re.match(r"[A-Za-z](?![A-Za-z])|[\^_]\S*", tail[last.end() :])  # 72x is not 72
     return _limited(last["a"] or last["b"] or last["c"] or last["number"] + (glued[0] if glued else ""))
+
+
+def _only_notation(line: str) -> bool:
+    return MATH_FUNCTIONS.issuperset(re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", line)))
 
 
 def _limited(answer: str) -> str | None:

@@ -41,6 +41,8 @@ def score(completion: str, reference: str) -> float | None:
         ("first 17, then 25 apples", "25"),
         ("we get 4 and $x = 72$.", "x = 72"),
         ("<think>72</think>", "72"),
+        (r"\frac{1}{2} \sqrt{3}", r"\frac{1}{2} \sqrt{3}"),
+        ("1 + 2", "1 + 2"),
         ("no idea", None),
         ("", None),
     ],
@@ -62,7 +64,7 @@ def test_an_overlong_answer_is_none():
 RIGHT = {
     "72": ["72", r"\boxed{72}", "#### 72", "The answer is $72.", "<answer>72 apples</answer>", r"\boxed{072}", "72%",
            "<answer>The answer is 72.</answer>", "<answer>x = 72</answer>", "<answer>48 + 24 = 72</answer>",
-           r"\boxed{72\text{ dollars}}", "<think>73</think> it is 72", "70 71 72", "<answer>about $72 a day</answer>"],
+           r"\boxed{72\text{ dollars}}", "<think>73</think> it is 72", "so 71 or 72", "<answer>about $72 a day</answer>"],
     "1,234": [r"\boxed{1234}", r"\boxed{1{,}234}", r"\boxed{1\,234}", r"\boxed{1,\!234}", "Costs $1,234.00 in total"],
     "He earns 3 * 4 = <<3*4=12>>12 a day.\n#### 12": [r"\boxed{12}", "<answer>12.0</answer>"],
     r"So the mass is $m=\boxed{4.5e33}$ g.": [r"\boxed{4.5 \times 10^{33}}", "<answer>4.5 x 10^33 g</answer>"],
@@ -77,7 +79,7 @@ RIGHT = {
     "52_8": [r"\boxed{52_{8}}", r"\boxed{52}"],
     r"3\sqrt{13}": [r"\boxed{\sqrt{117}}", "<answer>3*sqrt(13)</answer>", "<answer>3√13</answer>"],
     r"\frac{\pi}{2}": ["<answer>pi/2</answer>", "<answer>π/2</answer>"],
-    "x^3+3x-6": [r"\boxed{3x+x^3-6}", "<answer>x**3 + 3*x - 6</answer>"],
+    "x^3+3x-6": ["x^3 + 3x - 6", r"\boxed{3x+x^3-6}", "<answer>x**3 + 3*x - 6</answer>"],
     "1,-2": [r"\boxed{-2, 1}"],
     r"\left( 3, \frac{\pi}{2} \right)": [r"\boxed{(3,\frac{\pi}{2})}"],
     r"x \in [-2,7]": [r"\boxed{[-2,7]}"],
@@ -91,12 +93,12 @@ RIGHT = {
 }  # fmt: skip
 
 WRONG = {
-    "72": ["<answer>72 or 73</answer>", "<answer>71, 72, 73</answer>", r"\boxed{72 \text{ or } 73}", "72 71 70",
+    "72": ["<answer>72 or 73</answer>", "<answer>71, 72, 73</answer>", r"\boxed{72 \text{ or } 73}", "72 71", "70 71 72",
            r"\boxed{72} \boxed{73}", "<answer>72</answer><answer>5</answer>", "<answer>7</answer> 72", "", "It is 72x.",
            r"\boxed{48+24}", r"\boxed{\frac{144}{2}}", "<answer>144/2</answer>", r"\boxed{70 2}", r"\boxed{\infty}",
            r"\boxed{[71,73]}", r"\boxed{71<x<73}", r"\boxed{72\pm 1}", r"\boxed{\{71,72,73\}}", "<answer>72x</answer>",
            "<think>maybe 72</think>it is 73"],
-    "7": ["What is 3 + 4? 3 + 4", r"\boxed{3+4}", "<answer>3 + 4</answer>"],
+    "7": ["3 + 4","What is 3 + 4? 3 + 4", r"\boxed{3+4}", "<answer>3 + 4</answer>"],
     "2": ["<answer>x^2</answer>", "<answer>2x</answer>"],
     "3": ["<answer>-3</answer>", "<answer>2-3</answer>"],
     "3e-8": ["<answer>0</answer>"],
