@@ -209,8 +209,8 @@ class TrainConfig:
     """Seed of the data order, the sampling and the draft controls."""
     full_determinism: bool = False
     """Same seed, same run, bit for bit on the CPU: the engine waits for scores instead of running on."""
-    weight_sync_tolerance: float = 0.5
-    """Largest log-probability gap (nats) between engine and learner on the probe tokens after a weight push."""
+    weight_sync_tolerance: float = 0.2
+    """Largest mean log-probability gap (nats per token) of engine and learner on the probe after a weight push."""
 
     # --- evaluation
     eval_samples: int = 0

@@ -137,6 +137,8 @@ class VLLMEngine:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _recording(named_tensors, sent)})
         except Exception as error:  # whatever went wrong inside, the model is half loaded
             raise EngineError(f"the weight push of version {version} failed half-way: {error}") from error
+        if self.on_cpu:
+            self.llm.apply_model(_repack_tied_head)
         if not self.llm.reset_prefix_cache():
             raise EngineError("the prefix cache still holds blocks of the old weights")
         compared = self._compare(sent)
@@ -152,8 +154,9 @@ class VLLMEngine:
             raise EngineError("the engine took no tensor from the push")
 
         def differing(model: torch.nn.Module) -> tuple[int, list[str]]:
-            twins = [(n, p) for n, p in model.named_parameters() if n in sent and p.shape == sent[n].shape]
-            wrong = [n for n, p in twins if not torch.equal(p.data.cpu(), sent[n].to(p.dtype).cpu())]
+            twins = [(n, p) for n, p in model.named_parameters() if n in sent and _same_rows(p, sent[n])]
+            # An embedding may have rows of padding behind those that were sent.
+            wrong = [n for n, p in twins if not torch.equal(p.data[: len(sent[n])].cpu(), sent[n].to(p.dtype).cpu())]
             return len(twins), wrong
 
         compared = 0
@@ -173,6 +176,21 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+
+def _same_rows(kept: torch.Tensor, sent: torch.Tensor) -> bool:
+    return kept.dim() == sent.dim() and len(kept) >= len(sent) and kept.shape[1:] == sent.shape[1:]
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """The CPU backend multiplies by a repacked copy of the head. A reload renews the copies of layers that get tensors
+    of their own; a head tied to the embedding gets none and would go on sampling from the old weights."""
+    head = getattr(model, "lm_head", None)
+    if head is None or not hasattr(head, "cpu_linear"):
+        return
+    tied = any(m is not head and getattr(m, "weight", None) is head.weight for m in model.modules())
+    if tied:
+        head.quant_method.process_weights_after_loading(head)
 
 
 def _recording(
