@@ -81,9 +81,9 @@ def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list
     """Samples with a gradient.
 
     Without a KL term and an entropy bonus, every loss here is a multiple of the advantage: A = 0 has no gradient and
-    no loss, and leaving it out changes nothing but the work.
+    no loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others by entropy.
     """
-    every_token_counts = config.beta > 0 or config.entropy_coef != 0
+    every_token_counts = config.beta > 0 or config.entropy_coef != 0 or config.top_entropy_quantile < 1.0
     return [s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)]
 
 

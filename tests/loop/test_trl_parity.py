@@ -272,6 +272,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no clipping": {"max_grad_norm": 0.0},
     "hard clipping": {"max_grad_norm": 0.1},
     "other betas": {"adam_beta1": 0.8, "adam_beta2": 0.95},
+    "top entropy": {"top_entropy_quantile": 0.4, "mask_truncated_completions": True},
 }  # fmt: skip
 
 
