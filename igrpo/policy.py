@@ -6,6 +6,7 @@ padding positions never meet the vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,9 +104,21 @@ class Policy(nn.Module):
             sampling_per_token_logps=batch.sampling_per_token_logps,
             cu_seqlens=batch.cu_seqlens,
             num_items_in_batch=num_items_in_batch,
-            config=self.loss_config,
+            config=self._settings(batch, num_items_in_batch),
             impl=self.impl,
         )
+
+    def _settings(self, batch: MicroBatch, num_items_in_batch: float | None) -> GRPOLossConfig:
+        """The loss's settings, with an entropy bonus that adds up to a mean over the step's tokens.
+
+        The loss subtracts coef · (mean over this call's n_m tokens) and is then multiplied by ``batch.scale``, its
+        share of the *loss's* denominator: coef · (n_m / n) / scale makes the sum over micro-batches the mean over n.
+        """
+        settings = self.loss_config
+        if settings.entropy_coef == 0.0 or not num_items_in_batch or not batch.scale:
+            return settings
+        share = batch.completion_ids.numel() / num_items_in_batch
+        return replace(settings, entropy_coef=settings.entropy_coef * share / batch.scale)
 
     def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
         """Final hidden states of the positions that predict a completion token.

@@ -272,6 +272,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no clipping": {"max_grad_norm": 0.0},
     "hard clipping": {"max_grad_norm": 0.1},
     "other betas": {"adam_beta1": 0.8, "adam_beta2": 0.95},
+    "entropy bonus, cut completions": {"entropy_coef": 0.05, "mask_truncated_completions": True, **TWO_ITERATIONS},
     "top entropy": {"top_entropy_quantile": 0.4, "mask_truncated_completions": True},
 }  # fmt: skip
 
@@ -283,6 +284,14 @@ def test_variants(folder, data, initial, name):
     if "kl" in theirs.logs[0] and VARIANTS[name].get("gradient_accumulation_steps", 1) == 1:
         for mine, other in zip(ours.logs, theirs.logs, strict=True):
             assert mine["kl"] == pytest.approx(other["kl"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_entropy_bonus_is_the_mean_over_the_steps_tokens(folder, data, initial, loss_type):
+    """TRL averages the micro-batches' means, so here too its value depends on the split and ours is its unsplit one."""
+    settings = {"loss_type": loss_type, "entropy_coef": 0.05, "mask_truncated_completions": True}
+    theirs = trl_run(folder, data, **settings)
+    assert_same(our_run(folder, data, **settings, **TWO_MICRO_BATCHES), theirs, initial)
 
 
 SAMPLER_RATIOS: dict[str, dict[str, Any]] = {
