@@ -163,6 +163,30 @@ def test_row_gradients_are_the_objective_s_own(loss_type, level, layout):
     assert objective_and_row_gradients(*leaves, batch, replace(config, entropy_coef=0.0))[3] is None
 
 
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_masked_rows_of_the_objective_may_hold_nan(loss_type, level, layout):
+    """Kernels leave masked rows of their log-prob buffers unwritten and rely on this."""
+    config = make_config(loss_type, level, {**OPTIONS["all"], "off_policy_mask_threshold": 0.02})
+    if loss_type == "vespo":
+        config = replace(config, importance_sampling_mode="token_mask")
+    inputs = small_inputs(level)
+    mask = inputs.completion_mask.clone()
+    mask[:, 1] = False
+    keywords = {**inputs.keywords(config), "completion_mask": mask}
+    ids = inputs.completion_ids
+    if layout == "packed":
+        keywords = {name: None if x is None else x.flatten() for name, x in keywords.items()}
+        keywords["cu_seqlens"] = torch.arange(0, ids.numel() + 1, ids.shape[1])
+        ids = ids.flatten()
+    batch = TokenBatch.build(ids, inputs.advantages, dtype=torch.float64, **keywords)
+    rows = [x.flatten() for x in selective_log_softmax(inputs.logits, inputs.completion_ids, return_entropy=True)]
+    clean = objective_and_row_gradients(*rows, batch, config, 9)
+    dirty = objective_and_row_gradients(*(x.masked_fill(~batch.mask, torch.nan) for x in rows), batch, config, 9)
+    torch.testing.assert_close(dirty, clean, rtol=0, atol=0)
+    assert all((grad[~batch.mask] == 0).all() for grad in dirty[2:])
+
+
 def call(function, *tensors, inputs, config, **extra):
     return function(
         *tensors,

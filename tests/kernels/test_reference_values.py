@@ -4,7 +4,7 @@ Two sequences of three tokens over three words; the last token of the second seq
 the sampled tokens are P, their ratios to the old policy W, so that tokens fall on every side of the clip range.
 """
 
-from math import exp, log, sqrt
+from math import exp, log
 
 import pytest
 import torch
@@ -372,5 +372,30 @@ def test_per_token_advantages():
     check(GRPOLossConfig(loss_type="bnpo"), loss, dlogp, advantages=advantages)
 
 
-def test_hand_numbers_are_what_they_claim():
-    assert W_SEQ[0] == pytest.approx(1.1 ** (1 / 3)) and W_SEQ[1] == pytest.approx(sqrt(0.75))
+def test_an_empty_sequence_counts_in_clip_extremes_on_the_sequence_level_only():
+    only_second = torch.tensor([[0, 0, 0], [1, 1, 0]])  # its tokens: one of two clipped low; as a sequence: clipped
+    out, _ = evaluate(GRPOLossConfig(), completion_mask=only_second)
+    assert out.metrics["clip_ratio/low_min"].item() == pytest.approx(1 / 2)
+    config = GRPOLossConfig(importance_sampling_level="sequence", epsilon=0.1)
+    out, _ = evaluate(config, completion_mask=only_second)
+    assert out.metrics["clip_ratio/low_mean"].item() == pytest.approx(1 / 2)
+    assert out.metrics["clip_ratio/low_min"].item() == 0.0
+
+
+def test_unscored_sampler_tokens_are_left_out_of_the_differences_and_keep_ratio_one():
+    sampler = sampler_logps(RATIO)
+    sampler[0, 1] = float("nan")
+    out, _ = evaluate(GRPOLossConfig(importance_sampling_mode="token_mask"), sampling_per_token_logps=sampler)
+    differences = [abs(log(r)) for r in (1.5, 1.0, 1.2, 2.5)]
+    metrics = {name: value.item() for name, value in out.metrics.items()}
+    assert metrics["sampling/sampling_logp_difference/mean"] == pytest.approx(sum(differences) / 4)
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(max(differences))
+    assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1.0)
+    assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx((1.5 + 1.0 + 1.0 + 1.2 + 2.5) / 5)
+
+
+def test_an_empty_sequence_has_sampler_ratio_one():
+    config = GRPOLossConfig(importance_sampling_mode="sequence_mask")
+    only_second = torch.tensor([[0, 0, 0], [1, 1, 0]])
+    out, _ = evaluate(config, completion_mask=only_second, sampling_per_token_logps=sampler_logps(RATIO))
+    assert out.metrics["sampling/importance_sampling_ratio/mean"].item() == pytest.approx((1.0 + 1.2 * 2.5) / 2)
