@@ -38,8 +38,8 @@ class TokenBatch:
     advantages: Tensor
     """(n,) compute dtype."""
 
-    sequence_advantages: Tensor | None
-    """(S,) compute dtype, or None when the caller gave one advantage per token."""
+    advantages_per_sequence: bool
+    """Whether the caller gave one advantage per sequence, so that it is constant inside each."""
 
     lengths: Tensor
     """(S,) compute dtype: unmasked rows per sequence."""
@@ -101,14 +101,13 @@ class TokenBatch:
         per_sequence = _advantages_are_per_sequence(advantages, completion_ids, num_sequences)
         lengths = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
         advantage_rows = advantages.detach()[seq_id] if per_sequence else advantages
-        sequence_advantages = torch.where(lengths > 0, advantages.detach().to(dtype), 0.0) if per_sequence else None
         return cls(
             index=torch.where(mask, completion_ids.reshape(-1).to(torch.int64), 0),
             mask=mask,
             seq_id=seq_id,
             num_sequences=num_sequences,
             advantages=neutral(advantage_rows),
-            sequence_advantages=sequence_advantages,
+            advantages_per_sequence=per_sequence,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             shape=shape,

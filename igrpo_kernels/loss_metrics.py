@@ -29,7 +29,7 @@ def objective_metrics(
     if config.entropy_coef != 0.0:
         metrics["policy_loss"] = policy_loss.detach().clone()
     # One decision per sequence when neither the ratio nor the advantage varies inside it, else one per token.
-    per_sequence = config.importance_sampling_level == "sequence" and batch.sequence_advantages is not None
+    per_sequence = config.importance_sampling_level == "sequence" and batch.advantages_per_sequence
     if config.loss_type in CLIPPED_LOSS_TYPES:
         metrics |= _clip_metrics(weight, per_sequence, batch, config)
     elif config.loss_type == "cispo":
@@ -65,7 +65,7 @@ def _clip_metrics(weight: Tensor, per_sequence: bool, batch: TokenBatch, config:
 
 
 def _phi_mean(phi: Tensor, batch: TokenBatch) -> Tensor:
-    if batch.sequence_advantages is None:
+    if not batch.advantages_per_sequence:
         return _token_mean(phi, batch)
     per_sequence = where(batch.lengths > 0, _sequence_mean(phi, batch), 1.0)  # an empty sequence has phi(W=1) = 1
     return per_sequence.sum() / max(batch.num_sequences, 1)
