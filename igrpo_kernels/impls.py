@@ -15,17 +15,21 @@ missing and what to do (None = it can run; device_type None asks about the machi
 validated; rows as `TokenBatch` describes. Adding one is a line in `_MODULES` and its place in `_AUTO_ORDER`.
 """
 
+import functools
 import importlib
+import logging
 import os
 from types import ModuleType
 
 ENVIRONMENT_VARIABLE = "IGRPO_KERNELS_IMPL"
 
+_logger = logging.getLogger(__name__)
+
 _MODULES: dict[str, str | None] = {  # name -> module imported on first use; None = not part of this version
     "torch": "igrpo_kernels.reference",
-    "triton": None,
+    "triton": "igrpo_kernels.triton_impl",
     "cuda": None,
-    "cpu": None,
+    "cpu": "igrpo_kernels.cpu_ops",
 }
 _AUTO_ORDER: dict[str, tuple[str, ...]] = {  # device type -> preference, fastest first
     "cuda": ("cuda", "triton", "torch"),
@@ -52,12 +56,24 @@ def resolve_impl(impl: str, device_type: str) -> ModuleType:
     if impl == "auto":
         order = _AUTO_ORDER.get(device_type, ("torch",))
         impl = next(name for name in order if _unavailable_reason(name, device_type) is None)
+        if impl != order[0]:
+            _log_fallback(device_type, impl)
     if impl not in _MODULES:
         raise ValueError(f"{source} is unknown; choose 'auto' or one of {', '.join(map(repr, _MODULES))}")
     reason = _unavailable_reason(impl, device_type)
     if reason is not None:
         raise RuntimeError(f"{source} is not available: {reason}")
     return importlib.import_module(_MODULES[impl])
+
+
+@functools.cache
+def _log_fallback(device_type: str, impl: str) -> None:
+    """One line the first time "auto" cannot have its first choice: a slower path must not be taken silently."""
+    reasons = "; ".join(
+        f"{name!r}: {_unavailable_reason(name, device_type)}"
+        for name in _AUTO_ORDER[device_type][: _AUTO_ORDER[device_type].index(impl)]
+    )
+    _logger.warning("impl='auto' uses %r on %s tensors, because %s", impl, device_type, reasons)
 
 
 def _unavailable_reason(name: str, device_type: str | None) -> str | None:

@@ -10,10 +10,11 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, grpo_loss, linear_grpo_loss
+from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, available_impls, grpo_loss, linear_grpo_loss
 from igrpo_kernels.types import LOSS_TYPES
 
-IMPLS = ("torch",)  # implementations the shared tests run on; a new one joins by adding its name
+# Implementations the shared tests run on, as far as this machine has them; a new one joins by adding its name.
+IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
 LOSS_LEVELS = [pair for pair in product(LOSS_TYPES, ("token", "sequence")) if pair != ("vespo", "sequence")]
 
 

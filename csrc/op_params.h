@@ -1,0 +1,102 @@
+// From the operators' arguments to the structs of params.h: every check, in one order - dtypes, layout, shapes, device.
+// Shared by the CPU and the CUDA bindings, so both accept exactly the same calls.
+#pragma once
+
+#include <limits>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "checks.h"
+#include "params.h"
+
+namespace igrpo {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+inline DType logits_dtype(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case torch::headeronly::ScalarType::Float:
+      return DType::kFloat32;
+    case torch::headeronly::ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case torch::headeronly::ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      IGRPO_UNREACHABLE("logits must be float32, bfloat16 or float16");
+  }
+}
+
+// Rows of logits (outer, inner, V) with contiguous columns; the gradient is set by with_grad.
+inline Rows rows_of(const Tensor& logits, const Tensor& index, const MaybeTensor& mask, double logit_scale,
+                    double softcap, double temperature) {
+  const DType dtype = logits_dtype(logits);
+  IGRPO_CHECK_DTYPE(index, Long);
+  IGRPO_CHECK(logits.dim() == 3, "logits must be (outer, inner, V), they have ", logits.dim(), " dimensions");
+  IGRPO_CHECK(logits.size(2) == 1 || logits.stride(2) == 1, "the columns of logits must be contiguous");
+  const int64_t n = logits.size(0) * logits.size(1);
+  IGRPO_CHECK_VECTOR(index, n, logits);
+  Rows rows{};
+  if (mask.has_value()) {
+    IGRPO_CHECK_DTYPE(*mask, Bool);
+    IGRPO_CHECK_VECTOR(*mask, n, logits);
+    rows.mask = static_cast<const bool*>(mask->data_ptr());
+  }
+  rows.logits = logits.data_ptr();
+  rows.index = static_cast<const int64_t*>(index.data_ptr());
+  rows.n = n;
+  rows.vocab = logits.size(2);
+  rows.inner = logits.size(1) > 0 ? logits.size(1) : 1;
+  rows.logits_stride_outer = logits.stride(0);
+  rows.logits_stride_inner = logits.stride(1);
+  rows.dtype = dtype;
+  rows.transform = {static_cast<float>(logit_scale), static_cast<float>(softcap), static_cast<float>(temperature)};
+  return rows;
+}
+
+inline Rows with_grad(Rows rows, const Tensor& grad) {
+  rows.grad = grad.data_ptr();
+  rows.grad_stride_outer = grad.stride(0);
+  rows.grad_stride_inner = grad.stride(1);
+  return rows;
+}
+
+inline float* floats(const Tensor& x, const Tensor& like, int64_t count) {
+  IGRPO_CHECK_DTYPE(x, Float);
+  IGRPO_CHECK_VECTOR(x, count, like);
+  return static_cast<float*>(x.data_ptr());
+}
+
+inline const float* floats(const MaybeTensor& x, const Tensor& like, int64_t count) {
+  return x.has_value() ? floats(*x, like, count) : nullptr;
+}
+
+inline Tensor new_floats(const Tensor& like, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(like, shape, torch::headeronly::ScalarType::Float);
+}
+
+// The objective's numbers travel as one list, in the order of ObjectiveParams (igrpo_kernels/native.py writes it).
+inline ObjectiveParams objective_of(const std::vector<double>& x) {
+  IGRPO_CHECK(x.size() == 10, "the objective has 10 numbers, got ", x.size());
+  const auto number = [&](size_t i) { return static_cast<float>(x[i]); };
+  const auto choice = [&](size_t i) { return static_cast<int32_t>(x[i]); };
+  return {choice(0), choice(1), choice(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
+}
+
+struct RowOutputs {
+  Tensor logps, entropy, norm;
+
+  explicit RowOutputs(const Tensor& logits, int64_t n)
+      : logps(new_floats(logits, {n})), entropy(new_floats(logits, {n})), norm(new_floats(logits, {2, n})) {}
+  RowStats stats() const {
+    return {static_cast<float*>(logps.data_ptr()), static_cast<float*>(entropy.data_ptr()),
+            static_cast<float*>(norm.data_ptr())};
+  }
+};
+
+}  // namespace igrpo

@@ -1,0 +1,90 @@
+// dloss/dlogp of one token, given everything objective.py knows about it when the loss is token-level.
+//
+// This is the derivative of the Python objective written out by hand, shared by the CPU and the CUDA kernels, and
+// compared with autograd's in tests/kernels/test_cpu_ops.py. The loss itself and its metrics stay in Python: they are
+// sums over (n,) rows and cost nothing.
+#pragma once
+
+#include <cfloat>
+
+#include "params.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define IGRPO_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#include <cmath>
+#define IGRPO_HOST_DEVICE static inline
+#endif
+
+namespace igrpo {
+
+struct Token {
+  float logp;       // l
+  float old_logp;   // o
+  float ref_logp;   // r, read when beta != 0
+  float advantage;  // A
+  float sampler;    // constant factor of the policy term
+};
+
+// d(surrogate)/dw of min(min(w, delta)·A, clip(w)·A) and its dual-clip floor. Bounds are inclusive and ties count
+// half on each side, as PyTorch differentiates clamp, min and max.
+IGRPO_HOST_DEVICE float surrogate_slope(float w, float a, const ObjectiveParams& p) {
+  const bool inside = w >= p.clip_low && w <= p.clip_high;
+  const float clipped = a * fminf(fmaxf(w, p.clip_low), p.clip_high);
+  const float unclipped = a == 0.0f ? 0.0f : a * fminf(w, p.delta);
+  const float unclipped_slope = w <= p.delta ? a : 0.0f;
+  const float clipped_slope = inside ? a : 0.0f;
+  float slope = 0.5f * (unclipped_slope + clipped_slope);
+  if (unclipped < clipped) slope = unclipped_slope;
+  if (unclipped > clipped) slope = clipped_slope;
+  if (a < 0.0f && p.dual_clip <= FLT_MAX) {
+    const float surrogate = fminf(unclipped, clipped), floor = p.dual_clip * a;
+    if (surrogate < floor) slope = 0.0f;
+    if (surrogate == floor) slope *= 0.5f;
+  }
+  return slope;
+}
+
+// d(sapo)/dw of -(4 / t) · sigmoid(t · (w - 1)) · A
+IGRPO_HOST_DEVICE float sapo_slope(float w, float a, const ObjectiveParams& p) {
+  const float t = a > 0.0f ? p.sapo_temperature_pos : p.sapo_temperature_neg;
+  const float gate = 1.0f / (1.0f + expf(-t * (w - 1.0f)));
+  return -4.0f * a * gate * (1.0f - gate);
+}
+
+// dL/dl, where L = sampler · policy_term + beta · KL. A factor of 0 beats an infinite ratio, as in objective.py.
+IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& p) {
+  const float w = expf(t.logp - t.old_logp);
+  float through_w = 0.0f, direct = 0.0f;
+  if (p.policy == 1) {
+    direct = -fminf(w, p.clip_high) * t.advantage;
+  } else {
+    through_w = p.policy == 2 ? sapo_slope(w, t.advantage, p) : -surrogate_slope(w, t.advantage, p);
+  }
+  through_w = t.sampler == 0.0f ? 0.0f : through_w * t.sampler;
+  direct = t.sampler == 0.0f ? 0.0f : direct * t.sampler;
+  if (p.beta != 0.0f) {
+    const float x = t.ref_logp - t.logp;
+    const float e = p.kl == 3 ? expf(x) : 0.0f;
+    const float kl = p.kl == 1 ? -x : p.kl == 2 ? 0.5f * x * x : e - x - 1.0f;
+    const float kl_slope = p.kl == 1 ? 1.0f : p.kl == 2 ? -x : 1.0f - e;
+    direct += p.beta * (p.bias_corrected_kl ? kl_slope * w : kl_slope);
+    through_w += p.bias_corrected_kl ? p.beta * kl : 0.0f;
+  }
+  return direct + (through_w == 0.0f ? 0.0f : through_w * w);
+}
+
+// dloss/dlogp of row r. A NaN log-probability (bad target) poisons the row whatever the clip would have said.
+IGRPO_HOST_DEVICE float row_coefficient(float logp, int64_t r, const TokenConstants& c) {
+  const Token token{
+      logp,
+      c.old_logps ? c.old_logps[r] : logp,
+      c.ref_logps ? c.ref_logps[r] : 0.0f,
+      c.advantages[r],
+      c.sampler ? c.sampler[r] : 1.0f,
+  };
+  return logp != logp ? logp : c.loss_weight[r] * token_loss_slope(token, c.objective);
+}
+
+}  // namespace igrpo

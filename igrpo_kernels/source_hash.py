@@ -1,0 +1,16 @@
+"""Which sources a compiled library was built from. Standard library only: setup.py runs this file by its path."""
+
+import hashlib
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+
+
+def source_hash(csrc: Path = CSRC) -> str | None:
+    """Hash of every file under csrc/, or None where the sources are not there (an installed wheel)."""
+    if not csrc.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
