@@ -1,0 +1,149 @@
+"""The mathematics of one row of logits as Triton device functions, each defined once and shared by every kernel.
+
+    z = softcap·tanh(scale·x/softcap) / T        the policy's logits
+    M = max z,  S = sum exp(z - M),  E = sum exp(z - M)·(z - M)
+    log p_v = z_v - M - log S,      H = log S - E / S
+
+Accumulators are fp32 (fp64 for fp64 logits). A row is walked in tiles of (TILE, LANES) columns: TILE is reduced inside
+a thread, and each of the LANES keeps its own (M, S, E) until the row ends, so the walk needs no barrier. The order of
+every sum depends on V and the tile only, never on the other rows.
+"""
+
+import triton
+import triton.language as tl
+
+# exp(-1000) is 0 in fp32 and fp64. Distances from the maximum stop there, so 0·(-inf) never appears.
+FLOOR = tl.constexpr(-1000.0)
+# The running maximum starts at the lowest finite fp32 rather than -inf: its differences are never inf - inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def floored(x):
+    """max(x, FLOOR) that keeps NaN."""
+    return tl.where(x < FLOOR, FLOOR, x)
+
+
+@triton.jit
+def times(a, x):
+    """a·x with 0·inf = 0, the convention of `objective.py`; NaN stays NaN."""
+    return tl.where((a == 0.0) & (tl.abs(x) == float("inf")), 0.0, a * x)
+
+
+@triton.jit
+def row_pointer(base, row, tokens, stride_batch, stride_token, VEC: tl.constexpr):
+    """Address of row `row` of a (B, tokens, V) tensor with any row strides, in 64-bit arithmetic."""
+    pointer = base + (row // tokens * stride_batch + row % tokens * stride_token)
+    if VEC > 1:  # the launcher checked that every row starts on 16 bytes
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def policy_logits(x, inner, outer, SOFTCAP: tl.constexpr):
+    """z and dz/dx. Without a cap z = inner·x; with one z = outer·tanh(inner·x)."""
+    if SOFTCAP:
+        decay = tl.exp(-2.0 * tl.abs(x * inner))
+        size = (1.0 - decay) / (1.0 + decay)
+        z = outer * tl.where(x * inner < 0, -size, size)
+        slope = (inner * outer) * (4.0 * decay / ((1.0 + decay) * (1.0 + decay)))
+    else:
+        z = x * inner
+        slope = inner
+    return z, slope
+
+
+@triton.jit
+def row_statistics(
+    row_ptr, V, inner, outer, DTYPE: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
+):
+    """M, S and E of one row of V columns; V = 0 reads nothing."""
+    tile = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    m = tl.full((LANES,), LOWEST, DTYPE)
+    s = tl.zeros((LANES,), DTYPE)
+    e = tl.zeros((LANES,), DTYPE)
+    for start in range(0, V, TILE * LANES):
+        column = start + tile
+        x = tl.load(row_ptr + column, mask=column < V, other=0.0).to(DTYPE)
+        z, _ = policy_logits(x, inner, outer, SOFTCAP)
+        z = tl.where(column < V, z, float("-inf"))
+        m_new = tl.maximum(m, tl.max(z, axis=0))
+        d = floored(z - m_new[None, :])
+        p = tl.exp(d)
+        shift = floored(m - m_new)
+        decay = tl.exp(shift)
+        e = decay * (e + shift * s) + tl.sum(p * d, axis=0)
+        s = decay * s + tl.sum(p, axis=0)
+        m = m_new
+    row_max = tl.max(m, axis=0)
+    shift = floored(m - row_max)
+    decay = tl.exp(shift)
+    return row_max, tl.sum(decay * s, axis=0), tl.sum(decay * (e + shift * s), axis=0)
+
+
+@triton.jit
+def target_log_prob(row_ptr, target, V, inner, outer, row_max, log_sum, DTYPE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """log p of the target column, NaN if it lies outside [0, V)."""
+    valid = (target >= 0) & (target < V)
+    x = tl.load(row_ptr + tl.where(valid, target, 0), mask=valid, other=0.0).to(DTYPE)
+    z, _ = policy_logits(x, inner, outer, SOFTCAP)
+    return tl.where(valid, z - row_max - log_sum, float("nan"))
+
+
+@triton.jit
+def grad_logits(
+    x, column, target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP: tl.constexpr
+):
+    """dloss/dx = (g_l·([v = target] - p) - g_H·p·(log p + H)) · dz/dx."""
+    z, slope = policy_logits(x, inner, outer, SOFTCAP)
+    log_p = floored(z - row_max - log_sum)
+    p = tl.exp(log_p)
+    grad = -p * (grad_logp + grad_entropy * (log_p + entropy))
+    return slope * tl.where(column == target, grad + grad_logp, grad)
+
+
+@triton.jit
+def surrogate_slope(w, advantage, clip_low, clip_high, delta, dual_clip):
+    """d/dw of min(min(w, delta)·A, clip(w)·A), floored for A < 0 at dual_clip·A; a tie takes half of each side."""
+    bounded = times(advantage, tl.minimum(w, delta))
+    clipped = advantage * tl.minimum(tl.maximum(w, clip_low), clip_high)
+    bounded_slope = tl.where(w <= delta, advantage, 0.0)
+    clipped_slope = tl.where((w >= clip_low) & (w <= clip_high), advantage, 0.0)
+    tie = 0.5 * (bounded_slope + clipped_slope)
+    slope = tl.where(bounded < clipped, bounded_slope, tl.where(bounded > clipped, clipped_slope, tie))
+    floor = dual_clip * advantage
+    surrogate = tl.minimum(bounded, clipped)
+    kept = tl.where(surrogate > floor, 1.0, tl.where(surrogate < floor, 0.0, 0.5))
+    return tl.where(advantage < 0.0, kept * slope, slope)
+
+
+@triton.jit
+def sapo_slope(w, advantage, temperature_pos, temperature_neg):
+    """d/dw of (4/t)·sigmoid(t·(w - 1))·A."""
+    t = tl.where(advantage > 0.0, temperature_pos, temperature_neg)
+    gate = 1.0 / (1.0 + tl.exp(-t * (w - 1.0)))
+    return 4.0 * (1.0 - gate) * gate * advantage
+
+
+@triton.jit
+def sampler_correction(log_ratio, low, high, MASK: tl.constexpr):
+    """Ratio old / sampler of one token, truncated to [low, high], or zeroed outside it; 1 where unknown (NaN)."""
+    ratio = tl.exp(tl.where(log_ratio != log_ratio, 0.0, log_ratio))
+    inside = (ratio >= low) & (ratio <= high)
+    truncated = tl.minimum(tl.maximum(ratio, low), high)
+    return tl.where(inside, ratio, 0.0 if MASK else truncated)
+
+
+@triton.jit
+def kl_and_slope(x, KL: tl.constexpr):
+    """KL estimate k1, k2 or k3 of x = reference - logp, and its derivative in logp."""
+    if KL == 1:
+        kl = -x
+        slope = 1.0 + 0.0 * x
+    elif KL == 2:
+        kl = 0.5 * x * x
+        slope = -x
+    else:
+        kl = tl.exp(x) - x - 1.0
+        slope = 1.0 - tl.exp(x)
+    return kl, slope

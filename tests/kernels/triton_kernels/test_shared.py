@@ -1,0 +1,13 @@
+"""The tests every implementation shares, on `impl="triton"`: all of them on a GPU; under the interpreter, which needs
+seconds for each 192-row input, only the traps found in peers."""
+
+import pytest
+
+from tests.kernels.test_traps import *  # noqa: F403
+from tests.kernels.triton_kernels.conftest import INTERPRETED
+
+if not INTERPRETED:
+    from tests.kernels.test_edge_cases import *  # noqa: F403
+    from tests.kernels.test_packed_and_strided import *  # noqa: F403
+
+pytestmark = pytest.mark.parametrize("impl", ["triton"])
