@@ -186,7 +186,7 @@ class TrainConfig:
     warmup_steps: float = 0.0
     """Warm-up: a number of steps, or below 1 a share of all steps."""
     weight_decay: float = 0.0
-    """AdamW weight decay."""
+    """AdamW weight decay; as everywhere, not of norms and biases."""
     adam_beta1: float = 0.9
     """AdamW."""
     adam_beta2: float = 0.999

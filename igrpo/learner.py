@@ -47,13 +47,15 @@ class Learner:
         )
         policy = Policy(model, config)
         policy.train()
-        decayed = [p for p in policy.parameters() if p.requires_grad]
+        trained = [p for p in policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            decayed,
+            [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
+            ],
             lr=config.learning_rate,
             betas=(config.adam_beta1, config.adam_beta2),
             eps=config.adam_epsilon,
-            weight_decay=config.weight_decay,
         )
         self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
         self.scheduler: Any = None

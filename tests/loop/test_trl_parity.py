@@ -273,6 +273,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hard clipping": {"max_grad_norm": 0.1},
     "other betas": {"adam_beta1": 0.8, "adam_beta2": 0.95},
     "entropy bonus, cut completions": {"entropy_coef": 0.05, "mask_truncated_completions": True, **TWO_ITERATIONS},
+    "no weight decay on norms": {"weight_decay": 0.5},
     "top entropy": {"top_entropy_quantile": 0.4, "mask_truncated_completions": True},
 }  # fmt: skip
 
