@@ -144,7 +144,7 @@ def _stated(rest: str) -> str:
 
 def _tidy(text: str) -> str:
     """LaTeX and Unicode notation brought to one spelling; layout, markup, degree signs and trailing units removed."""
-    text = text.translate(_UNICODE).strip().strip("`*\"'").strip()
+    text = re.sub(r"\s+", " ", text.translate(_UNICODE)).strip().strip("`*\"'").strip()
     text = re.sub(r"(?<!\\)(?:\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!\s*|\\[,;:()\[\]])", "", text)
     text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"(?<!\\)\\ |~", " ", text.replace("{,}", ",")))
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "", text.replace("\\%", "%"))
@@ -199,15 +199,16 @@ def _fraction(decimal: str) -> Fraction:
 def _number_in_prose(text: str) -> _Number | None:
     """The only number in a phrase such as "72 apples" or "about $72 a day"; None for several, or for formulas."""
     text = re.sub(r"([A-Za-z])\^\{?-?\d\}?", r"\1", text)  # square metres
-    found = list(_NUMBER.finditer(text))
-    if len(found) != 1:
+    found = _NUMBER.search(text)
+    if found is None:
         return None
-    before, after = text[: found[0].start()], text[found[0].end() :]
+    before, after = text[: found.start()], text[found.end() :]
     # A letter that touches the number makes it a formula (2x, x_2), unless it begins a unit (72km).
     if re.search(r"[\w^_]$", before) or re.match(r"[A-Za-z](?![A-Za-z])|[\^_\d]", after):
         return None
-    wording = r"(?:(?:[A-Za-z]{2,}|[mgslhLJVNWKCFaI])|[\s.,;:'()/%-])*"
-    return _number(found[0].group()) if re.fullmatch(wording, before + " " + after) else None
+    rest = f"{before} {after}"
+    wording = re.fullmatch(r"[A-Za-z\s.,;:'()/%-]*", rest) and not re.search(r"\b[b-zB-Z]\b(?<![mgslhLJVNWKCFI])", rest)
+    return _number(found.group()) if wording else None
 
 
 def _same_number(reference: _Number, answer: _Number) -> bool:
