@@ -275,6 +275,19 @@ def test_autocast_runs_the_matmuls_in_its_dtype(backward_inside):
         torch.testing.assert_close(leaf.grad, grad.float(), rtol=2**-7, atol=2**-8 * grad.abs().max().item())
 
 
+def test_backward_keeps_forward_s_dtype_inside_a_later_autocast():
+    inputs, config = packed(boundary_inputs()).to(torch.float32), smooth_config()
+    head = random_head(inputs, dtype=torch.float32)
+    inputs = on_policy_boundary(inputs, head, config).to(torch.float32)
+    grads = []
+    for inside in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in head]
+        logps = linear_selective_log_softmax(*leaves[:2], inputs.completion_ids, lm_head_bias=leaves[2])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=inside):
+            grads.append(torch.autograd.grad(logps.sum(), leaves))
+    torch.testing.assert_close(grads[1], grads[0], rtol=0, atol=0)
+
+
 def test_autocast_leaves_fp64_alone():
     inputs, config = packed(boundary_inputs()), smooth_config()
     head = random_head(inputs)
