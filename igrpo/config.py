@@ -67,6 +67,8 @@ class TrainConfig:
     # --- prompts
     system_prompt: str | None = DEFAULT_SYSTEM_PROMPT
     """System turn of both stages; null leaves it to the chat template."""
+    few_shot_examples: list[dict] = field(default_factory=list)
+    """Worked examples shown as earlier turns, each `{prompt: …, completion: …}`: a weak model copies the form."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template (`enable_thinking: false`)."""
     draft_template: str = DEFAULT_DRAFT_TEMPLATE
@@ -351,6 +353,9 @@ def _check_combinations(config: TrainConfig) -> None:
         )
     if config.draft_template.count("{draft}") != 1:
         raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
+    for example in config.few_shot_examples:
+        if set(example) != {"prompt", "completion"} or not all(isinstance(text, str) for text in example.values()):
+            raise ConfigError(f"few_shot_examples: {example!r} does not fit; write {{prompt: text, completion: text}}")
     if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
         raise ConfigError(
             f"reward_weights has {len(config.reward_weights)} numbers and reward_funcs {len(config.reward_funcs)} "

@@ -98,14 +98,22 @@ class PromptBuilder:
         return min(rooms) if rooms else None
 
     def _messages(self, problem: Problem) -> tuple[Message, ...]:
-        turns = (
-            ({"role": "user", "content": problem.prompt},) if isinstance(problem.prompt, str) else tuple(problem.prompt)
-        )
+        if isinstance(problem.prompt, str):
+            turns = (*self._examples(), {"role": "user", "content": problem.prompt})
+        else:
+            turns = tuple(problem.prompt)
         if not turns or turns[-1]["role"] != "user":
             raise ValueError(f"row {problem.index}: a conversation must end in a user turn to be answered")
         if self.config.system_prompt and turns[0]["role"] != "system":
             turns = ({"role": "system", "content": self.config.system_prompt}, *turns)
         return turns
+
+    def _examples(self) -> list[Message]:
+        return [
+            {"role": role, "content": example[key]}
+            for example in self.config.few_shot_examples
+            for role, key in (("user", "prompt"), ("assistant", "completion"))
+        ]
 
     def _render(self, messages: tuple[Message, ...]) -> tuple[str, str]:
         marked = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + _MARK}]

@@ -55,6 +55,7 @@ def train(config: TrainConfig) -> int:
 def quiet_libraries() -> None:
     """Loading bars and notices of other libraries would bury ours; whoever sets these variables keeps their say."""
     for name, value in {
+        "ACCELERATE_LOG_LEVEL": "ERROR",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TOKENIZERS_PARALLELISM": "false",

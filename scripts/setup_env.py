@@ -18,13 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 NOTE = VENV / "complete"
 REQUIREMENTS = ROOT / "requirements" / "cpu.txt"
-INPUTS = (REQUIREMENTS, ROOT / "pyproject.toml")
+INPUTS = (REQUIREMENTS, ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*")))
 OLDEST, NEWEST = (3, 11), (3, 13)
 BREAKS_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")
 
 
 def fingerprint() -> str:
-    """Changes when the pinned list, the project's metadata or the interpreter does."""
+    """Changes when the pinned list, the project's metadata, the C++ sources or the interpreter do."""
     digest = hashlib.sha256(f"{sys.version_info[:2]}{ROOT}".encode())
     for path in INPUTS:
         digest.update(path.read_bytes())

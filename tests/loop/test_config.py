@@ -85,6 +85,7 @@ def test_values_on_the_command_line(words, key, value):
         (("--draft_template", "no place"), ("draft_template", "{draft}")),
         (("--reward_weights", "[1.0]"), ("reward_weights", "reward_funcs")),
         (("--draft_selection_score", "accuracy_first", "--reward_funcs", "format"), ("accuracy_first", "reward_funcs")),
+        (("--few_shot_examples", "[{prompt: q}]"), ("few_shot_examples", "completion: text")),
         (("--eval_steps", "5"), ("eval_steps", "eval_samples")),
         (("--temperature", "0"), ("temperature", "above 0")),
         (("--max_steps", "0"), ("max_steps", "-1")),

@@ -90,6 +90,14 @@ def test_conversations_keep_their_own_system_turn(tokenizer):
         builder(tokenizer).parts(Problem(4, ({"role": "assistant", "content": "A"},), ""))
 
 
+def test_examples_are_earlier_turns(tokenizer):
+    examples = [{"prompt": "1+1?", "completion": "2"}]
+    messages = builder(tokenizer, system_prompt="S", few_shot_examples=examples).parts(PROBLEM).messages
+    assert [(m["role"], m["content"]) for m in messages] == [
+        ("system", "S"), ("user", "1+1?"), ("assistant", "2"), ("user", PROBLEM.prompt),
+    ]  # fmt: skip
+
+
 def test_a_model_without_a_chat_template_gets_plain_text(tokenizer):
     plain = tiny_tokenizer()
     plain.chat_template = None
