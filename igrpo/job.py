@@ -136,13 +136,14 @@ def build(config: TrainConfig) -> Iterator[Job]:
 
         from igrpo.engines import start_engine
         from igrpo.learner import Learner, seed_everything
-        from igrpo.models import load_policy
+        from igrpo.models import attention, load_policy
         from igrpo.progress import LiveView
         from igrpo.rollout import Rollout
 
         seed_everything(config.seed)
-        reference = load_policy(path, config) if config.beta > 0 else None
-        learner = Learner(load_policy(path, config), reference, config, tokenizer.pad_token_id)
+        attn = attention(config)
+        reference = load_policy(path, config, attn) if config.beta > 0 else None
+        learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id)
         processes = learner.accelerator.num_processes
         total_steps = _total_steps(config, len(problems), processes)
         learner.set_schedule(total_steps * config.num_iterations)

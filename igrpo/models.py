@@ -47,9 +47,9 @@ def load_tokenizer(path: str, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def load_policy(path: str, config: TrainConfig) -> Any:
+def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa") -> Any:
     """The causal LM with float32 master weights, caching off, on the CPU; the learner moves it."""
-    model = _load(AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attention(config))
+    model = _load(AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attn_implementation)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

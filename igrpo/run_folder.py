@@ -95,6 +95,7 @@ class RunFolder:
             if self.limit is not None:
                 for old in checkpoints(self.path)[: -self.limit]:
                     shutil.rmtree(old, ignore_errors=True)
+        self.processes.wait_for_everyone()  # no process goes on to look for a checkpoint that has no name yet
         return target
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
