@@ -59,10 +59,9 @@ def selective_log_softmax(
     inplace: bool = False,  # backward overwrites logits with their gradient
 ) -> tuple[Tensor, Tensor | None]:
     """logps (...) and entropy (...) or None, fp32 (fp64 for fp64 logits)."""
-    mask = None if row_mask is None else row_mask.reshape(-1)
-    logps, entropy = SelectiveLogSoftmax.apply(
-        addressable(logits), index.reshape(-1), mask, transform, return_entropy, inplace
-    )
+    rows = index.reshape(-1).contiguous()  # the kernels step through rows one by one
+    mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
+    logps, entropy = SelectiveLogSoftmax.apply(addressable(logits), rows, mask, transform, return_entropy, inplace)
     return logps.view(index.shape), entropy.view(index.shape) if return_entropy else None
 
 

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
 _TILES = {
     "statistics": (4, 8),  # 4 rows of lanes amortise the rescaling of the running sums
     "gradient": (4, 8),
-    "loss": (2, 16),  # a large block per row keeps few rows in flight, so that more of the second read hits L2
+    "loss": (2, 8),  # two walks over a row: fewer columns in flight keep every variant inside its registers
 }
 _WARP = 32
 

@@ -58,8 +58,8 @@ class ChunkedHead:
 
     def logits(self, chunk: Tensor) -> Tensor:
         """Raw logits (m, V) of the rows in `chunk` (m,), in the one buffer: the next call overwrites them."""
-        if self.buffer is None or self.buffer.shape[0] < chunk.numel():
-            shape = (chunk.numel(), self.weight.shape[0])
+        if self.buffer is None:
+            shape = (min(self.chunk_rows, self.hidden.shape[0]), self.weight.shape[0])
             self.buffer = torch.empty(shape, dtype=self.matmul_dtype, device=self.hidden.device)
         x, out = self.rows(chunk), self.buffer[: chunk.numel()]
         if self.bias is None:

@@ -190,6 +190,8 @@ def row_gradient_bwd(
     transform: LogitTransform,
 ) -> None:
     """grad = dloss/dlogits from dloss/dlogps and dloss/dentropy; masked rows become 0 without being read."""
+    if entropy.numel() == 0:  # not computed, but torch.compile passes zeros for it, shaped like it: (0,)
+        grad_entropy = None
     rows, grad_rows, V = Rows.of(logits), Rows.of(grad), logits.shape[-1]
     inner, outer, capped = transform_factors(transform)
     tile, lanes, num_warps = tile_for("gradient", V, logits.itemsize)

@@ -223,3 +223,10 @@ def test_any_number_of_leading_dimensions(device):
     for x, i in ((logits, index), (logits[0, 0, 0], index[0, 0, 0]), (logits[:0], index[:0])):
         expected = selective_log_softmax(x, i, impl="torch")
         assert_close_to_truth("logps", selective_log_softmax(x, i, impl="triton"), expected, rtol=1e-14)
+
+
+def test_token_ids_of_any_stride(device):
+    logits = torch.randn(3, 9, dtype=torch.float64, device=device)
+    index = torch.tensor([4, 0, 8, 0, 2, 0], device=device)[::2]
+    expected = selective_log_softmax(logits, index, impl="torch")
+    assert_close_to_truth("logps", selective_log_softmax(logits, index, impl="triton"), expected, rtol=1e-14)
