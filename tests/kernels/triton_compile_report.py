@@ -1,0 +1,175 @@
+"""Compiles every Triton kernel for one CUDA architecture without a GPU, through the package's own launches.
+
+    python -m tests.kernels.triton_compile_report 90      prints one JSON object
+
+A stand-in driver answers Triton's questions with that architecture and drops the launches; dispatch, specialisation,
+caching and compilation down to the machine code are Triton's own. So the report shows what a GPU would run (registers,
+shared memory, stack, which is where spills go), and which launches would compile again.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from igrpo_kernels import GRPOLossConfig, triton_impl
+from igrpo_kernels.batch import TokenBatch
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+V, H = 1024, 64  # the widest tile of every kernel needs V >= 16,384; a second pass uses it
+
+VARIANTS = {  # every kernel and every compile-time choice that changes its inner loops
+    "plain": {},
+    "everything": {
+        "beta": 0.1,
+        "entropy_coef": 0.1,
+        "importance_sampling_mode": "token_mask",
+        "final_logit_softcapping": 30.0,
+    },
+    "cispo": {"loss_type": "cispo", "beta": 0.1, "kl_estimator": "k1", "importance_sampling_mode": "token_truncate"},
+    "sapo": {"loss_type": "sapo", "beta": 0.1, "kl_estimator": "k2", "use_bias_correction_kl": False},
+    "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
+    "sequence softcap": {"importance_sampling_level": "sequence", "final_logit_softcapping": 30.0, "entropy_coef": 0.1},
+}
+
+
+class CompileOnlyDriver:
+    """A CUDA device of the given capability that accepts every launch and runs none."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+        self.grids: list[tuple[int, ...]] = []
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (0, 0, 0, 0, 1024),
+            get_device_properties=lambda _: {"max_shared_mem": 100 * 1024},
+        )
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, _):
+        return 0
+
+    def launcher_cls(self, *_):
+        return lambda x, y, z, *arguments: self.grids.append((x, y, z))
+
+
+def call(
+    config: GRPOLossConfig,
+    *,
+    B: int,
+    T: int,
+    V: int = V,
+    dtype=torch.bfloat16,
+    view: bool = False,
+    inplace: bool = False,
+) -> None:
+    """One loss and its backward; the numbers that come out are meaningless."""
+    logits = torch.zeros(B, T + 3, V, dtype=dtype, requires_grad=True) * 1.0
+    logits = logits[:, -T - 1 : -1] if view else logits[:, :T].contiguous()
+    rows = torch.zeros(B, T)
+    batch = TokenBatch.build(
+        torch.zeros(B, T, dtype=torch.int64),
+        torch.ones(B),
+        dtype=torch.float32,
+        old_per_token_logps=rows,
+        ref_per_token_logps=rows,
+        sampling_per_token_logps=rows,
+    )
+    triton_impl.grpo_loss(logits, batch, config, None, inplace=inplace)[0].backward()
+    hidden = torch.zeros(B * T, H, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(V, H, dtype=dtype, requires_grad=True)
+    triton_impl.linear_grpo_loss(hidden, weight, None, batch, config, None)[0].backward()
+
+
+def compile_everything() -> None:
+    """Every variant for narrow and wide rows of every dtype."""
+    for options, (width, dtype) in product(
+        VARIANTS.values(),
+        [(V, torch.bfloat16), (16384, torch.bfloat16), (16384, torch.float32), (1021, torch.bfloat16)],
+    ):
+        if width == 16384 or options in (VARIANTS["plain"], VARIANTS["sequence"]):
+            call(GRPOLossConfig(**options), B=2, T=3, V=width, dtype=dtype)
+
+
+def vary_what_changes_between_steps() -> None:
+    """Lengths, batch sizes, views, temperatures, coefficients: nothing here may compile."""
+    for options, (B, T) in product(VARIANTS.values(), [(1, 1), (1, 16), (16, 1), (4, 17), (3, 33)]):
+        for view in (False, True):
+            call(GRPOLossConfig(**options), B=B, T=T, V=16384, view=view, inplace=view)
+    for options in VARIANTS.values():
+        for numbers in (
+            {"temperature": 0.5, "epsilon": 0.0, "epsilon_high": 1.0},
+            {"temperature": 16.0, "epsilon": 1.0, "logit_scale": 2.0},
+            {"temperature": 2, "epsilon": 1, "importance_sampling_clip_max": 16},
+        ):
+            call(GRPOLossConfig(**{**options, **numbers}), B=2, T=3, V=16384)
+        beta = {"beta": 1.0} if "beta" in options else {}
+        bonus = {"entropy_coef": 16.0} if "entropy_coef" in options else {}
+        call(GRPOLossConfig(**{**options, **beta, **bonus}), B=2, T=3, V=16384)
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers, stack and shared bytes of a compiled kernel. A spilled register lives on the stack."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
+    return {name.lower(): int(value) for name, value in found.items()}
+
+
+def main() -> None:
+    driver = CompileOnlyDriver(int(sys.argv[1]))
+    triton.runtime.driver.set_active(driver)
+    compiled = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda *, fn, compile, **_: compiled.append((fn.name, compile["key"]))
+    compile_everything()
+    first = len(compiled)
+    if "--count" in sys.argv:
+        vary_what_changes_between_steps()
+        call(GRPOLossConfig(), B=1, T=70_000, V=1024)
+    kernels = []
+    from igrpo_kernels import triton_grpo_loss, triton_logprobs, triton_ops
+
+    for function in (
+        triton_logprobs.row_statistics_kernel,
+        triton_logprobs.row_gradient_kernel,
+        triton_grpo_loss.token_loss_kernel,
+        triton_ops.scale_kernel,
+    ):
+        for kernel in function.device_caches[0][0].values():
+            ptx = kernel.asm["ptx"]
+            kernels.append(
+                {
+                    "name": function.__name__,
+                    "warps": kernel.metadata.num_warps,
+                    "wide_loads": "ld.global.v4.b32" in ptx,
+                    "rounds_to_nearest": "cvt.rn.bf16" in ptx,
+                    **resources(kernel.asm["cubin"]),
+                }
+            )
+    report = {
+        "capability": driver.target.arch,
+        "compiled_first": first,
+        "compiled_later": [name for name, _ in compiled[first:]],
+        "grids_beyond_x": [grid for grid in driver.grids if grid[1:] != (1, 1)],
+        "largest_grid": max(grid[0] for grid in driver.grids),
+        "kernels": kernels,
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
