@@ -58,6 +58,7 @@ def quiet_libraries() -> None:
         "ACCELERATE_LOG_LEVEL": "ERROR",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
         "VLLM_LOGGING_LEVEL": "ERROR",
