@@ -4,7 +4,7 @@ PY := .venv/bin/python
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: train test setup lint clean
+.PHONY: train test setup lint gpu-check clean
 
 train: setup
 	$(PY) -m igrpo.train --config $(CONFIG) $(ARGS)
@@ -14,6 +14,11 @@ test: setup
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
+
+# On a machine with a CUDA device: the kernel tests on it, then the figures, as one JSON record in benchmarks/results/.
+# Anywhere: make gpu-check ARGS="--dry-run --output /tmp/record.json" walks the same path under Triton's interpreter.
+gpu-check: setup
+	$(PY) scripts/gpu_check.py $(ARGS)
 
 lint: setup
 	$(PY) -m ruff check .
