@@ -12,6 +12,7 @@ Both libraries use LibTorch's stable ABI: no Python headers, one binary for ever
 import os
 import platform
 import runpy
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,16 @@ if X86_64:
         "cpu/rows_avx512.cpp": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
                                 "-mprefer-vector-width=512"],
     }  # fmt: skip
+CUDA_FLAGS = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden",
+              "-Xptxas", "-warn-spills,-warn-lmem-usage"]  # fmt: skip
+CUDA_ARCHS = os.environ.get("IGRPO_CUDA_ARCHS", "80 90a 100a").split()
+CUDA_SOURCES = {
+    "cuda/launch_bf16.cu": [],
+    "cuda/launch_fp16.cu": [],
+    "cuda/launch_fp32.cu": [],
+    "cuda/launch.cpp": [],
+    "cuda/bindings_cuda.cpp": ["-DUSE_CUDA"],
+}
 
 
 class BuildKernels(build_ext):
@@ -74,12 +85,47 @@ def cpu_plan(sources: dict[str, list[str]], work: Path) -> tuple[list[list[str]]
     compiler = os.environ.get("CXX", "c++")
     includes, libraries = torch_paths()
     commands = [
-        [compiler, *CXX_FLAGS, *flags, TORCH_TARGET, hash_flag(), *includes, "-c", str(CSRC / source),
+        [compiler, *CXX_FLAGS, *flags, TORCH_TARGET, hash_flag("_C_cpu"), *includes, "-c", str(CSRC / source),
          "-o", str(object_file(work, source))]
         for source, flags in sources.items()
     ]  # fmt: skip
     objects = [str(object_file(work, source)) for source in sources]
     return commands, [compiler, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def cuda_plan(sources: dict[str, list[str]], work: Path) -> tuple[list[list[str]], list[str]]:
+    compiler, nvcc = os.environ.get("CXX", "c++"), shutil.which("nvcc")
+    includes, libraries = torch_paths()
+    archs = [flag for a in CUDA_ARCHS for flag in ("-gencode", f"arch=compute_{a},code=sm_{a}")]
+    commands = []
+    for source, flags in sources.items():
+        if source.endswith(".cu"):
+            command = [nvcc, *CUDA_FLAGS, *archs]  # torch-free
+        else:
+            command = [compiler, *CXX_FLAGS, *flags, TORCH_TARGET, hash_flag("_C_cuda"), *includes]
+        commands.append([*command, "-c", str(CSRC / source), "-o", str(object_file(work, source))])
+    objects = [str(object_file(work, source)) for source in sources]
+    cuda_lib = Path(nvcc).resolve().parent.parent / "lib64"
+    # A CPU build of torch has no libtorch_cuda: the library then links, for inspection, but does not load.
+    torch_cuda = ["-ltorch_cuda"] if any(Path(flag[2:], "libtorch_cuda.so").exists() for flag in libraries) else []
+    cuda = [f"-L{cuda_lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return commands, [compiler, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", *torch_cuda, "-lc10", *cuda]
+
+
+def wants_cuda() -> bool:
+    """nvcc is there, and either this torch can use the result or somebody asked for it."""
+    wish = os.environ.get("IGRPO_BUILD_CUDA", "")
+    if wish == "0":
+        return False
+    if shutil.which("nvcc") is None:
+        if wish:
+            fail("IGRPO_BUILD_CUDA=1, but nvcc is not on PATH")
+        return False
+    if wish:
+        return True
+    import torch
+
+    return torch.version.cuda is not None
 
 
 def torch_paths() -> tuple[list[str], list[str]]:
@@ -96,9 +142,9 @@ def object_file(work: Path, source: str) -> Path:
     return work / f"{source.replace('/', '_')}.o"
 
 
-def hash_flag() -> str:
+def hash_flag(library: str) -> str:
     source_hash = runpy.run_path(str(ROOT / "igrpo_kernels" / "source_hash.py"))["source_hash"]
-    return f'-DIGRPO_SOURCE_HASH="{source_hash(CSRC)}"'
+    return f'-DIGRPO_SOURCE_HASH="{source_hash(library, CSRC)}"'
 
 
 def run(command: list[str]) -> None:
@@ -121,7 +167,10 @@ def fail(reason: str) -> None:
 def libraries() -> list[Library]:
     if os.environ.get("IGRPO_SKIP_EXT", "0") not in ("", "0"):
         return []
-    return [Library("igrpo_kernels._C_cpu", CPU_SOURCES, cpu_plan)]
+    found = [Library("igrpo_kernels._C_cpu", CPU_SOURCES, cpu_plan)]
+    if wants_cuda():
+        found.append(Library("igrpo_kernels._C_cuda", CUDA_SOURCES, cuda_plan))
+    return found
 
 
 setup(ext_modules=libraries(), cmdclass={"build_ext": BuildKernels})

@@ -62,27 +62,11 @@ void row_grad_(Tensor logits, Tensor index, MaybeTensor mask, Tensor logps, Tens
   run_row_grad(with_grad(rows, logits), logits, logps, entropy, norm, grad_logps, grad_entropy);
 }
 
-struct TokenOutputs : RowOutputs {
-  Tensor grad_logps;
-  explicit TokenOutputs(const Tensor& logits, int64_t n) : RowOutputs(logits, n), grad_logps(new_floats(logits, {n})) {}
-};
-
-TokenOutputs run_token_loss(const Rows& rows, const Tensor& logits, const Tensor& advantages,
-                            const Tensor& loss_weight, const MaybeTensor& old_logps, const MaybeTensor& ref_logps,
-                            const MaybeTensor& sampler, const MaybeTensor& grad_entropy,
-                            const std::vector<double>& objective) {
+TokenOutputs run_token_loss(const Rows& rows, const Tensor& logits, const TokenArguments& arguments) {
   TokenOutputs out(logits, rows.n);
   const RowStats stats = out.stats();
-  const TokenConstants constants{floats(advantages, logits, rows.n),
-                                 floats(loss_weight, logits, rows.n),
-                                 floats(old_logps, logits, rows.n),
-                                 floats(ref_logps, logits, rows.n),
-                                 floats(sampler, logits, rows.n),
-                                 floats(grad_entropy, logits, rows.n),
-                                 floats(out.grad_logps, logits, rows.n),
-                                 objective_of(objective)};
-  IGRPO_CHECK(constants.objective.beta == 0.0f || constants.ref_logps, "beta != 0 needs ref_logps");
-  for_rows(rows, [&](const cpu::Kernels& k, int64_t begin, int64_t end) { k.token_loss(rows, stats, constants, begin, end); });
+  const TokenConstants c = arguments.constants(logits, rows.n, out.grad_logps);
+  for_rows(rows, [&](const cpu::Kernels& k, int64_t begin, int64_t end) { k.token_loss(rows, stats, c, begin, end); });
   return out;
 }
 
@@ -93,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(Tensor logits, Tensor inde
                                                       double softcap, double temperature) {
   const Rows rows = rows_of(logits, index, mask, logit_scale, softcap, temperature);
   Tensor grad = new_grad(logits);
-  const TokenOutputs out = run_token_loss(with_grad(rows, grad), logits, advantages, loss_weight, old_logps, ref_logps,
-                                          sampler, grad_entropy, objective);
+  const TokenOutputs out = run_token_loss(
+      with_grad(rows, grad), logits, {advantages, loss_weight, old_logps, ref_logps, sampler, grad_entropy, objective});
   return {out.logps, out.entropy, out.grad_logps, grad};
 }
 
@@ -104,8 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> token_loss_(Tensor logits, Tensor index, Mayb
                                                std::vector<double> objective, double logit_scale, double softcap,
                                                double temperature) {
   const Rows rows = rows_of(logits, index, mask, logit_scale, softcap, temperature);
-  const TokenOutputs out = run_token_loss(with_grad(rows, logits), logits, advantages, loss_weight, old_logps,
-                                          ref_logps, sampler, grad_entropy, objective);
+  const TokenOutputs out =
+      run_token_loss(with_grad(rows, logits), logits,
+                     {advantages, loss_weight, old_logps, ref_logps, sampler, grad_entropy, objective});
   return {out.logps, out.entropy, out.grad_logps};
 }
 
@@ -131,6 +116,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(igrpo, m) {
         ") -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("token_loss_(Tensor(a!) logits, " IGRPO_ROWS ", " IGRPO_CONSTANTS ", " IGRPO_TRANSFORM
         ") -> (Tensor, Tensor, Tensor)");
+  m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");  // CUDA only: on the CPU the factor can simply be looked at
   m.def("cpu_capability() -> str");
   m.def("source_hash() -> str");
 }

@@ -32,29 +32,33 @@ inline DType logits_dtype(const Tensor& logits) {
   }
 }
 
-// Rows of logits (outer, inner, V) with contiguous columns; the gradient is set by with_grad.
-inline Rows rows_of(const Tensor& logits, const Tensor& index, const MaybeTensor& mask, double logit_scale,
-                    double softcap, double temperature) {
-  const DType dtype = logits_dtype(logits);
-  IGRPO_CHECK_DTYPE(index, Long);
+// The memory of (outer, inner, V) values with contiguous columns.
+inline Rows memory_of(const Tensor& logits) {
+  Rows rows{};
+  rows.dtype = logits_dtype(logits);
   IGRPO_CHECK(logits.dim() == 3, "logits must be (outer, inner, V), they have ", logits.dim(), " dimensions");
   IGRPO_CHECK(logits.size(2) == 1 || logits.stride(2) == 1, "the columns of logits must be contiguous");
-  const int64_t n = logits.size(0) * logits.size(1);
-  IGRPO_CHECK_VECTOR(index, n, logits);
-  Rows rows{};
-  if (mask.has_value()) {
-    IGRPO_CHECK_DTYPE(*mask, Bool);
-    IGRPO_CHECK_VECTOR(*mask, n, logits);
-    rows.mask = static_cast<const bool*>(mask->data_ptr());
-  }
   rows.logits = logits.data_ptr();
-  rows.index = static_cast<const int64_t*>(index.data_ptr());
-  rows.n = n;
+  rows.n = logits.size(0) * logits.size(1);
   rows.vocab = logits.size(2);
   rows.inner = logits.size(1) > 0 ? logits.size(1) : 1;
   rows.logits_stride_outer = logits.stride(0);
   rows.logits_stride_inner = logits.stride(1);
-  rows.dtype = dtype;
+  return rows;
+}
+
+// Rows of logits with what is known of each; the gradient is set by with_grad.
+inline Rows rows_of(const Tensor& logits, const Tensor& index, const MaybeTensor& mask, double logit_scale,
+                    double softcap, double temperature) {
+  Rows rows = memory_of(logits);
+  IGRPO_CHECK_DTYPE(index, Long);
+  IGRPO_CHECK_VECTOR(index, rows.n, logits);
+  if (mask.has_value()) {
+    IGRPO_CHECK_DTYPE(*mask, Bool);
+    IGRPO_CHECK_VECTOR(*mask, rows.n, logits);
+    rows.mask = static_cast<const bool*>(mask->data_ptr());
+  }
+  rows.index = static_cast<const int64_t*>(index.data_ptr());
   rows.transform = {static_cast<float>(logit_scale), static_cast<float>(softcap), static_cast<float>(temperature)};
   return rows;
 }
@@ -96,6 +100,32 @@ struct RowOutputs {
   RowStats stats() const {
     return {static_cast<float*>(logps.data_ptr()), static_cast<float*>(entropy.data_ptr()),
             static_cast<float*>(norm.data_ptr())};
+  }
+};
+
+struct TokenOutputs : RowOutputs {
+  Tensor grad_logps;
+
+  explicit TokenOutputs(const Tensor& logits, int64_t n) : RowOutputs(logits, n), grad_logps(new_floats(logits, {n})) {}
+};
+
+// The constants of a token-level loss as the operator receives them.
+struct TokenArguments {
+  const Tensor& advantages;
+  const Tensor& loss_weight;
+  const MaybeTensor& old_logps;
+  const MaybeTensor& ref_logps;
+  const MaybeTensor& sampler;
+  const MaybeTensor& grad_entropy;
+  const std::vector<double>& objective;
+
+  TokenConstants constants(const Tensor& logits, int64_t n, const Tensor& grad_logps) const {
+    const TokenConstants constants{floats(advantages, logits, n), floats(loss_weight, logits, n),
+                                   floats(old_logps, logits, n),  floats(ref_logps, logits, n),
+                                   floats(sampler, logits, n),    floats(grad_entropy, logits, n),
+                                   floats(grad_logps, logits, n), objective_of(objective)};
+    IGRPO_CHECK(constants.objective.beta == 0.0f || constants.ref_logps != nullptr, "beta != 0 needs ref_logps");
+    return constants;
   }
 };
 

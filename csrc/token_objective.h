@@ -75,16 +75,24 @@ IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& 
   return direct + (through_w == 0.0f ? 0.0f : through_w * w);
 }
 
-// dloss/dlogp of row r. A NaN log-probability (bad target) poisons the row whatever the clip would have said.
-IGRPO_HOST_DEVICE float row_coefficient(float logp, int64_t r, const TokenConstants& c) {
-  const Token token{
-      logp,
-      c.old_logps ? c.old_logps[r] : logp,
-      c.ref_logps ? c.ref_logps[r] : 0.0f,
-      c.advantages[r],
-      c.sampler ? c.sampler[r] : 1.0f,
-  };
-  return logp != logp ? logp : c.loss_weight[r] * token_loss_slope(token, c.objective);
+// What row r's coefficient needs besides its log-probability. A kernel may load it long before.
+struct RowConstants {
+  float advantage, loss_weight, old_logp, ref_logp, sampler, grad_entropy;
+};
+
+IGRPO_HOST_DEVICE RowConstants row_constants(int64_t r, const TokenConstants& c) {
+  return {c.advantages[r],
+          c.loss_weight[r],
+          c.old_logps ? c.old_logps[r] : 0.0f,
+          c.ref_logps ? c.ref_logps[r] : 0.0f,
+          c.sampler ? c.sampler[r] : 1.0f,
+          c.grad_entropy ? c.grad_entropy[r] : 0.0f};
+}
+
+// dloss/dlogp of a row. A NaN log-probability (bad target) poisons the row whatever the clip would have said.
+IGRPO_HOST_DEVICE float row_coefficient(float logp, const RowConstants& row, const TokenConstants& c) {
+  const Token token{logp, c.old_logps ? row.old_logp : logp, row.ref_logp, row.advantage, row.sampler};
+  return logp != logp ? logp : row.loss_weight * token_loss_slope(token, c.objective);
 }
 
 }  // namespace igrpo

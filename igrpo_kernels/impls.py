@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 _MODULES: dict[str, str | None] = {  # name -> module imported on first use; None = not part of this version
     "torch": "igrpo_kernels.reference",
     "triton": "igrpo_kernels.triton_impl",
-    "cuda": None,
+    "cuda": "igrpo_kernels.cuda_ops",
     "cpu": "igrpo_kernels.cpu_ops",
 }
 _AUTO_ORDER: dict[str, tuple[str, ...]] = {  # device type -> preference, fastest first

@@ -115,11 +115,9 @@ class _AttachGradients(torch.autograd.Function):
                 "this loss's gradient was handed out by an earlier backward and is not kept twice; call the loss "
                 "again, or use impl='torch' where backward must run twice"
             )
-        # Looking at the factor is free on the CPU and would be a sync elsewhere.
-        if upstream.device.type != "cpu" or upstream.item() != 1.0:
-            for grad in grads:
-                if grad is not None:
-                    grad.mul_(upstream)
+        for grad in grads:
+            if grad is not None:
+                native_ops.scale_(grad, upstream)
         return None, None, *grads
 
 

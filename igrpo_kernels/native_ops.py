@@ -17,6 +17,7 @@ from igrpo_kernels.source_hash import source_hash
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig, LogitTransform
 
 _BUILD = "`pip install --no-deps --no-build-isolation -e .` in the source folder builds it"
+_HASH_OPERATOR = {"_C_cpu": "source_hash", "_C_cuda": "cuda_source_hash"}
 _POLICY = {"cispo": 1, "sapo": 2} | dict.fromkeys(CLIPPED_LOSS_TYPES, 0)
 
 
@@ -43,10 +44,10 @@ def missing_library(name: str) -> str | None:
         torch.ops.load_library(path)
     except OSError as error:
         return f"{path.name} does not load ({error}); {_BUILD} again for this torch"
+    sources, built = source_hash(name), getattr(torch.ops.igrpo, _HASH_OPERATOR[name])()
+    if sources is not None and sources != built:
+        return f"{path.name} was built from other sources than the ones in csrc/; {_BUILD} again"
     if name == "_C_cpu":
-        sources = source_hash()
-        if sources is not None and sources != torch.ops.igrpo.source_hash():
-            return f"{path.name} was built from other sources than the ones in csrc/; {_BUILD} again"
         _register_fake_kernels()
     return None
 
@@ -112,6 +113,16 @@ def token_loss(
     if not inplace:
         return torch.ops.igrpo.token_loss(*arguments)
     return *torch.ops.igrpo.token_loss_(*arguments), logits
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    """grad *= factor (), for a factor that is nearly always 1: then the memory is not touched."""
+    if grad.dtype == torch.float64:
+        grad.mul_(factor)
+    elif grad.device.type != "cpu":  # looking at the factor here would be a sync; the kernel looks
+        torch.ops.igrpo.scale_(grad if grad.dim() == 3 else grad.view(1, -1, grad.shape[-1]), factor.float())
+    elif factor.item() != 1.0:
+        grad.mul_(factor)
 
 
 def is_token_level(batch: TokenBatch, config: GRPOLossConfig) -> bool:
@@ -186,3 +197,4 @@ def _register_fake_kernels() -> None:
     torch.library.register_fake("igrpo::row_grad_", lambda *_: None)
     torch.library.register_fake("igrpo::token_loss", lambda logits, *_: (*loss_rows(logits), gradient(logits)))
     torch.library.register_fake("igrpo::token_loss_", loss_rows)
+    torch.library.register_fake("igrpo::scale_", lambda *_: None)

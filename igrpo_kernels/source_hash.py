@@ -4,13 +4,16 @@ import hashlib
 from pathlib import Path
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
+_OTHER = {"_C_cpu": "cuda", "_C_cuda": "cpu"}  # the folder a library has nothing of
 
 
-def source_hash(csrc: Path = CSRC) -> str | None:
-    """Hash of every file under csrc/, or None where the sources are not there (an installed wheel)."""
+def source_hash(library: str, csrc: Path = CSRC) -> str | None:
+    """Hash of the library's files under csrc/, or None where the sources are not there (an installed wheel)."""
     if not csrc.is_dir():
         return None
     digest = hashlib.sha256()
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):
-        digest.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+        name = path.relative_to(csrc)
+        if name.parts[0] != _OTHER[library]:
+            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@
 namespace igrpo::cpu {
 
 float token_coefficient(float logp, int64_t row, const TokenConstants& constants) {
-  return row_coefficient(logp, row, constants);
+  return row_coefficient(logp, row_constants(row, constants), constants);
 }
 
 // Read at every call, so that one process can compare the instruction sets.

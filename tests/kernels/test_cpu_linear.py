@@ -220,7 +220,7 @@ def test_a_missing_extension_is_told_once_and_pytorch_serves(monkeypatch, caplog
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(native_ops, "source_hash", lambda: "0" * 16)
+    monkeypatch.setattr(native_ops, "source_hash", lambda library: "0" * 16)
     native_ops.missing_library.cache_clear()
     try:
         assert "built from other sources" in available_impls()["cpu"]

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+IGRPO_INSTANTIATE(DType::kBFloat16, __nv_bfloat16)

@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+IGRPO_INSTANTIATE(DType::kFloat16, __half)

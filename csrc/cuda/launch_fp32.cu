@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+IGRPO_INSTANTIATE(DType::kFloat32, float)
