@@ -223,7 +223,9 @@ def test_real_gsm8k_rows_with_vllm(model, tmp_path):
         "reward_funcs": f"[accuracy, format, {LOW_BYTES}]", "max_steps": 1, "max_train_samples": 16,
         "max_completion_length": 24, "bf16": True,
     }  # fmt: skip
-    arguments = words(model, str(GSM8K), tmp_path / "run", dataset_config="null", **settings)
+    arguments = words(
+        model, str(GSM8K), tmp_path / "run", dataset_config="null", reward_weights="[1, 1, 1]", **settings
+    )
     run(["--config", "recipes/gsm8k.yaml", *arguments])
     (only,) = steps(tmp_path / "run")
     assert only["rewards/accuracy/not_judged"] == 0.0  # every `#### 72` was read as a number
