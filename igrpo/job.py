@@ -273,6 +273,10 @@ def _announce(job: Job) -> None:
         job.view.say(f"an earlier run was kept as {job.folder.set_aside}")
     if job.step:
         job.view.say(f"resuming after step {job.step}")
+    device = job.learner.accelerator.device.type
+    job.view.say(
+        f"{'vLLM' if config.use_vllm else 'Hugging Face generate'} samples, the learner trains, both on {device}"
+    )
     job.view.say(
         f"{config.algorithm} on {config.dataset_name}: {len(job.problems)} problems, {job.total_steps} steps of "
         f"{config.prompts_per_step * job.learner.accelerator.num_processes} problems, {stages}"

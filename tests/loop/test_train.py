@@ -144,6 +144,22 @@ def test_killed_at_any_moment_and_resumed(model, questions, tmp_path):
     assert [r["step"] for r in steps(tmp_path / "run")] == list(range(1, done + 3))
 
 
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, tmp_path):
+    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
+    command = [sys.executable, "-m", "igrpo.train", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and "--resume_from_checkpoint last" in output and "Traceback" not in output
+    last = steps(tmp_path / "run")[-1]["step"]
+    assert (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
+
+
 def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     settings = {
         "algorithm": "grpo", "use_vllm": False, "max_steps": 1, "loss_type": "dapo", "beta": 0.01,
