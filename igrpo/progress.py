@@ -24,7 +24,7 @@ class LiveView:
     def __init__(self, total: int, done: int = 0, silent: bool = False):
         self.total, self.done, self.silent = total, done, silent
         self.live = sys.stdout.isatty() and not silent
-        self.started = time.monotonic()
+        self.started: float | None = None
         self.resumed_at = done
         self.problems = 0
         self.counts: dict[str, int] = {}
@@ -51,6 +51,8 @@ class LiveView:
         self.progress.stop()
 
     def begin_step(self, problems: int) -> None:
+        if self.started is None:  # not earlier: an evaluation before the first step says nothing about steps
+            self.started = time.monotonic()
         self.problems, self.counts = problems, {}
         self.stage("rollout")
 
@@ -79,7 +81,7 @@ class LiveView:
 
     def eta(self) -> str:
         steps = self.done - self.resumed_at
-        if steps <= 0:
+        if steps <= 0 or self.started is None:
             return "-:--:--"
         seconds = (time.monotonic() - self.started) / steps * (self.total - self.done)
         return str(timedelta(seconds=round(seconds)))
