@@ -105,11 +105,11 @@ def cuda_plan(sources: dict[str, list[str]], work: Path) -> tuple[list[list[str]
             command = [compiler, *CXX_FLAGS, *flags, TORCH_TARGET, hash_flag("_C_cuda"), *includes]
         commands.append([*command, "-c", str(CSRC / source), "-o", str(object_file(work, source))])
     objects = [str(object_file(work, source)) for source in sources]
-    cuda_lib = Path(nvcc).resolve().parent.parent / "lib64"
     # A CPU build of torch has no libtorch_cuda: the library then links, for inspection, but does not load.
     torch_cuda = ["-ltorch_cuda"] if any(Path(flag[2:], "libtorch_cuda.so").exists() for flag in libraries) else []
-    cuda = [f"-L{cuda_lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    return commands, [compiler, "-shared", *objects, *libraries, "-ltorch", "-ltorch_cpu", *torch_cuda, "-lc10", *cuda]
+    # nvcc links: it knows where its own runtime lies.
+    link = [nvcc, "-shared", "-cudart", "static", *objects, *libraries]
+    return commands, [*link, "-ltorch", "-ltorch_cpu", *torch_cuda, "-lc10"]
 
 
 def wants_cuda() -> bool:

@@ -43,7 +43,7 @@ def missing_library(name: str) -> str | None:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        return f"{path.name} does not load ({error}); {_BUILD} again for this torch"
+        return f"{path.name} does not load ({error.__cause__ or error}); {_BUILD} again for this torch"
     sources, built = source_hash(name), getattr(torch.ops.igrpo, _HASH_OPERATOR[name])()
     if sources is not None and sources != built:
         return f"{path.name} was built from other sources than the ones in csrc/; {_BUILD} again"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, available_impls, native_ops
+from igrpo_kernels import GRPOLossConfig, available_impls, grpo_loss, native_ops
 from igrpo_kernels.batch import TokenBatch
 from tests.kernels.oracle import boundary_inputs
 
@@ -60,3 +60,29 @@ def test_the_operators_compile_without_a_graph_break():
     for x in (logits, logits[:, :5]):
         arguments = (x, batch.index[: x.shape[0] * x.shape[1]], batch.mask[: x.shape[0] * x.shape[1]])
         torch.testing.assert_close(compiled(*arguments), rows(*arguments), rtol=0, atol=0)
+
+
+def test_no_gradient_is_computed_that_nobody_asked_for():
+    inputs = boundary_inputs().to(torch.float32)
+    arguments = (inputs.completion_ids, inputs.advantages)
+    with torch.profiler.profile() as profile:
+        grpo_loss(inputs.logits, *arguments, impl="cpu")
+        with torch.no_grad():
+            grpo_loss(inputs.logits.clone().requires_grad_(), *arguments, impl="cpu")
+    names = [event.name for event in profile.events()]
+    assert names.count("igrpo::row_stats") == 2 and not any("token_loss" in n or "row_grad" in n for n in names)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_memory_beyond_the_gradient_is_a_few_numbers_per_row(inplace):
+    logits = torch.randn(4, 16, 20_000, requires_grad=True)
+    index = torch.randint(20_000, (4, 16))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        out = grpo_loss(logits, index, torch.randn(4), impl="cpu", inplace=inplace)
+        out.loss.backward()
+    largest = sorted((event.cpu_memory_usage for event in profile.events()), reverse=True)
+    row_numbers = 64 * 64
+    assert (largest[0] >= 4 * logits.numel()) is (not inplace)
+    # Nested events repeat their children's memory; only the gradient may be larger than rows.
+    sizes = {size for size in largest if size > row_numbers}
+    assert all(abs(size - 4 * logits.numel()) <= 16 * row_numbers for size in sizes), sizes

@@ -1,7 +1,6 @@
 """impl="cpu": the compiled row kernels against fp64 PyTorch, and the promises only they make.
 
-The tests shared by all implementations run on it as well (`oracle.IMPLS`), but mostly in fp64, which it leaves to the
-reference; here everything is fp32, bf16 or fp16.
+The tests shared by all implementations mostly use fp64, which this one leaves to the reference; here nothing does.
 """
 
 import os
@@ -158,6 +157,19 @@ def test_half_conversions_are_exact_and_round_to_even(capability):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_nearest_even(dtype, capability):
+    """p is exactly 1 and 0 here, so the gradient is the coefficient itself: ties, subnormals, overflow, both signs."""
+    grid = torch.arange(1, 4096, dtype=torch.float32)  # 12 significant bits: every tie of both types
+    g = torch.cat([grid, grid * 2.0**-24, grid * 2.0**-30, grid * 32.0, torch.tensor([0.1, 65519.9, 65520.0, 3e38])])
+    logits = torch.tensor([0.0, -float("inf")], dtype=dtype).repeat(1, len(g), 1)
+    target = torch.ones(len(g), dtype=torch.long)
+    stats = native_ops.row_stats(logits, target, None, LogitTransform())
+    grad = native_ops.row_grad(logits, target, None, stats, g, None, LogitTransform(), inplace=False)[0]
+    torch.testing.assert_close(grad, torch.stack([-g, g], -1).to(dtype), rtol=0, atol=0)
+
+
+@needs_library
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("cap", [None, 5.0])
 def test_rows_holding_infinities_or_nan_answer_as_the_reference(value, cap, capability):
@@ -233,6 +245,33 @@ def test_the_coefficient_in_c_is_the_derivative_of_the_python_objective(config, 
 
 
 @needs_library
+def test_a_loss_that_couples_tokens_takes_two_passes():
+    """Each coupling alone, against fp64: one pass would use a log-probability it has not measured yet."""
+    alone = [
+        ({"importance_sampling_level": "sequence"}, "sequence"),
+        ({"loss_type": "vespo"}, "sequence"),
+        ({"off_policy_mask_threshold": 0.02}, "sequence"),
+        ({"top_entropy_quantile": 0.5}, "batch"),
+        ({"importance_sampling_mode": "sequence_mask"}, "token"),
+    ]
+    for keywords, expected in alone:
+        config = GRPOLossConfig(**keywords)
+        inputs = boundary_inputs(level=config.importance_sampling_level)
+        inputs = replace(inputs, logits=inputs.logits.float().double())
+        given = inputs.keywords(config)
+        batch = TokenBatch.build(inputs.completion_ids, inputs.advantages, dtype=torch.float32, **given)
+        assert native_ops.locality(batch, config) == expected
+        if config.importance_sampling_mode is not None:  # without old log-probs its ratio follows the policy's
+            assert native_ops.locality(replace(batch, old_per_token_logps=None), config) == "sequence"
+        for old in (given["old_per_token_logps"], None):
+            results = []
+            for rows, impl in ((inputs, "torch"), (inputs.to(torch.float32), "cpu")):
+                results.append(loss_and_grad(rows, config, impl=impl, old_per_token_logps=old))
+            assert_close_to_truth("loss", results[1][0].loss, results[0][0].loss, rtol=RTOL, atol=1e-6)
+            assert_close_to_truth("gradient", results[1][1], results[0][1], rtol=RTOL)
+
+
+@needs_library
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 @pytest.mark.parametrize("inplace", [False, True])
 def test_masked_rows_are_not_read(loss_type, level, inplace):
@@ -290,13 +329,11 @@ def test_results_do_not_depend_on_the_number_of_threads(level):
     inputs = boundary_inputs(B=8, T=40, V=5000, level=level).to(torch.bfloat16)
     config = full_config("grpo", level, max_completion_length=40)
     before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            out, grad = loss_and_grad(inputs, config, impl="cpu")
-            results.append((out.loss, out.per_token_logps, out.entropy, grad))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        out, grad = loss_and_grad(inputs, config, impl="cpu")
+        results.append((out.loss, out.per_token_logps, out.entropy, grad))
+    torch.set_num_threads(before)
     for other in results[1:]:
         torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
@@ -336,31 +373,3 @@ def test_a_second_backward_says_what_to_do():
     out.loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="impl='torch'"):
         out.loss.backward()
-
-
-@needs_library
-def test_no_gradient_is_computed_that_nobody_asked_for():
-    inputs = boundary_inputs().to(torch.float32)
-    arguments = (inputs.completion_ids, inputs.advantages)
-    with torch.profiler.profile() as profile:
-        grpo_loss(inputs.logits, *arguments, impl="cpu")
-        with torch.no_grad():
-            grpo_loss(inputs.logits.clone().requires_grad_(), *arguments, impl="cpu")
-    names = [event.name for event in profile.events()]
-    assert names.count("igrpo::row_stats") == 2 and not any("token_loss" in n or "row_grad" in n for n in names)
-
-
-@needs_library
-@pytest.mark.parametrize("inplace", [False, True])
-def test_memory_beyond_the_gradient_is_a_few_numbers_per_row(inplace):
-    logits, index = random_rows(64, 20_000, torch.float32)
-    logits = logits.view(4, 16, -1).requires_grad_()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        out = grpo_loss(logits, index.view(4, 16), torch.randn(4), impl="cpu", inplace=inplace)
-        out.loss.backward()
-    largest = sorted((event.cpu_memory_usage for event in profile.events()), reverse=True)
-    row_numbers = 64 * 64
-    assert (largest[0] >= 4 * logits.numel()) is (not inplace)
-    # Nested events repeat their children's memory; only the gradient may be larger than rows.
-    sizes = {size for size in largest if size > row_numbers}
-    assert all(abs(size - 4 * logits.numel()) <= 16 * row_numbers for size in sizes), sizes

@@ -227,8 +227,9 @@ def test_bad_targets_and_rows_of_minus_infinity(kernels, plan):
 
 @pytest.mark.parametrize("mode", ["forward", "reversed"])
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("cap", [None, 5.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_then_gradient(kernels, dtype, inplace, mode):
+def test_statistics_then_gradient(kernels, dtype, cap, inplace, mode):
     kernels.configure(False, mode == "reversed")
     generator = torch.Generator().manual_seed(0)
     logits = misaligned((3 * torch.randn(2, 3, 1500, generator=generator)).to(dtype), 3)
@@ -236,12 +237,13 @@ def test_statistics_then_gradient(kernels, dtype, inplace, mode):
     original = logits.clone()
     g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
     g[1] = h[1] = h[4] = 0.0
-    launch = Launch(logits, index, mask, inplace=inplace)
+    launch = Launch(logits, index, mask, inplace=inplace, config=GRPOLossConfig(final_logit_softcapping=cap))
     kernels.run_row_stats(ctypes.byref(launch.rows), ctypes.byref(launch.stats), 4)
     row_gradients = RowGradients(g.data_ptr(), h.data_ptr())
     kernels.run_row_grad(ctypes.byref(launch.rows), ctypes.byref(launch.stats), ctypes.byref(row_gradients), 4)
     leaf = original.double().requires_grad_()
-    logps, entropy = selective_log_softmax(leaf, index.view(2, 3), return_entropy=True, impl="torch")
+    z = leaf if cap is None else cap * torch.tanh(leaf / cap)
+    logps, entropy = selective_log_softmax(z, index.view(2, 3), return_entropy=True, impl="torch")
     truth = torch.autograd.grad(((g * logps.view(-1) + h * entropy.view(-1)) * mask).sum(), leaf)[0]
     assert_close_to_truth("log-probs", launch.logps, logps.view(-1) * mask, rtol=1e-6)
     assert_close_to_truth("entropy", launch.entropy, entropy.view(-1) * mask, rtol=1e-6)
