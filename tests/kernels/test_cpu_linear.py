@@ -151,11 +151,11 @@ def test_autocast_runs_the_matmuls_in_its_dtype():
 
 
 def test_weight_gradient_is_accumulated_in_fp32(monkeypatch):
-    """One-row chunks of bf16: 2,048 additions into a bf16 buffer would stall."""
-    hidden = torch.rand(2048, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    """One-row chunks of bf16: 512 additions into a bf16 buffer would stall."""
+    hidden = torch.rand(512, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     weight = torch.zeros(5, 4, dtype=torch.bfloat16, requires_grad=True)
     monkeypatch.setattr(native_linear, "CHUNK_LOGITS", 5)
-    linear_selective_log_softmax(hidden, weight, torch.zeros(2048, dtype=torch.long), impl="cpu").sum().backward()
+    linear_selective_log_softmax(hidden, weight, torch.zeros(512, dtype=torch.long), impl="cpu").sum().backward()
     truth = torch.tensor([0.8] + [-0.2] * 4).double()[:, None] * hidden.detach().double().sum(0)
     assert_close_to_truth("dW", weight.grad, truth, rtol=2**-8)
 
