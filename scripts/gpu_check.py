@@ -92,10 +92,20 @@ def figures(dry_run: bool) -> list[dict]:
     linear_shapes = [(6, 16, 64)] if dry_run else LINEAR_SHAPES
     found = []
     for shape in shapes:
-        found += logits_figures(*shape)
+        for impl in measured_impls():
+            found += logits_figures(impl, *shape)
     for shape in linear_shapes:
-        found += linear_figures(*shape)
+        for impl in measured_impls():
+            found += linear_figures(impl, *shape)
     return found
+
+
+def measured_impls() -> list[str]:
+    """What this machine can run of the implementations made for a device."""
+    from igrpo_kernels import available_impls
+
+    states = available_impls()
+    return [name for name in ("triton", "cuda") if states[name] == "available"]
 
 
 def milliseconds(function: Callable[[], object]) -> float:
@@ -111,7 +121,7 @@ def milliseconds(function: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def logits_figures(B: int, T: int, V: int) -> list[dict]:
+def logits_figures(impl: str, B: int, T: int, V: int) -> list[dict]:
     """Operations on materialised bf16 logits, in GB/s of the bytes each has to move."""
     import torch
 
@@ -121,7 +131,7 @@ def logits_figures(B: int, T: int, V: int) -> list[dict]:
     logits = torch.randn(B, T, V, device=device).bfloat16()
     ids = torch.randint(V, (B, T), device=device)
     advantages = torch.randn(B, device=device)
-    ref = selective_log_softmax(logits, ids, impl="triton")
+    ref = selective_log_softmax(logits, ids, impl=impl)
     copy = torch.empty_like(logits)
     count = logits.numel()
     found = []
@@ -129,7 +139,7 @@ def logits_figures(B: int, T: int, V: int) -> list[dict]:
     def report(name: str, bytes_per_logit: int, function: Callable[[], object]) -> None:
         ms = milliseconds(function)
         found.append({
-            "operation": name, "shape": [B, T, V], "ms": ms, "bytes_per_logit": bytes_per_logit,
+            "operation": name, "impl": impl, "shape": [B, T, V], "ms": ms, "bytes_per_logit": bytes_per_logit,
             "GB_per_s": bytes_per_logit * count / ms / 1e6, "peak_bytes": peak_bytes(function, device),
         })  # fmt: skip
 
@@ -137,14 +147,14 @@ def logits_figures(B: int, T: int, V: int) -> list[dict]:
         # On-policy: no row is clipped, so none escapes its second read, not even after `inplace` changed the logits.
         leaf = logits.detach().requires_grad_()
         keywords = {"ref_per_token_logps": ref if config.beta else None}
-        grpo_loss(leaf, ids, advantages, config=config, impl="triton", inplace=inplace, **keywords).loss.backward()
+        grpo_loss(leaf, ids, advantages, config=config, impl=impl, inplace=inplace, **keywords).loss.backward()
 
     report("copy", 4, lambda: copy.copy_(logits))
     copy = None  # freed, so that it does not count as the losses' memory
-    report("selective_log_softmax", 2, lambda: selective_log_softmax(logits, ids, impl="triton"))
+    report("selective_log_softmax", 2, lambda: selective_log_softmax(logits, ids, impl=impl))
     report(
         "selective_log_softmax, entropy", 2,
-        lambda: selective_log_softmax(logits, ids, return_entropy=True, impl="triton"),
+        lambda: selective_log_softmax(logits, ids, return_entropy=True, impl=impl),
     )  # fmt: skip
     for name, options in LOSSES.items():
         config = GRPOLossConfig(**options)
@@ -153,7 +163,7 @@ def logits_figures(B: int, T: int, V: int) -> list[dict]:
     return found
 
 
-def linear_figures(n: int, H: int, V: int) -> list[dict]:
+def linear_figures(impl: str, n: int, H: int, V: int) -> list[dict]:
     """The fused linear in bf16 beside the three bare matmuls, in TFLOP/s of 6·n·H·V."""
     import torch
 
@@ -170,13 +180,13 @@ def linear_figures(n: int, H: int, V: int) -> list[dict]:
     def report(name: str, function: Callable[[], object]) -> None:
         ms = milliseconds(function)
         found.append({
-            "operation": name, "shape": [n, H, V], "ms": ms, "TFLOP_per_s": 6 * n * H * V / ms / 1e9,
+            "operation": name, "impl": impl, "shape": [n, H, V], "ms": ms, "TFLOP_per_s": 6 * n * H * V / ms / 1e9,
             "peak_bytes": peak_bytes(function, device),
         })  # fmt: skip
 
     def loss(config: GRPOLossConfig) -> None:
         hidden.grad = weight.grad = None
-        linear_grpo_loss(hidden, weight, ids, advantages, config=config, impl="triton").loss.backward()
+        linear_grpo_loss(hidden, weight, ids, advantages, config=config, impl=impl).loss.backward()
 
     report("three matmuls", lambda: (torch.mm(x, w.t(), out=d), torch.mm(d, w), torch.mm(d.t(), x)))
     d = None  # as above
