@@ -16,7 +16,7 @@ setup:
 	@$(PYTHON) scripts/setup_env.py
 
 # On a machine with a CUDA device: the kernel tests on it, then the figures, as one JSON record in benchmarks/results/.
-# Anywhere: make gpu-check ARGS="--dry-run --output /tmp/record.json" walks the same path under Triton's interpreter.
+# Anywhere: make gpu-check ARGS="--dry-run --output record.json" walks the same path under Triton's interpreter.
 gpu-check: setup
 	$(PY) scripts/gpu_check.py $(ARGS)
 
