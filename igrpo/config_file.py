@@ -17,11 +17,7 @@ from igrpo.config import ConfigError, TrainConfig, describe_type, field_types
 
 RENAMED = {
     "warmup_ratio": "warmup_steps",
-    "num_refinements": "num_generations",
     "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
-    "num_train_samples": "max_train_samples",
-    "dataset_split": "dataset_train_split",
-    "model_name": "model_name_or_path",
 }
 """Keys of older TRL / transformers / open-r1 recipes that live on under another name."""
 

@@ -1,11 +1,16 @@
 """Engines that sample: one protocol (`base.py`), vLLM (`vllm_engine.py`), Hugging Face generate (`hf_engine.py`)."""
 
+from collections.abc import Sequence
+
+from igrpo.config import TrainConfig
 from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling
 
 __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "start_engine"]
 
 
-def start_engine(path, config, max_model_length, stop_token_ids, seed) -> Engine:  # type: ignore[no-untyped-def]
+def start_engine(
+    path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+) -> Engine:
     """The engine the config asks for; imports only the library it needs."""
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
