@@ -7,7 +7,11 @@ and what to write instead, so that a bad setting ends a run before anything heav
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
+
+from igrpo.config_checks import ConfigError, check_combinations, check_ranges, check_types
+
+__all__ = ["ConfigError", "TrainConfig", "field_types"]
 
 DEFAULT_SYSTEM_PROMPT = (
     "You answer questions carefully. First think the problem through, then state the answer, in exactly this shape: "
@@ -20,10 +24,6 @@ DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{d
 
 LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
 CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message is one line that says what to change."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +241,9 @@ class TrainConfig:
     """Name shown by the trackers; null: the folder's name."""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _check_ranges(self)
-        _check_combinations(self)
+        check_types(self, field_types())
+        check_ranges(self)
+        check_combinations(self)
 
     @property
     def completions_per_step(self) -> int:
@@ -273,97 +273,3 @@ def field_types() -> dict[str, Any]:
     if _TYPE_HINTS is None:
         _TYPE_HINTS = get_type_hints(TrainConfig)
     return _TYPE_HINTS
-
-
-def matches(value: Any, hint: Any) -> bool:
-    """Whether a value has the type a key asks for; an int is a fine float, a bool is never a number."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return value in args
-    if origin is list:
-        return isinstance(value, list) and all(matches(v, args[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if args:  # X | None
-        return any(matches(value, a) for a in args)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
-
-
-def describe_type(hint: Any) -> str:
-    origin, args = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (list, dict):
-        return {"list": "a list", "dict": "a mapping"}[origin.__name__]
-    if args:
-        return " or ".join(describe_type(a) for a in args)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return names.get(hint, str(hint))
-
-
-def _check_types(config: TrainConfig) -> None:
-    for key, hint in field_types().items():
-        value = getattr(config, key)
-        if not matches(value, hint):
-            raise ConfigError(f"{key}: {value!r} does not fit; write {describe_type(hint)}")
-
-
-_AT_LEAST = {
-    "num_drafts": 1, "num_generations": 1, "max_completion_length": 1, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 1, "save_steps": 0, "eval_samples": 0,
-    "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
-    "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
-    "eval_temperature": 0.0, "epsilon": 0.0,
-}  # fmt: skip
-_POSITIVE = ("temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance")
-
-
-def _check_ranges(config: TrainConfig) -> None:
-    for key, low in _AT_LEAST.items():
-        if getattr(config, key) < low:
-            raise ConfigError(f"{key}: {getattr(config, key)} is too small; write {low} or more")
-    for key in _POSITIVE:
-        if getattr(config, key) <= 0:
-            raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a number above 0")
-    for key in ("draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}: {value} does not work; write 1 or more, or null")
-    if not 0.0 < config.vllm_gpu_memory_utilization <= 1.0:
-        raise ConfigError("vllm_gpu_memory_utilization: write a share of the GPU's memory, above 0 and at most 1")
-    if not 0.0 < config.top_p <= 1.0:
-        raise ConfigError("top_p: write a number above 0 and at most 1")
-    if config.max_steps != -1 and config.max_steps < 1:
-        raise ConfigError(f"max_steps: {config.max_steps} does not work; write 1 or more, or -1 for num_train_epochs")
-
-
-def _check_combinations(config: TrainConfig) -> None:
-    if config.num_generations < 2:
-        raise ConfigError("num_generations: a group of 1 has no group-relative advantage; write 2 or more")
-    if config.completions_per_step % config.num_generations:
-        raise ConfigError(
-            f"per_device_train_batch_size x gradient_accumulation_steps = {config.completions_per_step} completions do "
-            f"not divide into groups of num_generations = {config.num_generations}; make one a multiple of the other"
-        )
-    if config.draft_template.count("{draft}") != 1:
-        raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
-    for example in config.few_shot_examples:
-        if set(example) != {"prompt", "completion"} or not all(isinstance(text, str) for text in example.values()):
-            raise ConfigError(f"few_shot_examples: {example!r} does not fit; write {{prompt: text, completion: text}}")
-    if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
-        raise ConfigError(
-            f"reward_weights has {len(config.reward_weights)} numbers and reward_funcs {len(config.reward_funcs)} "
-            "names; write one weight per function"
-        )
-    if not config.reward_funcs:
-        raise ConfigError("reward_funcs: without a reward there is nothing to learn; write for example [accuracy]")
-    if config.draft_selection_score == "accuracy_first" and "accuracy" not in config.reward_funcs:
-        raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
-    if config.eval_steps is not None and config.eval_samples == 0:
-        raise ConfigError("eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use")

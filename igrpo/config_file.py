@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
-from igrpo.config import ConfigError, TrainConfig, describe_type, field_types
+from igrpo.config import ConfigError, TrainConfig, field_types
+from igrpo.config_checks import describe_type
 
 RENAMED = {
     "warmup_ratio": "warmup_steps",
