@@ -1,0 +1,76 @@
+"""One command for everything: ``igrpo VERB …``, also as ``python -m igrpo VERB …`` and ``python -m igrpo.VERB …``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import os
+import sys
+from collections.abc import Sequence
+
+# Verb -> what it does. Each is a module igrpo.VERB with main(argv) -> exit code, imported only when it is asked for:
+# `igrpo report` must not wait for torch, and a reward worker, which imports the main module again, must stay light.
+VERBS = {
+    "train": "train with iGRPO or GRPO from a recipe",
+    "eval": "avg@n and pass@k of a model on benchmarks, on the bare prompt or two-stage",
+    "report": "one HTML page with every figure and a completions browser, from one or more runs",
+    "doctor": "check this machine for what a run needs",
+    "plan": "predict memory, step time and GPU-hours of a recipe on given hardware",
+}
+
+HELP = """\
+usage: igrpo VERB [options]
+
+{verbs}
+
+examples:
+  igrpo doctor
+  igrpo train --config recipes/quickstart.yaml
+  igrpo train --config recipes/quickstart.yaml --algorithm grpo --output_dir runs/grpo
+  igrpo report runs/quickstart runs/grpo -o report.html
+  igrpo eval --model runs/quickstart/checkpoint-24 --benchmarks gsm8k --n 8
+  igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 16xA100-80G
+
+`igrpo VERB --help` has the options of a verb and more examples. `python -m igrpo.VERB` is the same as `igrpo VERB`.
+Exit codes: 0 done; 2 a mistake in the command or the settings; 130 stopped by Ctrl-C; others are the verb's own.
+"""
+
+EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `igrpo train --help | head`: nobody reads on, so there is nothing left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE_CLOSED
+
+
+def help_text() -> str:
+    return HELP.format(verbs="\n".join(f"  {verb:8} {text}" for verb, text in VERBS.items()))
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        print(help_text(), file=sys.stderr)
+        return EXIT_USAGE
+    verb, rest = words[0], words[1:]
+    if verb in ("-h", "--help", "help"):
+        print(help_text())
+        return 0
+    if verb == "--version":
+        print(f"igrpo {importlib.metadata.version('igrpo')}")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
+        print(f"error: igrpo {verb}: there is no such verb; {hint}", file=sys.stderr)
+        return EXIT_USAGE
+    return importlib.import_module(f"igrpo.{verb}").main(rest)
