@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -51,7 +51,7 @@ class Result:
     finish_reasons: tuple[str, ...]
     """[n] ``"stop"`` or ``"length"``."""
     version: int
-    """Weights that sampled all n outputs."""
+    """Weights that sampled the last token; all tokens, unless weights were pushed while the request ran."""
     cached_tokens: int
     """Prompt tokens served from the prefix cache."""
 
@@ -68,12 +68,16 @@ class Engine(Protocol):
         """Runs one step of all submitted requests; returns those that finished in it."""
         ...
 
+    def abort(self, request_ids: Collection[str]) -> None:
+        """Forgets these requests, running or finished: none of them comes out of ``poll``. Unknown ids are ignored."""
+        ...
+
     def seed(self, seed: int) -> None:
         """Restarts the sampler's random numbers."""
         ...
 
     def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
-        """Replaces all weights and forgets every cached prefix.
+        """Replaces all weights and forgets every cached prefix; requests that run go on under the new weights.
 
         Returns figures for the log. Raises EngineError if any tensor did not arrive.
         """

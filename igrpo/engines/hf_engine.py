@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,9 @@ class HFEngine:
             ids[i, longest - len(prompt) :] = torch.tensor(prompt)
             mask[i, longest - len(prompt) :] = 1
         return ids.to(self.model.device), mask.to(self.model.device)
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        self._waiting = [r for r in self._waiting if r.request_id not in request_ids]
 
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)

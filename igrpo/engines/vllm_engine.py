@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,8 @@ class VLLMEngine:
         self.version = 0
         self._submitted = 0
         self._names: dict[str, str] = {}
+        self._finished: list[Result] = []
+        """Came out while ``score`` was stepping the engine."""
 
     def _set_environment(self, config: TrainConfig) -> None:
         # In this process, so that tensors and iterators reach the worker without serialisation. Read at import.
@@ -106,9 +108,17 @@ class VLLMEngine:
         self.engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
 
     def poll(self) -> list[Result]:
-        if not self.engine.has_unfinished_requests():
-            return []
-        return [self._result(output) for output in self.engine.step() if output.finished]
+        finished, self._finished = self._finished, []
+        if not finished and self.engine.has_unfinished_requests():
+            finished = [self._result(output) for output in self.engine.step() if output.finished]
+        return finished
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        names = [name for name, request_id in self._names.items() if request_id in request_ids]
+        self.engine.abort_request(names)
+        for name in names:
+            del self._names[name]
+        self._finished = [result for result in self._finished if result.request_id not in request_ids]
 
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
@@ -129,8 +139,6 @@ class VLLMEngine:
         torch.manual_seed(seed)
 
     def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
-        if self.engine.has_unfinished_requests():
-            raise EngineError("weights were pushed while requests were running: a group would mix two policies")
         start = time.perf_counter()
         sent: dict[str, torch.Tensor] = {}
         try:
@@ -139,7 +147,8 @@ class VLLMEngine:
             raise EngineError(f"the weight push of version {version} failed half-way: {error}") from error
         if self.on_cpu:
             self.llm.apply_model(_repack_tied_head)
-        if not self.llm.reset_prefix_cache():
+        # Requests that run lose their blocks too, and read prompt and tokens so far again under the new weights.
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old weights")
         compared = self._compare(sent)
         self.version = version
@@ -170,9 +179,15 @@ class VLLMEngine:
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        (output,) = self.llm.generate([{"prompt_token_ids": list(token_ids)}], params, use_tqdm=False)
-        pairs = zip(token_ids[1:], output.prompt_logprobs[1:], strict=True)
-        return [entry[token].logprob for token, entry in pairs]
+        self.engine.add_request("score", {"prompt_token_ids": list(token_ids)}, params)
+        logprobs = None
+        while logprobs is None:
+            for output in self.engine.step():
+                if output.request_id == "score":
+                    logprobs = output.prompt_logprobs
+                elif output.finished:
+                    self._finished.append(self._result(output))
+        return [entry[token].logprob for token, entry in zip(token_ids[1:], logprobs[1:], strict=True)]
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
