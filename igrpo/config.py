@@ -39,10 +39,24 @@ class TrainConfig:
     """Attention of the learner: `sdpa`, `eager`, `flash_attention_2` (needs a GPU and the flash-attn package)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the computer's memory between forward and backward: for GPUs too small for the context."""
     bf16: bool = True
     """Compute in bfloat16; the master weights and the optimiser stay float32."""
     use_cpu: bool = False
     """Stay on the CPU even where a GPU is present."""
+
+    # --- adapters
+    use_peft: bool = False
+    """Train LoRA adapters beside frozen weights; the KL reference is then the model without them."""
+    lora_r: int = 16
+    """Rank of the adapters."""
+    lora_alpha: int = 32
+    """Scale of the adapters: alpha / r."""
+    lora_dropout: float = 0.05
+    """Dropout before the adapters while training."""
+    lora_target_modules: list[str] | None = None
+    """Names of the layers that get one; null: every linear layer of the decoder."""
 
     # --- data
     dataset_name: str
@@ -189,6 +203,8 @@ class TrainConfig:
     """Warm-up: a number of steps, or below 1 a share of all steps."""
     weight_decay: float = 0.0
     """AdamW weight decay; as everywhere, not of norms and biases."""
+    optim: str = "adamw_torch_fused"
+    """An optimiser of transformers; `adamw_8bit` and `paged_adamw_8bit` need the bitsandbytes package."""
     adam_beta1: float = 0.9
     """AdamW."""
     adam_beta2: float = 0.999
@@ -201,6 +217,10 @@ class TrainConfig:
     """Completions (not prompts) per micro-batch and process, as in TRL."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimiser step; completions per step = batch size x this x processes."""
+    token_budget: int | None = None
+    """Tokens computed per micro-batch; null: `per_device_train_batch_size` completions per micro-batch."""
+    shared_prefix: bool = True
+    """Compute the prompt of a group once for all its completions; the gradient is the same."""
     num_iterations: int = 1
     """Optimiser steps per rollout batch."""
     num_train_epochs: float = 1.0

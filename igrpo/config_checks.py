@@ -59,9 +59,13 @@ _AT_LEAST = {
     "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 1, "save_steps": 0, "eval_samples": 0,
     "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
-    "eval_temperature": 0.0, "epsilon": 0.0,
+    "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
 }  # fmt: skip
 _POSITIVE = ("temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance")
+
+_ONE_OR_NULL = (
+    "draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
+)  # fmt: skip
 
 
 def check_ranges(config: TrainConfig) -> None:
@@ -71,7 +75,7 @@ def check_ranges(config: TrainConfig) -> None:
     for key in _POSITIVE:
         if getattr(config, key) <= 0:
             raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a number above 0")
-    for key in ("draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length"):
+    for key in _ONE_OR_NULL:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} does not work; write 1 or more, or null")

@@ -89,6 +89,7 @@ def test_values_on_the_command_line(words, key, value):
         (("--eval_steps", "5"), ("eval_steps", "eval_samples")),
         (("--temperature", "0"), ("temperature", "above 0")),
         (("--max_steps", "0"), ("max_steps", "-1")),
+        (("--token_budget", "0"), ("token_budget", "null")),
         (("--config", "no/such.yaml"), ("no/such.yaml", "no such file")),
         (("--config",), ("--config", "after it")),
         (("stray",), ("'stray'", "--key value")),
