@@ -1,0 +1,88 @@
+"""``python -m experiments controls --seeds 0 1 2``: run what is missing, then summarise everything there is.
+
+Interrupt it at any time: the same command goes on where it stopped, finished runs are never repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.plan import BASE_CPU, RESULTS, Plan, fingerprint, load_base, load_plan
+from experiments.record import make_record
+from experiments.summary import summarise
+from igrpo.config import ConfigError
+from igrpo.run_folder import checkpoints, write_atomically
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a plan that cannot work, else the code of the training run that failed."""
+    args = parse(argv)
+    try:
+        for name in args.plans:
+            plan, base = load_plan(name), load_base(args.base)
+            for arm in args.arms or plan.arms:
+                if arm not in plan.arms:
+                    raise ConfigError(f"{name} has no arm {arm!r}; it has {', '.join(plan.arms)}")
+            # Seeds outside, arms inside: an experiment cut short still compares whole seeds.
+            for seed in args.seeds:
+                for arm in args.arms or plan.arms:
+                    code = run_one(plan, arm, seed, base, args)
+                    if code:
+                        return code
+            path = summarise(args.results / name, plan)
+            print(f"summary: {path}")
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("plans", nargs="+", help="names of files in experiments/plans")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--base", type=Path, default=BASE_CPU, help="base recipe (default: two CPU cores)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where run folders go")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where records and summaries go")
+    parser.add_argument("--launch", default=f"{sys.executable} -m igrpo.train", help="program that trains")
+    parser.add_argument("--processes", type=int, default=1, help="learner processes that --launch starts")
+    return parser.parse_args(argv)
+
+
+def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespace) -> int:
+    """Trains one arm with one seed unless its record is there; returns the exit code of the training."""
+    settings = plan.settings(arm, base, args.processes) | {"seed": seed}
+    target = args.results / plan.name / f"{arm}-seed{seed}.json"
+    if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(settings):
+        return 0
+    # Equal settings are one run, whichever plan or arm asks for them.
+    folder = args.runs / fingerprint(settings)
+    if not (folder / "done").is_file():
+        print(f"{plan.name}: {arm}, seed {seed} -> {folder}", flush=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        options = settings | {"output_dir": str(folder)}
+        if checkpoints(folder):
+            options["resume_from_checkpoint"] = "last"
+        recipe = folder.with_suffix(".yaml")
+        write_atomically(recipe, json.dumps(options))
+        code = subprocess.run([*args.launch.split(), "--config", str(recipe)], env=os.environ).returncode
+        if code:
+            print(f"error: {plan.name}/{arm} seed {seed} ended with exit code {code}; its folder is {folder}",
+                  file=sys.stderr)  # fmt: skip
+            return code
+        (folder / "done").touch()
+    record = make_record(folder, plan.name, arm, seed, fingerprint(settings))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

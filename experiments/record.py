@@ -1,0 +1,122 @@
+"""From the folder of a finished run to the small JSON record that is committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from igrpo.answers import extract_answer
+
+SERIES = (
+    "reward",
+    "refinement/accuracy",
+    "draft/accuracy",
+    "draft/best_accuracy",
+    "draft/best_accuracy_theory",
+    "draft/chosen_accuracy",
+    "frac_reward_zero_std",
+    "frac_all_right",
+    "frac_all_wrong",
+    "refinement/copy_rate",
+    "refinement/copies_draft",
+    "refinement/better_than_draft",
+    "refinement/worse_than_draft",
+    "completions/mean_length",
+    "completions/clipped_ratio",
+    "entropy",
+    "kl",
+    "step_time",
+    "rollout/seconds",
+)
+"""Curves that are kept; a run that has no such figure has no such key."""
+
+
+def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) -> dict[str, Any]:
+    """Everything the summary and the figures need, a few kilobytes."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    steps = [row for row in rows if "reward" in row]
+    return {
+        "plan": plan,
+        "arm": arm,
+        "seed": seed,
+        "fingerprint": fingerprint,
+        "command": f"python -m experiments {plan} --arms {arm} --seeds {seed}",
+        **provenance(),
+        "config": {k: v for k, v in config.items() if k not in ("output_dir", "run_name", "resume_from_checkpoint")},
+        "evaluations": evaluations(rows, steps, config["eval_samples"]),
+        "series": {
+            "step": [row["step"] for row in steps],
+            **{name: [_short(row[name]) for row in steps] for name in SERIES if steps and name in steps[0]},
+        },
+        "answer_equals_draft": answer_equals_draft(folder),
+        "totals": {
+            "decoded_tokens": sum(decoded(row) for row in steps),
+            "rollouts": sum(row["rollout/rollouts_per_prompt"] for row in steps) * _prompts(config),
+            "step_seconds": _short(sum(row["step_time"] for row in steps)),
+            "peak_memory_gib": _short(max(row["peak_memory_gib"] for row in steps)),
+        },
+    }
+
+
+def evaluations(rows: Iterable[dict], steps: list[dict], samples: int) -> list[dict[str, Any]]:
+    """Bare-prompt accuracy, each with the tokens decoded for training until then."""
+    found = []
+    for row in rows:
+        if "eval/accuracy" in row:
+            done = [s for s in steps if s["step"] <= row["step"]]
+            found.append(
+                {
+                    "step": row["step"],
+                    "accuracy": _short(row["eval/accuracy"]),
+                    "samples": samples,
+                    "format": _short(row.get("eval/rewards/format", float("nan"))),
+                    "decoded_tokens": sum(decoded(s) for s in done),
+                }
+            )
+    return found
+
+
+def decoded(row: dict[str, float]) -> int:
+    """Tokens that the engine sampled in a step: drafts and completions alike."""
+    return int(row["rollout/draft_tokens"] + row["rollout/refinement_tokens"])
+
+
+def answer_equals_draft(folder: Path) -> float | None:
+    """Share of refinements whose final answer is that of the draft they were shown; None where none is shown."""
+    path, equal = folder / "completions.jsonl", []
+    if not path.is_file():
+        return None
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            group = json.loads(line)
+            if group["chosen"] is None:
+                continue
+            shown = extract_answer(group["drafts"][group["chosen"]]["text"])
+            equal += [shown is not None and extract_answer(r["text"]) == shown for r in group["refinements"]]
+    return _short(fmean(equal)) if equal else None
+
+
+def provenance() -> dict[str, Any]:
+    import torch
+
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {"commit": commit.stdout.strip(), "machine": f"{where}, {platform.machine()}", "torch": torch.__version__}
+
+
+def _prompts(config: dict[str, Any]) -> int:
+    completions = config["per_device_train_batch_size"] * config["gradient_accumulation_steps"]
+    return completions // config["num_generations"]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

@@ -1,0 +1,91 @@
+"""From records to the figures that are quoted: means over seeds with intervals, and differences from the baseline.
+
+The interval of a mean over seeds is Student's t at 95 % (few seeds: wide, and honest about it). A difference from the
+baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on the same held-out
+ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from experiments.plan import Plan
+from igrpo.run_folder import write_atomically
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Two-sided 95 % quantile of Student's t by degrees of freedom."""
+
+
+def summarise(folder: Path, plan: Plan) -> Path:
+    """Writes ``summary.json`` beside the records; returns its path."""
+    records = load_records(folder)
+    arms = {arm: [r for r in records if r["arm"] == arm] for arm in plan.arms}
+    arms = {arm: rs for arm, rs in arms.items() if rs}
+    summary = {
+        "plan": plan.name,
+        "question": plan.question,
+        "baseline": plan.baseline,
+        "arms": {arm: summarise_arm(rs, arms.get(plan.baseline, [])) for arm, rs in arms.items()},
+        "missing_arms": [arm for arm in plan.arms if arm not in arms],
+    }
+    path = folder / "summary.json"
+    write_atomically(path, json.dumps(summary, indent=1) + "\n")
+    return path
+
+
+def load_records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
+
+
+def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str, Any]:
+    """Figures of one arm over its seeds."""
+    final = {r["seed"]: r["evaluations"][-1]["accuracy"] for r in records}
+    base = {r["seed"]: r for r in baseline}
+    shared = [r for r in records if r["seed"] in base]
+    return {
+        "seeds": sorted(final),
+        "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records]),
+        "accuracy": interval(list(final.values())),
+        "minus_baseline": interval(
+            [r["evaluations"][-1]["accuracy"] - base[r["seed"]]["evaluations"][-1]["accuracy"] for r in shared]
+        ),
+        "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared]),
+        "zero_variance_groups": interval([fmean(r["series"]["frac_reward_zero_std"]) for r in records]),
+        "copy_rate": interval([fmean(r["series"].get("refinement/copy_rate", []) or [math.nan]) for r in records]),
+        "answer_equals_draft": interval([r["answer_equals_draft"] for r in records]),
+        "entropy_last": interval([r["series"]["entropy"][-1] for r in records if "entropy" in r["series"]]),
+        "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
+        "seconds_per_step": interval([fmean(r["series"]["step_time"]) for r in records]),
+        "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
+    }
+
+
+def at_equal_tokens(record: dict, baseline: dict) -> float:
+    """Accuracy minus the baseline's, both read where the one that decoded fewer tokens ended."""
+    budget = min(r["evaluations"][-1]["decoded_tokens"] for r in (record, baseline))
+    return accuracy_at(record, budget) - accuracy_at(baseline, budget)
+
+
+def accuracy_at(record: dict, tokens: float) -> float:
+    """Accuracy after so many decoded tokens, linear between evaluations."""
+    points = [(e["decoded_tokens"], e["accuracy"]) for e in record["evaluations"]]
+    for (t0, a0), (t1, a1) in pairwise(points):
+        if t0 <= tokens <= t1:
+            return a0 + (a1 - a0) * (tokens - t0) / max(t1 - t0, 1)
+    return points[-1][1]
+
+
+def interval(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Mean and 95 % half width (None with one seed) of one figure per seed; None where no run has it."""
+    known = [v for v in values if v is not None and not math.isnan(v)]
+    if not known:
+        return None
+    n = len(known)
+    half = T95.get(n - 1, 1.96) * stdev(known) / math.sqrt(n) if n > 1 else None
+    return {"mean": round(fmean(known), 6), "half_width": None if half is None else round(half, 6), "n": n}

@@ -1,0 +1,132 @@
+"""Plans are runnable, finished runs are never repeated, and the summaries are the arithmetic they say they are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.__main__ import main, run_one
+from experiments.plan import BASE_CPU, BASE_GPU, PLANS, Plan, fingerprint, load_base, load_plan
+from experiments.summary import accuracy_at, at_equal_tokens, interval, summarise
+from igrpo.config import ConfigError, TrainConfig
+from tests.tiny import save_tiny
+
+NAMES = sorted(p.stem for p in PLANS.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("base", [BASE_CPU, BASE_GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_arm_is_a_config_with_equal_prompts_per_step(name, base):
+    plan, processes = load_plan(name), 8 if base == BASE_GPU else 1
+    configs = [TrainConfig(**plan.settings(arm, load_base(base), processes)) for arm in plan.arms]
+    assert {c.prompts_per_step * processes for c in configs} == {load_base(base)["prompts_per_step"]}
+    assert len({fingerprint(plan.settings(arm, load_base(base), processes)) for arm in plan.arms}) == len(plan.arms)
+
+
+def test_an_unknown_plan_or_arm_ends_with_code_2_and_the_nearest_name(capsys):
+    assert main(["matched-budgt"]) == 2
+    assert "did you mean matched-budget?" in capsys.readouterr().err
+    assert main(["controls", "--arms", "bets"]) == 2
+    assert "no arm 'bets'" in capsys.readouterr().err
+
+
+def test_micro_batches_divide_the_step_and_processes_divide_the_prompts():
+    plan = Plan("x", "?", "a", {"a": {"num_generations": 6}})
+    base = {"prompts_per_step": 8, "per_device_train_batch_size": 32}
+    assert plan.settings("a", base)["per_device_train_batch_size"] == 24
+    assert plan.settings("a", base)["gradient_accumulation_steps"] == 2
+    with pytest.raises(ConfigError, match="8 prompts do not divide over 3 processes"):
+        plan.settings("a", base, processes=3)
+
+
+def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: float) -> dict:
+    return {
+        "arm": arm,
+        "seed": seed,
+        "evaluations": [{"accuracy": a, "decoded_tokens": t} for t, a in points],
+        "series": {"frac_reward_zero_std": [0.5, 0.25], "refinement/copy_rate": [copy_rate], "step_time": [2.0, 4.0]},
+        "answer_equals_draft": None,
+        "totals": {"decoded_tokens": points[-1][0], "peak_memory_gib": 1.0},
+    }
+
+
+def test_the_summary_is_the_arithmetic_it_says(tmp_path):
+    plan = Plan("x", "?", "grpo", {"grpo": {}, "igrpo": {}, "later": {}})
+    runs = [
+        evaluated(0, "grpo", [(0, 0.1), (100, 0.5)], 0.0),
+        evaluated(1, "grpo", [(0, 0.1), (100, 0.3)], 0.0),
+        evaluated(0, "igrpo", [(0, 0.1), (200, 0.9)], 0.5),
+        evaluated(1, "igrpo", [(0, 0.1), (200, 0.5)], 0.7),
+    ]
+    for run in runs:
+        (tmp_path / f"{run['arm']}-seed{run['seed']}.json").write_text(json.dumps(run))
+    summary = json.loads(summarise(tmp_path, plan).read_text())
+    igrpo = summary["arms"]["igrpo"]
+    assert igrpo["accuracy"]["mean"] == pytest.approx(0.7)
+    assert igrpo["accuracy"]["half_width"] == pytest.approx(12.706 * 0.2, rel=1e-3)  # s / sqrt(2) = 0.2
+    assert igrpo["minus_baseline"]["mean"] == pytest.approx(0.3)
+    # At 100 tokens igrpo stands half way: 0.5 and 0.3, as grpo does.
+    assert igrpo["minus_baseline_at_equal_tokens"]["mean"] == pytest.approx(0.0)
+    assert igrpo["zero_variance_groups"]["mean"] == pytest.approx(0.375)
+    assert igrpo["copy_rate"]["mean"] == pytest.approx(0.6)
+    assert igrpo["seconds_per_step"]["mean"] == pytest.approx(3.0)
+    assert igrpo["answer_equals_draft"] is None
+    assert summary["missing_arms"] == ["later"]
+
+
+def test_accuracy_between_evaluations_is_linear():
+    run = evaluated(0, "a", [(0, 0.2), (100, 0.4), (300, 0.8)], 0.0)
+    assert accuracy_at(run, 200) == pytest.approx(0.6)
+    assert accuracy_at(run, 999) == pytest.approx(0.8)
+    assert at_equal_tokens(run, evaluated(0, "b", [(0, 0.2), (100, 0.1)], 0.0)) == pytest.approx(0.3)
+
+
+def test_an_interval_of_one_seed_has_no_width_and_missing_figures_are_left_out():
+    assert interval([0.5]) == {"mean": 0.5, "half_width": None, "n": 1}
+    assert interval([None, float("nan")]) is None
+    assert interval([1.0, None])["n"] == 1
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory) -> Path:
+    """A base recipe with a tiny random model and Hugging Face's generate: seconds per run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = {
+        "model_name_or_path": save_tiny(folder / "model"), "dataset_name": str(folder / "rows.jsonl"),
+        "dataset_prompt_column": "question", "dataset_solution_column": "answer", "system_prompt": None,
+        "use_vllm": False, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_completion_length": 6,
+        "reward_funcs": ["tests.loop.reward_functions:low_bytes"], "draft_template": " [{draft}]", "save_steps": 1,
+        "prompts_per_step": 2, "per_device_train_batch_size": 8, "max_steps": 2, "eval_samples": 4,
+    }  # fmt: skip
+    path = folder / "base.yaml"
+    path.write_text(yaml.safe_dump(base))
+    return path
+
+
+def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base, tmp_path, capfd):
+    arguments = Namespace(
+        results=tmp_path / "results", runs=tmp_path / "runs", processes=1, launch=f"{sys.executable} -m igrpo.train"
+    )
+    plan = Plan("tiny", "?", "igrpo", {"igrpo": {"algorithm": "igrpo", "num_drafts": 2, "num_generations": 2}})
+    broken = Namespace(**{**vars(arguments), "launch": f"{sys.executable} -m igrpo.train --reward_funcs [nowhere]"})
+    assert run_one(plan, "igrpo", 0, load_base(tiny_base), broken) == 2
+    assert not list((tmp_path / "results").rglob("*.json"))
+
+    assert run_one(plan, "igrpo", 0, load_base(tiny_base), arguments) == 0
+    record = json.loads((tmp_path / "results" / "tiny" / "igrpo-seed0.json").read_text())
+    assert [e["step"] for e in record["evaluations"]] == [0, 2]
+    assert record["totals"]["rollouts"] == 2 * 2 * 4
+    assert 0 < record["totals"]["decoded_tokens"] <= 2 * 2 * 4 * 6
+    assert len(record["series"]["reward"]) == 2 and 0.0 <= record["answer_equals_draft"] <= 1.0
+
+    never = Namespace(**{**vars(arguments), "launch": "false"})
+    assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
+    other = Plan("other", "?", "same", {"same": plan.arms["igrpo"]})
+    assert run_one(other, "same", 0, load_base(tiny_base), never) == 0  # another plan, the same run
