@@ -53,24 +53,34 @@ class Job:
         return training_samples(groups, self.config)
 
     def push_weights(self, version: int) -> dict[str, float]:
-        """Weights to the engine, then both read the same probe tokens and must agree.
+        """Weights to the engine, then both read the same probe tokens and must agree. An engine that does not hold what
+        it was sent is replaced and sent it again, once.
 
         Raises:
             EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
         """
         from igrpo.engines import EngineError
 
-        figures = self.engine.push_weights(self.learner.named_tensors(), version)
-        probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
-        gap = fmean(
-            abs(theirs - ours) for theirs, ours in zip(self.engine.score(probe), self.learner.score(probe), strict=True)
-        )
+        figures = self.engine.push_weights(self.learner.named_tensors, version)
+        gap = self._probe_gap()
+        if not gap <= self.config.weight_sync_tolerance:
+            self.engine.restart()
+            figures = self.engine.push_weights(self.learner.named_tensors, version)
+            gap = self._probe_gap()
         if not gap <= self.config.weight_sync_tolerance:
             raise EngineError(
                 f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
                 f"(weight_sync_tolerance: {self.config.weight_sync_tolerance}); the engine does not hold these weights"
             )
         return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
+
+    def _probe_gap(self) -> float:
+        """Mean |log p_engine - log p_learner| over the probe's tokens (nats), and over the processes: all of them must
+        come to the same decision about a second push."""
+        probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
+        pairs = zip(self.engine.score(probe), self.learner.score(probe), strict=True)
+        gap = fmean(abs(theirs - ours) for theirs, ours in pairs)
+        return self.learner.mean_over_processes({"gap": gap})["gap"]
 
     def evaluate(self, when: str) -> dict[str, float]:
         """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
@@ -171,7 +181,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
             step=state["step"] if state else 0,
         )
         _announce(job)
-        if state:
+        if engine.version != job.step:
             job.push_weights(job.step)
         learner.start_trackers()
         yield job

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 from igrpo.config import TrainConfig
-from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling
+from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling, WeightSource
 
-__all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "start_engine"]
+__all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSource", "start_engine"]
 
 
 def start_engine(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+WeightSource = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+"""Gives all weights under their checkpoint names, and gives them again when it is called again: a push that failed is
+repeated. Where the weights are sharded the call is a collective, so every process of the learner makes it."""
+
+UNKNOWN_VERSION = -1
+"""Version of a server that was running before this trainer came: it must be pushed to before it samples."""
 
 
 class EngineError(RuntimeError):
@@ -51,21 +58,29 @@ class Result:
     finish_reasons: tuple[str, ...]
     """[n] ``"stop"`` or ``"length"``."""
     version: int
-    """Weights that sampled the last token; all tokens, unless weights were pushed while the request ran."""
+    """Weights that sampled the n outputs; the newer ones, where weights were pushed while it ran."""
     cached_tokens: int
     """Prompt tokens served from the prefix cache."""
 
 
 class Engine(Protocol):
-    """Requests go in with ``submit`` and come out of ``poll``, in the order they finish."""
+    """Requests go in with ``submit`` and come out of ``poll``, in the order they finish.
+
+    An engine mends itself: a sampler that died, hangs or does not hold its weights is replaced, gets the weights of
+    ``version`` again, and its unfinished requests start over from their prompts. So every request that is not aborted
+    comes out exactly once, whole. EngineError means that this is no longer possible.
+    """
 
     version: int
-    """Version of the weights it holds."""
+    """Version of the weights it holds, 0 being those of the model's path; UNKNOWN_VERSION until the first push where
+    nobody can tell."""
 
-    def submit(self, request: Request) -> None: ...
+    def submit(self, request: Request) -> None:
+        """``request_id`` is unique among the requests in flight; it may come again later."""
+        ...
 
     def poll(self) -> list[Result]:
-        """Runs one step of all submitted requests; returns those that finished in it."""
+        """Requests that finished since the last call. Does one step of the work, or waits a few milliseconds for it."""
         ...
 
     def abort(self, request_ids: Collection[str]) -> None:
@@ -76,11 +91,15 @@ class Engine(Protocol):
         """Restarts the sampler's random numbers."""
         ...
 
-    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
+    def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         """Replaces all weights and forgets every cached prefix; requests that run go on under the new weights.
 
         Returns figures for the log. Raises EngineError if any tensor did not arrive.
         """
+        ...
+
+    def restart(self) -> None:
+        """A new sampler in place of one that cannot be trusted; it wants a push next."""
         ...
 
     def score(self, token_ids: Sequence[int]) -> list[float]:

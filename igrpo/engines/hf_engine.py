@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from igrpo.config import TrainConfig
-from igrpo.engines.base import EngineError, Request, Result
+from igrpo.engines.base import EngineError, Request, Result, WeightSource
 
 
 class HFEngine:
     """See ``igrpo.engines.base.Engine``. Holds its own copy of the weights, as any engine does."""
 
     def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, dtype=dtype
-        ).eval()
-        self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        self.path, self.config = path, config
         self.max_model_length = max_model_length
         self.stop_token_ids = list(stop_token_ids)
-        self.version = 0
         self._waiting: list[Request] = []
+        self.restart()
         self.seed(seed)
+
+    def restart(self) -> None:
+        config = self.config
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            self.path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, dtype=dtype
+        ).eval()
+        self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        self.version = 0
 
     def submit(self, request: Request) -> None:
         if len(request.prompt_ids) + request.sampling.max_tokens > self.max_model_length:
@@ -96,10 +101,10 @@ class HFEngine:
         torch.manual_seed(seed)
 
     @torch.no_grad()
-    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
+    def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         own = dict(self.model.named_parameters())
         missing = set(own)
-        for name, tensor in named_tensors:
+        for name, tensor in source():
             if name not in own:
                 raise EngineError(f"the push brought {name}, which the engine's model does not have")
             own[name].copy_(tensor)

