@@ -65,7 +65,7 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
     if any(a in ("-h", "--help") for a in argv):
         print(help_text())
         raise SystemExit(0)
-    path, overrides = _split_args(list(argv))
+    path, overrides = split_args(list(argv))
     values = read_yaml(path) if path is not None else {}
     values.update(overrides)
     return build_config(values)
@@ -167,7 +167,7 @@ def _default(f: dataclasses.Field) -> Any:
     return f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
 
 
-def _split_args(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+def split_args(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
     """``--key value``, ``--key=value`` and bare ``--flag``; the recipe's path apart from the rest."""
     overrides: dict[str, Any] = {}
     path = None

@@ -20,7 +20,7 @@ from typing import Any
 from igrpo.types import Problem
 
 GYM_PREFIX = "reasoning_gym:"
-_USUAL_NAMES = {
+USUAL_NAMES = {
     "prompt": ("question", "problem", "query", "instruction", "input", "messages"),
     "solution": ("answer", "final_answer", "expected_answer", "ground_truth", "target", "label", "output"),
 }
@@ -109,7 +109,7 @@ def _problems(
 
 
 def _missing_column(where: str, key: str, column: str, row: Mapping[str, Any]) -> str:
-    usual = [name for name in _USUAL_NAMES[key] if name in row]
+    usual = [name for name in USUAL_NAMES[key] if name in row]
     near = difflib.get_close_matches(column, row, n=1) or usual[:1]
     hint = f"; set dataset_{key}_column: {near[0]}" if near else ""
     return f"dataset_{key}_column: {where} has no column '{column}', only {', '.join(map(str, row))}{hint}"

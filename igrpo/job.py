@@ -84,7 +84,7 @@ class Job:
 
     def evaluate(self, when: str) -> dict[str, float]:
         """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
-        from igrpo.evaluate import evaluate
+        from igrpo.eval.sampling import evaluate
 
         if not self.held_out:
             return {}
@@ -140,7 +140,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(_start_rewards(config))
-        problems, held_out = _load_data(config)
+        problems, held_out = load_data(config)
         tokenizer, prompts, path, stop_ids = _load_prompts(config, problems)
         problems, length = _fit_context(config, prompts, problems, held_out, path)
 
@@ -197,7 +197,7 @@ def _start_rewards(config: TrainConfig) -> RewardPool:
     )
 
 
-def _load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
     options = {
         "dataset_config": config.dataset_config,
         "dataset_prompt_column": config.dataset_prompt_column,

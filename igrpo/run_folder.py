@@ -154,15 +154,15 @@ def _group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
         "row": group.problem.index,
         "prompt": group.problem.prompt,
         "solution": group.problem.solution,
-        "drafts": [_scored_record(s) for s in group.drafts],
+        "drafts": [scored_record(s) for s in group.drafts],
         "chosen": group.chosen,
         "refinements": [
-            {**_scored_record(s), "advantage": a} for s, a in zip(group.refinements, group.advantages, strict=True)
+            {**scored_record(s), "advantage": a} for s, a in zip(group.refinements, group.advantages, strict=True)
         ],
     }
 
 
-def _scored_record(scored: Scored) -> dict[str, Any]:
+def scored_record(scored: Scored) -> dict[str, Any]:
     completion = scored.completion
     return {
         "text": completion.text,

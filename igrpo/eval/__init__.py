@@ -1,0 +1,5 @@
+"""Evaluation: ``igrpo eval`` and the bare-prompt evaluation during training, on the same sampling code."""
+
+from igrpo.eval.command import main
+
+__all__ = ["main"]

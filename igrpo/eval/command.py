@@ -1,0 +1,196 @@
+"""``igrpo eval``: samples n answers per problem, scores them, and says avg@n and pass@k with intervals."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_file import build_config, coerce, read_yaml, split_args
+
+if TYPE_CHECKING:
+    from igrpo.eval.benchmarks import Benchmark
+
+# Heavy imports are inside functions: a mistake in the arguments is answered at once.
+
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
+BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
+"""System prompt of a model that comes without a run."""
+DEFAULT_LENGTH = 4096
+INHERITED = (
+    "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens", "num_drafts",
+    "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code", "vllm_gpu_memory_utilization",
+    "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs", "reward_timeout",
+)  # fmt: skip
+"""What a checkpoint's run says about prompts and engine; everything else is this command's or a default."""
+EXAMPLES = """\
+examples:
+  igrpo eval --model runs/quickstart --benchmarks held_out --n 8
+  igrpo eval --model Qwen/Qwen2.5-1.5B-Instruct --benchmarks aime24,amc23,math500 --n 64 --temperature 0.6 --top_p 0.95
+  igrpo eval --model smollm2-135m --benchmarks gsm8k,mine.jsonl@4 --data_dir data --max_samples 50 --two_stage
+  igrpo eval --model runs/a/checkpoint-12 runs/b --benchmarks gsm8k --output_dir runs/compare
+
+Any key of `igrpo train` that concerns prompts or the engine can follow: --system_prompt, --use_vllm false,
+--bf16 false, --vllm_max_num_seqs 64. The same command again continues an evaluation that was stopped.
+"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate."""
+
+    name: str
+    """As the table shows it."""
+    path: str
+    """What transformers and vLLM load."""
+    run_config: TrainConfig | None
+    """Settings of the run it is a checkpoint of."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 130 stopped by Ctrl-C."""
+    arguments, rest = _parser().parse_known_args(argv)
+    try:
+        return evaluate_all(arguments, rest)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    except KeyboardInterrupt:
+        print("\nstopped; finished problems are kept, and the same command goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="igrpo eval", description=__doc__, epilog=EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", nargs="+", required=True, metavar="MODEL", help="run, checkpoint, folder, hub id or smollm2-135m")
+    names = "aime24, aime25, amc23, math500, minerva_math, gsm8k, held_out, a .jsonl file, reasoning_gym:TASK"
+    add("--benchmarks", nargs="+", required=True, metavar="NAME[@n]", help=names)
+    add("--n", type=_positive, default=8, help="completions per problem (default 8; NAME@n for one benchmark)")
+    add("--temperature", type=float, default=0.6, help="0 is greedy; default 0.6")
+    add("--top_p", type=float, default=0.95, help="default 0.95")
+    rules = "also refine drafts: first, majority (the default), oracle (uses the reference answer)"
+    add("--two_stage", nargs="?", const="majority", metavar="RULE,…", help=rules)
+    add("--data_dir", help="folder with NAME/test.jsonl or NAME.jsonl instead of the hub")
+    add("--max_samples", type=_positive, help="only the first rows of each benchmark")
+    add("--seed", type=int, default=42, help="of the sampling and of the bootstrap; default 42")
+    add("--output_dir", default="runs/eval", help="a folder per model, summary.json, the plot; default runs/eval")
+    add("--config", help="a recipe to take prompts and engine settings from")
+    return parser
+
+
+def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
+    from igrpo.train import quiet_libraries
+
+    quiet_libraries()
+    _, overrides = split_args(list(rest))
+    recipe = read_yaml(arguments.config) if arguments.config else {}
+    rules = _rules(arguments.two_stage)
+    asked = [name for word in arguments.benchmarks for name in word.split(",") if name]
+    # Every mistake in names and files is found before the first model is loaded.
+    plans = []
+    for name in [name for word in arguments.model for name in word.split(",") if name]:
+        subject = find_subject(name)
+        config = _config(subject, recipe, overrides, arguments, bool(rules))
+        plans.append((subject, config, _benchmarks(asked, arguments, subject, overrides)))
+    from igrpo.engines import EngineError
+    from igrpo.eval import summary
+    from igrpo.eval.run import EvaluationRun
+
+    folder = Path(arguments.output_dir).expanduser()
+    rows: list[dict[str, Any]] = []
+    try:
+        for subject, config, benchmarks in plans:
+            with ExitStack() as stack:
+                run = EvaluationRun(subject, config, benchmarks, rules, folder, stack)
+                rows += run.rows()
+    except EngineError as error:
+        print(f"error: {error}; finished problems are kept, and the same command goes on", file=sys.stderr)
+        return EXIT_ENGINE
+    rows = summary.merge(folder, rows)
+    text = f"{summary.table(rows)}\n\n{summary.pass_table(rows)}\n"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    summary.plot(rows, folder)
+    print(f"\n{text}\nper cent, 95 % bootstrap intervals over problems; everything is in {folder}", flush=True)
+    return 0
+
+
+def find_subject(name: str) -> Subject:
+    """A run (its last checkpoint), a checkpoint of a run, or any model that ``resolve_model`` knows."""
+    from igrpo.models import resolve_model
+    from igrpo.run_folder import checkpoints
+
+    folder = Path(name).expanduser()
+    if (folder / "metrics.jsonl").is_file() or checkpoints(folder):
+        if not checkpoints(folder):
+            raise ConfigError(f"model: the run {name} has no checkpoint yet")
+        folder = checkpoints(folder)[-1]
+    run_yaml = folder.parent / "config.yaml"
+    if folder.name.startswith("checkpoint-") and run_yaml.is_file():
+        run_config = build_config(read_yaml(str(run_yaml)))
+        return Subject(f"{folder.parent.name}/{folder.name}", resolve_model(str(folder)), run_config)
+    return Subject(name.rstrip("/"), resolve_model(name), None)
+
+
+def _config(
+    subject: Subject, recipe: dict[str, Any], overrides: dict[str, Any], arguments: argparse.Namespace, drafts: bool
+) -> TrainConfig:
+    """The run's prompts and engine, the recipe's over them, the command line's over both."""
+    run = asdict(subject.run_config) if subject.run_config else {}
+    values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
+    values |= {key: run[key] for key in INHERITED if key in run}
+    values |= {key: recipe[key] for key in INHERITED if key in recipe}
+    values |= overrides
+    own = {
+        "model_name_or_path": subject.path,
+        "dataset_name": "benchmarks",
+        "algorithm": "igrpo" if drafts else "grpo",
+        "eval_temperature": arguments.temperature,
+        "top_p": arguments.top_p,
+        "seed": arguments.seed,
+    }
+    if taken := [key for key in values if key in own]:
+        raise ConfigError(f"{taken[0]}: `igrpo eval` sets this itself; see --help")
+    return build_config({**values, **own})
+
+
+def _benchmarks(
+    asked: Sequence[str], arguments: argparse.Namespace, subject: Subject, overrides: dict[str, Any]
+) -> list[Benchmark]:
+    from igrpo.eval.benchmarks import load_benchmark
+
+    found = [
+        load_benchmark(name, arguments.n, arguments.data_dir, arguments.max_samples, subject.run_config)
+        for name in asked
+    ]
+    names = [benchmark.name for benchmark in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"benchmarks: {twice[0]} is given twice; rename one of the files")
+    if "reward_funcs" in overrides:
+        functions = tuple(coerce("reward_funcs", overrides["reward_funcs"]))
+        found = [replace(benchmark, reward_funcs=functions) for benchmark in found]
+    return found
+
+
+def _rules(text: str | None) -> list[str]:
+    from igrpo.eval.two_stage import RULES
+
+    rules = [rule for rule in (text or "").split(",") if rule]
+    if strangers := [rule for rule in rules if rule not in RULES]:
+        raise ConfigError(f"two_stage: there is no rule '{strangers[0]}'; write some of {', '.join(RULES)}")
+    return rules
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is too small; write 1 or more")
+    return value

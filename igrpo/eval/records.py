@@ -1,0 +1,133 @@
+"""The files of an evaluation: one line per problem, appended when its scores are in, so that a kill loses none."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from igrpo.config import ConfigError
+from igrpo.run_folder import scored_record, write_atomically
+from igrpo.types import Problem, Scored
+
+SETTINGS = "settings.yaml"
+
+
+def fingerprint(model: str) -> str | None:
+    """Changes when a folder's weights do (names, sizes, times of writing); None for a hub id."""
+    files = sorted(p for p in Path(model).glob("*") if p.suffix in (".safetensors", ".bin"))
+    if not files:
+        return None
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Creates the folder, or checks that it holds an evaluation with the same settings, to be continued.
+
+    Raises:
+        ConfigError: it holds another one.
+    """
+    path = folder / SETTINGS
+    if path.is_file():
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if changed := [key for key in settings if earlier.get(key) != settings[key]]:
+            what = ", ".join(f"{key} ({earlier.get(key)!r}, now {settings[key]!r})"[:200] for key in changed)
+            raise ConfigError(
+                f"output_dir: {folder} holds an evaluation with another {what}; write another --output_dir, or remove "
+                "that folder"
+            )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+class Records:
+    """The records of one benchmark, by row; a line that a kill cut is dropped when the file is opened.
+
+    Args:
+        n: Completions that every record must have.
+
+    Raises:
+        ConfigError: the file's questions or its n are not those of this evaluation.
+    """
+
+    def __init__(self, path: Path, problems: Sequence[Problem], n: int):
+        self.path, self.n = path, n
+        self.by_row: dict[int, dict[str, Any]] = {}
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
+            try:
+                record = json.loads(line) if line.endswith("\n") else None
+            except json.JSONDecodeError:
+                continue
+            if record:
+                self.by_row.setdefault(record["row"], record)
+        for problem in problems:
+            self._check(problem)
+        if path.is_file():
+            self._rewrite()
+
+    def missing(self, problems: Sequence[Problem]) -> list[Problem]:
+        return [problem for problem in problems if problem.index not in self.by_row]
+
+    def add(self, record: dict[str, Any]) -> None:
+        self.by_row[record["row"]] = record
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(_line(record))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def of(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
+        return [self.by_row[problem.index] for problem in problems]
+
+    def close(self) -> None:
+        """In the order of the rows: the order in which they finished says nothing."""
+        self._rewrite()
+
+    def _rewrite(self) -> None:
+        write_atomically(self.path, "".join(_line(self.by_row[row]) for row in sorted(self.by_row)))
+
+    def _check(self, problem: Problem) -> None:
+        record = self.by_row.get(problem.index)
+        if record is None:
+            return
+        if record["prompt"] != _plain(problem.prompt) or record["solution"] != problem.solution:
+            raise ConfigError(
+                f"output_dir: {self.path} was made from other rows (row {problem.index} differs); write another "
+                "--output_dir"
+            )
+        if len(record["completions"]) != self.n:
+            raise ConfigError(
+                f"output_dir: {self.path} has {len(record['completions'])} completions per problem, not n = {self.n}; "
+                "write another --output_dir"
+            )
+
+
+def make_record(problem: Problem, scored: Sequence[Scored], judge: str, with_ids: bool) -> dict[str, Any]:
+    """One problem with its completions; ``correct`` is None where the reference answer cannot be read."""
+    scores = [s.rewards[judge] for s in scored]
+    completions = [scored_record(s) for s in scored]
+    if with_ids:  # a draft enters the second stage's prompt as the ids that were sampled
+        for completion, s in zip(completions, scored, strict=True):
+            completion["token_ids"] = list(s.completion.token_ids)
+    return {
+        "row": problem.index,
+        "prompt": _plain(problem.prompt),
+        "solution": problem.solution,
+        "correct": None if None in scores else sum(score >= 1.0 for score in scores if score is not None),
+        "score": None if None in scores else sum(score for score in scores if score is not None) / len(scores),
+        "completions": completions,
+    }
+
+
+def _plain(prompt: Any) -> Any:
+    return prompt if isinstance(prompt, str) else [dict(turn) for turn in prompt]
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"

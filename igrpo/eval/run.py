@@ -1,0 +1,228 @@
+"""One model on all benchmarks: engine up, every missing problem sampled and recorded, engine down."""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.engines import Sampling, start_engine
+from igrpo.eval import sampling as sampler
+from igrpo.eval.benchmarks import Benchmark
+from igrpo.eval.command import Subject
+from igrpo.eval.records import Records, fingerprint, make_record, open_folder
+from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
+from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
+from igrpo.metrics import judge
+from igrpo.models import context_limit, load_tokenizer, stop_token_ids
+from igrpo.prompts import PromptBuilder
+from igrpo.reward_pool import RewardPool
+from igrpo.rewards import load_reward_functions
+
+KEPT_SETTINGS = (
+    "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
+    "max_completion_length", "eval_temperature", "top_p", "top_k", "min_p", "seed", "use_vllm", "bf16",
+)  # fmt: skip
+"""What must be the same for an evaluation to be continued."""
+PLAIN_LINE_SECONDS = 10.0
+
+
+class EvaluationRun:
+    """Everything that one model needs; ``stack`` takes it down.
+
+    Raises:
+        ConfigError: a context that is too short, reward functions that do not load, another evaluation in the folder.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        config: TrainConfig,
+        benchmarks: Sequence[Benchmark],
+        rules: Sequence[str],
+        folder: Path,
+        stack: ExitStack,
+    ):
+        self.subject, self.config, self.benchmarks, self.rules = subject, config, benchmarks, rules
+        self.folder = folder / re.sub(r"[^\w.-]+", "--", subject.name.strip("./~"))
+        self.tokenizer = load_tokenizer(subject.path, config)
+        self.prompts = PromptBuilder(self.tokenizer, config)
+        self.length = self._context()
+        self.prompts.max_model_length = self.length
+        self.sampling = Sampling(
+            config.eval_temperature, config.max_completion_length, config.top_p, config.top_k, config.min_p
+        )
+        self._check_n()
+        self._pools: dict[tuple[str, ...], RewardPool] = {}
+        for benchmark in benchmarks:
+            self._start_pool(benchmark.reward_funcs, stack)
+        settings = {"model": subject.name, "weights": fingerprint(subject.path)}
+        settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
+        if rules:
+            settings["num_drafts"] = config.num_drafts
+        open_folder(self.folder, settings)
+        self._stack = stack
+        self._engine: Any = None
+
+    def rows(self) -> list[Row]:
+        """Samples what is missing; one row for the single shot and one per two-stage rule."""
+        single, staged = {}, {rule: {} for rule in self.rules}
+        for benchmark in self.benchmarks:
+            records = self._single_shot(benchmark)
+            single[benchmark.name] = records.of(benchmark.problems)
+            for rule in self.rules:
+                staged[rule][benchmark.name] = self._two_stage(benchmark, records, rule).of(benchmark.problems)
+        rows = [make_row(self.subject.name, SINGLE_SHOT, single, self.config.seed)]
+        for rule, by_benchmark in staged.items():
+            mode = RULES[rule].format(N=self.config.num_drafts)
+            rows.append(make_row(self.subject.name, mode, by_benchmark, self.config.seed))
+        return rows
+
+    def _single_shot(self, benchmark: Benchmark) -> Records:
+        records = Records(self.folder / f"{benchmark.name}.jsonl", benchmark.problems, benchmark.n)
+        missing = records.missing(benchmark.problems)
+        tasks = [sampler.bare_task(problem, self.prompts, benchmark.n) for problem in missing]
+        self._sample(benchmark, tasks, records, benchmark.name, {})
+        return records
+
+    def _two_stage(self, benchmark: Benchmark, singles: Records, rule: str) -> Records:
+        N, judged_by = self._drafts(rule), self._judge(benchmark)
+        path = self.folder / f"{benchmark.name}.two_stage-{rule}.jsonl"
+        records = Records(path, benchmark.problems, benchmark.n // N)
+        missing = records.missing(benchmark.problems)
+        if any("token_ids" not in singles.by_row[p.index]["completions"][0] for p in missing):
+            raise ConfigError(
+                f"two_stage: {singles.path} was made without --two_stage and holds no token ids to refine; write "
+                "another --output_dir"
+            )
+        tasks, chosen = [], {}
+        for problem in missing:
+            record = singles.by_row[problem.index]
+            tasks.append(second_stage(problem, record, rule, N, judged_by, self.prompts))
+            chosen[problem.index] = [(i, record["completions"][i]) for i in chosen_drafts(record, rule, N, judged_by)]
+        self._sample(benchmark, tasks, records, f"{benchmark.name}, two-stage {rule}", chosen)
+        return records
+
+    def _sample(
+        self, benchmark: Benchmark, tasks: Sequence[sampler.Task], records: Records, label: str, chosen: dict[int, Any]
+    ) -> None:
+        if not tasks:
+            return
+        engine, judged_by = self._started_engine(), self._judge(benchmark)
+        # Problems that an interrupted run left over get samples of their own, not those that others already had.
+        engine.seed(random.Random(f"{self.config.seed}/{label}/{tasks[0].problem.index}").getrandbits(31))
+        done = sampler.sample(
+            engine,
+            self._pools[benchmark.reward_funcs],
+            self.tokenizer,
+            tasks,
+            self.sampling,
+            sampler.window(self.config),
+        )
+        with _Ticker(f"{self.subject.name} on {label}", len(records.by_row), len(tasks)) as ticker:
+            for i, scored in done:
+                problem = tasks[i].problem
+                record = make_record(problem, scored, judged_by, with_ids=bool(self.rules) and not chosen)
+                if chosen:
+                    drafts = chosen[problem.index]
+                    record["drafts"] = [index for index, _ in drafts]
+                    record["draft_score"] = sum(d["rewards"][judged_by] or 0.0 for _, d in drafts) / len(drafts)
+                records.add(record)
+                ticker.step(sum(len(s.completion.token_ids) for s in scored))
+        records.close()
+
+    def _started_engine(self) -> Any:
+        if self._engine is None:
+            stop_ids = stop_token_ids(self.subject.path, self.tokenizer, self.config)
+            self._engine = start_engine(self.subject.path, self.config, self.length, stop_ids, self.config.seed)
+            self._stack.callback(self._engine.close)
+        return self._engine
+
+    def _context(self) -> int:
+        """Tokens for the longest question, draft and completion; no question is left out or cut."""
+        parts = [(p, b.name, self.prompts.parts(p)) for b in self.benchmarks for p in b.problems]
+        limit = self.config.vllm_max_model_length or context_limit(self.subject.path, self.config)
+        longest = max(self.prompts.longest_refinement(part) for _, _, part in parts)
+        problem, name, tightest = max(parts, key=lambda entry: self.prompts.shortest_context(entry[2]))
+        needed = self.prompts.shortest_context(tightest)
+        if limit is not None and needed > limit:
+            room = limit - needed + self.config.max_completion_length
+            raise ConfigError(
+                f"max_completion_length: row {problem.index} of {name} leaves {max(room, 0)} of the model's {limit} "
+                f"tokens for the completion, not {self.config.max_completion_length}; write --max_completion_length "
+                f"{room} or less"
+            )
+        return min(longest, limit or longest)
+
+    def _check_n(self) -> None:
+        for rule in self.rules:
+            for benchmark in self.benchmarks:
+                if benchmark.n < self._drafts(rule):
+                    raise ConfigError(
+                        f"n: {benchmark.n} completions of {benchmark.name} make no trial of {self._drafts(rule)} "
+                        "drafts; raise --n or lower --num_drafts"
+                    )
+
+    def _drafts(self, rule: str) -> int:
+        return 1 if rule == "first" else self.config.num_drafts
+
+    def _judge(self, benchmark: Benchmark) -> str:
+        return judge(replace(self.config, reward_funcs=list(benchmark.reward_funcs)))
+
+    def _start_pool(self, names: tuple[str, ...], stack: ExitStack) -> None:
+        if names in self._pools:
+            return
+        try:
+            functions = load_reward_functions(names)
+        except ValueError as error:
+            raise ConfigError(f"reward_funcs: {error}") from None
+        pool = RewardPool(functions, None, self.config.reward_workers, self.config.reward_timeout)
+        self._pools[names] = stack.enter_context(pool)
+
+
+class _Ticker:
+    """A bar in a terminal, a plain line now and then anywhere else."""
+
+    def __init__(self, label: str, done: int, total: int):
+        self.label, self.done, self.total, self.tokens = label, 0, total, 0
+        self.live = sys.stdout.isatty()
+        self.started = self.said = time.monotonic()
+        if done:
+            print(f"{label}: {done} problems are already done", flush=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=Console(file=sys.stdout), disable=not self.live)
+        self.bar = self.progress.add_task(label, total=total)
+
+    def __enter__(self) -> _Ticker:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def step(self, tokens: int) -> None:
+        self.done, self.tokens = self.done + 1, self.tokens + tokens
+        self.progress.advance(self.bar)
+        now = time.monotonic()
+        if not self.live and (now - self.said >= PLAIN_LINE_SECONDS or self.done == self.total):
+            self.said, seconds = now, max(now - self.started, 1e-9)
+            left = seconds / self.done * (self.total - self.done)
+            print(
+                f"{self.label}: {self.done}/{self.total} problems  tok/s {self.tokens / seconds:.0f}  ETA {left:.0f} s",
+                flush=True,
+            )
