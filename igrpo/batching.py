@@ -1,4 +1,4 @@
-"""Groups into samples, samples into padded micro-batches, and the denominators that make them add up.
+"""Groups into samples, samples into the tensors of a micro-batch, and the denominators that make them add up.
 
 A step's loss is a mean over all its S sequences (or all its tokens), computed in micro-batches on several processes.
 Each micro-batch's own mean is scaled by its share of that denominator, so that the sum over micro-batches is the mean
@@ -12,11 +12,14 @@ over the step, whatever the split:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from igrpo.config import TrainConfig
+from igrpo.packed_attention import Layout
+from igrpo.packing import Bin
 from igrpo.types import RolloutGroup, TrainingSample
 
 
@@ -30,28 +33,28 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """S sequences right-padded to the longest; the n completion tokens of all of them packed one after the other."""
+    """S sequences, packed into one row or padded on their right; their n completion tokens one after the other."""
 
-    input_ids: torch.Tensor  # (S, L) int64
-    attention_mask: torch.Tensor  # (S, L) int64
-    rows: torch.Tensor  # (n,) int64: positions in the flattened (S·L) hidden states that predict the completion tokens
+    input_ids: torch.Tensor  # (1, L) int64 packed, or (S, L) padded
+    rows: torch.Tensor  # (n,) int64: positions in the flattened hidden states that predict the completion tokens
     completion_ids: torch.Tensor  # (n,) int64
     cu_seqlens: torch.Tensor  # (S+1,) int64
     advantages: torch.Tensor  # (S,) fp32
     sampling_per_token_logps: torch.Tensor  # (n,) fp32
     scale: float
     """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
+    position_ids: torch.Tensor | None = None  # (1, L) int64 packed
+    layout: Layout | None = None
+    """What reads what in a packed row."""
+    attention_mask: torch.Tensor | None = None  # (S, L) int64 padded
 
     @property
     def num_sequences(self) -> int:
-        return self.input_ids.shape[0]
+        return self.advantages.shape[0]
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {
-            name: value.to(device) if isinstance(value := getattr(self, name), torch.Tensor) else value
-            for name in self.__slots__
-        }
-        return MicroBatch(**moved)
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
 def training_samples(groups: Sequence[RolloutGroup], config: TrainConfig) -> list[TrainingSample]:
@@ -87,38 +90,65 @@ def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list
     return [s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)]
 
 
-def micro_batches(
-    samples: Sequence[TrainingSample], totals: Denominators, config: TrainConfig, pad_token_id: int
-) -> list[MicroBatch]:
-    """At most ``per_device_train_batch_size`` sequences each, of similar length so that little is padded."""
-    ordered = sorted(samples, key=lambda s: len(s.prompt_ids) + len(s.completion_ids), reverse=True)
-    size = config.per_device_train_batch_size
-    return [
-        collate(ordered[i : i + size], totals, config.loss_type, pad_token_id) for i in range(0, len(ordered), size)
-    ]
+def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_id: int | None = None) -> MicroBatch:
+    """The tensors of one micro-batch.
+
+    Args:
+        pad_token_id: None packs; an id pads each sequence to the longest, for models that cannot read packed ones.
+    """
+    samples = [s for group in contents for s in group.samples]
+    sizes = [len(s.completion_ids) for s in samples]
+    share = {"bnpo": sum(sizes) / max(totals.tokens, 1.0), "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}
+    inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
+    return MicroBatch(
+        completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
+        cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
+        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
+        scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
+        **inputs,
+    )
 
 
-def collate(samples: Sequence[TrainingSample], totals: Denominators, loss_type: str, pad_token_id: int) -> MicroBatch:
+def _packed(contents: Bin) -> dict[str, Any]:
+    """Each group's prompt, then its completions without their last tokens; one run where nothing is shared."""
+    ids: list[int] = []
+    lengths: list[int] = []
+    parents: list[int | None] = []
+    rows: list[torch.Tensor] = []
+    for group in contents:
+        last, prompt_run = len(ids) + len(group.prompt_ids) - 1, len(lengths)
+        ids.extend(group.prompt_ids)
+        lengths.append(len(group.prompt_ids))
+        parents.append(None)
+        for s in group.samples:
+            *read, _ = s.completion_ids
+            # The last prompt position predicts the first completion token, each completion token the next.
+            rows += [torch.tensor([last]), torch.arange(len(ids), len(ids) + len(read))]
+            ids.extend(read)
+            if len(group.samples) == 1:
+                lengths[prompt_run] += len(read)
+            elif read:
+                lengths.append(len(read))
+                parents.append(prompt_run)
+    layout = Layout(tuple(lengths), tuple(parents))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": layout.positions()[None],
+        "layout": layout,
+        "rows": torch.cat(rows),
+    }
+
+
+def _padded(samples: Sequence[TrainingSample], pad_token_id: int) -> dict[str, Any]:
     length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
     input_ids = torch.full((len(samples), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    rows, sizes = [], [0]
+    rows = []
     for i, s in enumerate(samples):
         ids = (*s.prompt_ids, *s.completion_ids)
         input_ids[i, : len(ids)] = torch.tensor(ids)
         attention_mask[i, : len(ids)] = 1
-        first = i * length + len(s.prompt_ids) - 1  # the last prompt position predicts the first completion token
+        first = i * length + len(s.prompt_ids) - 1
         rows.append(torch.arange(first, first + len(s.completion_ids)))
-        sizes.append(len(s.completion_ids))
-    tokens = sum(sizes)
-    share = {"bnpo": tokens / max(totals.tokens, 1.0), "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}
-    return MicroBatch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        rows=torch.cat(rows),
-        completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
-        cu_seqlens=torch.tensor(sizes).cumsum(0),
-        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
-        sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
-        scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
-    )
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.cat(rows)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -144,6 +145,8 @@ def build(config: TrainConfig) -> Iterator[Job]:
         tokenizer, prompts, path, stop_ids = _load_prompts(config, problems)
         problems, length = _fit_context(config, prompts, problems, held_out, path)
 
+        _plan_memory(config, path, length)
+
         from igrpo.engines import start_engine
         from igrpo.learner import Learner, seed_everything
         from igrpo.models import attention, load_policy
@@ -152,7 +155,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
 
         seed_everything(config.seed)
         attn = attention(config)
-        reference = load_policy(path, config, attn) if config.beta > 0 else None
+        reference = load_policy(path, config, attn) if config.beta > 0 and not config.use_peft else None
         learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id)
         processes = learner.accelerator.num_processes
         total_steps = _total_steps(config, len(problems), processes)
@@ -268,6 +271,39 @@ def _fit_context(
         print(f"warning: {len(problems) - len(fitting)} of {len(problems)} questions are too long for a context of "
               f"{length} tokens and are left out", flush=True)  # fmt: skip
     return fitting, length
+
+
+def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
+    """Says what will live where, before any weight is loaded.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    from igrpo.memory_plan import GIB, memory_plan, model_shape, this_machine
+    from igrpo.models import model_config
+    from igrpo.sharding import asked_for, check_settings
+
+    sharded = asked_for()
+    if sharded:
+        check_settings()
+    processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    try:
+        shape = model_shape(model_config(path, config).to_dict())
+    except KeyError as error:
+        print(f"no memory plan: the model's config has no {error}", flush=True)
+        return
+    plan = memory_plan(
+        shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded and processes > 1
+    )
+    if rank == 0:
+        print("\n".join(plan.lines()), flush=True)
+    needed, there = f"{plan.certain / GIB:.1f} GiB", f"{plan.machine.memory / GIB:.1f} GiB"
+    if not plan.fits:
+        raise ConfigError(
+            f"this run needs at least {needed} of memory per process and there are {there}: {plan.advice()}"
+        )
+    if plan.tight and rank == 0:
+        print(f"warning: activations may not fit beside it in {there}; if they do not: {plan.advice()}", flush=True)
 
 
 def _total_steps(config: TrainConfig, problems: int, processes: int) -> int:

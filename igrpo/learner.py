@@ -1,4 +1,4 @@
-"""The learner: float32 master weights, bf16 compute. The only file that imports accelerate."""
+"""The learner: float32 master weights, bf16 compute, packed micro-batches. The only file that imports accelerate."""
 
 from __future__ import annotations
 
@@ -6,33 +6,44 @@ import math
 import random
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from transformers import get_scheduler
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
-from igrpo import batching
+from igrpo import batching, sharding
+from igrpo.adapters import Adapters
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.optimizer import build_optimizer, build_schedule
+from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
+from igrpo.packing import Bin, Limits, PrefixGroup, pack, prefix_groups, raw_tokens
 from igrpo.policy import Policy
 from igrpo.types import TrainingSample
 from igrpo_kernels import GRPOLossOutput
 
 Metrics = dict[str, float]
 
+PACKING_TOLERANCE = 0.1
+"""Mean gap in nats per token that packed and padded log-probabilities may have; bf16 alone makes a few hundredths."""
+
 
 class Learner:
     """Owns the policy, the optimiser and the schedule.
 
     Args:
-        model: causal LM in float32.
-        reference: frozen causal LM for the KL term, or None; needed when ``beta > 0``.
-        pad_token_id: fills micro-batches; never seen by a real token.
+        model: causal LM in float32; with ``use_peft`` its weights are frozen and may be bfloat16.
+        reference: frozen causal LM for the KL term, or None; needed when ``beta > 0``, except with ``use_peft``, where
+            the model without its adapters is the reference.
+        pad_token_id: fills micro-batches of models that cannot be packed; never seen by a real token.
+
+    Raises:
+        ConfigError: an optimiser or adapter that cannot be had.
     """
 
     def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int):
@@ -44,24 +55,63 @@ class Learner:
             cpu=config.use_cpu,
             log_with=report_to or None,
             project_dir=config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
+        self.adapters = Adapters(model, config) if config.use_peft else None
         policy = Policy(model, config)
         policy.train()
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for p in trained if p.ndim > 1], "weight_decay": config.weight_decay},
-                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # norms and biases
-            ],
-            lr=config.learning_rate,
-            betas=(config.adam_beta1, config.adam_beta2),
-            eps=config.adam_epsilon,
-        )
-        self.policy, self.optimizer = self.accelerator.prepare(policy, optimizer)
+        self.reference = None if reference is None else Policy(reference, config).requires_grad_(False).eval()
+        self.sharded = sharding.asked_for() and self.accelerator.num_processes > 1
+        if self.sharded:
+            self._shard(policy)
+            if self.reference is not None:
+                self._shard(self.reference)
+            self.policy, self.optimizer = policy, build_optimizer(policy, config)
+        else:
+            self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
+            if self.reference is not None:
+                self.reference.to(self.accelerator.device)
         self.scheduler: Any = None
-        self.reference = None
-        if reference is not None:
-            self.reference = Policy(reference, config).requires_grad_(False).eval().to(self.accelerator.device)
+        self.packs = self._packs([m for m in (model, reference) if m is not None])
+
+    def _shard(self, policy: Policy) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        sharding.shard(policy, device, processes, self.config.bf16, plugin)
+
+    def _packs(self, models: Sequence[Any]) -> bool:
+        """Makes the models read packed sequences; False, with one line, where that cannot be."""
+        asked = models[0].config._attn_implementation
+        reason = why_not_packable(models[0])
+        if reason is None:
+            for kernel in dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")):
+                for model in models:
+                    use_packed_attention(model, kernel)
+                reason = self._packing_error()
+                if reason is None:
+                    return True
+                self._say(f"packed attention does without {kernel}: {reason}")
+            for model in models:
+                model.set_attn_implementation(asked)
+        self._say(f"micro-batches are padded, not packed: {type(models[0]).__name__} cannot be packed, {reason}")
+        return False
+
+    def _packing_error(self) -> str | None:
+        """What is wrong with packed log-probabilities, which must be those of the padded sequences."""
+        made = [TrainingSample((p, 3, 5), (7, c, 9, 4), (0.0,) * 4, 0.0) for p in (2, 6) for c in (8, 10)]
+        groups, nothing = tuple(prefix_groups(made)), Denominators(1.0, 1.0)
+        try:
+            packed, padded = (
+                self._log_probs(self._micro_batch(groups, nothing, packed), self.policy) for packed in (True, False)
+            )
+        except Exception as error:  # whatever a kernel or a model's own code raises: there is another way
+            return str(error).strip().partition("\n")[0] or type(error).__name__
+        gap = float((packed - padded).abs().mean())
+        return None if gap <= PACKING_TOLERANCE else f"its log-probabilities are off by {gap:.2f} nats"
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
 
     def set_schedule(self, total_steps: int) -> None:
         """The learning rate over ``total_steps`` optimiser steps.
@@ -70,7 +120,8 @@ class Learner:
             ConfigError: an unknown schedule or option.
         """
         # Not prepared by accelerate, which would step it once per process.
-        self.scheduler = _schedule(self.optimizer.optimizer, self.config, total_steps)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.scheduler = build_schedule(optimizer, self.config, total_steps)
         self.accelerator.register_for_checkpointing(self.scheduler)
 
     def start_trackers(self) -> None:
@@ -80,26 +131,28 @@ class Learner:
     @property
     def unwrapped(self) -> Any:
         """The Hugging Face model inside."""
-        return self.accelerator.unwrap_model(self.policy).model
+        return (self.policy if self.sharded else self.accelerator.unwrap_model(self.policy)).model
 
     def train_on(self, samples: Sequence[TrainingSample]) -> Metrics:
-        """``num_iterations`` optimiser steps on this process's samples; the gradients of all processes are averaged."""
-        totals = self._totals(samples)
-        useful = batching.contributing(samples, self.config)
-        micros = batching.micro_batches(useful, totals, self.config, self.pad_token_id)
-        micros = [m.to(self.accelerator.device) for m in self._in_step(micros)]
+        """``num_iterations`` optimiser steps on the samples of all processes, each of which computes an equal share."""
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        everyone = gather_object(list(samples)) if processes > 1 else list(samples)
+        totals = batching.count(everyone)
+        useful = batching.contributing(everyone, self.config)
+        shared = self.config.shared_prefix and self.packs
+        bins = pack(useful, Limits.of(self.config), shared=shared, processes=processes) if useful else []
+        micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
+        micros += [self._filler()] * (math.ceil(len(bins) / processes) - len(micros))
         old = [self._log_probs(m, self.policy) for m in micros] if self.config.num_iterations > 1 else None
-        reference = [self._log_probs(m, self.reference) for m in micros] if self.reference is not None else None
+        reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
         metrics = _Accumulator()
         for _ in range(self.config.num_iterations):
             self._step(micros, old, reference, totals, metrics)
-        result = metrics.means(self.accelerator)
-        result["learner/sequences"] = float(len(useful))
-        result["learner/sequences_skipped"] = float(len(samples) - len(useful))
-        result["learner/tokens"] = float(sum(len(s.prompt_ids) + len(s.completion_ids) for s in useful))
-        result["learner/padded_tokens"] = float(sum(m.input_ids.numel() for m in micros))
-        result["learning_rate"] = self.last_learning_rate
-        return result
+        return metrics.means(self.accelerator) | {
+            **_work(everyone, useful, bins),
+            "learner/unique_tokens": self._sum(sum(m.input_ids.numel() for m in micros if m.scale)),
+            "learning_rate": self.last_learning_rate,
+        }
 
     def _step(
         self,
@@ -112,14 +165,14 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.policy):
-                out = self.policy(
-                    micro,
-                    old_per_token_logps=old[i] if old is not None else None,
-                    ref_per_token_logps=reference[i] if reference is not None else None,
-                    num_items_in_batch=totals.tokens,
-                )
+            with self._synchronised(last=i == len(micros) - 1):
+                with self._offload():
+                    out = self.policy(
+                        micro,
+                        old_per_token_logps=old[i] if old is not None else None,
+                        ref_per_token_logps=reference[i] if reference is not None else None,
+                        num_items_in_batch=totals.tokens,
+                    )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -127,56 +180,86 @@ class Learner:
             if micro.scale:
                 metrics.add(micro, out)
         metrics.losses.append(loss_sum)
-        for p in self.policy.parameters():  # a step without contributing samples is a step with a zero gradient
-            if p.requires_grad and p.grad is None:
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        for p in trained:  # a step without contributing samples is a step with a zero gradient
+            if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm or math.inf)
-        metrics.norms.append(float(norm))
+        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)
+        norm = float(sharding.whole(norm))
+        metrics.norms.append(norm)
         self.last_learning_rate = self.scheduler.get_last_lr()[0]
-        if math.isfinite(float(norm)):
+        if math.isfinite(norm):
             self.optimizer.step()
         else:  # a step from a broken gradient cannot be taken back
             metrics.skipped_steps += 1
         self.scheduler.step()
 
-    def _totals(self, samples: Sequence[TrainingSample]) -> Denominators:
-        own = batching.count(samples)
-        both = torch.tensor([own.sequences, own.tokens], device=self.accelerator.device)
-        sequences, tokens = self.accelerator.reduce(both, reduction="sum").tolist()
-        return Denominators(sequences, tokens)
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients once per step, with its last micro-batch."""
+        if self.sharded:
+            sharding.begin_micro_batch(self.policy, last)
+        with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.policy):
+            yield
 
-    def _in_step(self, micros: list[MicroBatch]) -> list[MicroBatch]:
-        """Collectives in the backward pass need every process to run as many micro-batches as the busiest one."""
-        if self.accelerator.num_processes == 1:
-            return micros
-        counts = self.accelerator.gather(torch.tensor([len(micros)], device=self.accelerator.device))
-        filler = batching.collate(
-            [TrainingSample((self.pad_token_id,), (self.pad_token_id,), (0.0,), 0.0)],
-            Denominators(1.0, 1.0),
-            self.config.loss_type,
-            self.pad_token_id,
-        )
-        values = {name: getattr(filler, name) for name in filler.__slots__} | {"scale": 0.0}
-        return micros + [MicroBatch(**values)] * (int(counts.max()) - len(micros))
+    def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
+        pad = None if packed else self.pad_token_id
+        return batching.micro_batch(contents, totals, self.config.loss_type, pad).to(self.accelerator.device)
+
+    def _offload(self) -> AbstractContextManager:
+        """Saved activations go to the computer's memory until backward asks for them."""
+        if not self.config.activation_offloading:
+            return nullcontext()
+        return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
+
+    def _filler(self) -> MicroBatch:
+        """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""
+        nothing = TrainingSample((self.pad_token_id,), (self.pad_token_id,), (0.0,), 0.0)
+        made = self._micro_batch((PrefixGroup(nothing.prompt_ids, (nothing,)),), Denominators(1.0, 1.0), self.packs)
+        return replace(made, scale=0.0)
+
+    def _sum(self, value: float) -> float:
+        """Over all processes."""
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)))
 
     @torch.no_grad()
-    def _log_probs(self, micro: MicroBatch, policy: Any) -> torch.Tensor:
-        with self.accelerator.autocast():
-            return policy(micro, logps_only=True)
+    def _log_probs(self, micro: MicroBatch, policy: Any, temperature: float | None = None) -> torch.Tensor:
+        """(n,) without dropout, at the sampling temperature unless another is given."""
+        training = policy.training
+        policy.eval()
+        try:
+            # A sharded policy casts its own weights.
+            with nullcontext() if self.sharded else self.accelerator.autocast():
+                return policy(micro, logps_only=True, temperature=temperature)
+        finally:
+            policy.train(training)
+
+    def _reference_log_probs(self, micro: MicroBatch) -> torch.Tensor:
+        if self.adapters is None:
+            return self._log_probs(micro, self.reference)
+        with self.adapters.disabled():
+            return self._log_probs(micro, self.policy)
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probability of each id after the first at temperature 1: what ``Engine.score`` must agree with."""
-        ids = torch.tensor([list(token_ids)], device=self.accelerator.device)
-        with self.accelerator.autocast():
-            logits = self.unwrapped(input_ids=ids).logits[0, :-1]
-        return logits.float().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+        ids = tuple(token_ids)
+        sample = TrainingSample(ids[:1], ids[1:], (0.0,) * (len(ids) - 1), 0.0)
+        micro = self._micro_batch((PrefixGroup(ids[:1], (sample,)),), Denominators(1.0, 1.0), self.packs)
+        return self._log_probs(micro, self.policy, temperature=1.0).tolist()
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their checkpoint names, in the engine's dtype; a tied head is sent once, as the embedding."""
+        """Weights under their checkpoint names, in the engine's dtype; a tied head is sent once, as the embedding.
+
+        Adapters come merged into their layers. Every process must take every tensor: shards are gathered one by one.
+        """
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-        for name, parameter in self.unwrapped.named_parameters():
-            yield name, parameter.detach().to(dtype)
+        full = self._full_tensors()
+        for name, tensor in full if self.adapters is None else self.adapters.merged(full):
+            yield name, tensor.to(dtype)
+
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, sharding.whole(p.detach())) for name, p in self.unwrapped.named_parameters())
 
     def mean_over_processes(self, metrics: Metrics) -> Metrics:
         """Plain means of the figures; one that only some processes have is averaged over those."""
@@ -195,20 +278,34 @@ class Learner:
     def save(self, folder: Path, tokenizer: Any, extra: Any) -> None:
         """Writes ``folder``: the model for everyone, and ``folder/state`` to resume from."""
         self.accelerator.save_state(str(folder / "state"))
-        if self.accelerator.is_main_process:
-            dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-            weights = {name: t.detach().to(dtype) for name, t in self.unwrapped.state_dict().items()}
-            self.unwrapped.save_pretrained(folder, state_dict=weights)
+        if self.sharded:
+            sharding.save(self.policy, self.optimizer, folder / "state" / "shards")
+        main = self.accelerator.is_main_process
+        weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
+        adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
+        if main:
+            model = self.unwrapped
+            model.save_pretrained(folder, state_dict=weights | _buffers(model))
             tokenizer.save_pretrained(folder)
+            if self.adapters is not None:
+                self.adapters.save(folder / "adapter", iter(adapters))
             torch.save(extra, folder / "state" / "loop.pt")
 
     def load(self, folder: Path) -> Any:
         """Restores weights, optimiser, schedule and random numbers; returns ``extra`` of ``save``."""
         try:
             self.accelerator.load_state(str(folder / "state"))
+            if self.sharded:
+                sharding.load(self.policy, self.optimizer, folder / "state" / "shards")
             return torch.load(folder / "state" / "loop.pt", weights_only=True)
         except (OSError, RuntimeError, KeyError) as error:
             raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({error})") from error
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds beside parameters."""
+    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
 
 
 class _Accumulator:
@@ -246,21 +343,16 @@ class _Accumulator:
         return result
 
 
-def _schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:
-    options = dict(config.lr_scheduler_kwargs)
-    if config.lr_scheduler_type == "cosine_with_min_lr" and not options:
-        options = {"min_lr_rate": 0.1}
-    warmup = config.warmup_steps if config.warmup_steps >= 1 else math.ceil(config.warmup_steps * total_steps)
-    try:
-        return get_scheduler(
-            config.lr_scheduler_type,
-            optimizer,
-            num_warmup_steps=int(warmup),
-            num_training_steps=total_steps,
-            scheduler_specific_kwargs=options,
-        )
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"lr_scheduler_type / lr_scheduler_kwargs: {error}") from None
+def _work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin]) -> Metrics:
+    """What the whole step asks of the learner, over all processes."""
+    prompts, trained = ({s.prompt_ids for s in some} for some in (samples, useful))
+    return {
+        "learner/sequences": float(len(useful)),
+        "learner/sequences_skipped": float(len(samples) - len(useful)),
+        "learner/groups_skipped": float(len(prompts - trained)),
+        "learner/raw_tokens": float(sum(map(raw_tokens, bins))),
+        "learner/micro_batches": float(len(bins)),
+    }
 
 
 def seed_everything(seed: int) -> None:

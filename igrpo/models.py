@@ -48,8 +48,12 @@ def load_tokenizer(path: str, config: TrainConfig) -> Any:
 
 
 def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa") -> Any:
-    """The causal LM with float32 master weights, caching off, on the CPU; the learner moves it."""
-    model = _load(AutoModelForCausalLM, path, config, dtype=torch.float32, attn_implementation=attn_implementation)
+    """The causal LM, caching off, on the CPU; the learner moves it.
+
+    float32 master weights; those that stay frozen beside adapters are kept in the compute dtype.
+    """
+    dtype = torch.bfloat16 if config.use_peft and config.bf16 else torch.float32
+    model = _load(AutoModelForCausalLM, path, config, dtype=dtype, attn_implementation=attn_implementation)
     model.config.use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -73,9 +77,9 @@ def attention(config: TrainConfig) -> str:
 def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, and those the model's generation settings name."""
     ids = {tokenizer.eos_token_id}
-    model_config = _load(AutoConfig, path, config)
+    named_config = model_config(path, config)
     settings = Path(path) / "generation_config.json"
-    named = [model_config.eos_token_id]
+    named = [named_config.eos_token_id]
     if settings.is_file():
         named.append(json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id"))
     for value in named:
@@ -83,9 +87,13 @@ def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int,
     return tuple(sorted(i for i in ids if i is not None))
 
 
+def model_config(path: str, config: TrainConfig) -> Any:
+    return _load(AutoConfig, path, config)
+
+
 def context_limit(path: str, config: TrainConfig) -> int | None:
     """Positions the model was made for, or None if its config does not say."""
-    return getattr(_load(AutoConfig, path, config), "max_position_embeddings", None)
+    return getattr(model_config(path, config), "max_position_embeddings", None)
 
 
 def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:

@@ -77,8 +77,13 @@ class Policy(nn.Module):
         ref_per_token_logps: torch.Tensor | None = None,  # (n,)
         num_items_in_batch: float | None = None,
         logps_only: bool = False,
+        temperature: float | None = None,
     ) -> GRPOLossOutput | torch.Tensor:
-        """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities at the sampling temperature instead."""
+        """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities instead.
+
+        Args:
+            temperature: of those log-probabilities; None: the sampling temperature.
+        """
         hidden = self.hidden_states(batch)
         head = self.model.get_output_embeddings()
         if logps_only:
@@ -88,7 +93,7 @@ class Policy(nn.Module):
                 head.weight,
                 batch.completion_ids,
                 lm_head_bias=head.bias,
-                temperature=settings.temperature,
+                temperature=settings.temperature if temperature is None else temperature,
                 logit_scale=settings.logit_scale,
                 final_logit_softcapping=settings.final_logit_softcapping,
                 impl=self.impl,
@@ -121,9 +126,11 @@ class Policy(nn.Module):
         return replace(settings, entropy_coef=settings.entropy_coef * share / batch.scale)
 
     def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
-        """Final hidden states of the positions that predict a completion token.
-
-        Right padding needs neither position ids nor a mask for causality: no real token sees what comes after it.
-        """
-        out = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        """Final hidden states of the positions that predict a completion token."""
+        if batch.layout is None:  # padded on the right: no real token sees what comes after it
+            out = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        else:
+            out = self.model.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, packed_layout=batch.layout
+            )
         return out.last_hidden_state.flatten(0, 1)[batch.rows]

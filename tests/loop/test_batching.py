@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from igrpo.batching import Denominators, collate, contributing, count, micro_batches, training_samples
+from igrpo.batching import Denominators, MicroBatch, contributing, count, micro_batch, training_samples
 from igrpo.config import TrainConfig
+from igrpo.packing import prefix_groups
 from igrpo.types import Completion, Problem, RolloutGroup, Scored, TrainingSample
 
 
@@ -28,8 +29,12 @@ def group(rewards, advantages, lengths, reasons=None, drafts=()) -> RolloutGroup
     return RolloutGroup(Problem(0, "q", "a"), drafts, None, (1, 2, 3), scored, tuple(advantages))
 
 
+def batch_of(samples, totals=None, loss_type="grpo", shared=True, **options) -> MicroBatch:
+    return micro_batch(tuple(prefix_groups(samples, shared)), totals or count(samples), loss_type, **options)
+
+
 def test_rows_are_the_positions_before_each_completion_token():
-    batch = collate([sample(3, 2, 1.5), sample(1, 4, -0.5)], Denominators(2, 6), "grpo", pad_token_id=0)
+    batch = batch_of([sample(3, 2, 1.5), sample(1, 4, -0.5)], pad_token_id=0)
     assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101], [0, 100, 101, 102, 103]]
     assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5]
     flat = batch.input_ids.flatten()
@@ -41,21 +46,36 @@ def test_rows_are_the_positions_before_each_completion_token():
 
 
 def test_padding_is_masked():
-    batch = collate([sample(2, 1), sample(4, 3)], Denominators(2, 4), "grpo", pad_token_id=9)
+    batch = batch_of([sample(2, 1), sample(4, 3)], pad_token_id=9)
     assert batch.input_ids[0].tolist() == [0, 1, 100, 9, 9, 9, 9]
     assert batch.attention_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0]
 
 
+def test_a_shared_prompt_is_there_once_and_positions_go_on_from_it():
+    batch = batch_of([sample(3, 3, 1.0), sample(2, 2, 2.0), sample(3, 1, 3.0), sample(3, 2, 4.0)])
+    #                                     prompt   100 101  –   100       prompt 100
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101, 100, 0, 1, 100]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.layout.lengths == (3, 2, 1, 3) and batch.layout.parents == (None, 0, 0, None)
+    # A completion's first token is predicted by the prompt's last position, which all of its group share.
+    assert batch.rows.tolist() == [2, 3, 4, 2, 2, 5, 7, 8]
+    assert batch.completion_ids.tolist() == [100, 101, 102, 100, 100, 101, 100, 101]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 8] and batch.advantages.tolist() == [1.0, 3.0, 4.0, 2.0]
+    assert batch.attention_mask is None and batch.num_sequences == 4
+
+
+def test_without_sharing_every_sequence_is_one_run():
+    batch = batch_of([sample(3, 3), sample(3, 1)], shared=False)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101, 0, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch.layout.lengths == (5, 3) and batch.layout.parents == (None, None)
+    assert batch.rows.tolist() == [2, 3, 4, 7]
+
+
 @pytest.mark.parametrize(("loss_type", "share"), [("grpo", 2 / 8), ("dr_grpo", 2 / 8), ("bnpo", 5 / 40), ("dapo", 1.0)])
 def test_shares_of_the_steps_denominator(loss_type, share):
-    batch = collate([sample(1, 2), sample(1, 3)], Denominators(8, 40), loss_type, 0)
+    batch = batch_of([sample(1, 2), sample(1, 3)], Denominators(8, 40), loss_type)
     assert batch.scale == pytest.approx(share)
-
-
-def test_similar_lengths_share_a_micro_batch():
-    samples = [sample(1, n) for n in (2, 9, 3, 8)]
-    batches = micro_batches(samples, count(samples), config(per_device_train_batch_size=2, num_generations=2), 0)
-    assert [b.input_ids.shape for b in batches] == [(2, 10), (2, 4)]
 
 
 def test_zero_advantages_are_skipped_only_where_that_is_exact():

@@ -79,6 +79,7 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     # the sampler's ratio must stay out of the gradient for the weights to come out equal.
     settings = {"eval_samples": 4, "vllm_importance_sampling_correction": False}
     output = run(words(model, questions, whole, **settings))
+    assert "memory plan" in output and "KV cache" in output
     assert "bare-prompt accuracy:" in output and "before" in output and "after" in output
     logged = steps(whole)
     assert [r["step"] for r in logged] == [1, 2, 3]
@@ -220,6 +221,7 @@ def test_rewards_that_hang_or_raise_do_not_stop_the_run(model, tmp_path):
         ({"eval_samples": 20}, ("eval_samples", "dataset_test_split")),
         ({"resume_from_checkpoint": "last"}, ("resume_from_checkpoint", "no checkpoint yet")),
         ({"lr_scheduler_type": "sawtooth"}, ("lr_scheduler_type",)),
+        ({"use_vllm": True, "vllm_cpu_kvcache_gib": 1e6}, ("1000000", "GiB", "token_budget")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

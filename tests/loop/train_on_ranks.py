@@ -1,44 +1,99 @@
-"""Two learner steps on this process's share of fixed samples; run by ``torchrun`` from test_learner_ranks.py."""
+"""Learner steps on this process's share of fixed samples, in several set-ups.
+
+Run by ``torchrun`` from test_learner_ranks.py.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from igrpo.config import TrainConfig
 from igrpo.learner import Learner
 from igrpo.types import TrainingSample
-from tests.tiny import tiny_llama
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dapo": {"loss_type": "dapo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "token budget": {"token_budget": 40},
+    "adapters, kl": {"use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "sharded": {"fsdp": True},
+    "sharded, untied, checkpointing": {
+        "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
+    },
+    "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
+    "sharded, adapters, kl": {"fsdp": True, "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "sharded, bf16": {"fsdp": True, "bf16": True},
+}  # fmt: skip
 
 
 def samples() -> list[TrainingSample]:
-    """Twelve ragged sequences; those with advantage 0 leave the second of two processes with less to do."""
+    """Three prompts with four ragged completions each; where the advantage is 0, a process would have less to do."""
     generator = torch.Generator().manual_seed(0)
     made = []
     for i in range(12):
-        prompt = torch.randint(5, 280, (3 + i,), generator=generator).tolist()
+        if i % 4 == 0:
+            prompt = torch.randint(5, 280, (3 + i,), generator=generator).tolist()
         completion = torch.randint(5, 280, (1 + (5 * i) % 11,), generator=generator).tolist()
         advantage = 0.0 if i % 2 and i > 3 else (-1.0) ** (i // 2) * (1.0 + i / 10)
         made.append(TrainingSample(tuple(prompt), tuple(completion), (-5.0,) * len(completion), advantage))
     return made
 
 
-def main(loss_type: str, output: str) -> None:
-    config = TrainConfig(
-        model_name_or_path="m", dataset_name="d", use_cpu=True, bf16=False, gradient_checkpointing=False,
-        learning_rate=1e-2, per_device_train_batch_size=2, gradient_accumulation_steps=2, num_generations=2,
-        loss_type=loss_type, max_completion_length=16, vllm_importance_sampling_correction=False,
-    )  # fmt: skip
-    learner = Learner(tiny_llama(), None, config, pad_token_id=0)
+def build(*, fsdp: bool = False, tied: bool = True, **settings: Any) -> Learner:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
+    os.environ["FSDP_VERSION"] = "2"
+    options = {
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
+        "max_completion_length": 16, "vllm_importance_sampling_correction": False, "adam_epsilon": 1e-5, **settings,
+    }  # fmt: skip
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", **options)
+    torch.manual_seed(1)  # the adapters' first values
+    reference = tiny_llama(1, tied=tied) if config.beta > 0 and not config.use_peft else None
+    learner = Learner(tiny_llama(tied=tied), reference, config, pad_token_id=0)
+    assert learner.sharded == (fsdp and learner.accelerator.num_processes > 1)
     learner.set_schedule(10)
+    return learner
+
+
+def train(learner: Learner) -> dict[str, float]:
     accelerator = learner.accelerator
-    own = samples()[accelerator.process_index :: accelerator.num_processes]
-    metrics = [learner.train_on(own) for _ in range(2)]
-    if accelerator.is_main_process:
-        weights = {name: p.detach().clone() for name, p in learner.unwrapped.named_parameters()}
-        figures = [{name: m[name] for name in ("loss", "grad_norm")} for m in metrics]
-        torch.save({"processes": accelerator.num_processes, "figures": figures, "weights": weights}, output)
+    metrics = learner.train_on(samples()[accelerator.process_index :: accelerator.num_processes])
+    names = ("loss", "grad_norm", "learner/sequences", "learner/groups_skipped")
+    return {name: metrics[name] for name in names}
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.named_tensors()}
+
+
+def main(output: str) -> None:
+    results: dict[str, Any] = {}
+    for name, settings in CASES.items():
+        learner = build(**settings)
+        figures = [train(learner), train(learner)]
+        if name in ("sharded", "sharded, adapters, kl"):  # a checkpoint goes on as if nothing had been
+            again = build(**settings)
+            train(again)
+            again.save(Path(output).parent / name, tiny_tokenizer(), {"step": 1})
+            resumed = build(**settings)
+            assert resumed.load(Path(output).parent / name) == {"step": 1}
+            assert train(resumed) == figures[1]
+            for key, tensor in weights(resumed).items():
+                assert torch.equal(tensor, weights(learner)[key]), key
+        results[name] = {"figures": figures, "weights": weights(learner), "score": learner.score((5, 6, 7, 8))}
+    if learner.accelerator.is_main_process:
+        torch.save({"processes": learner.accelerator.num_processes, "results": results}, output)
 
 
 if __name__ == "__main__":

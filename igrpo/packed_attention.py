@@ -1,0 +1,236 @@
+"""Attention over packed sequences that share prompts, through transformers' attention interface.
+
+The tokens of a micro-batch stand in one row, in runs. A run reads itself causally and, if it has a parent run, all of
+the parent:
+
+    run      tokens                  reads
+    0        prompt                  itself
+    1, 2, …  completions of run 0    run 0, then itself
+    k        another prompt          itself
+
+No run sees another one's completion, so with positions that go on from the prompt every sequence is computed as if it
+stood alone, and gradients through the shared prompt add up. Three kernels compute it: per-run SDPA (anywhere),
+flex_attention with a block mask (CUDA), and flash-attn's variable-length kernel (CUDA, when asked for).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+KERNELS = ("sdpa", "flex_attention", "flash_attention_2")
+PREFIX = "igrpo_"
+"""The kernels' names in transformers' registry are ``igrpo_sdpa`` and so on."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The runs of a micro-batch, in token order."""
+
+    lengths: tuple[int, ...]
+    parents: tuple[int | None, ...]
+    """Index of the run that each run goes on from."""
+    _cache: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def starts(self) -> list[int]:
+        return [0, *accumulate(self.lengths)][:-1]
+
+    @property
+    def key_lengths(self) -> list[int]:
+        """Keys that each run reads."""
+        pairs = zip(self.lengths, self.parents, strict=True)
+        return [n if parent is None else self.lengths[parent] + n for n, parent in pairs]
+
+    def positions(self) -> torch.Tensor:
+        """(L,) int64: a run without a parent starts at 0, any other where its parent ends."""
+        firsts = [0 if parent is None else self.lengths[parent] for parent in self.parents]
+        spans = [torch.arange(a, a + n) for a, n in zip(firsts, self.lengths, strict=True)]
+        return torch.cat(spans)
+
+    def cu_lengths(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cumulative lengths of the runs' queries (R+1,) and keys (R+1,), int32."""
+        return self._once(
+            ("cu", device),
+            lambda: tuple(
+                torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device)
+                for n in (self.lengths, self.key_lengths)
+            ),
+        )
+
+    def key_index(self, device: torch.device) -> torch.Tensor:
+        """(sum of ``key_lengths``,) the token of each key that the runs read, run after run."""
+
+        def build() -> torch.Tensor:
+            spans = []
+            for start, length, parent in zip(self.starts, self.lengths, self.parents, strict=True):
+                if parent is not None:
+                    spans.append(torch.arange(self.starts[parent], self.starts[parent] + self.lengths[parent]))
+                spans.append(torch.arange(start, start + length))
+            return torch.cat(spans).to(device)
+
+        return self._once(("index", device), build)
+
+    def block_mask(self, device: torch.device, window: int | None) -> Any:
+        """flex_attention's mask: same sequence, not later, and less than ``window`` positions back."""
+
+        def build() -> Any:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            runs = torch.repeat_interleave(torch.tensor(self.lengths)).to(device)  # (L,) run of each token
+            roots = torch.tensor([i if p is None else p for i, p in enumerate(self.parents)], device=device)[runs]
+            positions = self.positions().to(device)
+
+            def allowed(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+                same = (runs[q] == runs[k]) | (roots[q] == runs[k])
+                near = True if window is None else positions[q] - positions[k] < window
+                return same & (q >= k) & near
+
+            total = sum(self.lengths)
+            return create_block_mask(allowed, None, None, total, total, device=str(device))
+
+        return self._once(("mask", device, window), build)
+
+    def _once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """Every layer of the model asks for the same tensors."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return self._cache[key]
+
+
+def packed_kernel(asked: str, device: torch.device) -> str:
+    """The kernel for a model loaded with attention ``asked``."""
+    if device.type != "cuda" or asked == "eager":
+        return "sdpa"
+    return "flash_attention_2" if asked.startswith("flash_attention") else "flex_attention"
+
+
+def use_packed_attention(model: Any, kernel: str) -> None:
+    """Registers the kernel with transformers and makes ``model`` call it."""
+    AttentionInterface.register(PREFIX + kernel, partial(packed_attention, kernel=kernel))
+    model.set_attn_implementation(PREFIX + kernel)
+
+
+def why_not_packable(model: Any) -> str | None:
+    """What keeps a model from reading packed sequences, in words; None if nothing does."""
+    config = model.config.get_text_config()
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced"
+    if getattr(model, "_is_stateful", False):
+        return "its layers carry a state from token to token"
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        return f"it has layers of type {', '.join(sorted(others))}"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "its attention has sinks"
+    return None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (B, heads, L, d)
+    key: torch.Tensor,  # (B, kv heads, L, d)
+    value: torch.Tensor,  # (B, kv heads, L, d)
+    attention_mask: torch.Tensor | None,
+    *,
+    kernel: str,
+    packed_layout: Layout | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """(B, L, heads, d). Without a layout every row is one sequence; padding on its right changes nothing."""
+    options = {
+        "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "dropout": dropout if module.training else 0.0,
+        "softcap": softcap,
+        "window": sliding_window,
+    }
+    if packed_layout is None or kernel == "sdpa":
+        out = _per_run(query, key, value, packed_layout, options)
+    elif kernel == "flex_attention":
+        mask = packed_layout.block_mask(query.device, sliding_window)
+        out, _ = ALL_ATTENTION_FUNCTIONS["flex_attention"](
+            module, query, key, value, mask, scaling=options["scale"], softcap=softcap
+        )
+        return out, None
+    else:
+        return _variable_length(query, key, value, packed_layout, options), None
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _per_run(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None, options: dict[str, Any]
+) -> torch.Tensor:
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    if layout is None:
+        return _attend(query, key, value, **options)
+    # split's backward is one concatenation; slices would each make a zero gradient of the whole row.
+    queries, keys, values = (x.split(layout.lengths, dim=2) for x in (query, key, value))
+    outs = []
+    for i, parent in enumerate(layout.parents):
+        k, v = keys[i], values[i]
+        if parent is not None:
+            k, v = torch.cat([keys[parent], k], dim=2), torch.cat([values[parent], v], dim=2)
+        outs.append(_attend(queries[i], k, v, **options))
+    return torch.cat(outs, dim=2)
+
+
+def _attend(
+    query: torch.Tensor,  # (B, heads, q, d)
+    key: torch.Tensor,  # (B, heads, k, d): the last q keys are the queries' own
+    value: torch.Tensor,
+    *,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    q, k = query.shape[2], key.shape[2]
+    if softcap is None and q == k and (window is None or window >= k):
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True, scale=scale)
+    back = torch.arange(k - q, k, device=query.device)[:, None] - torch.arange(k, device=query.device)  # (q, k)
+    allowed = back >= 0 if window is None else (back >= 0) & (back < window)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, allowed, dropout_p=dropout, scale=scale)
+    scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
+    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+def _variable_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, options: dict[str, Any]
+) -> torch.Tensor:
+    """flash-attn aligns its causal mask with the last key, which is what a run that reads its parent first needs."""
+    from flash_attn import flash_attn_varlen_func
+
+    index = layout.key_index(query.device)
+    cu_q, cu_k = layout.cu_lengths(query.device)
+    window = (-1, -1) if options["window"] is None else (options["window"] - 1, 0)
+    out = flash_attn_varlen_func(
+        query[0].transpose(0, 1),  # (L, heads, d)
+        key[0].transpose(0, 1)[index],
+        value[0].transpose(0, 1)[index],
+        cu_q,
+        cu_k,
+        max(layout.lengths),
+        max(layout.key_lengths),
+        dropout_p=options["dropout"],
+        softmax_scale=options["scale"],
+        causal=True,
+        window_size=window,
+        softcap=options["softcap"] or 0.0,
+    )
+    return out[None]
