@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -166,6 +167,55 @@ def test_tied_embeddings_are_sent_once():
     names = [name for name, _ in learner().named_tensors()]
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     assert len(names) == len(set(names))
+
+
+def test_the_fused_optimiser_steps_as_the_plain_one():
+    weights = []
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        made = learner(optim=optim, weight_decay=0.1)
+        made.train_on(some_samples())
+        weights.append(torch.cat([p.detach().flatten() for p in made.policy.parameters()]))
+    torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
+
+
+def test_other_optimisers_by_their_names():
+    assert learner(optim="rmsprop").train_on(some_samples())["grad_norm"] > 0.0
+    with pytest.raises(ConfigError, match=r"optim: adamw_9bit.*adamw_torch_fused"):
+        learner(optim="adamw_9bit")
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+def test_an_optimiser_whose_package_is_missing_says_so():
+    with pytest.raises(ConfigError, match=r"optim: paged_adamw_8bit cannot be had here.*bitsandbytes"):
+        learner(optim="paged_adamw_8bit")
+
+
+def test_adapters_train_and_are_merged_for_the_engine():
+    base = tiny_llama()
+    before = dict(copy.deepcopy(base).named_parameters())
+    made = learner(base, use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.5, beta=0.04, learning_rate=0.05)
+    trained = [name for name, p in made.policy.named_parameters() if p.requires_grad]
+    assert trained and all(".lora_" in name for name in trained)
+    first = made.train_on(some_samples())
+    # The reference is the model without its adapters, which the first step has not moved yet; dropout stays out of it.
+    assert first["kl"] == pytest.approx(0.0, abs=1e-5) and first["grad_norm"] > 0.0
+    assert made.train_on(some_samples())["kl"] > 0.0
+    merged = {name: tensor.clone() for name, tensor in made.named_tensors()}
+    assert merged.keys() == before.keys()
+    changed = {name for name in merged if not torch.equal(merged[name], before[name])}
+    assert changed == {name for name in before if "_proj" in name}
+    plain = tiny_llama()
+    plain.load_state_dict(merged, strict=False)
+    ids = [5, 6, 7, 8, 9]
+    with torch.no_grad():
+        logps = plain(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+    expected = logps.gather(-1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+    assert made.score(ids) == pytest.approx(expected, abs=1e-4)  # without dropout
+
+
+def test_a_layer_name_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="lora_target_modules"):
+        learner(use_peft=True, lora_target_modules=["no_such_proj"])
 
 
 def test_settings_that_exclude_each_other_name_both_keys():
