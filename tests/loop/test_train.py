@@ -126,23 +126,46 @@ def test_the_checkpoint_is_a_model_anyone_can_load(model, questions, tmp_path):
     assert (tmp_path / "run" / "config.yaml").is_file()
 
 
-def test_killed_at_any_moment_and_resumed(model, questions, tmp_path):
-    """kill -9 while steps and saves go on; the run continues from a whole checkpoint and ends with every step once."""
-    settings = {"use_vllm": False, "save_steps": 1}
-    arguments = words(model, questions, tmp_path / "run", max_steps=200, save_total_limit=2, **settings)
+def test_killed_at_any_moment_and_resumed_bit_for_bit(model, questions, tmp_path):
+    """kill -9 while steps and saves go on: the resumed run ends as the one that was never killed, in every bit."""
+    settings = {"use_vllm": False, "save_steps": 1, "max_steps": 12, "save_total_limit": 2}
+    run(words(model, questions, tmp_path / "whole", **settings))
+    arguments = words(model, questions, tmp_path / "killed", **settings)
     process = subprocess.Popen([sys.executable, "-m", "igrpo.train", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 4):
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = len(metrics.read_text().splitlines())
-    more = words(model, questions, tmp_path / "run", max_steps=done + 2, **settings)
-    output = run([*more, "--resume_from_checkpoint", "last"])
+    assert not (tmp_path / "killed" / "checkpoint-12").exists()
+    output = run([*arguments, "--resume_from_checkpoint", "last"])
     assert "resuming after step" in output
-    assert [r["step"] for r in steps(tmp_path / "run")] == list(range(1, done + 3))
+    whole, killed = steps(tmp_path / "whole"), steps(tmp_path / "killed")
+    assert [r["step"] for r in killed] == list(range(1, 13))
+    assert [untimed(r) for r in killed] == [untimed(r) for r in whole]
+    names = ("completions.jsonl", "checkpoint-12/model.safetensors")
+    assert all((tmp_path / "whole" / n).read_bytes() == (tmp_path / "killed" / n).read_bytes() for n in names)
+    # Optimiser, schedule, random numbers, and where in the data the run is.
+    states = [sorted((tmp_path / side / "checkpoint-12" / "state").iterdir()) for side in ("whole", "killed")]
+    assert len(states[0]) == len(states[1]) >= 5
+    for a, b in zip(*states, strict=True):
+        assert a.name == b.name and _equal(_load(a), _load(b)), a.name
+
+
+def _load(path: Path) -> object:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return bool((a == b).all()) if hasattr(a, "all") else a == b
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, tmp_path):
