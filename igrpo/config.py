@@ -111,6 +111,8 @@ class TrainConfig:
     # --- generation
     use_vllm: bool = True
     """vLLM generates (the CPU build on a machine without a GPU); false: Hugging Face `generate`."""
+    vllm_mode: Literal["colocate", "server"] = "colocate"
+    """`colocate`: in the trainer's process; `server`: `vllm serve` processes over HTTP (see docs/engines.md)."""
     vllm_gpu_memory_utilization: float = 0.3
     """Share of the GPU's memory that vLLM may use."""
     vllm_max_model_length: int | None = None
@@ -121,6 +123,32 @@ class TrainConfig:
     """KV-cache size of the CPU engine in GiB."""
     vllm_max_num_seqs: int = 128
     """Sequences decoded at once."""
+    vllm_server_base_url: str | None = None
+    """A running server (`python -m igrpo.engines.serve`); null: the trainer starts its own."""
+    vllm_server_urls: list[str] = field(default_factory=list)
+    """The same for several servers, which then share the requests."""
+    vllm_server_host: str = "127.0.0.1"
+    """Address on which started servers listen; a public one is refused."""
+    vllm_server_port: int = 0
+    """Their first port; 0: any that is free (`igrpo.engines.serve`: 8000)."""
+    vllm_server_allow_public: bool = False
+    """Let servers listen on, and the secret travel over, a public network."""
+    vllm_num_servers: int = 1
+    """Servers that the trainer starts."""
+    vllm_server_devices: str | None = None
+    """GPUs of the servers that the trainer starts (`"4,5,6,7"`), divided evenly; null: those the trainer sees."""
+    vllm_server_timeout: float = 240.0
+    """Seconds to wait for a server to come up, or back."""
+    vllm_request_timeout: float = 1800.0
+    """Seconds after which a request counts as hung and is given to another server."""
+    vllm_sync_timeout: float = 300.0
+    """Seconds that each phase of a weight push may take."""
+    vllm_weight_transfer: Literal["auto", "file", "nccl", "ipc"] = "auto"
+    """How weights reach servers; `auto`: `nccl` between GPUs, `file` (safetensors in a shared folder) on the CPU."""
+    vllm_weight_dir: str | None = None
+    """Folder for `file`, seen by trainer and servers; null: shared memory, which servers on this machine see."""
+    vllm_group_port: int = 51216
+    """First port of the trainer's end of `nccl`, one per server."""
     max_completion_length: int = 512
     """Longest draft or refinement, in tokens."""
     temperature: float = 0.7
@@ -274,6 +302,18 @@ class TrainConfig:
     def prompts_per_step(self) -> int:
         """Per process: problems in one rollout batch."""
         return self.completions_per_step // self.num_generations
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Servers that run already; empty: the trainer starts its own."""
+        return [*filter(None, [self.vllm_server_base_url]), *self.vllm_server_urls]
+
+    def weight_backend(self, on_cpu: bool) -> str:
+        """Name of the weight transfer as vLLM knows it."""
+        chosen = self.vllm_weight_transfer
+        if chosen == "auto":
+            chosen = "file" if on_cpu else "nccl"
+        return "igrpo_file" if chosen == "file" else chosen
 
     @property
     def drafts_per_prompt(self) -> int:

@@ -57,11 +57,21 @@ def check_types(config: TrainConfig, hints: dict[str, Any]) -> None:
 _AT_LEAST = {
     "num_drafts": 1, "num_generations": 1, "max_completion_length": 1, "per_device_train_batch_size": 1,
     "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 1, "save_steps": 0, "eval_samples": 0,
-    "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
+    "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_num_servers": 1, "vllm_server_port": 0,
+    "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
     "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
 }  # fmt: skip
-_POSITIVE = ("temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance")
+_POSITIVE = (
+    "temperature",
+    "reward_timeout",
+    "num_train_epochs",
+    "vllm_cpu_kvcache_gib",
+    "weight_sync_tolerance",
+    "vllm_server_timeout",
+    "vllm_request_timeout",
+    "vllm_sync_timeout",
+)
 
 _ONE_OR_NULL = (
     "draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",

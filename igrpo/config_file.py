@@ -30,7 +30,6 @@ DROPPED = {
     "use_liger_kernel": "the loss is always fused",
     "use_liger_loss": "the loss is always fused",
     "vllm_device": "the engine runs beside the learner",
-    "vllm_mode": "the engine runs beside the learner",
     "vllm_guided_decoding_regex": "structured output is not used",
     "use_transformers_paged": "Hugging Face generation is only the fallback engine",
     "wandb_log_unique_prompts": "completions.jsonl holds every prompt once",

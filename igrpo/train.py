@@ -46,10 +46,15 @@ def train(config: TrainConfig) -> int:
         ConfigError: before anything is written.
     """
     quiet_libraries()
+    from igrpo.engines import EngineError
     from igrpo.job import build
 
-    with build(config) as job:
-        return loop(job)
+    try:
+        with build(config) as job:
+            return loop(job)
+    except EngineError as error:  # it did not start
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ENGINE
 
 
 def quiet_libraries() -> None:

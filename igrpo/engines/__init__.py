@@ -1,4 +1,5 @@
-"""Engines that sample: one protocol (`base.py`), vLLM (`vllm_engine.py`), Hugging Face generate (`hf_engine.py`)."""
+"""Engines that sample: one protocol (`base.py`), vLLM in this process (`vllm_engine.py`) or in servers
+(`server_engine.py`), Hugging Face generate (`hf_engine.py`)."""
 
 from collections.abc import Sequence
 
@@ -12,6 +13,10 @@ def start_engine(
     path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
 ) -> Engine:
     """The engine the config asks for; imports only the library it needs."""
+    if config.use_vllm and config.vllm_mode == "server":
+        from igrpo.engines.server_engine import ServerEngine
+
+        return ServerEngine(path, config, max_model_length, stop_token_ids, seed)
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
+if TYPE_CHECKING:  # a server's supervisor imports this package and needs no torch
+    import torch
 
-WeightSource = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+WeightSource = Callable[[], "Iterable[tuple[str, torch.Tensor]]"]
 """Gives all weights under their checkpoint names, and gives them again when it is called again: a push that failed is
 repeated. Where the weights are sharded the call is a collective, so every process of the learner makes it."""
 

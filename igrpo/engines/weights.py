@@ -6,6 +6,9 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+FILE_BACKEND = "igrpo_file"
+"""Name under which vLLM's servers know ``vllm_worker.FileWeightTransferEngine``."""
+
 
 def checksum(tensor: torch.Tensor) -> str:
     """Hash of the tensor's bytes; shape and dtype are compared beside it."""

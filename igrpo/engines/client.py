@@ -1,0 +1,143 @@
+"""One ``vllm serve`` server as seen from the trainer: every call has a deadline and carries the run's secret."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from igrpo.engines.base import Request, Result
+from igrpo.engines.control import BOOT_HEADER, SECRET_VARIABLE
+from igrpo.engines.serve import SERVED_NAME
+
+NEEDED_PATHS = (
+    "/v1/completions", "/health", "/collective_rpc", "/reset_prefix_cache", "/pause", "/resume", "/abort_requests",
+    "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info",
+)  # fmt: skip
+SHORT_SECONDS = 30.0
+"""Deadline of calls that do no work to speak of."""
+
+
+class ServerError(RuntimeError):
+    """One server did not do what it was asked to."""
+
+
+class ServerHung(ServerError):
+    """It did not answer in time."""
+
+
+class SecretRefused(ServerError):
+    """It belongs to another run."""
+
+
+class Client:
+    """Calls to one server. Runs inside an event loop."""
+
+    def __init__(self, url: str, secret: str):
+        self.url = url.rstrip("/")
+        self.boot: str | None = None
+        """Of the process that gave the last answer (see ``control.BOOT_HEADER``)."""
+        self.http = httpx.AsyncClient(
+            base_url=self.url,
+            headers={"Authorization": f"Bearer {secret}"},
+            limits=httpx.Limits(max_connections=None),
+            timeout=None,  # one deadline over the whole call instead
+            trust_env=False,  # no proxy gets to see the secret
+        )
+
+    async def call(self, method: str, path: str, timeout: float, **options: Any) -> Any:
+        """The answer's JSON (None where there is none).
+
+        Raises:
+            ServerHung: no whole answer within ``timeout`` seconds.
+            ServerError: no connection, or an answer other than 200.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                response = await self.http.request(method, path, **options)
+        except TimeoutError:
+            raise ServerHung(f"{self.url}{path} gave no answer in {timeout:g} s") from None
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.url}{path}: {error or type(error).__name__}") from error
+        if response.status_code == 401:
+            raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
+        if response.status_code != 200:
+            raise ServerError(f"{self.url}{path} answered {response.status_code}: {response.text[:300]}")
+        self.boot = response.headers.get(BOOT_HEADER.decode())
+        return response.json() if response.content else None
+
+    async def check(self, max_model_length: int) -> None:
+        """Whether this server can do all that a run needs; asks for abilities, not for a version.
+
+        Raises:
+            ServerError: it cannot; says what is missing.
+        """
+        paths = (await self.call("GET", "/openapi.json", SHORT_SECONDS))["paths"]
+        missing = [path for path in NEEDED_PATHS if path not in paths]
+        if missing:
+            raise ServerError(
+                f"{self.url} has no {', '.join(missing)}; run vLLM 0.28 to 0.33 through `python -m igrpo.engines.serve`"
+            )
+        if self.boot is None:
+            raise ServerError(f"{self.url} answers without the secret; start it with `python -m igrpo.engines.serve`")
+        (model,) = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"]
+        if model["id"] != SERVED_NAME or model["max_model_len"] < max_model_length:
+            raise ServerError(
+                f"{self.url} serves {model['id']} with a context of {model['max_model_len']} tokens; this run needs "
+                f"{SERVED_NAME} with {max_model_length}: set vllm_max_model_length: {max_model_length} where it starts"
+            )
+
+    async def complete(
+        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
+    ) -> tuple[Result, str | None]:
+        """The finished request, its version still open, and the boot number of the server that answered.
+
+        Closing the connection (cancelling this call, or the deadline) makes the server abort the request.
+        """
+        sampling = request.sampling
+        body = {
+            "model": SERVED_NAME,
+            "prompt": list(request.prompt_ids),
+            "n": request.n,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "max_tokens": sampling.max_tokens,
+            "stop_token_ids": stop_token_ids,
+            "seed": seed,
+            "cache_salt": salt,
+            "logprobs": 0,  # the sampled token's and no other
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+        }
+        answer = await self.call("POST", "/v1/completions", timeout, json=body)
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        reasons = tuple("length" if c["finish_reason"] == "length" else c["finish_reason"] for c in choices)
+        if len(choices) != request.n or not {"stop", "length"}.issuperset(reasons):
+            raise ServerError(f"{self.url} broke {request.request_id} off ({len(choices)} outputs, {set(reasons)})")
+        details = answer["usage"].get("prompt_tokens_details") or {}
+        result = Result(
+            request_id=request.request_id,
+            prompt_ids=tuple(choices[0]["prompt_token_ids"]),
+            token_ids=tuple(tuple(c["token_ids"]) for c in choices),
+            logprobs=tuple(tuple(c["logprobs"]["token_logprobs"]) for c in choices),
+            finish_reasons=reasons,
+            version=-1,
+            cached_tokens=details.get("cached_tokens") or 0,
+        )
+        return result, self.boot
+
+    async def score(self, token_ids: list[int], salt: str, timeout: float) -> list[float]:
+        """Log-probability of each id after the first at temperature 1 (nats)."""
+        body = {
+            "model": SERVED_NAME, "prompt": token_ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+            "cache_salt": salt, "return_token_ids": True, "return_tokens_as_token_ids": True,
+        }  # fmt: skip
+        answer = await self.call("POST", "/v1/completions", timeout, json=body)
+        entries = answer["choices"][0]["prompt_logprobs"][1:]
+        return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]
+
+    async def close(self) -> None:
+        await self.http.aclose()

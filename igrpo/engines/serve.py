@@ -1,0 +1,119 @@
+"""A vLLM server for training runs on other nodes: ``python -m igrpo.engines.serve --config recipes/x.yaml …``.
+
+Reads the same recipe as the trainer, so that both mean the same model. The trainer starts servers on its own machine
+by itself with the command made here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_file import parse_args
+from igrpo.engines.control import SECRET_VARIABLE, check_bind, secret_from_environment
+from igrpo.engines.supervise import supervise
+
+DEFAULT_PORT = 8000
+SERVED_NAME = "policy"
+CPU_BATCHED_TOKENS = 2048
+EXIT_BAD_CONFIG = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 2 a setting that cannot work, otherwise the server's."""
+    try:
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        check_bind(config.vllm_server_host, config.vllm_server_allow_public)
+        secret = secret_from_environment()
+        from igrpo.models import context_limit, resolve_model
+
+        path = resolve_model(config.model_name_or_path)
+        length = config.vllm_max_model_length or context_limit(path, config)
+        if length is None:
+            raise ConfigError("vllm_max_model_length: the model names no limit; write one that fits the refinements")
+        import torch
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_CONFIG
+    on_cpu = config.use_cpu or not torch.cuda.is_available()
+    os.environ.update(server_environment(config, secret, on_cpu))
+    command = server_command(config, path, length, config.vllm_server_port or DEFAULT_PORT, config.seed, on_cpu)
+    return supervise(command, parent=None)
+
+
+def server_command(config: TrainConfig, path: str, length: int, port: int, seed: int, on_cpu: bool) -> list[str]:
+    """The command line of one server; it holds no secret."""
+    options = {
+        "model": path,
+        "served-model-name": SERVED_NAME,
+        "host": config.vllm_server_host,
+        "port": port,
+        "dtype": "bfloat16" if config.bf16 else "float32",
+        "max-model-len": length,
+        "max-num-seqs": config.vllm_max_num_seqs,
+        "logprobs-mode": "processed_logprobs",  # after temperature: what the loss needs
+        "generation-config": "vllm",  # no sampling defaults from the model's files
+        "seed": seed,
+        "middleware": "igrpo.engines.control.RequireSecret",
+        "worker-extension-cls": "igrpo.engines.vllm_worker.ReadsBack",
+        "weight-transfer-config": json.dumps({"backend": config.weight_backend(on_cpu)}),
+    }
+    flags = [
+        "skip-tokenizer-init",
+        "enable-prefix-caching",
+        "disable-uvicorn-access-log",
+        "disable-log-stats",
+        "enable-prompt-tokens-details",
+    ]
+    if config.model_revision:
+        options["revision"] = config.model_revision
+    if config.trust_remote_code:
+        flags.append("trust-remote-code")
+    if on_cpu:
+        # A seeded request whose prompt is read in chunks breaks the CPU backend, so prompts are read whole. The block
+        # size is the smallest it takes: prefixes are cached in steps of it.
+        options |= {
+            "block-size": 32,
+            "max-num-batched-tokens": max(length, CPU_BATCHED_TOKENS),
+            "distributed-executor-backend": "uni",  # the worker inside the engine's process: a third less to start
+        }
+        flags += ["enforce-eager", "no-enable-chunked-prefill"]
+    else:
+        options |= {
+            "gpu-memory-utilization": config.vllm_gpu_memory_utilization,
+            "tensor-parallel-size": config.vllm_tensor_parallel_size,
+        }
+    words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    # Not the `vllm` script: the one in the CPU build looks up a distribution of another name and fails.
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *(f"--{flag}" for flag in flags)]
+
+
+def server_environment(config: TrainConfig, secret: str, on_cpu: bool, devices: str | None = None) -> dict[str, str]:
+    """What a server needs besides this process's environment; ``devices`` are the GPUs it may use."""
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {
+        SECRET_VARIABLE: secret,
+        "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights, pausing and aborting; closed by our middleware
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
+        "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+    }
+    if config.weight_backend(on_cpu) == "ipc":
+        # CUDA handles travel pickled; only who knows the secret can send one.
+        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
+    if on_cpu:
+        environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get(
+            "VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_cpu_kvcache_gib)))
+        )
+    if devices is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = devices
+    return environment
+
+
+if __name__ == "__main__":
+    sys.exit(main())

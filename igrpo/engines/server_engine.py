@@ -1,0 +1,295 @@
+"""Any number of ``vllm serve`` servers behind the engine protocol.
+
+One thread runs an event loop with all the talking; the trainer's thread hands requests in and takes results out. Each
+server has a keeper: it brings the server up (starts it, or waits for it), makes it hold the weights of the engine's
+version, watches it, and begins again when it breaks. Requests go to the least loaded server that is up and holds the
+right version; one whose server breaks starts over elsewhere, with the seed it had.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Collection, Coroutine, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from igrpo.config import TrainConfig
+from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
+from igrpo.engines.client import SHORT_SECONDS, ServerError, ServerHung
+from igrpo.engines.server import Server, start_servers
+from igrpo.engines.transfer import Published, publish, push_files, weight_folder
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.05
+WATCH_SECONDS = 0.5
+HEALTH_SECONDS = 10.0
+RETRY_SECONDS = 1.0
+MAX_FAILURES = 3
+"""Failures of one server in a row, without a finished request between them, before it is given up."""
+MAX_ATTEMPTS = 3
+"""Times one request may hang before the run is ended."""
+
+
+class ServerEngine:
+    """See ``igrpo.engines.base.Engine``. Where several processes train, the first one starts and feeds the servers.
+
+    Args:
+        path: folder or hub id of the model.
+        max_model_length: tokens of prompt + completion.
+        stop_token_ids: ids that end a completion.
+
+    Raises:
+        ConfigError: an address or a secret that cannot be used.
+        EngineError: a server did not come up in ``vllm_server_timeout`` seconds.
+    """
+
+    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
+        self.config, self.max_model_length = config, max_model_length
+        self.stop_token_ids = list(stop_token_ids)
+        self.on_cpu = config.use_cpu or not torch.cuda.is_available()
+        self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu)
+        self.version = UNKNOWN_VERSION if config.server_urls else 0
+        self._rank_seed = self._seed = seed
+        self._weights: Published | None = None
+        self._folder = weight_folder(config.vllm_weight_dir) if self.leads else None
+        self._finished: list[Result] = []
+        self._fatal: str | None = None
+        self._news = threading.Condition()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._restarts = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="igrpo-servers", daemon=True)
+        self._thread.start()
+        self._changed = asyncio.Event()
+        try:
+            self._wait_for(self._start())
+        except ServerError as error:
+            self.close()
+            raise EngineError(str(error)) from error
+
+    # --- the trainer's thread
+
+    def submit(self, request: Request) -> None:
+        if self.version == UNKNOWN_VERSION:
+            raise EngineError("the servers were running before this trainer and hold unknown weights: push first")
+        self._loop.call_soon_threadsafe(self._spawn, request)
+
+    def poll(self) -> list[Result]:
+        with self._news:
+            if not self._finished and self._fatal is None:
+                self._news.wait(POLL_SECONDS)
+            if self._fatal is not None:
+                raise EngineError(self._fatal)
+            finished, self._finished = self._finished, []
+        return finished
+
+    def abort(self, request_ids: Collection[str]) -> None:
+        async def cancel() -> None:
+            for name in request_ids:
+                if task := self._tasks.pop(name, None):
+                    task.cancel()  # closes the connection, and the server aborts the request
+
+        self._wait_for(cancel())
+        with self._news:
+            self._finished = [result for result in self._finished if result.request_id not in request_ids]
+
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+
+    def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
+        start = time.perf_counter()
+        if self._folder is None:
+            for _ in source():  # this process's part of a collective; the leading process sends
+                pass
+            published = Published(version, None, (), {}, {})
+        else:
+            published = publish(source, version, self._folder)
+        written = time.perf_counter() - start
+        try:
+            compared = self._wait_for(self._push(published))
+        except ServerError as error:
+            raise EngineError(f"no server holds version {version}: {error}") from error
+        return {
+            "sync/seconds": time.perf_counter() - start,
+            "sync/write_seconds": written,
+            "sync/tensors_compared": float(compared),
+            "sync/servers": float(sum(server.holds(version) for server in self.servers)),
+            "sync/restarts": float(self._restarts),
+        }
+
+    def restart(self) -> None:
+        async def drop() -> None:
+            self._weights, self.version = None, UNKNOWN_VERSION
+            for server in self.servers:
+                server.break_off("its weights are not to be trusted")
+
+        self._wait_for(drop())
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        async def ask() -> list[list[float]]:
+            await self._until_usable()
+            usable = [server for server in self.servers if server.holds(self.version)]
+            timeout = self.config.vllm_sync_timeout
+            return await asyncio.gather(*(s.client.score(list(token_ids), self._salt(), timeout) for s in usable))
+
+        try:
+            first, *others = self._wait_for(ask())
+        except ServerError as error:
+            raise EngineError(str(error)) from error
+        for other in others:
+            gap = sum(abs(a - b) for a, b in zip(first, other, strict=True)) / len(first)
+            if not gap <= self.config.weight_sync_tolerance:
+                raise EngineError(f"servers that were sent the same weights differ by {gap:.3f} nats per token")
+        return first
+
+    def close(self) -> None:
+        if self._loop.is_closed():
+            return
+        self._wait_for(self._stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _wait_for(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # --- the event loop's thread: requests
+
+    def _spawn(self, request: Request) -> None:
+        self._tasks[request.request_id] = asyncio.ensure_future(self._run(request))
+
+    async def _run(self, request: Request) -> None:
+        hung, timeout = 0, self.config.vllm_request_timeout
+        while True:
+            try:
+                await self._until_usable()
+            except ServerError:
+                return
+            server = min((s for s in self.servers if s.holds(self.version)), key=lambda s: s.load)
+            try:
+                result = await server.complete(
+                    request, self.stop_token_ids, self._request_seed(request), self._salt(), timeout
+                )
+                break
+            except ServerHung as error:
+                hung += 1
+                if hung == MAX_ATTEMPTS:
+                    return self._give_up(f"{request.request_id} hung {hung} times: {error}")
+                await self._probe(server, str(error))
+            except ServerError as error:
+                server.break_off(str(error))
+        del self._tasks[request.request_id]
+        with self._news:
+            self._finished.append(result)
+            self._news.notify_all()
+
+    async def _probe(self, server: Server, reason: str) -> None:
+        """After a request hung: a server that cannot do one token either is broken."""
+        try:
+            await server.client.score([0, 0], self._salt(), min(SHORT_SECONDS, self.config.vllm_request_timeout))
+        except ServerError:
+            server.break_off(reason)
+
+    def _request_seed(self, request: Request) -> int:
+        # Its own seed for each request: what it samples hangs neither on what runs beside it nor on a retry.
+        text = f"{self._rank_seed}/{self._seed}/{request.request_id}"
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+    def _salt(self) -> str:
+        return f"v{self.version}"  # prefixes of one version are never found by another
+
+    async def _until_usable(self) -> None:
+        while not any(server.holds(self.version) for server in self.servers):
+            if all(server.given_up for server in self.servers):
+                reasons = "; ".join(dict.fromkeys(server.given_up or "" for server in self.servers))
+                self._give_up(reasons)
+                raise ServerError(reasons)
+            self._changed.clear()
+            await self._changed.wait()
+
+    def _give_up(self, reason: str) -> None:
+        with self._news:
+            self._fatal = self._fatal or reason
+            self._news.notify_all()
+
+    # --- the event loop's thread: servers
+
+    async def _start(self) -> None:
+        for server in self.servers:
+            server.keeper = asyncio.ensure_future(self._keep(server))
+        while not all(server.up or server.given_up for server in self.servers):
+            self._changed.clear()
+            await self._changed.wait()
+        for server in self.servers:
+            if server.given_up:
+                raise ServerError(server.given_up)
+
+    async def _stop(self) -> None:
+        tasks = [*self._tasks.values(), *(s.keeper for s in self.servers if s.keeper)]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(server.stop() for server in self.servers))
+
+    async def _keep(self, server: Server) -> None:
+        first = True
+        while True:
+            try:
+                await server.come_up(self.max_model_length, self.config.vllm_server_timeout, self.leads)
+                await self._send(server)
+            except ServerError as error:
+                server.failures += 1
+                # At the start a server that does not come has never worked: waiting again would not help.
+                if first or server.failures >= MAX_FAILURES:
+                    server.given_up = str(error)
+                    return self._changed.set()
+                await server.renew()
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            first, server.up = False, True
+            self._changed.set()
+            reason = await server.watch(WATCH_SECONDS, HEALTH_SECONDS)
+            server.failures += 1
+            self._restarts += 1
+            print(f"server {server.client.url}: {reason}; bringing it back", file=sys.stderr, flush=True)
+            await server.renew()
+
+    async def _send(self, server: Server) -> int:
+        """Makes the server hold the engine's weights; nothing to do before the first push."""
+        async with server.lock:
+            weights, compared = self._weights, 0
+            if weights is None:
+                server.version = self.version
+            elif server.version != weights.version:
+                if self.leads:
+                    compared = await push_files(server.client, weights, self.config.vllm_sync_timeout)
+                else:
+                    await server.wait_for_version(weights.version, self.config.vllm_request_timeout)
+                server.version = weights.version
+            return compared
+
+    async def _push(self, published: Published) -> int:
+        before, self._weights, self.version = self._weights, published, published.version
+
+        async def send(server: Server) -> int:
+            try:
+                return await self._send(server)
+            except ServerError as error:  # half loaded: its keeper brings it back and sends again
+                server.break_off(str(error))
+                return 0
+
+        compared = sum(await asyncio.gather(*(send(server) for server in self.servers if server.up)))
+        await self._until_usable()
+        self._changed.set()
+        if before is not None and before.folder != published.folder:
+            before.remove()
+        return compared

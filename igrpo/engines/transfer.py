@@ -1,0 +1,136 @@
+"""One weight push to a server through files, phase by phase: start -> send -> finish -> verify."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from igrpo.engines.base import WeightSource
+from igrpo.engines.client import Client, ServerError
+from igrpo.engines.weights import checksum
+
+SHARD_BYTES = 2 << 30
+SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "igrpo-weights-"
+
+
+@dataclass(frozen=True)
+class Published:
+    """All weights of one version, written where the servers can read them; kept until the next version replaces it."""
+
+    version: int
+    folder: Path | None
+    """None in a process that does not feed the servers."""
+    files: tuple[str, ...]
+    checksums: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+
+    def remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def weight_folder(chosen: str | None) -> Path:
+    """A new private folder for the weights of this run: in ``chosen``, else in shared memory, else on disk."""
+    base = Path(chosen) if chosen else SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
+    base.mkdir(parents=True, exist_ok=True)
+    if not chosen:
+        _remove_leftovers(base)
+    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
+
+
+def _remove_leftovers(base: Path) -> None:
+    """Folders of runs of this user that were killed: memory that nobody else would free."""
+    for folder in base.glob(f"{PREFIX}*"):
+        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.stat().st_uid == os.getuid():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(source: WeightSource, version: int, folder: Path) -> Published:
+    """Writes every tensor of ``source`` in shards of ``SHARD_BYTES`` at most, so that little is held twice."""
+    target = folder / f"{version}"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    files: list[str] = []
+    checksums: dict[str, str] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    shard: dict[str, torch.Tensor] = {}
+    held = 0
+
+    def write() -> None:
+        files.append(f"{len(files):05d}.safetensors")
+        save_file(shard, target / files[-1])
+        shard.clear()
+
+    for name, tensor in source():
+        tensor = tensor.detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if shard and held + size > SHARD_BYTES:
+            write()
+            held = 0
+        shard[name], checksums[name], shapes[name] = tensor, checksum(tensor), tuple(tensor.shape)
+        held += size
+    if shard:
+        write()
+    return Published(version, target, tuple(files), checksums, shapes)
+
+
+async def push_files(client: Client, weights: Published, timeout: float) -> int:
+    """Makes the server hold ``weights``; returns how many tensors were read back and compared.
+
+    Requests in flight are frozen meanwhile and go on under the new weights, with prompt and tokens so far read again.
+
+    Args:
+        timeout: seconds that each phase may take.
+
+    Raises:
+        ServerError: a phase failed or ran out of time. What the server holds is then nobody's weights: only a new
+            server, or a whole push, mends it.
+    """
+    info = {"folder": str(weights.folder), "files": list(weights.files), "checksums": weights.checksums}
+
+    async def phase(name: str, method: str, path: str, **options: object) -> object:
+        try:
+            return await client.call(method, path, timeout, **options)
+        except ServerError as error:
+            raise type(error)(f"pushing version {weights.version}, phase {name}: {error}") from error
+
+    await phase("pause", "POST", "/pause", params={"mode": "keep"})
+    await phase("start", "POST", "/start_weight_update")
+    await phase("send", "POST", "/update_weights", json={"update_info": info})
+    await phase("finish", "POST", "/finish_weight_update", json={"weight_version": str(weights.version)})
+    compared = await verify(client, weights, timeout)
+    reset = await phase("forget prefixes", "POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+    if isinstance(reset, dict) and reset.get("success") is False:
+        raise ServerError(f"{client.url} still holds prefixes of the old weights")
+    await phase("resume", "POST", "/resume")
+    return compared
+
+
+async def verify(client: Client, weights: Published, timeout: float) -> int:
+    """What the workers keep under its own name and shape must equal what was sent, and the version must be the new one.
+
+    Raises:
+        ServerError: it does not.
+    """
+    rpc = {"method": "igrpo_checksums", "kwargs": {"shapes": {n: list(s) for n, s in weights.shapes.items()}}}
+    answer = await client.call("POST", "/collective_rpc", timeout, json=rpc)
+    compared = 0
+    for kept in answer["results"]:  # one entry per worker
+        wrong = [name for name, value in kept.items() if value != weights.checksums[name]]
+        if wrong or not kept:
+            raise ServerError(
+                f"{client.url} differs from version {weights.version} in {', '.join(wrong[:3]) or 'every tensor'}"
+            )
+        compared += len(kept)
+    held = (await client.call("GET", "/weight_info", timeout))["weight_version"]
+    if held != str(weights.version):
+        raise ServerError(f"{client.url} says that it holds version {held}, not {weights.version}")
+    return compared
