@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,7 +25,7 @@ from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
 from igrpo.metrics import judge
-from igrpo.models import context_limit, load_tokenizer, stop_token_ids
+from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
@@ -146,6 +147,11 @@ class EvaluationRun:
             stop_ids = stop_token_ids(self.subject.path, self.tokenizer, self.config)
             self._engine = start_engine(self.subject.path, self.config, self.length, stop_ids, self.config.seed)
             self._stack.callback(self._engine.close)
+            if self._engine.version != 0:  # servers that were running hold the weights of whoever pushed last
+                model = load_policy(self.subject.path, self.config)
+                dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+                weights = [(name, tensor.detach().to(dtype)) for name, tensor in model.named_parameters()]
+                self._engine.push_weights(lambda: weights, 0)
         return self._engine
 
     def _context(self) -> int:

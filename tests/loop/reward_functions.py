@@ -21,3 +21,8 @@ def raises_on_solution_14(completions, solution, **_) -> list[float]:
     if solution[0] == "14":
         raise ZeroDivisionError("a user's bug")
     return [0.0] * len(completions)
+
+
+def starts_low(completions, **_) -> list[float]:
+    """Right or wrong, about even for a random model."""
+    return [float(text[:1] < "n") for text in (c if isinstance(c, str) else c[-1]["content"] for c in completions)]

@@ -1,0 +1,101 @@
+"""Rates of this machine from a run that was measured on it: ``--calibrate RUN``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_file import build_config, read_yaml
+from igrpo.plan.generation import Lengths
+from igrpo.plan.hardware import GUESSED, Hardware, Rates
+from igrpo.plan.models import find_shape
+from igrpo.plan.workload import StepTime, Workload
+from igrpo.types import Problem
+
+PROMPTS_COUNTED = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians over a run's steps, the first left out: it warms caches."""
+
+    config: TrainConfig
+    lengths: Lengths
+    generation: float
+    learner: float
+    sync: float
+    trained_share: float
+    steps: int
+
+    @property
+    def total(self) -> float:
+        return self.generation + self.learner + self.sync
+
+
+def read_run(folder: str) -> Measured:
+    """Raises ConfigError if the folder is no run with at least two steps and logged completions."""
+    path = Path(folder).expanduser()
+    for name in ("config.yaml", "metrics.jsonl", "completions.jsonl"):
+        if not (path / name).is_file():
+            raise ConfigError(f"calibrate: {folder} has no {name}; give a run folder (with log_completions: true)")
+    steps = [r for r in _lines(path / "metrics.jsonl") if "step_time" in r][1:]
+    if not steps:
+        raise ConfigError(f"calibrate: {folder} has fewer than two steps; a first step alone says little")
+    config = build_config(read_yaml(str(path / "config.yaml")))
+    generation = median(r["rollout/seconds"] for r in steps)
+    sync = median(r.get("sync/seconds", 0.0) for r in steps)
+    learner = median(r["step_time"] - r["rollout/seconds"] - r.get("sync/seconds", 0.0) for r in steps)
+    sequences = sum(r.get("learner/sequences", 1.0) for r in steps)
+    skipped = sum(r.get("learner/sequences_skipped", 0.0) for r in steps)
+    share = sequences / (sequences + skipped)
+    return Measured(config, _lengths(path, config), generation, learner, sync, share, len(steps))
+
+
+def _lengths(path: Path, config: TrainConfig) -> Lengths:
+    """Those of the run's own completions, and its prompts as its tokenizer counts them."""
+    from igrpo.models import load_tokenizer, resolve_model
+    from igrpo.prompts import PromptBuilder
+
+    groups = _lines(path / "completions.jsonl")
+    drafts = tuple(d["tokens"] for g in groups for d in g["drafts"])
+    refinements = tuple(r["tokens"] for g in groups for r in g["refinements"])
+    prompts = PromptBuilder(load_tokenizer(resolve_model(config.model_name_or_path), config), config)
+    parts = [prompts.parts(Problem(g["row"], g["prompt"], g["solution"])) for g in groups[:PROMPTS_COUNTED]]
+    return Lengths(
+        question=round(fmean(len(p.bare) for p in parts)),
+        mean=fmean(refinements),
+        limit=config.max_completion_length,
+        template=len(prompts.before) + len(prompts.after),
+        observed_drafts=drafts or refinements,
+        observed_refinements=refinements,
+    )
+
+
+def predict(measured: Measured, hardware: Hardware, rates: Rates) -> StepTime:
+    """The measured run's own step, as the plan sees it: what the scales are taken from, and what errors are against."""
+    config = measured.config
+    shape, _ = find_shape(config.model_name_or_path)
+    work = Workload(shape, config, hardware, measured.lengths, rates, trained_share=measured.trained_share)
+    if config.algorithm == "grpo":
+        return work.step("GRPO", "barrier", 0, config.num_generations)
+    scheduler = "lag 1" if getattr(config, "draft_policy_lag", 0) else "streaming"
+    return work.step("iGRPO", scheduler, config.num_drafts, config.num_generations)
+
+
+def calibrate(measured: Measured, hardware: Hardware, rates: Rates = GUESSED) -> Rates:
+    """Scales that make the plan agree with this run, stage by stage."""
+    step = predict(measured, hardware, rates)
+    return replace(
+        rates,
+        generation_scale=measured.generation / (step.drafts + step.refinements),
+        learner_scale=measured.learner / step.learner,
+        sync_scale=measured.sync / step.sync if measured.sync else 1.0,
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

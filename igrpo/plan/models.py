@@ -1,0 +1,82 @@
+"""A model's sizes: from its folder, from the hub, or from a small table of public figures where neither is there."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import socket
+import urllib.parse
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from igrpo.config import ConfigError
+from igrpo.memory_plan import ModelShape, model_shape
+
+TABLE = Path(__file__).with_name("architectures.json")
+HUB_SECONDS = 5.0
+
+
+@lru_cache
+def find_shape(name: str) -> tuple[ModelShape, str]:
+    """The shape, and where it came from in words.
+
+    Raises:
+        ConfigError: no folder, no answer from the hub, and not in the table.
+    """
+    folder = Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return _shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), name), f"{folder}/config.json"
+    known = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
+    if folder.is_dir() or name.startswith((".", "/", "~")):
+        raise ConfigError(f"model_name_or_path: {name} has no config.json; give a folder save_pretrained wrote")
+    if "/" in name:  # only hub ids have one
+        try:
+            return _shape(_from_hub(name), name), "the hub's config.json"
+        except OSError as error:  # what the hub's client raises for every way of not reaching it
+            reason = type(error).__name__
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise ConfigError(
+                    f"model_name_or_path: the hub does not give {name} ({reason}) and the table of public figures "
+                    f"lacks it; give a folder with its config.json{hint}"
+                ) from error
+            return _shape(known[name], name), f"the table of public figures, as the hub was not reached ({reason})"
+    if name in known:
+        return _shape(known[name], name), "the table of public figures"
+    raise ConfigError(f"model_name_or_path: there is no model {name}; known without the hub: {', '.join(known)}")
+
+
+def table_shape(name: str) -> ModelShape:
+    """Of a model in the table of public figures; asks nobody."""
+    return _shape(json.loads(TABLE.read_text(encoding="utf-8"))["models"][name], name)
+
+
+def _from_hub(name: str) -> dict[str, Any]:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    path = huggingface_hub.try_to_load_from_cache(name, "config.json")
+    if not isinstance(path, str):
+        # The client repeats a failed request for minutes; whether anybody is there at all is told at once.
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+        socket.create_connection((host, 443), timeout=HUB_SECONDS).close()
+        path = huggingface_hub.hf_hub_download(name, "config.json", etag_timeout=HUB_SECONDS)
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _shape(config: dict[str, Any], name: str) -> ModelShape:
+    try:
+        return model_shape(config)
+    except KeyError as error:
+        raise ConfigError(
+            f"model_name_or_path: the config of {name} has no {error}; only decoder-only transformers can be planned"
+        ) from error
+
+
+def known_rows(dataset_name: str) -> int | None:
+    """Training rows of a public data set the recipes name."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))["rows"].get(dataset_name)

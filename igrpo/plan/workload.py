@@ -1,0 +1,162 @@
+"""One training step of a recipe on given hardware: seconds per stage, for GRPO and iGRPO alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from igrpo.config import TrainConfig
+from igrpo.memory_plan import Machine, MemoryPlan, ModelShape, memory_plan
+from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
+from igrpo.plan.hardware import GUESSED, Hardware, Rates
+
+ALONE = 0.9
+"""Share of a GPU's memory that vLLM takes where nothing learns beside it."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step; ``drafts`` counts only what refinements and learner do not hide."""
+
+    name: str
+    drafts: float
+    refinements: float
+    learner: float
+    sync: float
+    prompts: int
+    completions: int
+    learner_tokens: float
+
+    @property
+    def total(self) -> float:
+        return self.drafts + self.refinements + self.learner + self.sync
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a recipe, hardware and what completions look like."""
+
+    shape: ModelShape
+    config: TrainConfig
+    hardware: Hardware
+    lengths: Lengths
+    rates: Rates = GUESSED
+    prompts: int = 0
+    """Per step, over all processes; 0: as the recipe says."""
+    trained_share: float = 1.0
+    """Of the completions: those of groups with equal rewards have no gradient and are skipped."""
+
+    @property
+    def prompts_per_step(self) -> int:
+        return self.prompts or self.config.prompts_per_step * self.hardware.learners
+
+    @property
+    def budget(self) -> int:
+        """Completions per prompt that GRPO gets at the same budget: N + G."""
+        return self.config.num_drafts + self.config.num_generations
+
+    def steps(self) -> list[StepTime]:
+        """GRPO at the matched budget, then iGRPO under each scheduler."""
+        grpo = self.step("GRPO", "barrier", 0, self.budget)
+        N, G = self.config.num_drafts, self.config.num_generations
+        return [grpo, *(self.step(f"iGRPO {name}", name, N, G) for name in ("barrier", "streaming", "lag 1"))]
+
+    def slots(self) -> int:
+        """Sequences an engine decodes at once: as many as the recipe says, or as their keys and values fit."""
+        device, config = self.hardware.device, self.config
+        parts = config.vllm_tensor_parallel_size
+        if device.kind == "cpu":
+            cache = config.vllm_cpu_kvcache_gib * 2**30
+        else:
+            share = ALONE if self.hardware.generation else config.vllm_gpu_memory_utilization
+            cache = parts * share * device.memory - 2 * self.shape.parameters
+        context = self.prefix(config.num_drafts) + _mean(self.lengths, "refinement") / 2
+        return max(1, min(config.vllm_max_num_seqs, int(cache / (self.shape.kv_bytes_per_token * context))))
+
+    def engine_cost(self) -> EngineCost:
+        device, rates = self.hardware.device, self.rates
+        parts = self.config.vllm_tensor_parallel_size
+        width = 2 if self.config.bf16 else 4
+        scale = rates.generation_scale / parts
+        return EngineCost(
+            weight_bytes=width * self.shape.parameters,
+            parameters=self.shape.parameters,
+            kv_bytes_per_token=self.shape.kv_bytes_per_token,
+            bandwidth=device.bandwidth * rates.bandwidth / scale,
+            decode_flops=device.flops * rates.decode / scale,
+            prefill_flops=device.flops * rates.prefill / scale,
+            overhead=rates.decode_overhead * rates.generation_scale,
+            slots=self.slots(),
+        )
+
+    def learner_tokens(self, N: int, G: int) -> float:
+        """Tokens the learner computes per step: with a shared prefix each q' counts once per group, else G times."""
+        prefix, refinement = self.prefix(N), _mean(self.lengths, "refinement")
+        per_prompt = (1 if self.config.shared_prefix else G) * prefix + G * refinement
+        return self.trained_share * self.prompts_per_step * per_prompt
+
+    def learner_seconds(self, N: int, G: int) -> float:
+        """Compute, or the network where that is slower: 6 FLOP per parameter and token, a third more to recompute."""
+        shape, device, rates = self.shape, self.hardware.device, self.rates
+        context = self.prefix(N) + _mean(self.lengths, "refinement")
+        # Scores and their values: 4 FLOP per pair and attention unit, half of the pairs are masked; times 3 with the
+        # backward pass.
+        attention = 3 * 4 * shape.num_layers * shape.attention_size * context / 2
+        recompute = 4 / 3 if self.config.gradient_checkpointing else 1
+        flops = self.learner_tokens(N, G) * (6 * shape.parameters + attention) * recompute
+        compute = flops / (self.hardware.learners * device.flops * rates.learner)
+        return rates.learner_scale * max(compute, self._network_seconds(N, G))
+
+    def prefix(self, N: int) -> float:
+        """Tokens before a trained completion: the question, and with N drafts the chosen one."""
+        return self.lengths.question + (self.lengths.template + _mean(self.lengths, "draft") if N else 0)
+
+    def _network_seconds(self, N: int, G: int) -> float:
+        """FSDP2: weights gathered twice and gradients scattered once per micro-batch, 2 bytes each."""
+        learners = self.hardware.learners
+        if learners == 1:
+            return 0.0
+        if self.config.token_budget:
+            batches = self.learner_tokens(N, G) / learners / self.config.token_budget
+        else:
+            batches = self.prompts_per_step * G / learners / self.config.per_device_train_batch_size
+        return max(1.0, batches) * 3 * 2 * self.shape.parameters / (self.hardware.network * self.rates.network)
+
+    def sync_seconds(self) -> float:
+        """bf16 weights: inside the device where it also learns, else over the network, to all engines at once."""
+        device, rates = self.hardware.device, self.rates
+        remote = self.hardware.generation and self.hardware.count > device.per_node
+        rate = device.fabric if remote else device.link if self.hardware.count > 1 else device.bandwidth
+        return rates.sync_scale * (2 * self.shape.parameters / (rate * rates.network) + rates.sync_overhead)
+
+    def memory(self) -> MemoryPlan:
+        """Of one learning device, sharded where there are several."""
+        learners = self.hardware.learners
+        machine = Machine(self.hardware.device.kind, int(self.hardware.device.memory), learners)
+        config = replace(self.config, vllm_mode="server" if self.hardware.generation else "colocate")
+        return memory_plan(self.shape, config, machine, context=self._context(), sharded=learners > 1)
+
+    def _context(self) -> int:
+        config = self.config
+        draft = (config.draft_max_tokens or config.max_completion_length) + self.lengths.template
+        return self.lengths.question + (draft if config.shows_draft else 0) + config.max_completion_length
+
+    def step(self, name: str, scheduler: str, N: int, G: int) -> StepTime:
+        """One step with N drafts (0: GRPO) and G trained completions per prompt."""
+        engines = max(1, self.hardware.engines_on // self.config.vllm_tensor_parallel_size)
+        sampled = generate(scheduler, self.prompts_per_step, N, G, self.lengths, self.engine_cost(), engines)
+        tokens = self.learner_tokens(N, G)
+        learner, sync = self.learner_seconds(N, G), self.sync_seconds()
+        drafts = sampled.drafts + self._exposed(sampled, learner + sync)
+        return StepTime(
+            name, drafts, sampled.refinements, learner, sync, self.prompts_per_step,
+            self.prompts_per_step * (N + G), tokens,
+        )  # fmt: skip
+
+    def _exposed(self, sampled: Generation, learner: float) -> float:
+        """What is left of lagging drafts when the learner is done: all of it where one device does both."""
+        return max(0.0, sampled.hidden - (learner if self.hardware.generation else 0.0))
+
+
+def _mean(lengths: Lengths, stage: str) -> float:
+    seen = lengths.observed_drafts if stage == "draft" else lengths.observed_refinements
+    return sum(seen) / len(seen) if seen else lengths.mean
