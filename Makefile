@@ -4,7 +4,7 @@ PY := .venv/bin/python
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: train test setup lint gpu-check clean
+.PHONY: train test bench setup lint gpu-check clean
 
 train: setup
 	$(PY) -m igrpo.train --config $(CONFIG) $(ARGS)
@@ -14,6 +14,10 @@ test: setup
 
 setup:
 	@$(PYTHON) scripts/setup_env.py
+
+# Against the committed record of this kind of machine; make bench ARGS=--record makes this run the record.
+bench: setup
+	$(PY) -m pytest benchmarks/ --guard $(ARGS)
 
 # On a machine with a CUDA device: the kernel tests on it, then the figures, as one JSON record in benchmarks/results/.
 # Anywhere: make gpu-check ARGS="--dry-run --output record.json" walks the same path under Triton's interpreter.

@@ -1,0 +1,43 @@
+"""The training loop: learner steps beside TRL's, and on a large GPU the paper's 7B step."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from benchmarks import learner_step, rollouts
+
+TIMED_STEPS = 5
+
+
+def bench_learner_step(session, record_rows, benchmark, tmp_path):
+    case = {"toy": learner_step.TOY, "cpu": learner_step.SMALL, "cuda": learner_step.GPU_SMALL}[session.kind]
+    with_trl = importlib.util.find_spec("trl") is not None
+    steps = 1 if session.kind == "toy" else TIMED_STEPS
+    benchmark.group = f"learner step, {case.name}"
+    turns = benchmark.pedantic(learner_step.run, args=(case, tmp_path / "model", steps, with_trl), rounds=1)
+    record_rows(benchmark, learner_step.rows(case, turns))
+
+
+def bench_seven_billion_parameters(session, record_rows, benchmark, tmp_path):
+    """Random weights of Qwen2.5-7B's shape, 16 completions with the paper's lengths. Elsewhere a toy walks the path."""
+    case = learner_step.PAPER_7B if session.kind == "cuda" else learner_step.TOY
+    if session.kind == "cpu":
+        pytest.skip("needs a CUDA device with 140 GiB; --toy walks the same path with a tiny model")
+    if session.kind == "cuda" and torch.cuda.get_device_properties(0).total_memory < 130 * 2**30:
+        pytest.skip(
+            "needs a CUDA device with 140 GiB: 7.6 billion weights, their gradients and AdamW's moments in fp32"
+        )
+    benchmark.group = f"learner step, {case.name}"
+    turns = benchmark.pedantic(learner_step.run, args=(case, tmp_path / "model", 2, False), rounds=1)
+    record_rows(benchmark, learner_step.rows(case, turns, "paper"))
+
+
+def bench_schedules(session, record_rows, benchmark):
+    """GRPO with 8 completions per prompt, and iGRPO with 4 + 4: real vLLM, a tiny model on any machine."""
+    if session.kind == "toy":
+        pytest.skip("several engines, minutes: tests/test_benchmarks.py has its arithmetic")
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed (pip install -e '.[gpu]')")
+    benchmark.group = "rollout schedules"
+    record_rows(benchmark, benchmark.pedantic(rollouts.measure, args=(rollouts.Sizes(),), rounds=1))

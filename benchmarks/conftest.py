@@ -1,0 +1,182 @@
+"""Options, the fixture that holds a contest, and what is said and written at the end.
+
+pytest benchmarks/                  measure and print
+pytest benchmarks/ --guard          and fail where we lost against this kind of machine's record (`make bench`)
+pytest benchmarks/ --record         and make this run the record (`make bench ARGS=--record`)
+pytest benchmarks/ --output FILE    and write it there instead
+pytest benchmarks/ --toy            tiny shapes: everything runs, no figure means anything
+pytest benchmarks/ -k "linear and token"        some of it
+"""
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import records, tables
+from benchmarks.contender import Contender
+from benchmarks.measure import Contest
+from benchmarks.problems import make_problem
+from benchmarks.shapes import Shape
+
+ROUNDS = (5, 40)
+RETRIES = 2
+"""A loss is measured again: a real one stays, a burst of other work on the machine passes."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("igrpo benchmarks")
+    group.addoption("--guard", action="store_true", help="fail where we lost against the committed record")
+    group.addoption("--record", action="store_true", help="make this run the record of this kind of machine")
+    group.addoption("--output", type=Path, help="write the run as a record to this file")
+    group.addoption("--toy", action="store_true", help="tiny shapes, to see that everything runs")
+    group.addoption("--seconds", type=float, default=None, help="clock time per contest (2 on CUDA, 4 on a CPU)")
+    group.addoption("--minutes", type=float, default=None, help="begin no contest after so many minutes")
+
+
+class Session:
+    """What the run has found so far."""
+
+    def __init__(self, config: pytest.Config):
+        self.toy, self.guard = config.getoption("--toy"), config.getoption("--guard")
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not self.toy else "cpu")
+        self.kind = "toy" if self.toy else self.device.type
+        self.seconds = config.getoption("--seconds") or {"toy": 0.0, "cuda": 2.0, "cpu": 4.0}[self.kind]
+        self.environment = records.environment(records.command_line()) | {"toy": self.toy}
+        self.load = [os.getloadavg()[0]]
+        self.started = time.perf_counter()
+        path = records.path_of(self.environment)
+        self.reference = records.load(path) if path.is_file() and not self.toy else None
+        self.rows: list[dict] = []
+
+    def record(self) -> dict:
+        load = {"load_average": [round(x, 1) for x in (*self.load, os.getloadavg()[0])]}
+        return self.environment | load | {"seconds": round(time.perf_counter() - self.started), "rows": self.rows}
+
+    def losses(self, rows: list[dict]) -> dict:
+        if not (self.guard and self.reference):
+            return {}
+        allowance = records.ALLOWANCE[self.device.type]
+        return records.losses(records.changes(rows, self.reference["rows"], allowance))
+
+
+SESSION = pytest.StashKey[Session]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.benchmark_quiet = True  # its table has one line per contest; ours has one per contender
+    config.stash[SESSION] = Session(config)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`contest_of("op")` on a test: one case per (shape, variant) of this kind of machine."""
+    marker = metafunc.definition.get_closest_marker("contest")
+    if marker:
+        from benchmarks.shapes import contests
+
+        cases = contests(metafunc.config.stash[SESSION].kind)[marker.args[0]]
+        names = [f"{s.name}-{s.tokens}x{s.V}x{s.H}-{s.dtype_name}-{v.replace(' ', '_')}" for s, v in cases]
+        metafunc.parametrize(("shape", "variant"), cases, ids=names)
+
+
+@pytest.fixture
+def session(request: pytest.FixtureRequest) -> Session:
+    session, limit = request.config.stash[SESSION], request.config.getoption("--minutes")
+    if limit is not None and time.perf_counter() - session.started > 60 * limit:
+        pytest.skip(f"out of time (--minutes {limit})")
+    return session
+
+
+@pytest.fixture
+def hold(session: Session, benchmark):
+    """hold(op, shape, variant, passes, contenders): the contest, its rows kept, and failed where we lost."""
+
+    def run(op: str, shape: Shape, variant: str, passes: tuple[str, ...], contenders: tuple[Contender, ...]) -> None:
+        problem = make_problem(op, shape, variant, session.device)
+        entering = [c for c in contenders if c.enters(op, variant) and runs_here(c, session)]
+        contest = Contest(problem, entering, passes)
+        contest.prepare()
+        seconds = timed(contest.round)  # the warm-up, and how long a round takes
+        if session.kind != "toy":
+            contest.round()
+        contest.discard()
+        rounds = 1 if session.kind == "toy" else max(ROUNDS[0], min(ROUNDS[1], round(session.seconds / seconds)))
+        benchmark.group = f"{op}, {variant}, {shape.name} {shape.tokens}x{shape.V} {shape.dtype_name}"
+        benchmark.pedantic(contest.round, rounds=rounds)
+        rows = contest.rows()
+        for _ in range(RETRIES):
+            if not session.losses(rows):
+                break
+            contest.discard()
+            for _ in range(rounds):
+                contest.round()
+            rows = contest.rows()
+        finish(session, benchmark, rows)
+
+    return run
+
+
+@pytest.fixture
+def record_rows(session: Session):
+    """record_rows(benchmark, rows): keeps rows that were measured without `hold`."""
+    return lambda benchmark, rows: finish(session, benchmark, rows)
+
+
+@pytest.fixture
+def ours_here(session: Session):
+    return lambda contender: runs_here(contender, session)
+
+
+def runs_here(contender: Contender, session: Session) -> bool:
+    """Implementations of ours for another kind of machine are no news; a peer's absence is."""
+    from igrpo_kernels import available_impls
+
+    if contender.impl not in records.OURS:
+        return True
+    if contender.impl in ("cuda", "triton") and session.device.type == "cpu" and session.kind != "toy":
+        return False
+    if contender.impl == "cpu" and session.device.type == "cuda":
+        return False
+    return available_impls()[contender.impl] == "available"
+
+
+def finish(session: Session, benchmark, rows: list[dict]) -> None:
+    session.rows += rows
+    benchmark.extra_info["rows"] = [{k: v for k, v in row.items() if k != "samples_ms"} for row in rows]
+    lost = session.losses(rows)
+    if lost:
+        lines = [f"{key[1]} lost: " + "; ".join(map(str, group)) for key, group in lost.items()]
+        pytest.fail("slower than the record, beyond noise\n" + "\n".join(lines), pytrace=False)
+
+
+def timed(function) -> float:
+    start = time.perf_counter()
+    function()
+    return max(time.perf_counter() - start, 1e-6)
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    session = config.stash[SESSION]
+    if not session.rows:
+        return
+    for line in tables.terminal(session.record(), session.reference if session.guard else None):
+        terminalreporter.write_line(line)
+    output = config.getoption("--output")
+    record = session.record()
+    if output is None and config.getoption("--record"):
+        if session.toy:
+            raise pytest.UsageError("--toy --record: toy figures are no record; leave one of them out")
+        output = records.path_of(record)
+        record = records.merge(session.reference, record)
+    if output is not None:
+        records.save(record, output)
+        terminalreporter.write_line(f"\nwrote {output}")
+        if config.getoption("--record"):
+            terminalreporter.write_line("now: python -m benchmarks.report")
+    elif session.guard and session.reference is None:
+        terminalreporter.write_line(
+            f"\nno record of this kind of machine ({records.kind_of(record)}): nothing was compared; "
+            "make bench ARGS=--record makes this one the first"
+        )

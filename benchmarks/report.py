@@ -1,0 +1,175 @@
+"""Writes docs/performance.md and its pictures from the records in benchmarks/results/.
+
+    python -m benchmarks.report             write
+    python -m benchmarks.report --check     say what is out of date, and fail if anything is
+
+What people wrote by hand (predictions, what was tried, what bounds a kernel) is docs/performance-log.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import loop_tables, records, tables, targets
+
+PAGE = records.ROOT / "docs" / "performance.md"
+PICTURES = PAGE.parent / "performance"
+INTRO = """# Performance
+
+Written by `python -m benchmarks.report` from `benchmarks/results/*.json`; edit neither. Predictions, experiments and
+what bounds each kernel are in [performance-log.md](performance-log.md).
+
+```bash
+pytest benchmarks/            # measure everything this machine can run, print the tables (a CPU: about ten minutes)
+make bench                    # the same, and fail where we lost against this kind of machine's record
+make bench ARGS=--record      # the same, and make it the record; then python -m benchmarks.report
+make gpu-check                # on a CUDA device: kernel tests and benchmarks, one JSON
+```
+
+All contenders of a table took turns in one process on the same tensors; times are medians. *x* is a contender's time
+divided by that of our fastest implementation: above 1 we are faster. *% of floor* is the floor's time divided by the
+contender's; the floor is a copy of the fewest bytes, or the bare matmuls. *peak* is memory allocated beyond the inputs,
+gradients included. *error* is the largest deviation from fp64 of the output or a gradient, relative to that tensor's
+largest entry, on inputs at the borders of the clip range; a contender that is wrong gets no time. `entropy bonus`, `kl`
+(beta = 0.04), `gspo` (sequence level) and `token` are losses; `cross entropy` is the loss whose gradient kernels
+without GRPO share; `new lengths` counts compilation. A busy machine moves times, not ratios: each record says its load.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file is out of date")
+    arguments = parser.parse_args(argv)
+    found = load_records()
+    stale = out_of_date(found)
+    if arguments.check:
+        for path in stale:
+            print(f"{path.relative_to(records.ROOT)} is out of date; run python -m benchmarks.report")
+        return 1 if stale else 0
+    write(found)
+    print(f"wrote {PAGE} and {PICTURES}")
+    return 0
+
+
+def write(found: list[dict]) -> None:
+    from benchmarks import plots
+
+    PAGE.write_text(page(found), encoding="utf-8")
+    for record in found:
+        plots.draw_all(record, PICTURES)
+
+
+def load_records() -> list[dict]:
+    """GPUs first."""
+    every = [records.load(path) for path in sorted(records.RESULTS.glob("*.json"))]
+    return sorted(every, key=lambda record: "cpu" in record)
+
+
+def out_of_date(found: list[dict]) -> list[Path]:
+    """Files that differ from what the records would give."""
+    from benchmarks import plots
+
+    stale = [] if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == page(found) else [PAGE]
+    for record in found:
+        for name, rows in plots.pictures(record).items():
+            path = PICTURES / name
+            if not path.is_file() or plots.digest(rows) not in path.read_text(encoding="utf-8"):
+                stale.append(path)
+    return stale
+
+
+def page(found: list[dict]) -> str:
+    parts = [INTRO, "## Targets\n", *targets.section(found)]
+    for record in found:
+        parts += machine_section(record)
+    if not any("gpu" in record for record in found):
+        parts.append("## CUDA devices\n\nNo record yet. `make gpu-check` on such a machine writes one.\n")
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def machine_section(record: dict) -> Iterable[str]:
+    from benchmarks import plots
+
+    yield f"## {record.get('gpu') or record.get('cpu')}\n"
+    yield (
+        f"{record['threads']} threads, torch {record['torch']}, triton {record['triton']}"
+        f"{', driver ' + record['driver'] if record['driver'] else ''}; commit {str(record['commit'])[:10]}"
+        f"{' with uncommitted changes' if record['uncommitted_changes'] else ''}, {record['date'][:10]}; "
+        f"load average {record['load_average'][0]} before and {record['load_average'][1]} after "
+        f"({record['cores']} cores: above that, other work ran beside it). Command: `{record['command']}`.\n"
+    )
+    for name in plots.pictures(record):
+        yield f"![{name.partition('.')[0].rpartition('-')[2]}](performance/{name})\n"
+    kernels = [row for row in record["rows"] if row["pass"] in tables.PASS_ORDER and row["op"] not in loop_tables.OPS]
+    yield "### How many times slower than ours\n"
+    yield from summary(kernels)
+    behind = list(tables.behind_rivals(kernels))
+    yield "Behind a peer: " + ("; ".join(behind) if behind else "none") + ".\n"
+    yield from loop_tables.section(record["rows"])
+    yield "### All figures\n"
+    for contest, rows in tables.grouped(kernels).items():
+        yield f"<details><summary>{tables.title(contest, rows[0])}</summary>\n"
+        yield from details(rows)
+        yield "</details>\n"
+
+
+def summary(rows: list[dict]) -> Iterable[str]:
+    """One table per operation: a line per contest, a column per peer, the whole pass only."""
+    by_op: dict[str, list[tuple[tuple, list[dict]]]] = {}
+    for contest, contest_rows in tables.grouped(rows).items():
+        by_op.setdefault(contest[0], []).append((contest, contest_rows))
+    for op, contests in by_op.items():
+        columns = list(
+            dict.fromkeys(r["contender"] for _, rs in contests for r in rs if r["impl"] not in (*records.OURS, "floor"))
+        )
+        yield f"`{op}`\n"
+        yield "| | ours, ms | % of floor | " + " | ".join(columns) + " |"
+        yield "|---|---|---|" + "---|" * len(columns)
+        for contest, contest_rows in contests:
+            for passed in tables.whole_passes(contest):
+                yield summary_line(contest, contest_rows, passed, columns)
+        yield ""
+
+
+def summary_line(contest: tuple, rows: list[dict], passed: str, columns: list[str]) -> str:
+    best = tables.best_of_ours(rows, passed)
+    ours = next((r for r in rows if r["pass"] == passed and r["impl"] in records.OURS and r["time_ms"] == best), None)
+    cells = []
+    for name in columns:
+        row = next((r for r in rows if r["contender"] == name and r["pass"] == passed), None)
+        cells.append(ratio_cell(row, best))
+    _, shape, tokens, vocab, hidden, dtype, variant = contest
+    width = f", H {hidden}" if hidden else ""
+    label = f"{variant}, {passed}: {shape} {tokens:,} × {vocab:,}{width}, {dtype}"
+    mine = f"{tables.number(best)} ({ours['contender']}) | {tables.percent_of_floor(ours)}" if ours else "– | –"
+    return f"| {label} | {mine} | " + " | ".join(cells) + " |"
+
+
+def ratio_cell(row: dict | None, best: float | None) -> str:
+    if row is None or not best:
+        return ""
+    if not row["time_ms"]:
+        return "wrong" if row["note"].startswith("wrong") else "–"
+    return f"{row['time_ms'] / best:.2f}"
+
+
+def details(rows: list[dict]) -> Iterable[str]:
+    passes = tables.passes_of(rows)
+    best = tables.best_of_ours(rows, passes[-1])
+    yield "| | " + "".join(f"{p}, ms | " for p in passes) + "x | % of floor | peak, MiB | error |"
+    yield "|---|" + "---|" * len(passes) + "---|---|---|---|"
+    for name, by_pass in tables.contenders(rows).items():
+        last = tables.shown_row(by_pass, passes)
+        if last["note"]:
+            yield f"| {name} | {last['note']} |" + " |" * (len(passes) + 3)
+            continue
+        times = "".join(f"{tables.number(by_pass.get(p, {}).get('time_ms'))} | " for p in passes)
+        x = tables.ratio(last, best if last["pass"] == passes[-1] else None)
+        share = tables.percent_of_floor(last)
+        yield f"| {name} | {times}{x} | {share} | {tables.mebibytes(last)} | {tables.error(last)} |"
+    yield ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The benchmark suite itself: its guard, its gate, its clocks, and that its page is what its records say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import records, report, targets
+from benchmarks.contender import Contender
+from benchmarks.measure import Contest, peak_extra_bytes
+from benchmarks.problems import make_problem
+from benchmarks.shapes import Shape, contests, minimum_bytes, minimum_flops
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+SHAPE = Shape("toy", 2, 6, 50, 8, torch.float32)
+
+
+# --- the guard
+
+
+def made_up_rows(seed: int, scatter: float = 0.08, slower: float = 1.0) -> list[dict]:
+    """One contest of four contenders over 12 rounds; a busy round is slow for everyone, as on a shared machine."""
+    rng = random.Random(seed)
+    times = {"floor": 2.0, "cpu": 4.0 * slower, "eager": 30.0, "compile": 18.0}
+    busy = [math.exp(abs(rng.gauss(0, 0.5))) for _ in range(12)]
+    return [
+        {
+            "op": "grpo_loss", "pass": "fwd+bwd", "impl": name, "contender": name, "shape": "s", "tokens": 8,
+            "vocab": 9, "hidden": None, "dtype": "bfloat16", "variant": "token", "time_ms": value, "floor_ms": 2.0,
+            "peak_extra_bytes": 10 * 2**20, "max_rel_error": 0.0, "note": "",
+            "samples_ms": [value * b * math.exp(rng.gauss(0, scatter)) for b in busy],
+        }
+        for name, value in times.items()
+    ]  # fmt: skip
+
+
+def lost(now: list[dict], then: list[dict]) -> dict:
+    return records.losses(records.changes(now, then, allowance=0.15))
+
+
+def test_the_guard_sees_a_planted_regression_whatever_the_noise():
+    for seed in range(50):
+        assert lost(made_up_rows(seed, slower=1.5), made_up_rows(1000 + seed))
+
+
+def test_the_guard_takes_noise_for_noise():
+    assert not any(lost(made_up_rows(seed), made_up_rows(1000 + seed)) for seed in range(200))
+    assert not lost(made_up_rows(1, slower=0.5), made_up_rows(2))  # faster is welcome
+
+
+def test_a_machine_that_is_slower_for_everyone_is_no_loss():
+    now, then = made_up_rows(1), made_up_rows(2)
+    for row in now:
+        row["samples_ms"] = [3 * x for x in row["samples_ms"]]
+    assert not lost(now, then)
+
+
+def test_one_rival_that_became_faster_is_listed_and_is_no_loss_of_ours():
+    now, then = made_up_rows(1), made_up_rows(2)
+    eager = next(row for row in now if row["contender"] == "eager")
+    eager["samples_ms"] = [x / 2 for x in eager["samples_ms"]]
+    assert [c.other for c in records.changes(now, then, allowance=0.15) if c.lost] == ["eager"]
+    assert not lost(now, then)
+
+
+def test_more_memory_is_a_loss():
+    now = made_up_rows(1)
+    now[1]["peak_extra_bytes"] = 11 * 2**20
+    ((key, _),) = lost(now, made_up_rows(2)).items()
+    assert key[1] == "cpu"
+
+
+TRIAL = """
+import torch
+from benchmarks.contenders_logits import OURS, RIVALS
+from benchmarks.shapes import Shape
+
+def bench_trial(hold):
+    chosen = [c for c in OURS + RIVALS if c.impl in ("cpu", "eager")]
+    hold("grpo_loss", Shape("trial", 4, 16, 16_384, 8, torch.float32), "token", ("fwd", "bwd", "fwd+bwd"), chosen)
+"""
+
+
+def test_a_planted_regression_fails_the_whole_command(tmp_path):
+    """The suite's own options on one small contest: against its own record, and against one in which we were faster."""
+    (tmp_path / "bench_trial.py").write_text(TRIAL)
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "--rootdir", ROOT,
+               "-c", ROOT / "pyproject.toml", tmp_path / "bench_trial.py", "--seconds", "0.5"]  # fmt: skip
+
+    def run(option: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"IGRPO_BENCHMARK_RESULTS": str(tmp_path)}
+        return subprocess.run(
+            [*command, option], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment
+        )
+
+    done = run("--record")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (path,) = tmp_path.glob("*.json")
+    record = records.load(path)
+    for row in record["rows"]:
+        if row["impl"] in records.OURS:
+            row["samples_ms"] = [x / 4 for x in row["samples_ms"]]  # as if we had been four times faster
+    records.save(record, path)
+    done = run("--guard")
+    assert done.returncode == 1
+    assert "slower than the record, beyond noise" in done.stdout
+
+
+# --- the gate
+
+
+def wrong_by(factor: float):
+    """Right output, wrong gradient: only a comparison of gradients sees it."""
+
+    def build():
+        def forward(p):
+            logps = torch.log_softmax(p.leaf, -1).gather(-1, p.ids[..., None])[..., 0]
+            return {"logps": logps.detach() + factor * (logps - logps.detach())}
+
+        return forward
+
+    return build
+
+
+def test_a_contender_with_a_wrong_gradient_gets_no_figure_but_its_error():
+    problem = make_problem("selective_log_softmax", SHAPE, "logps", CPU)
+    entrants = [Contender("right", "eager", wrong_by(1.0)), Contender("wrong", "liger", wrong_by(1.01))]
+    contest = Contest(problem, entrants, ("fwd", "bwd", "fwd+bwd"))
+    contest.prepare()
+    contest.round()
+    rows = {(row["contender"], row["pass"]): row for row in contest.rows()}
+    assert rows["right", "bwd"]["time_ms"] > 0 and rows["right", "bwd"]["max_rel_error"] < 1e-5
+    assert rows["wrong", "bwd"]["time_ms"] is None
+    assert rows["wrong", "bwd"]["max_rel_error"] == pytest.approx(0.01, rel=1e-3)
+    assert rows["wrong", "bwd"]["note"] == "wrong: error 1.0e-02 exceeds 1e-04"
+
+
+def test_a_contender_that_is_missing_or_raises_leaves_a_line_and_the_others_go_on():
+    def broken():
+        raise RuntimeError("no such kernel\nsecond line")
+
+    entrants = [
+        Contender("absent", "quack", wrong_by(1.0), package="no_such_package", install="no-such-package"),
+        Contender("device", "liger", wrong_by(1.0), cuda=True),
+        Contender("broken", "trl", broken),
+        Contender("right", "eager", wrong_by(1.0)),
+    ]
+    contest = Contest(make_problem("selective_log_softmax", SHAPE, "logps", CPU), entrants, ("fwd",))
+    contest.prepare()
+    contest.round()
+    notes = {row["contender"]: row["note"] for row in contest.rows()}
+    assert notes == {
+        "floor": "", "absent": "not installed (pip install no-such-package)", "device": "needs a CUDA device",
+        "broken": "failed (RuntimeError: no such kernel)", "right": "",
+    }  # fmt: skip
+
+
+def test_in_place_contenders_do_not_spoil_the_inputs_of_the_next():
+    problem = make_problem("grpo_loss", SHAPE, "token", CPU)
+    before = problem.pristine.clone()
+    for extra_row in (False, True):
+        problem.begin(extra_row)
+        problem.leaf.data.fill_(float("nan"))
+    problem.begin()
+    assert torch.equal(problem.pristine, before) and torch.equal(problem.leaf, before)
+
+
+def test_the_gates_inputs_lie_on_both_sides_of_the_clip_range_and_the_clocks_do_not():
+    problem = make_problem("grpo_loss", Shape("s", 4, 64, 50, 8, torch.float32), "token", CPU)
+    logps = torch.log_softmax(problem.pristine, -1).gather(-1, problem.ids[..., None])[..., 0]
+    ratio = torch.exp(logps - problem.gate_old)
+    assert min((ratio < 0.8).sum(), (ratio > 1.2).sum(), ((ratio > 0.8) & (ratio < 1.2)).sum()) > 25
+    assert (torch.exp(logps - problem.clock_old) - 1).abs().max() < 0.2
+
+
+# --- clocks, memory, counts
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def work():
+        a = torch.empty(10 * 2**20, dtype=torch.int8)
+        del a
+        b = torch.empty(6 * 2**20, dtype=torch.int8)
+        c = torch.empty(7 * 2**20, dtype=torch.int8)
+        return b, c
+
+    assert peak_extra_bytes(work, CPU) == pytest.approx(13 * 2**20, rel=0.01)
+
+
+def test_bytes_and_flops_of_the_designs_example():
+    shape = Shape("qwen2.5", 8, 1024, 151_936, 4096)
+    assert minimum_bytes("grpo_loss", shape, "token")["fwd+bwd"] == 4 * shape.logits
+    assert minimum_bytes("grpo_loss", shape, "gspo")["fwd+bwd"] == 6 * shape.logits
+    assert minimum_bytes("selective_log_softmax", shape, "logps")["fwd"] == 2 * shape.logits
+    assert minimum_flops("linear_grpo_loss", shape, "token")["fwd+bwd"] == 6 * 8192 * 4096 * 151_936
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu", "toy"])
+def test_every_kind_of_machine_runs_every_operation_and_variant(kind):
+    for op, cases in contests(kind).items():
+        assert len(set(cases)) == len(cases)
+        if op.endswith("grpo_loss"):
+            assert {"token", "gspo", "kl", "entropy bonus", "cross entropy"} <= {variant for _, variant in cases}
+
+
+# --- records and the page
+
+
+def test_records_survive_the_disk_and_a_partial_run_replaces_only_its_contests(tmp_path):
+    old = {"cpu": "x", "threads": 2, "rows": made_up_rows(1)}
+    other = copy.deepcopy(old["rows"])
+    for row in other:
+        row["variant"] = "gspo"
+    records.save(old | {"rows": old["rows"] + other}, tmp_path / "r.json")
+    back = records.load(tmp_path / "r.json")
+    assert back["rows"] == json.loads(json.dumps(old["rows"] + other))
+    merged = records.merge(back, old | {"rows": made_up_rows(2)})
+    assert [row["variant"] for row in merged["rows"]] == ["gspo"] * 4 + ["token"] * 4
+
+
+def test_the_page_and_its_pictures_are_what_the_records_say():
+    assert report.out_of_date(report.load_records()) == [], "run python -m benchmarks.report"
+
+
+def test_a_changed_figure_makes_page_and_pictures_out_of_date(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "PAGE", tmp_path / "performance.md")
+    monkeypatch.setattr(report, "PICTURES", tmp_path / "performance")
+    head = dict.fromkeys(("torch", "triton", "driver", "commit", "date", "command", "uncommitted_changes"), "")
+    found = [head | {"cpu": "some cpu", "threads": 2, "cores": 2, "load_average": [0, 0], "rows": made_up_rows(1)}]
+    report.write(found)
+    assert report.out_of_date(found) == []
+    found[0]["rows"][2]["time_ms"] *= 2
+    stale = [path.name for path in report.out_of_date(found)]
+    assert stale[0] == "performance.md" and any(name.endswith("-time.svg") for name in stale)
+
+
+def test_a_missed_target_is_listed():
+    rows = [row | {"time_ms": 5.0 if row["impl"] == "eager" else row["time_ms"]} for row in made_up_rows(1)]
+    lines = "\n".join(targets.section([{"cpu": "x", "rows": rows}]))
+    assert "3 times faster than eager PyTorch in fp32. **Missed in 1 of 1:**" in lines
+    assert "GPU: selective_log_softmax forward: at least 90 % of the copy's bandwidth. **Not measured.**" in lines
+
+
+def test_committed_records_have_the_rows_of_the_schema():
+    names = {"op", "pass", "impl", "tokens", "vocab", "hidden", "dtype", "variant", "time_ms", "floor_ms",
+             "peak_extra_bytes", "max_rel_error"}  # fmt: skip
+    for record in report.load_records():
+        assert {"torch", "triton", "driver", "commit", "date", "command", "rows", "load_average"} <= set(record)
+        assert ("gpu" in record) != ("cpu" in record)
+        assert all(names <= set(row) for row in record["rows"])
+        assert not record.get("toy")
