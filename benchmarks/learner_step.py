@@ -8,6 +8,7 @@ which is what ours is timed for too.
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import time
 import warnings
@@ -21,11 +22,7 @@ import torch
 
 from benchmarks.measure import peak_extra_bytes, significant
 
-MODES: dict[str, dict[str, Any]] = {
-    "padded": {},
-    "packed": {"token_budget": None, "shared_prefix": False},  # the budget is the case's
-    "packed, shared prefix": {"token_budget": None, "shared_prefix": True},
-}
+MODES = ("padded", "packed", "packed, shared prefix")
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ TOY = Case("toy", 64, 128, 2, 2, 1, 288, 2, 4, 8, 6, 12)
 SMALL = Case("0.02B, V 49k", 256, 704, 4, 4, 2, 49_152, 4, 4, 64, 48, 160)
 GPU_SMALL = Case("0.5B", 896, 4864, 24, 14, 2, 151_936, 4, 4, 512, 500, 2048)
 PAPER_7B = Case("7B, the paper's settings", 3584, 18_944, 28, 28, 4, 152_064, 4, 4, 1024, 700, 4096, checkpointing=True)
+"""16 completions of Table S.2's lengths: one device's micro-batch there."""
 
 
 def lengths(case: Case) -> list[tuple[int, list[int]]]:
@@ -93,10 +91,8 @@ def make_groups(case: Case) -> list:
     return groups
 
 
-def save_model(case: Case, folder: Path) -> str:
+def make_model(case: Case) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from tests.tiny import tiny_tokenizer
 
     torch.manual_seed(case.seed)
     config = LlamaConfig(
@@ -105,7 +101,14 @@ def save_model(case: Case, folder: Path) -> str:
         max_position_embeddings=16_384, tie_word_embeddings=case.layers < 28, pad_token_id=0, eos_token_id=1,
         bos_token_id=None,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return LlamaForCausalLM(config)
+
+
+def save_model(case: Case, folder: Path) -> str:
+    """Both sides load it from here."""
+    from tests.tiny import tiny_tokenizer
+
+    make_model(case).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
@@ -121,31 +124,31 @@ def settings(case: Case) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def our_learner(case: Case, folder: str, mode: str) -> tuple[Any, list]:
-    """A learner in one of the modes, and the samples of its step."""
+def our_learner(case: Case, folder: str | None, mode: str) -> tuple[Any, list]:
+    """A learner in one of the modes, and the samples of its step; without a folder the model is made on the device."""
     from igrpo import batching
     from igrpo.config import TrainConfig
     from igrpo.learner import Learner
     from igrpo.models import load_policy
 
-    options = {k: v for k, v in MODES[mode].items() if k in TrainConfig.__dataclass_fields__}
-    if "token_budget" in options:
-        options["token_budget"] = sum(
-            len(g.prompt_ids) + len(s.completion.token_ids) for g in make_groups(case) for s in g.refinements
-        )
     config = TrainConfig(
-        model_name_or_path=folder, dataset_name="unused", algorithm="grpo", **settings(case), **options
-    )
-    learner = Learner(load_policy(folder, config), None, config, pad_token_id=0)
+        model_name_or_path=folder or "random", dataset_name="unused", algorithm="grpo",
+        shared_prefix=mode == "packed, shared prefix", **settings(case),
+    )  # fmt: skip
+    if folder is None:
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = make_model(case)
+        model.config.use_cache = False
+        if case.checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model = load_policy(folder, config)
+    learner = Learner(model, None, config, pad_token_id=0)
     learner.set_schedule(1000)
+    if mode == "padded":  # what the learner falls back to where a model's attention cannot be packed
+        learner.packs = False
+        learner.unwrapped.set_attn_implementation("sdpa")
     return learner, batching.training_samples(make_groups(case), config)
-
-
-def modes_here() -> list[str]:
-    """Those whose keys this version of the loop has."""
-    from igrpo.config import TrainConfig
-
-    return [mode for mode, keys in MODES.items() if set(keys) <= set(TrainConfig.__dataclass_fields__)]
 
 
 @dataclass
@@ -168,7 +171,7 @@ class Turns:
         synchronize()
         if step > 1:
             self.samples_ms.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
-        self.tokens[name] = figures["learner/padded_tokens"]
+        self.tokens[name] = figures["learner/unique_tokens"]
 
 
 def synchronize() -> None:
@@ -176,21 +179,31 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def run(case: Case, folder: Path, steps: int, with_trl: bool) -> Turns:
+def run(case: Case, folder: Path, steps: int) -> Turns:
     """`steps` timed steps of everyone, after one to warm up and one for memory."""
     path, turns = save_model(case, folder), Turns()
     with quiet():
-        learners = {f"igrpo, {mode}": our_learner(case, path, mode) for mode in modes_here()}
+        learners = {f"igrpo, {mode}": our_learner(case, path, mode) for mode in MODES}
 
         def ours(step: int) -> None:
             for name, (learner, samples) in learners.items():
                 turns.take(name, lambda learner=learner, samples=samples: learner.train_on(samples), step)
 
-        if with_trl:
+        if importlib.util.find_spec("trl") is not None:
             trl_steps(case, path, steps + 2, ours, turns)
         else:
             for step in range(steps + 2):
                 ours(step)
+    return turns
+
+
+def run_alone(case: Case, mode: str, steps: int) -> Turns:
+    """One mode, for a model of which the device holds only one."""
+    turns = Turns()
+    with quiet():
+        learner, samples = our_learner(case, None, mode)
+        for step in range(steps + 2):
+            turns.take(f"igrpo, {mode}", lambda: learner.train_on(samples), step)
     return turns
 
 
@@ -284,7 +297,7 @@ def quiet():
     GradientState._reset_state()
 
 
-def rows(case: Case, turns: Turns, variant: str = "step") -> list[dict]:
+def rows(case: Case, turns: Turns, variant: str) -> list[dict]:
     """Record rows: tokens are those of the samples without padding, the same for everyone."""
     groups = make_groups(case)
     real = sum(len(g.prompt_ids) + len(s.completion.token_ids) for g in groups for s in g.refinements)

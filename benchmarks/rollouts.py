@@ -11,6 +11,7 @@ metrics.jsonl. Which schedules there are follows from the keys TrainConfig has.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
@@ -32,6 +33,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "igrpo, streaming": IGRPO,
     "igrpo, drafts one step ahead": {**IGRPO, "draft_policy_lag": 1},
 }
+TRL = "trl, grpo, our engine"
 WARM_UP = 2
 PAPER = {"grpo": (54.9286, 0.41, 83.3), "igrpo": (54.9349, 0.34, 94.1)}
 """Peak memory GB, samples/s, GPU-hours: DeepSeek-R1-Distill-Qwen-7B on MATH, 16 A100, completions of up to 2,048."""
@@ -79,14 +81,31 @@ def run_schedule(name: str, settings: dict[str, Any], sizes: Sizes, folder: Path
         "max_steps": sizes.steps, "save_steps": 0, "logging_steps": 1, "log_completions": False,
         "output_dir": str(folder / name.replace(", ", "-").replace(" ", "-")),
     }  # fmt: skip
-    command = [sys.executable, "-m", "igrpo.train", *(["--config", config] if config else [])]
+    command = ["igrpo.train", *(["--config", config] if config else [])]
     for key, value in options.items():
-        command += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+        command += [f"--{key}", text_of(value)]
+    run_module(name, command)
+    return steps_of(Path(options["output_dir"]))
+
+
+def run_trl(settings: dict[str, Any], sizes: Sizes, folder: Path) -> list[dict]:
+    """The steps' metrics of TRL's trainer on the same sampler."""
+    output = folder / "trl.json"
+    command = ["benchmarks.trl_loop", "--steps", str(sizes.steps), "--prompts", str(sizes.prompts)]
+    command += ["--output", str(output), *(f"{key}={text_of(value)}" for key, value in settings.items())]
+    run_module(TRL, command)
+    return json.loads(output.read_text(encoding="utf-8"))
+
+
+def run_module(name: str, command: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name}: {(done.stderr or done.stdout)[-1500:]}")
-    return steps_of(Path(options["output_dir"]))
+
+
+def text_of(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def steps_of(run: Path) -> list[dict]:
@@ -96,13 +115,13 @@ def steps_of(run: Path) -> list[dict]:
 
 def rows(name: str, steps: Sequence[dict], shape: str) -> list[dict]:
     """Rollout and whole step as record rows; samples are drafts and refinements alike, the budget of both methods."""
-    used = steps[WARM_UP:]
+    used, impl = steps[WARM_UP:], "trl" if name == TRL else "igrpo"
 
     def row(op: str, seconds: str) -> dict:
         tokens = statistics.fmean(s["rollout/draft_tokens"] + s["rollout/refinement_tokens"] for s in used)
         samples = statistics.fmean(s["rollout/samples_per_second"] * s["rollout/seconds"] for s in used)
         return {
-            "op": op, "pass": "step", "impl": "igrpo", "contender": name, "shape": shape, "tokens": round(tokens),
+            "op": op, "pass": "step", "impl": impl, "contender": name, "shape": shape, "tokens": round(tokens),
             "vocab": None, "hidden": None, "dtype": "", "variant": "budget 8", "samples": round(samples),
             "time_ms": round(1e3 * statistics.median(s[seconds] for s in used), 2), "floor_ms": None,
             "peak_extra_bytes": round(max(s["peak_memory_gib"] for s in steps) * 2**30), "max_rel_error": None,
@@ -121,6 +140,8 @@ def measure(sizes: Sizes, config: str | None = None, overrides: dict[str, Any] |
         shape = Path(config).stem if config else f"tiny model, {sizes.prompts} prompts, up to {sizes.longest} tokens"
         for schedule in schedules_here():
             found += rows(schedule, run_schedule(schedule, settings, sizes, folder, config), shape)
+        if not config and importlib.util.find_spec("trl") is not None:
+            found += rows(TRL, run_trl(settings, sizes, folder), shape)
     return sorted(found, key=lambda row: row["op"])
 
 
