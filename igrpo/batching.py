@@ -58,18 +58,21 @@ class MicroBatch:
 
 
 def training_samples(groups: Sequence[RolloutGroup], config: TrainConfig) -> list[TrainingSample]:
-    """Refinements only: drafts carry no gradient."""
+    """Refinements only; with ``train_on_drafts`` also the drafts, as groups under their bare prompts."""
+    parts = [(group.prompt_ids, group.refinements, group.advantages) for group in groups]
+    if config.train_on_drafts:
+        parts += [(group.draft_prompt_ids, group.drafts, group.draft_advantages) for group in groups]
     return [
         TrainingSample(
-            prompt_ids=group.prompt_ids,
+            prompt_ids=prompt_ids,
             completion_ids=scored.completion.token_ids,
             sampling_logprobs=scored.completion.logprobs,
             advantage=advantage,
             masked=config.mask_truncated_completions and scored.completion.truncated,
         )
-        for group in groups
-        if group.contributes or config.zero_variance == "keep"
-        for scored, advantage in zip(group.refinements, group.advantages, strict=True)
+        for prompt_ids, completions, advantages in parts
+        if any(advantages) or config.zero_variance == "keep"
+        for scored, advantage in zip(completions, advantages, strict=True)
     ]
 
 

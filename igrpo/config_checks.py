@@ -61,17 +61,12 @@ _AT_LEAST = {
     "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
     "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
+    "dynamic_sampling_max_gen_batches": 2, "judge_max_tokens": 1, "judge_max_retries": 0, "judge_max_concurrency": 1,
 }  # fmt: skip
 _POSITIVE = (
-    "temperature",
-    "reward_timeout",
-    "num_train_epochs",
-    "vllm_cpu_kvcache_gib",
-    "weight_sync_tolerance",
-    "vllm_server_timeout",
-    "vllm_request_timeout",
-    "vllm_sync_timeout",
-)
+    "temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance",
+    "vllm_server_timeout", "vllm_request_timeout", "vllm_sync_timeout", "judge_timeout",
+)  # fmt: skip
 
 _ONE_OR_NULL = (
     "draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
@@ -121,3 +116,38 @@ def check_combinations(config: TrainConfig) -> None:
         raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
     if config.eval_steps is not None and config.eval_samples == 0:
         raise ConfigError("eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use")
+    _check_drafts(config)
+    _check_rewards(config)
+
+
+def _check_drafts(config: TrainConfig) -> None:
+    from igrpo.rewards import highest_reward
+
+    if config.draft_policy_lag and config.rollout_schedule == "barrier":
+        raise ConfigError("rollout_schedule: barrier separates the stages that draft_policy_lag: 1 overlaps; drop one")
+    if config.early_stop_drafts and config.draft_selection != "best":
+        raise ConfigError(f"early_stop_drafts keeps the best draft; draft_selection: {config.draft_selection} does not")
+    if config.early_stop_drafts and highest_reward(config) is None:
+        raise ConfigError(
+            "early_stop_drafts: reward_funcs has functions of your own; write the highest reward there is as "
+            "early_stop_reward"
+        )
+    if not config.train_on_drafts:
+        return
+    if config.algorithm != "igrpo" or config.num_drafts < 2:
+        raise ConfigError("train_on_drafts needs a group of drafts: algorithm: igrpo and num_drafts: 2 or more")
+    if config.early_stop_drafts:
+        raise ConfigError("train_on_drafts: aborted drafts leave a biased group; switch early_stop_drafts off")
+    if config.draft_policy_lag:
+        raise ConfigError("train_on_drafts: what is trained on must come from the newest weights; draft_policy_lag: 0")
+
+
+def _check_rewards(config: TrainConfig) -> None:
+    if "judge" in config.reward_funcs and not (config.judge_model and config.judge_base_url):
+        raise ConfigError("reward_funcs: judge needs judge_model and judge_base_url")
+    cache = config.soft_punish_cache
+    if "soft_overlong_punishment" in config.reward_funcs and not (cache and 0 < cache <= config.max_completion_length):
+        raise ConfigError(
+            "reward_funcs: soft_overlong_punishment needs soft_punish_cache, from 1 to max_completion_length "
+            f"({config.max_completion_length}); DAPO's is a fifth of it"
+        )

@@ -318,10 +318,12 @@ class ProblemSampler:
             raise ValueError(f"num_problems is {num_problems}; there is nothing to sample")
         self.num_problems, self.seed, self.shuffle = num_problems, seed, shuffle
         self.epoch, self.position = 0, 0
+        self.returned: list[int] = []
+        """Rows that were taken and not used; they come before all others."""
         self._order = self._epoch_order()
 
     def next_batch(self, n: int) -> list[int]:
-        batch: list[int] = []
+        batch, self.returned = self.returned[:n], self.returned[n:]
         while len(batch) < n:
             if self.position == self.num_problems:
                 self.epoch, self.position = self.epoch + 1, 0
@@ -331,8 +333,18 @@ class ProblemSampler:
             batch += taken
         return batch
 
+    def give_back(self, rows: Sequence[int]) -> None:
+        """Rows of the last batches that were not used, in the order in which they were taken."""
+        self.returned = [*rows, *self.returned]
+
+    @property
+    def rows_taken(self) -> int:
+        """Over all epochs, without those given back."""
+        return self.epoch * self.num_problems + self.position - len(self.returned)
+
     def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("num_problems", "seed", "shuffle", "epoch", "position")}
+        keys = ("num_problems", "seed", "shuffle", "epoch", "position", "returned")
+        return {key: getattr(self, key) for key in keys}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where ``state`` was taken.
@@ -346,7 +358,7 @@ class ProblemSampler:
                     f"the checkpoint was trained with {key}={state[key]}, this run has {getattr(self, key)}; "
                     "the order of problems cannot be continued"
                 )
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.returned = state["epoch"], state["position"], list(state.get("returned", []))
         self._order = self._epoch_order()
 
     def _epoch_order(self) -> list[int]:

@@ -9,14 +9,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.data import ProblemSampler, load_problems
+from igrpo.feed import ProblemFeed
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
 from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint
-from igrpo.types import Problem, RolloutGroup, TrainingSample
+from igrpo.types import Problem, RolloutGroup
+
+if TYPE_CHECKING:
+    from igrpo.rollout import RolloutStats
 
 PROBE_TOKENS = 64
 """Tokens on which engine and learner are compared after each weight push."""
@@ -29,7 +33,7 @@ class Job:
     config: TrainConfig
     problems: Sequence[Problem]
     held_out: Sequence[Problem]
-    sampler: ProblemSampler
+    feed: ProblemFeed
     tokenizer: Any
     prompts: Any
     rewards: RewardPool
@@ -37,37 +41,50 @@ class Job:
     rollout: Any
     learner: Any
     folder: RunFolder
+    timeline: Any
     view: Any
     total_steps: int
     step: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def next_problems(self) -> list[Problem]:
-        """This process's problems of the next step; all G refinements of a problem stay in one process."""
-        accelerator = self.learner.accelerator
-        rows = self.sampler.next_batch(self.config.prompts_per_step * accelerator.num_processes)
-        return [self.problems[row] for row in rows[accelerator.process_index :: accelerator.num_processes]]
+    def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
+        """The step's groups; drafts of the next step may still be on their way."""
+        batch = self.feed.take(last=step == self.total_steps)
+        self.view.begin_step(len(batch.problems))
+        spare = iter(batch.spare)
+        groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, spare)
+        self.feed.give_back(used=len(batch.spare) - sum(1 for _ in spare))
+        return groups, stats
 
-    def samples(self, groups: Sequence[RolloutGroup]) -> list[TrainingSample]:
+    def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+        """The learner step, while the engine goes on with drafts of the next step."""
         from igrpo.batching import training_samples
 
-        return training_samples(groups, self.config)
+        samples = training_samples(groups, self.config)
+        with self.timeline.span("learner", step):
+            return self.rollout.during(lambda: self.learner.train_on(samples))
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Weights to the engine, then both read the same probe tokens and must agree. An engine that does not hold what
         it was sent is replaced and sent it again, once.
+
+        Drafts of the next step that still run go on under the new weights; with full determinism they are waited for,
+        since how far they have come when the learner is done is a matter of time.
 
         Raises:
             EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
         """
         from igrpo.engines import EngineError
 
-        figures = self.engine.push_weights(self.learner.named_tensors, version)
-        gap = self._probe_gap()
-        if not gap <= self.config.weight_sync_tolerance:
-            self.engine.restart()
+        if self.config.full_determinism:
+            self.rollout.finish_drafts()
+        with self.timeline.span("sync", version):
             figures = self.engine.push_weights(self.learner.named_tensors, version)
             gap = self._probe_gap()
+            if not gap <= self.config.weight_sync_tolerance:
+                self.engine.restart()
+                figures = self.engine.push_weights(self.learner.named_tensors, version)
+                gap = self._probe_gap()
         if not gap <= self.config.weight_sync_tolerance:
             raise EngineError(
                 f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
@@ -90,7 +107,9 @@ class Job:
         if not self.held_out:
             return {}
         self.view.stage("evaluation")
-        figures = evaluate(self.engine, self.rewards, self.prompts, self.tokenizer, self.held_out, self.config)
+        self.rollout.finish_drafts()
+        with self.timeline.span("eval", self.step):
+            figures = evaluate(self.engine, self.rewards, self.prompts, self.tokenizer, self.held_out, self.config)
         self.view.say(
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"
@@ -102,7 +121,7 @@ class Job:
     def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
         accelerator = self.learner.accelerator
         metrics = self.learner.mean_over_processes(metrics) | {
-            "epoch": self.sampler.epoch,
+            "epoch": self.feed.epoch,
             "core_hours": (time.monotonic() - self.started) * accelerator.num_processes / 3600,
             "peak_memory_gib": self.learner.peak_memory_gib(),
         }
@@ -113,10 +132,12 @@ class Job:
                 accelerator.log(metrics, step=self.step)
             if self.config.log_completions:
                 self.folder.log_completions(self.step, groups)
+        self.timeline.flush()
 
     def save(self) -> None:
         self.view.stage("checkpoint")
-        state = {"step": self.step, "sampler": self.sampler.state_dict()}
+        drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
+        state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
         saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")
 
@@ -152,6 +173,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         from igrpo.models import attention, load_policy
         from igrpo.progress import LiveView
         from igrpo.rollout import Rollout
+        from igrpo.timeline import Timeline
 
         seed_everything(config.seed)
         attn = attention(config)
@@ -163,22 +185,29 @@ def build(config: TrainConfig) -> Iterator[Job]:
         engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
         sampler = ProblemSampler(len(problems), config.seed, config.shuffle_dataset)
+        rank = learner.accelerator.process_index
+        feed = ProblemFeed(problems, sampler, config, processes, rank, learner.gather)
         state = learner.load(resume_from) if resume_from else None
-        if state:
-            sampler.load_state_dict(state["sampler"])
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
+        timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
+        stack.callback(timeline.flush)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline)
+        if state:
+            feed.load_state_dict(state["sampler"])
+            rollout.load_state_dict(state.get("drafts", []))
         job = Job(
             config=config,
             problems=problems,
             held_out=held_out,
-            sampler=sampler,
+            feed=feed,
             tokenizer=tokenizer,
             prompts=prompts,
             rewards=rewards,
             engine=engine,
-            rollout=Rollout(engine, rewards, prompts, tokenizer, config),
+            rollout=rollout,
             learner=learner,
             folder=folder,
+            timeline=timeline,
             view=LiveView(total_steps, state["step"] if state else 0, not learner.accelerator.is_main_process),
             total_steps=total_steps,
             step=state["step"] if state else 0,
@@ -192,7 +221,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
 
 def _start_rewards(config: TrainConfig) -> RewardPool:
     try:
-        functions = load_reward_functions(config.reward_funcs)
+        functions = load_reward_functions(config.reward_funcs, config)
     except ValueError as error:
         raise ConfigError(f"reward_funcs: {error}") from None
     return RewardPool(

@@ -135,6 +135,8 @@ class Learner:
 
     def train_on(self, samples: Sequence[TrainingSample]) -> Metrics:
         """``num_iterations`` optimiser steps on the samples of all processes, each of which computes an equal share."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.set_device(self.accelerator.device)  # per thread, and this may not be the main one
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         everyone = gather_object(list(samples)) if processes > 1 else list(samples)
         totals = batching.count(everyone)
@@ -260,6 +262,10 @@ class Learner:
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, sharding.whole(p.detach())) for name, p in self.unwrapped.named_parameters())
+
+    def gather(self, one: Any) -> list[Any]:
+        """One plain object of each process, in the order of the processes, at every process."""
+        return gather_object([one]) if self.accelerator.num_processes > 1 else [one]
 
     def mean_over_processes(self, metrics: Metrics) -> Metrics:
         """Plain means of the figures; one that only some processes have is averaged over those."""

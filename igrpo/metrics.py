@@ -36,7 +36,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         "rollout/seconds": stats.seconds,
         "rollout/draft_tokens": float(stats.draft_tokens),
         "rollout/refinement_tokens": float(stats.refinement_tokens),
-        "rollout/tokens_per_second": (stats.draft_tokens + stats.refinement_tokens) / max(stats.seconds, 1e-9),
+        "rollout/tokens_per_second": (stats.draft_tokens + stats.refinement_tokens) / max(stats.decoding_seconds, 1e-9),
         "rollout/prefix_cache_hit": stats.cached_tokens / max(stats.prompt_tokens, 1),
         "rollout/samples_per_second": (len(drafts) + len(refinements)) / max(stats.seconds, 1e-9),
         "rollout/rollouts_per_prompt": (len(drafts) + len(refinements)) / len(groups),
@@ -49,11 +49,18 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
     metrics |= _lengths("completions", refinements)
     if drafts:
         metrics |= _draft_metrics(groups, drafts, name)
+        metrics["draft/aborted"] = float(stats.aborted_drafts)
+    if config.zero_variance == "resample":
+        right = sum(_score(g.refinements[0], name) >= 1 for g in stats.discarded)
+        metrics |= {
+            "resample/replaced": float(len(stats.discarded)),
+            "resample/replaced_all_right": float(right),
+            "resample/left_uninformative": float(sum(not g.contributes for g in groups)),
+        }
     return metrics
 
 
 def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], name: str) -> Metrics:
-    n = len(groups[0].drafts)
     accuracy_P = [_mean_score(g.drafts, name) for g in groups]
     metrics: Metrics = {
         "draft/reward": fmean(s.reward for s in drafts),
@@ -61,7 +68,13 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], nam
         "draft/best_accuracy": fmean(max(_score(s, name) for s in g.drafts) for g in groups),
         # E[R(best)] = 1 - (1 - p)^N for a prompt whose drafts are right with probability p (proposition 3.1); p is
         # estimated from the same N drafts, which for small N overstates the spread between prompts.
-        "draft/best_accuracy_theory": fmean(1 - (1 - min(p, 1.0)) ** n for p in accuracy_P),
+        "draft/best_accuracy_theory": fmean(
+            1 - (1 - min(p, 1.0)) ** len(g.drafts) for p, g in zip(accuracy_P, groups, strict=True)
+        ),
+        # Updates between the weights that sampled the drafts and those that sampled the refinements.
+        "draft/policy_lag": fmean(
+            g.refinements[0].completion.version - fmean(d.completion.version for d in g.drafts) for g in groups
+        ),
     }
     metrics |= _lengths("draft", drafts)
     shown = [g for g in groups if g.chosen is not None]

@@ -15,9 +15,9 @@ import importlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, field
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from igrpo.answers import (
     MATH_FUNCTIONS,
@@ -28,6 +28,9 @@ from igrpo.answers import (
     judge,
     read_reference,
 )
+
+if TYPE_CHECKING:
+    from igrpo.config import TrainConfig
 
 
 def accuracy(completions: Sequence[CompletionText], solution: Sequence[str], **_: Any) -> list[float | None]:
@@ -110,7 +113,32 @@ def _harmless(task: str, answer: str) -> bool:
     return True
 
 
-BUILTIN = {name: f"igrpo.rewards:{name}" for name in ("accuracy", "format", "reasoning_gym_score")}
+def soft_overlong_punishment(
+    completion_ids: Sequence[Sequence[int]], max_completion_length: int, soft_punish_cache: int, **_: Any
+) -> list[float]:
+    """DAPO's length penalty: 0 up to L - C tokens, falling evenly to -1 at L.
+
+    With L = ``max_completion_length`` and C = ``soft_punish_cache``: R(n) = ((L - C) - n) / C for L - C < n <= L.
+    """
+    free = max_completion_length - soft_punish_cache
+    return [-min(max(len(ids) - free, 0) / soft_punish_cache, 1.0) for ids in completion_ids]
+
+
+HIGHEST = {"accuracy": 1.0, "format": 1.0, "reasoning_gym_score": 1.0, "soft_overlong_punishment": 0.0, "judge": 1.0}
+"""The best score of each built-in function."""
+BUILTIN = {name: f"igrpo.rewards:{name}" for name in HIGHEST} | {"judge": "igrpo.judge:judge"}
+OPTIONS = {"soft_overlong_punishment": ("max_completion_length", "soft_punish_cache")}
+"""Keys of the configuration that a built-in function takes as arguments."""
+
+
+def highest_reward(config: TrainConfig) -> float | None:
+    """The highest reward a completion can get; None where functions of the user's leave it open."""
+    if config.early_stop_reward is not None:
+        return config.early_stop_reward
+    if not set(config.reward_funcs) <= set(HIGHEST):
+        return None
+    weights = config.reward_weights or [1.0] * len(config.reward_funcs)
+    return sum(max(w, 0.0) * HIGHEST[name] for w, name in zip(weights, config.reward_funcs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +152,20 @@ class RewardFunction:
     """The ``<name>`` of ``rewards/<name>/…`` in the logs."""
     path: str
     """``package.module:function``"""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the run that the function takes by name."""
 
     def load(self) -> Callable[..., Any]:
-        module, _, function = self.path.partition(":")
-        return getattr(importlib.import_module(module), function)
+        module, _, name = self.path.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        return partial(function, **self.options) if self.options else function
 
 
-def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
+def load_reward_functions(names: Sequence[str], config: TrainConfig | None = None) -> list[RewardFunction]:
     """Resolve the names of ``reward_funcs``: built-in ones, or ``package.module:function``; each is imported once here.
+
+    Args:
+        config: where built-in functions with settings of their own find them.
 
     Raises:
         ValueError: A name is unknown or given twice, or its module or function cannot be imported.
@@ -143,7 +177,8 @@ def load_reward_functions(names: Sequence[str]) -> list[RewardFunction]:
             taken = {function.name for function in functions} | set(BUILTIN)
             function = RewardFunction(name if short in taken else short, name)
         elif name in BUILTIN:
-            function = RewardFunction(name, BUILTIN[name])
+            options = {key: getattr(config, key) for key in OPTIONS.get(name, ()) if config is not None}
+            function = RewardFunction(name, BUILTIN[name], options)
         else:
             near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.3)
             hint = f"; did you mean '{near[0]}'?" if near else ""

@@ -71,7 +71,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f".{_PREFIX}*"):  # of a run that was killed while saving
             shutil.rmtree(leftover, ignore_errors=True)
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "timeline.jsonl"):
             if resumed_step is not None:
                 _drop_lines_after(self.path / name, resumed_step)
         write_atomically(self.path / "config.yaml", dump_yaml(config))

@@ -76,7 +76,7 @@ def loop(job: Job) -> int:
     from igrpo.engines import EngineError
     from igrpo.metrics import rollout_metrics
 
-    config, view, learner = job.config, job.view, job.learner
+    config, view = job.config, job.view
     stop = StopRequest()
     try:
         with view, stop:
@@ -84,12 +84,10 @@ def loop(job: Job) -> int:
             while job.step < job.total_steps:
                 start = time.perf_counter()
                 step = job.step + 1
-                problems_P = job.next_problems()
-                view.begin_step(len(problems_P))
-                groups, stats = job.rollout.run(problems_P, step, view.rolled_out)
+                groups, stats = job.sample(step)
                 view.stage("learner")
                 metrics = rollout_metrics(groups, stats, config) | job.rewards.stats()
-                metrics |= learner.train_on(job.samples(groups))
+                metrics |= job.train_on(groups, step)
                 view.stage("weights to the engine")
                 metrics |= job.push_weights(step)
                 job.step = step

@@ -46,7 +46,7 @@ class Completion:
     finish_reason: str
     """``"stop"`` (ended by itself) or ``"length"`` (cut at the limit)."""
     version: int
-    """Version of the weights that sampled it: the number of optimiser steps done."""
+    """Version of the weights that sampled it (its last token): the number of optimiser steps done."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -80,7 +80,7 @@ class RolloutGroup:
 
     problem: Problem
     drafts: tuple[Scored, ...]
-    """[N] Stage 1, in sampling order; empty without Stage 1."""
+    """[N] Stage 1, in sampling order; fewer when siblings were aborted, empty without Stage 1."""
     chosen: int | None
     """Index of the draft shown in the refinement prompt; None when none is shown."""
     prompt_ids: tuple[int, ...]
@@ -91,6 +91,10 @@ class RolloutGroup:
     """[G] group-relative advantages."""
     draft_trimmed: bool = False
     """The chosen draft was cut to fit the context."""
+    draft_prompt_ids: tuple[int, ...] = ()
+    """[P] the bare prompt the drafts were sampled from."""
+    draft_advantages: tuple[float, ...] = ()
+    """[N] of the drafts among themselves; only with ``train_on_drafts``."""
 
     def __post_init__(self) -> None:
         if len(self.refinements) != len(self.advantages):

@@ -49,7 +49,7 @@ def test_requests_go_on_under_the_weights_pushed_while_they_run(engine):
     for _ in range(10):
         engine.poll()
     probe = list(range(5, 30))
-    engine.push_weights(new.named_parameters(), version=1)
+    engine.push_weights(new.named_parameters, version=1)
     scores = engine.score(probe)  # steps the running request too, and must not swallow it
     (across,) = finish(engine)
     assert (across.request_id, across.version, len(across.token_ids[0])) == ("across", 1, 40)
@@ -59,7 +59,7 @@ def test_requests_go_on_under_the_weights_pushed_while_they_run(engine):
     assert new(input_ids=as_batch(ids)).logits[0, 30:42].argmax(-1).tolist() == list(ids[31:])
     old = tiny_llama(seed=0)
     assert old(input_ids=as_batch(ids)).logits[0, 30:42].argmax(-1).tolist() != list(ids[31:])
-    engine.push_weights(old.named_parameters(), version=0)
+    engine.push_weights(old.named_parameters, version=0)
 
 
 def as_batch(ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
@@ -21,14 +22,25 @@ class ShuffledEngine:
 
     def __init__(self, seed: int):
         self.random, self.waiting, self.sent, self.version = random.Random(seed), [], [], 3
-        self.seeds, self.next_id, self.corrupt = [], 0, False
+        self.seeds, self.next_id, self.corrupt, self.jump_on_refinements = [], 0, False, False
+        self.aborted, self.drafts_open_at_first_refinement, self.most_sequences = [], None, 0
 
     def seed(self, seed: int) -> None:
         self.seeds.append(seed)
 
     def submit(self, request: Request) -> None:
+        refinement = request.request_id.startswith("refinement")
+        if refinement and self.drafts_open_at_first_refinement is None:
+            self.drafts_open_at_first_refinement = len(self.waiting)
         self.waiting.append(request)
         self.sent.append(request)
+        self.most_sequences = max(self.most_sequences, sum(r.n for r in self.waiting))
+        if refinement and self.jump_on_refinements:
+            self.version += 1
+
+    def abort(self, request_ids) -> None:
+        self.aborted += request_ids
+        self.waiting = [r for r in self.waiting if r.request_id not in request_ids]
 
     def poll(self) -> list[Result]:
         self.random.shuffle(self.waiting)
@@ -48,20 +60,24 @@ class ShuffledEngine:
 class LatePool:
     """Scores a completion by its number modulo 7; answers only when asked for the third time."""
 
+    def __init__(self):
+        self.score = lambda number: float(number % 7)
+
     def submit(self, problem, completions, prompt):
-        return LateScores(completions)
+        return LateScores(completions, self.score)
 
 
 class LateScores:
-    def __init__(self, completions):
-        self.completions, self.asked = completions, 0
+    def __init__(self, completions, score):
+        self.completions, self.score, self.asked = completions, score, 0
 
     def done(self) -> bool:
         self.asked += 1
         return self.asked >= 3
 
     def result(self) -> tuple[Scored, ...]:
-        return tuple(Scored(c, {"accuracy": float(int(c.text) % 7)}, float(int(c.text) % 7)) for c in self.completions)
+        scores = [self.score(int(c.text)) for c in self.completions]
+        return tuple(Scored(c, {"accuracy": s}, s) for c, s in zip(self.completions, scores, strict=True))
 
 
 def make(seed: int = 0, **settings) -> tuple[Rollout, ShuffledEngine]:
@@ -100,24 +116,104 @@ def test_every_problem_gets_its_own_best_draft_in_any_order_of_events(seed, dete
 def test_refinements_go_out_before_the_last_draft_is_in():
     rollout, engine = make(seed=4, num_drafts=2, num_generations=2)
     rollout.run(PROBLEMS, step=1)
-    stages = [r.request_id.partition("/")[0] for r in engine.sent]
-    assert stages[:6] == ["drafts"] * 6 and stages[6:] == ["refinements"] * 6
-    # With a barrier all refinements would be submitted in one go, in the order of the problems.
-    assert [r.request_id for r in engine.sent[6:]] != [f"refinements/{i}" for i in range(6)]
+    assert stages(engine) == ["draft"] * 12 + ["refinement"] * 6
+    refined = [r.request_id for r in engine.sent[12:]]
+    assert refined != sorted(refined)  # in the order in which drafts came in
+    assert engine.drafts_open_at_first_refinement > 0
+
+    rollout, engine = make(seed=4, num_drafts=2, num_generations=2, rollout_schedule="barrier")
+    rollout.run(PROBLEMS, step=1)
+    refined = [r.request_id for r in engine.sent[12:]]
+    assert refined == sorted(refined) and engine.drafts_open_at_first_refinement == 0
 
 
-def test_one_request_per_group_shares_its_prompt():
+def stages(engine) -> list[str]:
+    return [r.request_id.partition("/")[0] for r in engine.sent]
+
+
+def test_one_request_per_group_shares_its_prompt_and_drafts_go_alone():
     rollout, engine = make(num_drafts=5, num_generations=2)
     rollout.run(PROBLEMS[:1], step=1)
-    drafts, refinements = engine.sent
-    assert (drafts.n, refinements.n) == (5, 2)
-    assert refinements.prompt_ids[: len(drafts.prompt_ids) - 2] == drafts.prompt_ids[:-2]  # the question is a prefix
+    *drafts, refinements = engine.sent
+    assert [d.n for d in drafts] == [1] * 5 and refinements.n == 2
+    # The question is a prefix of both, so the engine's cache serves it.
+    assert refinements.prompt_ids[: len(drafts[0].prompt_ids) - 2] == drafts[0].prompt_ids[:-2]
+
+
+def test_the_first_draft_with_the_highest_reward_ends_its_problems_first_stage():
+    rollout, engine = make(seed=1, num_drafts=4, num_generations=2, early_stop_drafts=True, early_stop_reward=6.0)
+    groups, stats = rollout.run(PROBLEMS, step=1)
+    short = [g for g in groups if len(g.drafts) < 4]
+    assert short and stats.aborted_drafts == sum(4 - len(g.drafts) for g in groups)
+    for g in short:
+        assert g.drafts[g.chosen].reward == 6.0 and [d.reward for d in g.drafts].count(6.0) == 1
+    assert engine.aborted and not engine.waiting
+
+
+def test_groups_without_an_advantage_make_room_for_spare_problems():
+    rollout, _ = make(seed=3, num_drafts=2, num_generations=2, zero_variance="resample")
+    rollout.rewards.score = lambda number: float(number // 3 % 2)  # many groups are all-equal
+    spare = [Problem(i, f"Q{i}", "0") for i in range(6, 12)]
+    left = iter(spare)
+    groups, stats = rollout.run(PROBLEMS, step=1, spare=left)
+    unused = list(left)
+    assert stats.discarded and not any(g.contributes for g in stats.discarded)
+    assert len(groups) == 6 and len(stats.discarded) == len(spare) - len(unused)
+    assert all(g.contributes for g in groups) or not unused
+    rows = [g.problem.index for g in (*groups, *stats.discarded)]
+    assert sorted(rows) == list(range(12 - len(unused)))
+
+
+def test_the_learner_step_runs_beside_drafts_and_its_errors_come_through():
+    rollout, engine = make(num_drafts=2, num_generations=2, draft_policy_lag=1)
+    rollout.run(PROBLEMS[:3], step=1, ahead=PROBLEMS[3:])
+    drafted = []
+
+    def learner_step() -> str:
+        deadline = time.monotonic() + 20
+        while not all(flow.drafted for flow in rollout._ahead) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        drafted.append(all(flow.drafted for flow in rollout._ahead))
+        return "done"
+
+    assert rollout.during(learner_step) == "done"
+    assert drafted == [True]  # finished while the learner's thread was at work
+    with pytest.raises(ZeroDivisionError):
+        rollout.during(lambda: 1 / 0)
+    engine.version = 4
+    groups, _ = rollout.run(PROBLEMS[3:], step=2)
+    assert {d.completion.version for g in groups for d in g.drafts} == {3}
+    assert {r.completion.version for g in groups for r in g.refinements} == {4}
+
+
+def test_other_problems_than_those_drafted_ahead_are_refused():
+    rollout, _ = make(num_drafts=2, num_generations=2, draft_policy_lag=1)
+    rollout.run(PROBLEMS[:2], step=1, ahead=PROBLEMS[2:4])
+    with pytest.raises(ValueError, match="other problems"):
+        rollout.run(PROBLEMS[4:], step=2)
+
+
+def test_a_group_of_two_policies_is_refused():
+    rollout, engine = make(num_drafts=2, num_generations=2)
+    engine.jump_on_refinements = True
+    with pytest.raises(EngineError, match="mixes two policies"):
+        rollout.run(PROBLEMS, step=1)
+
+
+def test_drafts_ahead_leave_the_slots_to_this_step():
+    rollout, engine = make(num_drafts=2, num_generations=2, draft_policy_lag=1, vllm_max_num_seqs=5)
+    rollout.run(PROBLEMS[:2], step=1, ahead=PROBLEMS[2:])
+    order = [r.request_id.split("/")[:2] for r in engine.sent]
+    # 2 problems x 2 refinements to come fill 4 of 5 slots beside any draft of theirs.
+    assert ["refinement", "1"] in order[: order.index(["draft", "2"])]
+    rollout.finish_drafts()
+    assert engine.most_sequences == 5
 
 
 def test_grpo_is_the_same_program_without_the_first_stage():
     rollout, engine = make(algorithm="grpo", num_generations=4)
     groups, stats = rollout.run(PROBLEMS, step=1)
-    assert {r.request_id.partition("/")[0] for r in engine.sent} == {"refinements"}
+    assert set(stages(engine)) == {"refinement"}
     assert all(g.drafts == () and g.chosen is None and len(g.refinements) == 4 for g in groups)
     assert stats.draft_tokens == 0
     assert groups[0].prompt_ids == rollout.prompts.parts(PROBLEMS[0]).bare
