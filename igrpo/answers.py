@@ -279,7 +279,7 @@ def judge(reference: Reference, answer: str | None) -> float | None:
 
 def _same_formula(reference: str, answer: str) -> float | None:
     """math-verify's verdict, without its alarm signals: the pool's deadline stops what does not end."""
-    parsed_reference = _parse_formula(reference)
+    parsed_reference = _parse_reference(reference)
     if not parsed_reference:
         return None
     if _postpones_work(reference, answer) or not (parsed_answer := _parse_formula(answer)):
@@ -287,6 +287,12 @@ def _same_formula(reference: str, answer: str) -> float | None:
     from math_verify import verify
 
     return float(verify(parsed_reference, parsed_answer, timeout_seconds=None))
+
+
+@lru_cache(maxsize=4096)
+def _parse_reference(text: str) -> list[Any]:
+    """Apart from the answers, which would push references out: one serves all completions of its problem."""
+    return _parse_formula(text)
 
 
 @lru_cache(maxsize=256)

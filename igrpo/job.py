@@ -224,8 +224,14 @@ def _start_rewards(config: TrainConfig) -> RewardPool:
         functions = load_reward_functions(config.reward_funcs, config)
     except ValueError as error:
         raise ConfigError(f"reward_funcs: {error}") from None
+    judge = None
+    if "judge" in config.reward_funcs:
+        from igrpo.judge import Judge
+
+        judge = Judge(config)
+        judge.check()
     return RewardPool(
-        functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value
+        functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value, judge
     )
 
 

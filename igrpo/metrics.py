@@ -36,7 +36,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         "rollout/seconds": stats.seconds,
         "rollout/draft_tokens": float(stats.draft_tokens),
         "rollout/refinement_tokens": float(stats.refinement_tokens),
-        "rollout/tokens_per_second": (stats.draft_tokens + stats.refinement_tokens) / max(stats.decoding_seconds, 1e-9),
+        "rollout/tokens_per_second": stats.decoded_tokens / max(stats.decoding_seconds, 1e-9),
         "rollout/prefix_cache_hit": stats.cached_tokens / max(stats.prompt_tokens, 1),
         "rollout/samples_per_second": (len(drafts) + len(refinements)) / max(stats.seconds, 1e-9),
         "rollout/rollouts_per_prompt": (len(drafts) + len(refinements)) / len(groups),
@@ -49,7 +49,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
     metrics |= _lengths("completions", refinements)
     if drafts:
         metrics |= _draft_metrics(groups, drafts, name)
-        metrics["draft/aborted"] = float(stats.aborted_drafts)
+        metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
     if config.zero_variance == "resample":
         right = sum(_score(g.refinements[0], name) >= 1 for g in stats.discarded)
         metrics |= {

@@ -4,6 +4,9 @@ A reward function reads text that a model made up, so it will one day loop for e
 its process down. None of that reaches the training loop: a worker past its deadline is killed and replaced, a call that
 failed for a batch is repeated one completion at a time, and only what fails alone gets ``reward_error_value``.
 
+The judge is the exception: it waits for a network and runs no foreign code, so it has threads here and timeouts of its
+own.
+
 Workers are spawned, not forked: they inherit no CUDA context and no engine. Each is a pebble pool of its own with one
 call in flight: pebble gives a whole pool up when a process dies at a bad moment, and no other call is lost with it.
 """
@@ -20,13 +23,17 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Literal
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
 from igrpo.reward_worker import LightSpawnContext, Outcome, call_function, start_worker
-from igrpo.rewards import RewardFunction
+from igrpo.rewards import BUILTIN, RewardFunction
 from igrpo.types import Completion, Message, Problem, Scored
+
+if TYPE_CHECKING:
+    from igrpo.judge import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +91,7 @@ class RewardPool:
         num_workers: Worker processes. One call runs in one worker: one function on one problem's completions.
         timeout: Seconds that one call may take.
         on_error: Score of a completion on which a function fails; None leaves the function out of its reward.
+        judge: What the function of that name asks, as many completions at once as its configuration says.
 
     Raises:
         ValueError: No functions, two of one name, or not one weight each.
@@ -96,6 +104,7 @@ class RewardPool:
         num_workers: int = 1,
         timeout: float = 10.0,
         on_error: float | None = 0.0,
+        judge: Judge | None = None,
     ) -> None:
         names = [function.name for function in functions]
         if not names or len(set(names)) < len(names):
@@ -111,7 +120,11 @@ class RewardPool:
         self._changed = threading.Condition(threading.RLock())  # guards the queue and the workers' calls
         self._queue: deque[_Call] = deque()
         self._closed = False
-        self._workers = [_Worker(self.functions) for _ in range(num_workers)]
+        self._local = tuple(function for function in functions if function.path != BUILTIN["judge"])
+        self._workers = [_Worker(self._local) for _ in range(num_workers if self._local else 0)]
+        self._judge, self._to_judge = judge, SimpleQueue[_Call]()
+        for _ in range(judge.config.judge_max_concurrency if judge is not None else 0):
+            threading.Thread(target=self._judge_calls, name="judge", daemon=True).start()
 
     def submit(
         self, problem: Problem, completions: Sequence[Completion], prompt: str | Sequence[Message]
@@ -141,6 +154,8 @@ class RewardPool:
             self._closed = True
             for thread in [worker.stop() for worker in self._workers]:
                 thread.join(timeout=10)
+            if self._judge is not None:
+                self._judge.close()  # what its daemon threads still ask for fails, and they die with the program
 
     def __enter__(self) -> RewardPool:
         return self
@@ -149,9 +164,28 @@ class RewardPool:
         self.close()
 
     def _enqueue(self, call: _Call) -> None:
+        if call.function not in self._local:
+            self._to_judge.put(call)
+            return
         with self._changed:
             self._queue.append(call)
             self._dispatch()
+
+    def _judge_calls(self) -> None:
+        """A thread's life: one completion after the other."""
+        while not self._closed:
+            call = self._to_judge.get()
+            outcome: list[float | str | None] | TimeoutError | str
+            try:
+                row = {name: values[0] for name, values in pickle.loads(call.payload).items()}
+                outcome = [self._judge.score(row["prompts"], row["solution"], row["completions"])]  # type: ignore[union-attr]
+            except TimeoutError as error:
+                outcome = error
+            except Exception as error:  # the thread must live on, whatever the client raises
+                outcome = f"{type(error).__name__}: {error}"
+            with self._changed:
+                call.outcome = outcome
+                self._changed.notify_all()
 
     def _dispatch(self) -> None:
         for worker in self._workers:
@@ -185,7 +219,7 @@ class RewardPool:
             if worker.call is not None and worker.call.outcome is None:
                 worker.call.outcome = _Lost("its process is gone")
             worker.call = None
-            self._workers[i] = _Worker(self.functions)
+            self._workers[i] = _Worker(self._local)
         self._dispatch()
 
     def _count(self, function: RewardFunction, kind: Literal["errors", "timeouts"], message: str) -> float | None:
@@ -207,8 +241,10 @@ class PendingScores:
         self._scores: dict[str, list[float | None]] = {f.name: [None] * len(completions) for f in pool.functions}
         self._open: list[_Call] = []
         if completions:
+            everything = tuple(range(len(completions)))
             for function in pool.functions:
-                self._call(function, tuple(range(len(completions))))
+                for rows in [everything] if function in pool._local else [(row,) for row in everything]:
+                    self._call(function, rows)
 
     def done(self) -> bool:
         """Whether ``result`` returns at once. Asking is what repeats failed calls, so ask now and then."""

@@ -126,7 +126,7 @@ def soft_overlong_punishment(
 
 HIGHEST = {"accuracy": 1.0, "format": 1.0, "reasoning_gym_score": 1.0, "soft_overlong_punishment": 0.0, "judge": 1.0}
 """The best score of each built-in function."""
-BUILTIN = {name: f"igrpo.rewards:{name}" for name in HIGHEST} | {"judge": "igrpo.judge:judge"}
+BUILTIN = {name: f"igrpo.rewards:{name}" for name in HIGHEST} | {"judge": "igrpo.judge:Judge"}
 OPTIONS = {"soft_overlong_punishment": ("max_completion_length", "soft_punish_cache")}
 """Keys of the configuration that a built-in function takes as arguments."""
 

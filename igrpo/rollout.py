@@ -39,19 +39,22 @@ IDLE_SECONDS = 0.02
 
 @dataclass
 class RolloutStats:
-    """What the engine did since the rollout before. With drafts ahead, some of its drafts belong to the next step."""
+    """A step's rollout: the tokens of its groups, and what the engine did since the rollout before."""
 
     seconds: float = 0.0
     """From the first request to the last score of this step."""
     draft_tokens: int = 0
     refinement_tokens: int = 0
+    decoded_tokens: int = 0
+    """Came from the engine since the rollout before; with drafts ahead some of them belong to the next step."""
     prompt_tokens: int = 0
+    """Read by the engine for them."""
     cached_tokens: int = 0
-    aborted_drafts: int = 0
+    """Of those, served from the prefix cache."""
     discarded: list[RolloutGroup] = field(default_factory=list)
     """Groups without an advantage that spare problems replaced."""
     decoding_seconds: float = 0.0
-    """Time in which the tokens above were sampled: ``seconds``, and with drafts ahead the learner step before it."""
+    """Time for ``decoded_tokens``: ``seconds``, and with drafts ahead the learner step before it."""
 
 
 @dataclass(eq=False)
@@ -138,7 +141,11 @@ class Rollout:
         stats, self._stats = self._stats, RolloutStats()
         now = time.perf_counter()
         stats.seconds, stats.decoding_seconds, self._counted_from = now - start, now - self._counted_from, now
-        return self._groups(self._flows), stats
+        groups = self._groups(self._flows)
+        for group in (*groups, *stats.discarded):
+            stats.draft_tokens += sum(len(s.completion.token_ids) for s in group.drafts)
+            stats.refinement_tokens += sum(len(s.completion.token_ids) for s in group.refinements)
+        return groups, stats
 
     def during(self, work: Callable[[], T]) -> T:
         """Runs ``work``, the learner step, in a thread while drafts of the next step are sampled; returns its result.
@@ -291,10 +298,7 @@ class Rollout:
         _check(result, sent)
         tokens = sum(map(len, result.token_ids))
         self.timeline.end(sent.stage, sent.flow.step, result.request_id, tokens)
-        if sent.draft is None:
-            self._stats.refinement_tokens += tokens
-        else:
-            self._stats.draft_tokens += tokens
+        self._stats.decoded_tokens += tokens
         self._stats.prompt_tokens += len(result.prompt_ids)
         self._stats.cached_tokens += result.cached_tokens
         self.timeline.start("reward", sent.flow.step, result.request_id)
@@ -334,7 +338,6 @@ class Rollout:
             self.timeline.end("reward", flow.step, name)
             del self._scoring[name]
         self._held = deque((other, i) for other, i in self._held if other is not flow)
-        self._stats.aborted_drafts += len(flow.open_drafts)
         flow.open_drafts.clear()
 
 

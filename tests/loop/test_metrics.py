@@ -21,7 +21,13 @@ def group(drafts, chosen, refinements, advantages) -> RolloutGroup:
 
 CONFIG = TrainConfig(model_name_or_path="m", dataset_name="d")
 STATS = RolloutStats(
-    seconds=2.0, decoding_seconds=2.0, draft_tokens=30, refinement_tokens=10, prompt_tokens=100, cached_tokens=25
+    seconds=2.0,
+    decoding_seconds=2.0,
+    decoded_tokens=40,
+    draft_tokens=30,
+    refinement_tokens=10,
+    prompt_tokens=100,
+    cached_tokens=25,
 )
 
 

@@ -142,9 +142,9 @@ def test_one_request_per_group_shares_its_prompt_and_drafts_go_alone():
 
 def test_the_first_draft_with_the_highest_reward_ends_its_problems_first_stage():
     rollout, engine = make(seed=1, num_drafts=4, num_generations=2, early_stop_drafts=True, early_stop_reward=6.0)
-    groups, stats = rollout.run(PROBLEMS, step=1)
+    groups, _ = rollout.run(PROBLEMS, step=1)
     short = [g for g in groups if len(g.drafts) < 4]
-    assert short and stats.aborted_drafts == sum(4 - len(g.drafts) for g in groups)
+    assert short
     for g in short:
         assert g.drafts[g.chosen].reward == 6.0 and [d.reward for d in g.drafts].count(6.0) == 1
     assert engine.aborted and not engine.waiting

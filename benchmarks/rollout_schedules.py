@@ -1,0 +1,241 @@
+"""Wall-clock of a whole step under each rollout schedule: GRPO, two stages with a barrier, streamed, one step ahead.
+
+    python -m benchmarks.rollout_schedules [--rounds 5] [--output record.json] [--timelines FOLDER]
+
+Everything is the loop's own (vLLM, reward processes, learner, weight push); only the lengths are given, so that they
+have a heavy tail and every arm decodes the same ones: completion j of problem i in step k gets a log-normal number of
+tokens fixed by (k, i, j), and no token ends it earlier. Budget: 8 completions per problem in every arm. Arms take turns
+in one process; a figure is the median over rounds, and only ratios mean anything on a busy machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+PROMPTS, BUDGET, SLOTS = 16, 8, 128
+MEAN_TOKENS, SIGMA, MAX_TOKENS = 40.0, 1.0, 400
+TWO_STAGES = {"algorithm": "igrpo", "num_drafts": BUDGET // 2, "num_generations": BUDGET // 2}
+ARMS: dict[str, dict[str, Any]] = {
+    "grpo": {"algorithm": "grpo", "num_generations": BUDGET},
+    "igrpo barrier": {**TWO_STAGES, "rollout_schedule": "barrier"},
+    "igrpo streaming": TWO_STAGES,
+    "igrpo streaming + lag 1": {**TWO_STAGES, "draft_policy_lag": 1},
+}
+
+
+def low_letters(completions: Sequence[Any], **_: Any) -> list[float]:
+    """Share of characters below "n": differs from sample to sample even for a random model."""
+    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    return [sum(ch < "n" for ch in text) / max(len(text), 1) for text in texts]
+
+
+def length(step: int, problem: int, completion: int) -> int:
+    """Log-normal with mean MEAN_TOKENS; the longest of 128 is about eight times the mean."""
+    drawn = random.Random(f"{step}/{problem}/{completion}").lognormvariate(0.0, SIGMA)
+    return min(MAX_TOKENS, max(4, round(MEAN_TOKENS * drawn / 2.718281828 ** (SIGMA**2 / 2))))
+
+
+class GivenLengths:
+    """The engine behind it, with each completion's length given; a request of n becomes n requests of one."""
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+        self.parts: dict[str, list[Any]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def submit(self, request: Any) -> None:
+        _, step, serial, *draft = request.request_id.split("/")
+        first = int(draft[0]) if draft else BUDGET - request.n
+        self.parts[request.request_id] = [None] * request.n
+        for j in range(request.n):
+            tokens = length(int(step), (int(serial) - 1) % PROMPTS, first + j)
+            sampling = replace(request.sampling, max_tokens=tokens)
+            self.engine.submit(replace(request, request_id=f"{request.request_id}#{j}", n=1, sampling=sampling))
+
+    def poll(self) -> list[Any]:
+        whole = []
+        for result in self.engine.poll():
+            name, _, j = result.request_id.partition("#")
+            parts = self.parts[name]
+            parts[int(j)] = result
+            if None not in parts:
+                whole.append(_joined(name, self.parts.pop(name)))
+        return whole
+
+
+def _joined(name: str, parts: list[Any]) -> Any:
+    return replace(
+        parts[0],
+        request_id=name,
+        token_ids=tuple(p.token_ids[0] for p in parts),
+        logprobs=tuple(p.logprobs[0] for p in parts),
+        finish_reasons=tuple(p.finish_reasons[0] for p in parts),
+        cached_tokens=sum(p.cached_tokens for p in parts),
+    )
+
+
+@dataclass
+class Arm:
+    """Seconds of each measured step, whole and by part."""
+
+    step: list[float] = field(default_factory=list)
+    rollout: list[float] = field(default_factory=list)
+    learner: list[float] = field(default_factory=list)
+    push: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+
+class Bench:
+    """The parts of a run on a tiny random model, shared by all arms."""
+
+    def __init__(self, folder: Path):
+        from igrpo.config import TrainConfig
+        from igrpo.engines import start_engine
+        from igrpo.learner import Learner
+        from igrpo.models import load_policy, load_tokenizer
+        from igrpo.prompts import PromptBuilder
+        from igrpo.reward_pool import RewardPool
+        from igrpo.rewards import load_reward_functions
+
+        save_model(folder / "model")
+        self.base = TrainConfig(
+            model_name_or_path=str(folder / "model"), dataset_name="given", use_cpu=True, bf16=False,
+            system_prompt=None, draft_template=" [{draft}]", reward_funcs=[f"{__spec__.name}:low_letters"],
+            gradient_checkpointing=False, max_completion_length=MAX_TOKENS, temperature=1.0,
+            vllm_max_num_seqs=SLOTS, per_device_train_batch_size=PROMPTS * BUDGET, output_dir=str(folder / "run"),
+        )  # fmt: skip
+        self.tokenizer = load_tokenizer(self.base.model_name_or_path, self.base)
+        self.prompts = PromptBuilder(self.tokenizer, self.base)
+        never = (len(self.tokenizer) + 1,)
+        context = 3 * MAX_TOKENS
+        self.engine = GivenLengths(start_engine(self.base.model_name_or_path, self.base, context, never, seed=0))
+        self.learner = Learner(
+            load_policy(self.base.model_name_or_path, self.base), None, self.base, self.tokenizer.pad_token_id
+        )
+        self.learner.set_schedule(100_000)
+        self.rewards = RewardPool(load_reward_functions(self.base.reward_funcs))
+        self.version = 0
+
+    def run_arm(
+        self, settings: dict[str, Any], first: int, steps: int, into: Arm, timeline: Path | None = None
+    ) -> None:
+        """From step ``first`` on one step to warm the schedule up, then ``steps`` measured ones.
+
+        With drafts ahead the first measured step finishes drafts that the warm-up began, and the last begins drafts
+        that are dropped unmeasured: each measured step carries one batch's drafts.
+        """
+        from igrpo.batching import training_samples
+        from igrpo.rollout import Rollout
+        from igrpo.timeline import Timeline
+        from igrpo.types import Problem
+
+        generations = settings["num_generations"]
+        config = replace(self.base, **settings, per_device_train_batch_size=PROMPTS * generations)
+        rollout = Rollout(self.engine, self.rewards, self.prompts, self.tokenizer, config, Timeline(timeline))
+        problems = [Problem(i, f"What is {i} + {i}?", "0") for i in range(PROMPTS)]
+        ahead = problems if config.draft_policy_lag else ()
+        for step in range(first, first + steps + 1):
+            start = time.perf_counter()
+            groups, stats = rollout.run(problems, step, ahead=ahead)
+            rolled_out = time.perf_counter()
+            samples = training_samples(groups, config)
+            with rollout.timeline.span("learner", step):
+                rollout.during(lambda samples=samples: self.learner.train_on(samples))
+            learnt = time.perf_counter()
+            self.version += 1
+            with rollout.timeline.span("sync", step):
+                self.engine.push_weights(self.learner.named_tensors, self.version)
+            end = time.perf_counter()
+            if step > first:
+                into.step.append(end - start)
+                into.rollout.append(rolled_out - start)
+                into.learner.append(learnt - rolled_out)
+                into.push.append(end - learnt)
+                into.tokens.append(stats.draft_tokens + stats.refinement_tokens)
+        rollout.finish_drafts()
+        rollout.timeline.flush()
+
+    def close(self) -> None:
+        self.rewards.close()
+        self.engine.close()
+
+
+def save_model(folder: Path) -> None:
+    """A random two-layer Llama whose tokens are bytes: small enough that the length of the longest counts most."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    vocab = {t: i for i, t in enumerate(["<|pad|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>").save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0,
+        eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def measure(rounds: int, steps: int, timelines: Path | None = None) -> dict[str, Arm]:
+    """Arms in turn, ``rounds`` times ``steps`` steps each, after one unmeasured round."""
+    arms = {name: Arm() for name in ARMS}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        try:
+            for settings in ARMS.values():
+                bench.run_arm(settings, 1, 1, Arm())
+            for i in range(rounds):
+                for name, settings in ARMS.items():
+                    last = timelines is not None and i == rounds - 1
+                    path = timelines / f"{name.replace(' ', '-')}.jsonl" if last else None  # type: ignore[operator]
+                    bench.run_arm(settings, 1 + i * (steps + 1), steps, arms[name], path)
+        finally:
+            bench.close()
+    return arms
+
+
+def table(arms: dict[str, Arm]) -> str:
+    base = median(arms["grpo"].step)
+    lines = [f"{'median seconds of a step':32} {'whole':>7} {'rollout':>8} {'learner':>8} {'push':>6} {'vs GRPO':>8}"]
+    for name, arm in arms.items():
+        whole, rollout, learner, push = (median(getattr(arm, part)) for part in ("step", "rollout", "learner", "push"))
+        lines.append(f"{name:32} {whole:7.2f} {rollout:8.2f} {learner:8.2f} {push:6.2f} {whole / base:8.3f}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout_schedules")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=4, help="measured steps per arm and round")
+    parser.add_argument("--output", type=Path, help="write the record here, as JSON")
+    parser.add_argument("--timelines", type=Path, help="write each arm's timeline of the last round into this folder")
+    args = parser.parse_args(argv)
+    if args.timelines:
+        args.timelines.mkdir(parents=True, exist_ok=True)
+    arms = measure(args.rounds, args.steps, args.timelines)
+    print(table(arms))
+    if args.output:
+        shape = {"prompts": PROMPTS, "budget": BUDGET, "mean_tokens": MEAN_TOKENS, "sigma": SIGMA, "max": MAX_TOKENS}
+        record = {"shape": shape, "arms": {name: asdict(arm) for name, arm in arms.items()}}
+        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""A generative judge: a model behind an OpenAI-compatible endpoint gives each completion a score from 0 to 1.
+
+Its calls wait for a network, not for a processor, so they run in threads of the main process (``reward_pool.py``), as
+many at once as ``judge_max_concurrency`` says. The client repeats failed requests, waiting longer each time; a reply is
+asked for once and then remembered, on disk too with ``judge_cache``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from igrpo.answers import completion_text
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.types import Message
+
+_SCORE = re.compile(r"score\W{0,6}([01](?:\.\d*)?|\.\d+)(?![\d.]*\d)", re.IGNORECASE)
+CHECK_SECONDS = 10.0
+
+
+class JudgeError(RuntimeError):
+    """One completion could not be judged."""
+
+
+class Judge:
+    """Scores one completion at a time; may be called from several threads.
+
+    Raises:
+        ConfigError: the openai package is missing, or the cache file cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        try:
+            from openai import OpenAI
+        except ImportError as error:
+            raise ConfigError(f"reward_funcs: judge needs the openai package ({error}); pip install openai") from error
+        self.config = config
+        key = os.environ.get(config.judge_api_key_env) or "none"  # servers of one's own often want no key
+        self.client = OpenAI(
+            base_url=config.judge_base_url,
+            api_key=key,
+            timeout=config.judge_timeout,
+            max_retries=config.judge_max_retries,
+        )
+        self._lock = threading.Lock()
+        self._known: dict[str, float] = {}
+        self._file: Any = None
+        if config.judge_cache is not None:
+            self._open_cache(Path(config.judge_cache).expanduser())
+
+    def check(self) -> None:
+        """Asks the endpoint for its models, so that a wrong address, key or name ends a run before it starts.
+
+        Raises:
+            ConfigError: what to change.
+        """
+        import openai
+
+        url, model = self.config.judge_base_url, self.config.judge_model
+        try:
+            known = [one.id for one in self.client.with_options(timeout=CHECK_SECONDS, max_retries=1).models.list()]
+        except openai.APIConnectionError as error:
+            reason = error.__cause__ or error
+            raise ConfigError(f"judge_base_url: {url} cannot be reached ({reason}); is the server up?") from error
+        except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
+            env = self.config.judge_api_key_env
+            raise ConfigError(f"judge_api_key_env: {url} refuses the key in ${env}; export {env}=…") from error
+        except openai.NotFoundError:
+            return  # an endpoint without a list of models; the first call will tell
+        except openai.APIError as error:
+            raise ConfigError(f"judge_base_url: {url} answers {error}") from error
+        if model not in known:
+            raise ConfigError(f"judge_model: {url} has no {model}; it has {', '.join(known[:5])}")
+
+    def score(self, prompt: str | Sequence[Message], solution: str, completion: str | Sequence[Message]) -> float:
+        """0.0 to 1.0.
+
+        Raises:
+            JudgeError: the endpoint failed for good, or its reply holds no score.
+        TimeoutError: no answer in time, however often it was asked.
+        """
+        text = self._request(prompt, solution, completion_text(completion))
+        key = hashlib.sha256(f"{self.config.judge_model}\0{self.config.judge_max_tokens}\0{text}".encode()).hexdigest()
+        with self._lock:
+            if key in self._known:
+                return self._known[key]
+        reply = self._ask(text)
+        found = _SCORE.findall(reply)
+        if not found or not 0.0 <= float(found[-1]) <= 1.0:
+            raise JudgeError(f"the judge's reply ends without 'Score: X' from 0 to 1: …{reply[-80:]!r}")
+        self._remember(key, float(found[-1]), reply)
+        return float(found[-1])
+
+    def close(self) -> None:
+        self.client.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _request(self, prompt: str | Sequence[Message], solution: str, completion: str) -> str:
+        question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        values = {"question": question, "solution": solution, "completion": completion}
+        # One pass, so that a placeholder's name inside a completion stays what it is; braces of LaTeX are left alone.
+        return re.sub(r"\{(question|solution|completion)\}", lambda m: values[m[1]], self.config.judge_prompt)
+
+    def _ask(self, text: str) -> str:
+        import openai
+
+        try:
+            answer = self.client.chat.completions.create(
+                model=self.config.judge_model or "",
+                messages=[{"role": "user", "content": text}],
+                temperature=0.0,
+                max_completion_tokens=self.config.judge_max_tokens,
+            )
+        except openai.APITimeoutError as error:
+            raise TimeoutError(f"no answer from the judge within {self.config.judge_timeout:g} s") from error
+        except openai.APIError as error:
+            reason = error.__cause__ or error
+            raise JudgeError(f"{type(error).__name__} from {self.config.judge_base_url}: {reason}") from error
+        return answer.choices[0].message.content or ""
+
+    def _open_cache(self, path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
+            self._file.seek(0)
+            for line in self._file:
+                try:
+                    record = json.loads(line)
+                    self._known[record["key"]] = float(record["score"])
+                except (ValueError, KeyError):  # a line cut by a kill
+                    continue
+        except OSError as error:
+            raise ConfigError(f"judge_cache: {path} cannot be used ({error})") from error
+
+    def _remember(self, key: str, score: float, reply: str) -> None:
+        with self._lock:
+            self._known[key] = score
+            if self._file is not None:
+                self._file.write(json.dumps({"key": key, "score": score, "reply": reply}) + "\n")
+                self._file.flush()

@@ -1,0 +1,97 @@
+"""The judge against a real HTTP server in another process: retries, timeouts, concurrency, cache, clear errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.judge import Judge
+from igrpo.reward_pool import RewardPool
+from igrpo.rewards import load_reward_functions
+from igrpo.types import Completion, Problem
+
+ROOT = Path(__file__).resolve().parents[2]
+PROBLEM = Problem(0, "What is {2} + 2?", "4")
+
+
+@pytest.fixture(scope="module")
+def port():
+    command = [sys.executable, "-m", "tests.loop.judge_server"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        yield int(server.stdout.readline())
+        server.kill()
+
+
+def config(port: int, **settings) -> TrainConfig:
+    defaults = {
+        "reward_funcs": ["judge"], "judge_model": "grader", "judge_base_url": f"http://127.0.0.1:{port}/v1",
+        "judge_api_key_env": "JUDGE_TEST_KEY", "judge_timeout": 1.0, "judge_max_retries": 3,
+    }  # fmt: skip
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **{**defaults, **settings})
+
+
+def pool(settings: TrainConfig) -> RewardPool:
+    functions = load_reward_functions(settings.reward_funcs, settings)
+    return RewardPool(functions, num_workers=1, on_error=-1.0, judge=Judge(settings))
+
+
+def scores(pool: RewardPool, texts: list[str]) -> list[dict]:
+    completions = [Completion((1,), (0.0,), text, "stop", 0) for text in texts]
+    return [s.rewards for s in pool.submit(PROBLEM, completions, "What is {2} + 2?").result()]
+
+
+def seen(port: int) -> dict:
+    return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/seen"))
+
+
+def test_each_completion_gets_its_score_and_only_failures_cost_theirs(port):
+    with pool(config(port, reward_funcs=["judge", "format"], judge_max_retries=2)) as judging:
+        got = scores(
+            judging, ["good", "bad", "good FLAKY", "BROKEN", "good SLOW", "RAMBLING", "{solution} {completion}"]
+        )
+        stats = judging.stats()
+    assert [row["judge"] for row in got] == [0.75, 0.0, 0.75, -1.0, -1.0, -1.0, 0.0]
+    assert {row["format"] for row in got} == {0.0}  # the worker process goes on beside
+    assert (stats["rewards/judge/errors"], stats["rewards/judge/timeouts"]) == (2.0, 1.0)
+
+
+def test_no_more_requests_at_once_than_allowed_and_none_twice(port, tmp_path):
+    settings = config(port, judge_max_concurrency=3, judge_cache=str(tmp_path / "deep" / "cache.jsonl"))
+    texts = [f"good {i}" for i in range(12)]
+    before = seen(port)["requests"]
+    with pool(settings) as judging:
+        pending = [judging.submit(PROBLEM, [Completion((1,), (0.0,), t, "stop", 0)], "q") for t in texts]
+        assert [p.result()[0].reward for p in pending] == [0.75] * 12
+        counted = seen(port)
+        assert counted["requests"] - before == 12
+        scores(judging, [texts[0], texts[0]])
+    assert counted["most_at_once"] >= 3
+    with open(settings.judge_cache, "a") as file:
+        file.write('{"key": "cut by a ki')
+    after = seen(port)["requests"]
+    with pool(settings) as judging:  # another run: the file answers
+        pending = [judging.submit(PROBLEM, [Completion((1,), (0.0,), t, "stop", 0)], "q") for t in texts]
+        assert [p.result()[0].reward for p in pending] == [0.75] * 12
+    assert seen(port)["requests"] == after
+
+
+def test_what_cannot_work_is_said_before_the_run_starts(port, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"refuses the key in \$JUDGE_TEST_KEY"):
+        Judge(config(port)).check()
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret")
+    Judge(config(port)).check()
+    with pytest.raises(ConfigError, match="has no gpt-5; it has grader"):
+        Judge(config(port, judge_model="gpt-5")).check()
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        Judge(config(1)).check()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="judge_cache"):
+        Judge(config(port, judge_cache=str(tmp_path / "file" / "cache.jsonl")))
+    with pytest.raises(ConfigError, match="judge needs judge_model and judge_base_url"):
+        TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["judge"])
