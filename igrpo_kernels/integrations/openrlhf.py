@@ -1,0 +1,109 @@
+"""OpenRLHF: `PolicyLoss` and `log_probs_from_logits` with the signatures and return values of OpenRLHF 0.11.
+
+from igrpo_kernels.integrations.openrlhf import PolicyLoss, log_probs_from_logits
+"""
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels import GRPOLossConfig, selective_log_softmax
+from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss
+
+__all__ = ["PolicyLoss", "log_probs_from_logits"]
+
+
+def log_probs_from_logits(
+    logits: Tensor,  # (..., V)
+    labels: Tensor,  # (...)
+    temperature: float = 1.0,
+) -> Tensor:
+    """log softmax(logits / temperature) at `labels` (...), fp32; unlike OpenRLHF's, `logits` keep their values."""
+    return selective_log_softmax(logits, labels, temperature=temperature)
+
+
+class PolicyLoss(torch.nn.Module):
+    """Clipped PPO or GSPO loss on log-probabilities. Arguments and defaults are OpenRLHF's.
+
+    What differs: log-ratios are not clamped to ±20, and `is_correction_gating` other than "ratio" is refused.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: tuple[float, float] = (0.5, 5.0),
+    ):
+        super().__init__()
+        if policy_loss_type not in ("ppo", "gspo"):
+            raise ValueError(f"policy_loss_type={policy_loss_type!r} is unknown; choose 'ppo' or 'gspo'")
+        if is_correction_level not in ("off", "token", "seq") or is_correction_mode not in ("mask", "clip"):
+            raise ValueError("is_correction_level must be off, token or seq, and is_correction_mode mask or clip")
+        if is_correction_gating != "ratio":
+            raise ValueError(f"is_correction_gating={is_correction_gating!r} is not covered; use 'ratio'")
+        if is_correction_mode == "clip" and is_correction_level == "seq":
+            raise ValueError("is_correction_mode=clip requires is_correction_level=token")
+        self.config = GRPOLossConfig(
+            epsilon=clip_eps_low, epsilon_high=clip_eps_high, dual_clip=dual_clip,
+            importance_sampling_level="sequence" if policy_loss_type == "gspo" else "token",
+        )  # fmt: skip
+        self.gspo = policy_loss_type == "gspo"
+        self.token_level_loss = token_level_loss and not self.gspo
+        self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
+        self.is_correction_threshold = is_correction_threshold
+
+    def forward(
+        self,
+        log_probs: Tensor,  # (B, T)
+        old_log_probs: Tensor,  # (B, T)
+        advantages: Tensor,  # (B, T)
+        action_mask: Tensor | None = None,  # (B, T)
+        rollout_log_probs: Tensor | None = None,  # (B, T)
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Loss (), share of clipped tokens (), -mean log-ratio (), and with a correction: mean log-ratio of sampler to
+        trainer (), share of filtered units ()."""
+        mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        corrects = self.is_correction_level != "off"
+        behaviour = rollout_log_probs if self.gspo and corrects else old_log_probs
+        loss, weight = per_token_policy_loss(log_probs, behaviour, advantages, mask, self.config)
+        count, vllm_kl, filtered_share = mask.sum(), None, None
+        if corrects and not self.gspo:
+            coefficient, filtered = self._correction(old_log_probs - rollout_log_probs, mask)
+            loss = loss * coefficient
+            filtered_share = filtered.float().mean() if filtered.shape[1] == 1 else (filtered * mask).sum() / count
+            vllm_kl = ((rollout_log_probs - old_log_probs) * mask).sum() / count
+        loss = self._aggregate(loss, mask, dp_size, batch_num_tokens, global_batch_size)
+        clip_ratio = (clipped(weight, advantages, self.config) * mask).sum() / count
+        ppo_kl = ((old_log_probs - log_probs.detach()) * mask).sum() / count
+        return loss, clip_ratio, ppo_kl, vllm_kl, filtered_share
+
+    def _correction(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Factor of each token's loss (B, T), and which tokens (B, T) or sequences (B, 1) lie outside the band."""
+        low, high = self.is_correction_threshold
+        log_ratio = log_ratio.detach()
+        ratio = statistic = log_ratio.exp()
+        if self.is_correction_level == "seq":
+            lengths = mask.sum(-1, keepdim=True)
+            statistic = ((log_ratio * mask).sum(-1, keepdim=True) / lengths).exp()
+        outside = (statistic < low) | (statistic > high)
+        if self.is_correction_mode == "clip":
+            return statistic.clamp(low, high), outside
+        return torch.where(outside, 0.0, ratio), outside
+
+    def _aggregate(
+        self, loss: Tensor, mask: Tensor, dp_size: int, tokens: float | None, sequences: float | None
+    ) -> Tensor:
+        """Mean over tokens, or over sequences of each one's mean, of the whole batch where its totals are given."""
+        if self.token_level_loss:
+            return loss.sum() / mask.sum() if tokens is None else loss.sum() / tokens * dp_size
+        lengths = mask.sum(-1)
+        per_sequence = loss.sum(-1) / lengths.clamp(min=1)
+        return per_sequence.sum() / ((lengths > 0).sum() if sequences is None else sequences / dp_size)

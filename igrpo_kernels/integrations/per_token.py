@@ -1,0 +1,39 @@
+"""The policy term on log-probabilities that a trainer already has: what verl, OpenRLHF and prime-rl hand to a loss."""
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.objective import importance_weight, policy_term
+from igrpo_kernels.types import GRPOLossConfig
+
+
+def per_token_policy_loss(
+    logps: Tensor,  # (B, T)
+    old_logps: Tensor,  # (B, T)
+    advantages: Tensor,  # (B,) or (B, T)
+    mask: Tensor,  # (B, T)
+    config: GRPOLossConfig,
+) -> tuple[Tensor, Tensor]:
+    """Loss per token (B, T), differentiable in `logps`, and the importance weights (B, T), detached; 0 where masked.
+
+    The equations are `igrpo_kernels.objective`'s. Only the keys of `config` that shape the policy term have an effect:
+    loss_type, importance_sampling_level, epsilon, epsilon_high, delta, dual_clip, sapo_*, vespo_*.
+    """
+    batch = TokenBatch.build(
+        torch.zeros_like(mask, dtype=torch.int64),
+        advantages.to(torch.promote_types(advantages.dtype, torch.float32)),
+        dtype=torch.promote_types(logps.dtype, torch.float32),
+        completion_mask=mask,
+        old_per_token_logps=old_logps,
+    )
+    rows = batch.masked(logps.reshape(-1).to(batch.advantages.dtype))
+    log_ratio = rows - batch.old_per_token_logps
+    weight = importance_weight(log_ratio, batch, config)
+    loss, _ = policy_term(rows, log_ratio, weight, None, batch, config)
+    return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
+
+
+def clipped(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
+    """Bool (B, T): the clipped branch is the smaller one. `advantages` (B, T)."""
+    return ((weight < config.clip_low) & (advantages < 0)) | ((weight > config.clip_high) & (advantages > 0))

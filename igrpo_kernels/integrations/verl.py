@@ -1,0 +1,90 @@
+"""verl: a policy loss for `register_policy_loss`, and the log-probability and entropy function of its fused kernels.
+
+    register_policy_loss("igrpo_cispo")(policy_loss(GRPOLossConfig(loss_type="cispo", epsilon_high=5.0)))
+    # actor_rollout_ref.actor.policy_loss.loss_mode=igrpo_cispo
+
+    linear_cross_entropy   takes the place of verl.utils.kernel.linear_cross_entropy.linear_cross_entropy
+
+Signatures are those of verl 0.9.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
+from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss
+from igrpo_kernels.types import CLIPPED_LOSS_TYPES
+
+__all__ = ["linear_cross_entropy", "policy_loss"]
+
+
+def policy_loss(
+    config: GRPOLossConfig, aggregate: Callable[..., Tensor] | None = None
+) -> Callable[..., tuple[Tensor, dict[str, Any]]]:
+    """A function for `verl.trainer.ppo.core_algos.register_policy_loss`.
+
+    `config` decides the policy term; how tokens are added up stays with verl (`loss_agg_mode`), and so do its clip
+    keys' places: `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the actor have no effect on this loss.
+    `aggregate` replaces verl's `agg_loss`.
+
+    Returns:
+        f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
+        rollout_is_weights (B, T) | None) -> loss (), metrics, as verl calls it.
+    """
+
+    def compute_policy_loss(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "token-mean",
+        config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        agg_loss = aggregate
+        if agg_loss is None:
+            from verl.trainer.ppo.core_algos import agg_loss
+        loss, weight = per_token_policy_loss(log_prob, old_log_prob, advantages, response_mask, settings)
+        if rollout_is_weights is not None:
+            loss = loss * rollout_is_weights
+        batch_info = {} if config is None else config.global_batch_info
+        total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch_info)
+        return total, _metrics(weight, log_prob, old_log_prob, advantages, response_mask)
+
+    def _metrics(weight, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
+        count = mask.sum().clamp(min=1)
+        clip = clipped(weight, advantages, settings) if settings.loss_type in CLIPPED_LOSS_TYPES else weight < 0
+        dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
+        kl = torch.where(mask != 0, old_log_prob - log_prob.detach(), 0.0)
+        names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
+        values = torch.stack([(clip * mask).sum(), kl.sum(), (dual * mask).sum()]) / count
+        return dict(zip(names, values.tolist(), strict=True))
+
+    settings = config
+    return compute_policy_loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (n, H) or (B, T, H)
+    weight: Tensor,  # (V, H)
+    labels: Tensor,  # (n,) or (B, T)
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and entropies (nats), each (n,) fp32 and differentiable; logits never whole.
+
+    Raises:
+        ValueError: a reduction other than "none", or a process group: the vocabulary is not split here.
+    """
+    if reduction != "none" or dist_process_group is not None:
+        raise ValueError(
+            f"reduction={reduction!r} and dist_process_group={dist_process_group!r} are not covered: pass 'none' and "
+            "None, or keep verl's kernel for a vocabulary split over ranks"
+        )
+    return linear_selective_log_softmax(
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True
+    )

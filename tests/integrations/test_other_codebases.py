@@ -1,0 +1,231 @@
+"""Adapters for verl, OpenRLHF and prime-rl.
+
+None of the three installs on a machine without a GPU, so each adapter is checked against its library's documented
+formula written out in PyTorch here; where the library can be imported, against the library itself, too.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from igrpo_kernels import GRPOLossConfig
+from igrpo_kernels.integrations import openrlhf, prime_rl, verl
+
+B, T, H, V = 3, 7, 8, 30
+
+
+@pytest.fixture
+def x() -> SimpleNamespace:
+    """Ratios on both sides of every bound, both signs of the advantage, ragged lengths."""
+    g = torch.Generator().manual_seed(2)
+    logps = -torch.rand(B, T, generator=g) * 3
+    return SimpleNamespace(
+        logps=logps.requires_grad_(),
+        old=logps.detach() + 0.6 * torch.randn(B, T, generator=g),
+        sampler=logps.detach() + 0.3 * torch.randn(B, T, generator=g),
+        advantages=torch.randn(B, 1, generator=g).expand(B, T).contiguous(),
+        mask=(torch.arange(T) < torch.tensor([[7], [4], [1]])).float(),
+        weights=torch.rand(B, T, generator=g) + 0.5,
+    )
+
+
+def same(ours: tuple, theirs: tuple, leaf: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs)
+    mine, other = (torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in (ours, theirs))
+    assert float(other.abs().max()) > 1e-3
+    torch.testing.assert_close(mine, other)
+
+
+def dual_clip_ppo(x: SimpleNamespace, low: float, high: float, c: float) -> torch.Tensor:
+    ratio = (x.logps - x.old).exp()
+    worse = torch.maximum(-x.advantages * ratio, -x.advantages * ratio.clamp(1 - low, 1 + high))
+    return torch.where(x.advantages < 0, torch.minimum(worse, -x.advantages * c), worse)
+
+
+# --- verl
+
+
+def token_mean(loss_mat: torch.Tensor, loss_mask: torch.Tensor, loss_agg_mode: str, **_: Any) -> torch.Tensor:
+    assert loss_agg_mode == "token-mean"
+    return (loss_mat * loss_mask).sum() / loss_mask.sum()
+
+
+def test_verl_policy_loss_is_dual_clip_ppo(x):
+    config = GRPOLossConfig(epsilon=0.2, epsilon_high=0.3, dual_clip=1.8)
+    loss, metrics = verl.policy_loss(config, token_mean)(
+        x.old, x.logps, x.advantages, x.mask, config=None, rollout_is_weights=x.weights
+    )
+    per_token = dual_clip_ppo(x, 0.2, 0.3, 1.8)
+    same(loss, (per_token * x.weights * x.mask).sum() / x.mask.sum(), x.logps)
+    ratio = (x.logps - x.old).exp()
+    outside = ((ratio < 0.8) & (x.advantages < 0)) | ((ratio > 1.3) & (x.advantages > 0))
+    dual = (ratio > 1.8) & (x.advantages < 0)
+    share = lambda t: float((t * x.mask).sum() / x.mask.sum())  # noqa: E731
+    assert metrics == pytest.approx({
+        "actor/pg_clipfrac": share(outside), "actor/pg_clipfrac_lower": share(dual),
+        "actor/ppo_kl": share(x.old - x.logps),
+    }, rel=1e-5)  # fmt: skip
+    assert min(metrics["actor/pg_clipfrac"], metrics["actor/pg_clipfrac_lower"]) > 0
+
+
+GSPO = GRPOLossConfig(epsilon=0.01, epsilon_high=0.02, importance_sampling_level="sequence")
+VERL = {
+    "vanilla": (GRPOLossConfig(epsilon=0.2, epsilon_high=0.3, dual_clip=1.8), "token-mean"),
+    "gspo": (GSPO, "seq-mean-token-mean"),
+    "sapo": (GRPOLossConfig(loss_type="sapo"), "seq-mean-token-mean"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VERL)
+def test_verl_policy_losses_are_verls_own(x, name):
+    core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
+    from verl.workers.config import FSDPActorConfig
+
+    config, mode = VERL[name]
+    actor = FSDPActorConfig(
+        strategy="fsdp", rollout_n=4, use_dynamic_bsz=True, clip_ratio_low=config.epsilon,
+        clip_ratio_high=config.clip_high - 1, clip_ratio_c=config.dual_clip or 3.0,
+    )  # fmt: skip
+    args = (x.old, x.logps, x.advantages, x.mask)
+    theirs, _ = core.get_policy_loss_fn(name)(*args, loss_agg_mode=mode, config=actor)
+    core.register_policy_loss(f"igrpo_{name}")(verl.policy_loss(config))
+    ours, _ = core.get_policy_loss_fn(f"igrpo_{name}")(*args, loss_agg_mode=mode, config=actor)
+    if name == "sapo":  # verl leaves out the factor 4 of the SAPO paper's gate
+        ratio = float((ours / theirs).detach())
+        assert ratio == pytest.approx(4.0 if abs(ratio - 4) < 1 else 1.0, rel=1e-4)
+        theirs = theirs * round(ratio)
+    same(ours, theirs, x.logps)
+
+
+def test_verl_log_probabilities_and_entropies():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(B, T, H, generator=g).requires_grad_(), torch.randn(V, H, generator=g).requires_grad_()
+    labels = torch.randint(0, V, (B, T), generator=g)
+    logps, entropy = verl.linear_cross_entropy(hidden, weight, labels, 0.7, "none", None)
+    exact = ((hidden @ weight.t()) / 0.7).log_softmax(-1).view(-1, V)
+    wanted = exact.gather(-1, labels.view(-1, 1))[:, 0], -(exact.exp() * exact).sum(-1)
+    torch.testing.assert_close((logps, entropy), wanted)
+    mix = torch.randn(2, B * T, generator=g)
+    mine, other = (
+        torch.autograd.grad((mix[0] * a + mix[1] * b).sum(), (hidden, weight), retain_graph=True)
+        for a, b in ((logps, entropy), wanted)
+    )
+    torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="split over ranks"):
+        verl.linear_cross_entropy(hidden, weight, labels, 1.0, "mean", None)
+
+
+# --- OpenRLHF
+
+
+def openrlhf_loss(x: SimpleNamespace, keys: dict[str, Any], call: dict[str, Any]) -> tuple:
+    """OpenRLHF 0.11's PolicyLoss, written out."""
+    k = {"dual_clip": None, "token_level_loss": True, "policy_loss_type": "ppo", "is_correction_level": "off",
+         "is_correction_mode": "mask", "is_correction_threshold": (0.5, 5.0), **keys}  # fmt: skip
+    mask, gspo, corrects = x.mask, k["policy_loss_type"] == "gspo", k["is_correction_level"] != "off"
+    mean = lambda t: (t * mask).sum() / mask.sum()  # noqa: E731
+    log_ratio = x.logps - (x.sampler if gspo and corrects else x.old)
+    if gspo:
+        log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1))[:, None].expand(B, T)
+    ratio = log_ratio.exp()
+    one, two = ratio * x.advantages, ratio.clamp(0.8, 1.3) * x.advantages
+    kept = torch.minimum(one, two)
+    if k["dual_clip"] is not None:
+        kept = torch.where(x.advantages < 0, torch.maximum(kept, k["dual_clip"] * x.advantages), kept)
+    loss, kl, filtered = -kept, None, None
+    if corrects and not gspo:
+        low, high = k["is_correction_threshold"]
+        token = (x.old - x.sampler).exp()
+        statistic = token
+        if k["is_correction_level"] == "seq":
+            statistic = (((x.old - x.sampler) * mask).sum(-1) / mask.sum(-1)).exp()[:, None]
+        outside = (statistic < low) | (statistic > high)
+        loss = loss * (statistic.clamp(low, high) if k["is_correction_mode"] == "clip" else token * ~outside)
+        filtered = outside.float().mean() if k["is_correction_level"] == "seq" else mean(outside.float())
+        kl = mean(x.sampler - x.old)
+    if k["token_level_loss"] and not gspo:
+        total = mean(loss) if not call else (loss * mask).sum() / call["batch_num_tokens"] * call["dp_size"]
+    else:
+        per_sequence = (loss * mask).sum(-1) / mask.sum(-1)
+        total = per_sequence.mean() if not call else per_sequence.sum() / call["global_batch_size"] * call["dp_size"]
+    return total, mean((two < one).float()), mean(x.old - x.logps.detach()), kl, filtered
+
+
+OPENRLHF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ppo": ({}, {}),
+    "dual clip, whole batch's tokens": ({"dual_clip": 1.8}, {"batch_num_tokens": 50.0, "dp_size": 2}),
+    "per sample": ({"token_level_loss": False}, {}),
+    "per sample, whole batch": ({"token_level_loss": False}, {"global_batch_size": 12.0, "dp_size": 2}),
+    "gspo": ({"policy_loss_type": "gspo"}, {}),
+    "gspo from the sampler": ({"policy_loss_type": "gspo", "is_correction_level": "token"}, {}),
+    "icepop": ({"is_correction_level": "token", "is_correction_threshold": (0.8, 1.25)}, {}),
+    "tis": ({"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)}, {}),
+    "seq-mask-tis": ({"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)}, {}),
+}
+
+
+@pytest.mark.parametrize("case", OPENRLHF)
+def test_openrlhf_policy_loss(x, case):
+    keys, call = OPENRLHF[case]
+    keys = {"clip_eps_low": 0.2, "clip_eps_high": 0.3, **keys}
+    args = (x.logps, x.old, x.advantages, x.mask, x.sampler)
+    ours = openrlhf.PolicyLoss(**keys)(*args, **call)
+    theirs = [openrlhf_loss(x, keys, call)]
+    try:
+        from openrlhf.models.loss import PolicyLoss
+
+        theirs.append(PolicyLoss(**keys)(*args, **call))
+    except ImportError:
+        pass
+    for wanted in theirs:
+        same(ours[0], wanted[0], x.logps)
+        for mine, other in zip(ours[1:], wanted[1:], strict=True):
+            assert (mine is None) == (other is None)
+            if mine is not None:
+                torch.testing.assert_close(mine, other)
+    assert float(ours[1]) > 0
+
+
+def test_openrlhf_log_probabilities_leave_the_logits_alone():
+    logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0))
+    before, labels = logits.clone(), torch.randint(0, V, (B, T))
+    logps = openrlhf.log_probs_from_logits(logits, labels, temperature=0.7)
+    assert torch.equal(logits, before)
+    torch.testing.assert_close(logps, (logits / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"policy_loss_type": "dpo"}, "choose 'ppo' or 'gspo'"),
+        ({"is_correction_gating": "tv"}, "use 'ratio'"),
+        ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "requires is_correction_level=token"),
+        ({"dual_clip": 0.5}, "dual_clip=0.5 must be > 1"),
+    ],
+)
+def test_openrlhf_settings_that_are_refused(keys, words):
+    with pytest.raises(ValueError, match=words):
+        openrlhf.PolicyLoss(**keys)
+
+
+# --- prime-rl
+
+
+def test_prime_rl_gets_the_sum_over_a_sequences_tokens(x):
+    for i in range(B):
+        mask, ratio = x.mask[i].bool(), (x.logps[i] - x.old[i]).exp()
+        config = GRPOLossConfig(loss_type="cispo", epsilon_high=1.5)
+        loss, metrics = prime_rl.sequence_loss(x.logps[i], x.old[i], x.advantages[i], mask, config)
+        same(loss, -(ratio.detach().clamp(max=1.5) * x.advantages[i] * x.logps[i])[mask].sum(), x.logps)
+        torch.testing.assert_close(metrics["importance_ratio"], ratio.detach()[mask].mean())
+        torch.testing.assert_close(metrics["log_ratio"], ratio.detach().log()[mask].mean())
+
+
+def test_prime_rl_calls_it_with_its_own_types(x):
+    library = pytest.importorskip("prime_rl.trainer.rl.loss", exc_type=ImportError)
+    inputs = library.LossInputs(x.logps[0], x.old[0], None, x.advantages[0], x.mask[0].bool())
+    assert isinstance(prime_rl.policy_loss(inputs, loss_type="sapo"), library.LossOutputs)
