@@ -4,7 +4,7 @@ PY := .venv/bin/python
 CONFIG ?= recipes/quickstart.yaml
 ARGS ?=
 
-.PHONY: train test bench setup lint gpu-check clean
+.PHONY: train test bench setup docs lint gpu-check clean
 
 train: setup
 	$(PY) -m igrpo.train --config $(CONFIG) $(ARGS)
@@ -23,6 +23,10 @@ bench: setup
 # Anywhere: make gpu-check ARGS="--dry-run --output record.json" walks the same path under Triton's interpreter.
 gpu-check: setup
 	$(PY) scripts/gpu_check.py $(ARGS)
+
+# Writes docs/configuration.md and docs/api.md from the source.
+docs: setup
+	$(PY) scripts/write_docs.py
 
 lint: setup
 	$(PY) -m ruff check .

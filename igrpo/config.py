@@ -90,6 +90,8 @@ class TrainConfig:
     """System turn of both stages; null leaves it to the chat template."""
     few_shot_examples: list[dict] = field(default_factory=list)
     """Worked examples shown as earlier turns, each `{prompt: …, completion: …}`: a weak model copies the form."""
+    chat_template: str | None = None
+    """Jinja text that takes the place of the tokenizer's chat template; null keeps that."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template (`enable_thinking: false`)."""
     draft_template: str = DEFAULT_DRAFT_TEMPLATE

@@ -17,6 +17,7 @@ from igrpo.config import ConfigError, TrainConfig, field_types
 from igrpo.config_checks import describe_type
 
 RENAMED = {
+    "dataset_configs": "dataset_config",
     "warmup_ratio": "warmup_steps",
     "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
 }
@@ -47,8 +48,21 @@ DROPPED = {
     "remove_unused_columns": "all columns reach the reward functions",
     "num_completions_to_print": "completions.jsonl holds all of them",
     "steps_per_generation": "gradient_accumulation_steps decides",
+    "generation_batch_size": "per_device_train_batch_size and gradient_accumulation_steps decide",
+    "num_generations_eval": "eval_samples decides",
     "benchmarks": "evaluation is a program of its own",
     "callbacks": "there are no callbacks",
+    "hub_model_revision": "checkpoints stay in output_dir",
+    "save_only_model": "checkpoints hold the optimiser, so that a run can go on",
+    "sync_ref_model": "the reference model stays the initial one",
+    "disable_dropout": "dropout stays as the model's config has it",
+    "vllm_enable_sleep_mode": "the engine sleeps where it shares the learner's GPU",
+    "wandb_entity": "set the environment variable WANDB_ENTITY",
+    "wandb_project": "set the environment variable WANDB_PROJECT",
+    "wandb_run_group": "set the environment variable WANDB_RUN_GROUP",
+    "code_language": "no reward here runs code",
+    "code_eval_test_batch_size": "no reward here runs code",
+    "parallel_code_exec_per_proc": "no reward here runs code",
 }
 """Keys of real recipes that have no counterpart here, with the reason: one warning line each."""
 
@@ -86,6 +100,9 @@ def build_config(values: dict[str, Any]) -> TrainConfig:
             settings[key] = coerce(key, value)
         else:
             raise ConfigError(f"{key}: there is no such key{_nearest(key, known)}")
+    if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
+        _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
+        del settings["eval_steps"]
     for key in REQUIRED:
         if key not in settings:
             raise ConfigError(f"{key} is missing; write it in the recipe or as --{key} VALUE")
@@ -117,6 +134,8 @@ def coerce(key: str, value: Any) -> Any:
             raise ConfigError(f"{key}: {value!r} does not fit; write {describe_type(hint)}") from None
     if key == "report_to" and isinstance(value, list):
         return ",".join(map(str, value))
+    if key == "dataset_config" and isinstance(value, list) and len(value) == 1:  # an older open-r1 spelling
+        return value[0]
     if key == "scale_rewards" and isinstance(value, bool):  # TRL's older spelling
         return "group" if value else "none"
     if any(get_origin(kind) is list for kind in kinds) and isinstance(value, str | int | float):

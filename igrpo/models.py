@@ -44,6 +44,8 @@ def load_tokenizer(path: str, config: TrainConfig) -> Any:
     tokenizer = _load(AutoTokenizer, path, config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template
     return tokenizer
 
 

@@ -10,7 +10,8 @@ processes of torch.distributed by an all-reduce inside the loss (pass the number
 * tensors need not be contiguous, T may exceed 65,535, a new T compiles nothing;
 * where `vllm_is_ratio` is given per token, padding counts nothing in VESPO's sequence weight;
 * `compiled` and `chunk_size` are accepted and have no effect;
-* `inplace=True` lets the gradient use the memory of `logits`; an implementation may still leave it alone.
+* `inplace=True` lets the gradient take the memory of `logits` already in the forward pass, where Liger waits for
+  backward: whoever reads the logits after the loss passes `inplace=False`.
 """
 
 import warnings
@@ -223,11 +224,10 @@ def _ratio(ratio: Tensor | None, mask: Tensor, loss_type: str) -> Tensor | None:
     """(B, T). VESPO multiplies a sequence's ratios, so there one per sequence stands on its first token alone."""
     if ratio is None:
         return None
+    b, t = mask.shape
+    if tuple(ratio.shape) not in ((b,), (b, 1), (b, t)):
+        raise ValueError(f"vllm_is_ratio has shape {tuple(ratio.shape)}; it must be ({b},), ({b}, 1) or ({b}, {t})")
     ratio = ratio[:, None] if ratio.dim() == 1 else ratio
-    if ratio.shape[0] != mask.shape[0] or ratio.shape[1] not in (1, mask.shape[1]):
-        raise ValueError(
-            f"vllm_is_ratio has shape {tuple(ratio.shape)}; it must be (B,), (B, 1) or {tuple(mask.shape)}"
-        )
     if loss_type == "vespo" and ratio.shape[1] == 1:
         first = (mask != 0) & (mask.cumsum(1) == 1)
         return torch.where(first, ratio, 1.0)

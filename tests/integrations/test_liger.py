@@ -224,8 +224,9 @@ def test_shapes_that_liger_refuses_work():
     wide = torch.randn(B, 2 * (T + 1), V, generator=x.generator)[:, ::2].requires_grad_()
     assert not wide.is_contiguous()
     ids = x.ids.t().contiguous().t()
-    loss, _ = triton_grpo_loss(wide, x.old, None, ids, x.advantages, x.mask, beta=0.0, reduce=True)
-    same, _ = triton_grpo_loss(wide.clone(), x.old, None, x.ids, x.advantages, x.mask, beta=0.0, reduce=True)
+    keys = {"beta": 0.0, "reduce": True, "inplace": False}
+    loss, _ = triton_grpo_loss(wide, x.old, None, ids, x.advantages, x.mask, **keys)
+    same, _ = triton_grpo_loss(wide.clone(), x.old, None, x.ids, x.advantages, x.mask, **keys)
     close(loss, same)
     (grad,) = grads(loss, wide)
     assert grad.shape == wide.shape and float(grad.abs().max()) > 0
