@@ -132,7 +132,8 @@ def openrlhf_loss(x: SimpleNamespace, keys: dict[str, Any], call: dict[str, Any]
     if gspo:
         log_ratio = ((log_ratio * mask).sum(-1) / mask.sum(-1))[:, None].expand(B, T)
     ratio = log_ratio.exp()
-    one, two = ratio * x.advantages, ratio.clamp(0.8, 1.3) * x.advantages
+    low_high = 1 - k["clip_eps_low"], 1 + k["clip_eps_high"]
+    one, two = ratio * x.advantages, ratio.clamp(*low_high) * x.advantages
     kept = torch.minimum(one, two)
     if k["dual_clip"] is not None:
         kept = torch.where(x.advantages < 0, torch.maximum(kept, k["dual_clip"] * x.advantages), kept)
@@ -160,11 +161,14 @@ OPENRLHF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dual clip, whole batch's tokens": ({"dual_clip": 1.8}, {"batch_num_tokens": 50.0, "dp_size": 2}),
     "per sample": ({"token_level_loss": False}, {}),
     "per sample, whole batch": ({"token_level_loss": False}, {"global_batch_size": 12.0, "dp_size": 2}),
-    "gspo": ({"policy_loss_type": "gspo"}, {}),
-    "gspo from the sampler": ({"policy_loss_type": "gspo", "is_correction_level": "token"}, {}),
+    "gspo": ({"policy_loss_type": "gspo", "clip_eps_high": 0.1}, {}),
+    "gspo from the sampler": (
+        {"policy_loss_type": "gspo", "is_correction_level": "token", "clip_eps_low": 0.01, "clip_eps_high": -0.05},
+        {},
+    ),
     "icepop": ({"is_correction_level": "token", "is_correction_threshold": (0.8, 1.25)}, {}),
     "tis": ({"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)}, {}),
-    "seq-mask-tis": ({"is_correction_level": "seq", "is_correction_threshold": (0.9, 1.1)}, {}),
+    "seq-mask-tis": ({"is_correction_level": "seq", "is_correction_threshold": (0.5, 1.2)}, {}),
 }
 
 
