@@ -11,6 +11,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 
 from benchmarks import contenders_linear, contenders_logits
 from benchmarks.contender import Contender

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from benchmarks import records, tables
-from benchmarks.contender import Contender
+from benchmarks.contender import Contender, interpreted
 from benchmarks.measure import Contest
 from benchmarks.problems import make_problem
-from benchmarks.shapes import Shape
+from benchmarks.shapes import Shape, contests
 
 ROUNDS = (5, 40)
 RETRIES = 2
@@ -74,8 +74,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`contest_of("op")` on a test: one case per (shape, variant) of this kind of machine."""
     marker = metafunc.definition.get_closest_marker("contest")
     if marker:
-        from benchmarks.shapes import contests
-
         cases = contests(metafunc.config.stash[SESSION].kind)[marker.args[0]]
         names = [f"{s.name}-{s.tokens}x{s.V}x{s.H}-{s.dtype_name}-{v.replace(' ', '_')}" for s, v in cases]
         metafunc.parametrize(("shape", "variant"), cases, ids=names)
@@ -95,7 +93,8 @@ def hold(session: Session, benchmark):
 
     def run(op: str, shape: Shape, variant: str, passes: tuple[str, ...], contenders: tuple[Contender, ...]) -> None:
         problem = make_problem(op, shape, variant, session.device)
-        entering = [c for c in contenders if c.enters(op, variant) and runs_here(c, session)]
+        entering = [c for c in contenders if c.enters(op, variant) and runs_here(c, session)
+                    and not compiles_too_long(c, session, op, shape)]  # fmt: skip
         contest = Contest(problem, entering, passes)
         contest.prepare()
         seconds = timed(contest.round)  # the warm-up, and how long a round takes
@@ -130,16 +129,15 @@ def ours_here(session: Session):
 
 
 def runs_here(contender: Contender, session: Session) -> bool:
-    """Implementations of ours for another kind of machine are no news; a peer's absence is."""
-    from igrpo_kernels import available_impls
+    """Our implementations for another kind of machine are no news; one that is missing here is, like a peer."""
+    if contender.impl in ("cuda", "triton"):
+        return session.device.type == "cuda" or (interpreted() and contender.impl == "triton")
+    return contender.impl != "cpu" or session.device.type == "cpu"
 
-    if contender.impl not in records.OURS:
-        return True
-    if contender.impl in ("cuda", "triton") and session.device.type == "cpu" and session.kind != "toy":
-        return False
-    if contender.impl == "cpu" and session.device.type == "cuda":
-        return False
-    return available_impls()[contender.impl] == "available"
+
+def compiles_too_long(contender: Contender, session: Session, op: str, shape: Shape) -> bool:
+    """On CUDA torch.compile takes longer than a whole contest: it enters at the first shape only, in every variant."""
+    return session.kind == "cuda" and contender.compiled and shape != contests("cuda")[op][0][0]
 
 
 def finish(session: Session, benchmark, rows: list[dict]) -> None:

@@ -1,12 +1,14 @@
 """A contender in a contest: what it is, what it needs, what it can do."""
 
 import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.problems import Outputs, Problem
+from igrpo_kernels import available_impls
 
 Forward = Callable[[Problem], Outputs]
 """Reads `problem.leaf` and the rest; the harness runs the backward pass from what it returns."""
@@ -36,6 +38,8 @@ class Contender:
     only: tuple[str, ...] = ()
     """The only variants it can compute; empty: all but `lacks`."""
     forward_only: bool = False
+    compiled: bool = False
+    """Goes through torch.compile."""
     extra_row: bool = False
     """Wants logits (B, T+1, V)."""
 
@@ -44,6 +48,8 @@ class Contender:
 
     def missing(self, device: torch.device) -> str | None:
         """Why it cannot run here and what would change that, or None."""
+        if self.impl in (states := available_impls()) and states[self.impl] != "available":
+            return states[self.impl]
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"not installed (pip install {self.install})"
         if self.cuda and device.type != "cuda" and not interpreted():
@@ -53,6 +59,4 @@ class Contender:
 
 def interpreted() -> bool:
     """Whether Triton kernels run on CPU tensors, line by line in Python."""
-    import os
-
     return os.environ.get("TRITON_INTERPRET") == "1"

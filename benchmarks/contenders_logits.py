@@ -59,23 +59,20 @@ def eager(compiled: bool, dynamic: bool | None = False) -> Forward:
 
 
 def trl() -> Forward:
-    """TRL's Triton kernels; on a CPU, where they do not run, the PyTorch code TRL itself falls back to."""
+    """TRL's Triton kernel, which gives both; on a CPU, where it does not run, the PyTorch code TRL falls back to."""
     if torch.cuda.is_available() or interpreted():
         from trl.kernels import selective_log_softmax_and_entropy as both
+
+        def one(logits: Tensor, ids: Tensor) -> Tensor:
+            return both(logits, ids, temperature=1.0)[0]
     else:
+        from trl.trainer.utils import selective_log_softmax as one
         from trl.trainer.utils import selective_log_softmax_and_entropy as both
-    from trl.trainer.utils import selective_log_softmax as one
 
     def forward(p: Problem) -> Outputs:
-        h = None
-        if p.wants_entropy:
-            logps, h = both(p.leaf, p.ids, temperature=1.0)
-        elif interpreted():
-            logps, _ = both(p.leaf, p.ids, temperature=1.0)
-        else:
-            logps = one(p.leaf, p.ids)
+        logps, h = both(p.leaf, p.ids, temperature=1.0) if p.wants_entropy else (one(p.leaf, p.ids), None)
         if p.op == LOGPS:
-            return {"logps": logps, "entropy": h} if h is not None else {"logps": logps}
+            return {"logps": logps, "entropy": h} if p.wants_entropy else {"logps": logps}
         c = p.config
         loss = grpo_from_logps(
             logps, h, p.advantages, p.old, p.ref, sequence=p.variant == "gspo", beta=c.beta, entropy_coef=c.entropy_coef
@@ -129,7 +126,7 @@ OURS = (
 )
 RIVALS = (
     Contender("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
-    Contender("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS)),
+    Contender("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
     Contender("trl", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
     Contender("liger", build=partial(liger_loss, False), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
     Contender("liger, in place", build=partial(liger_loss, True), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),

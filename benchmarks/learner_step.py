@@ -8,6 +8,7 @@ which is what ours is timed for too.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import random
 import time
@@ -200,6 +201,9 @@ def run(case: Case, folder: Path, steps: int) -> Turns:
 def run_alone(case: Case, mode: str, steps: int) -> Turns:
     """One mode, for a model of which the device holds only one."""
     turns = Turns()
+    gc.collect()  # the model of the mode before
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     with quiet():
         learner, samples = our_learner(case, None, mode)
         for step in range(steps + 2):

@@ -70,6 +70,7 @@ class Contest:
         problem.old = problem.clock_old
         for entrant in self.running:
             self.guarded(entrant, lambda e=entrant: self._measure_memory(e))
+        problem.begin()  # its buffer, which the floor copies into
         self.floor = Floor(problem, self.passes)
 
     @property

@@ -158,11 +158,18 @@ def resources(grpo: Path, igrpo: Path) -> Iterable[str]:
 
 
 def totals(steps: Sequence[dict]) -> tuple[float, float, float]:
-    """Peak memory in GB, trained samples per second of the run, device-hours (of processes, where there is no GPU)."""
+    """Peak memory in GB, samples per second of the run, device-hours (of processes, where there is no GPU).
+
+    A sample is a problem with everything drawn for it: with that reading the paper's rates and hours both come to the
+    7,500 problems of its epoch.
+    """
     seconds = sum(step["step_time"] for step in steps)
-    trained = sum(step["learner/sequences"] + step["learner/sequences_skipped"] for step in steps)
+    problems = sum(
+        step["rollout/samples_per_second"] * step["rollout/seconds"] / step["rollout/rollouts_per_prompt"]
+        for step in steps
+    )
     memory = max(step["peak_memory_gib"] for step in steps) * 2**30 / 1e9
-    return memory, trained / seconds, steps[-1]["core_hours"]
+    return memory, problems / seconds, steps[-1]["core_hours"]
 
 
 def main(argv: list[str] | None = None) -> int:

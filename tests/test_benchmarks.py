@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import records, report, targets
+from benchmarks import loop_tables, records, report, rollouts, targets
 from benchmarks.contender import Contender
 from benchmarks.measure import Contest, peak_extra_bytes
 from benchmarks.problems import make_problem
@@ -114,6 +114,27 @@ def test_a_planted_regression_fails_the_whole_command(tmp_path):
     done = run("--guard")
     assert done.returncode == 1
     assert "slower than the record, beyond noise" in done.stdout
+
+
+def test_the_dry_run_walks_every_contenders_path(tmp_path):
+    """gpu_check on toy shapes: Liger's and TRL's Triton kernels run interpreted, and pass the gate like ours."""
+    chosen = "(bench_loss and token and toy-10x96) or learner_step"
+    command = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--dry-run", "--skip-tests", "-k", chosen]
+    done = subprocess.run(
+        [*command, "--output", tmp_path / "record.json"], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    record = records.load(tmp_path / "record.json")
+    assert record["toy"] and record["tests"]["exit_status"] is None
+    timed: dict[str, set[str]] = {}
+    for row in record["rows"]:
+        if row["time_ms"]:
+            timed.setdefault(row["op"], set()).add(row["contender"])
+    everywhere = {"floor", "triton", "cpu", "torch", "eager", "torch.compile"}
+    assert timed["grpo_loss"] == everywhere | {"triton, in place", "cpu, in place", "trl", "liger", "liger, in place"}
+    chunked = {"trl, chunked", "liger FusedLinearGRPO", "liger scaled CE", "cce, its torch_compile"}
+    assert timed["linear_grpo_loss"] == everywhere | chunked
+    assert timed["learner_step"] == {"trl", "igrpo, padded", "igrpo, packed", "igrpo, packed, shared prefix"}
 
 
 # --- the gate
@@ -249,6 +270,35 @@ def test_a_missed_target_is_listed():
     lines = "\n".join(targets.section([{"cpu": "x", "rows": rows}]))
     assert "3 times faster than eager PyTorch in fp32. **Missed in 1 of 1:**" in lines
     assert "GPU: selective_log_softmax forward: at least 90 % of the copy's bandwidth. **Not measured.**" in lines
+
+
+def made_up_run(folder: Path, seconds: float) -> Path:
+    folder.mkdir()
+    steps = [
+        {"step_time": seconds, "rollout/seconds": seconds / 2, "rollout/draft_tokens": 100.0, "peak_memory_gib": 1.5,
+         "rollout/refinement_tokens": 300.0, "rollout/samples_per_second": 64 / seconds, "core_hours": 0.25 * (i + 1),
+         "rollout/rollouts_per_prompt": 8.0}
+        for i in range(4)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, [{"eval/accuracy": 0.5}, *steps])))
+    return folder
+
+
+def test_the_resource_table_has_the_papers_column_and_ours(tmp_path):
+    runs = made_up_run(tmp_path / "grpo", 8.0), made_up_run(tmp_path / "igrpo", 10.0)
+    lines = list(rollouts.resources(*runs))
+    assert lines[4] == "| iGRPO against GRPO, paper | +0.0% | -17.1% | +13.0% |"
+    assert lines[5] == "| grpo, ours | 1.61 | 0.5 | 1 |"  # 4 problems in 8 seconds, 4 quarters of an hour
+    assert lines[7] == "| iGRPO against GRPO, ours | +0.0% | -20.0% | +0.0% |"
+
+
+def test_schedules_become_rows_of_the_record(tmp_path):
+    steps = rollouts.steps_of(made_up_run(tmp_path / "run", 8.0))
+    rollout, step = rollouts.rows("igrpo, streaming", steps, "tiny")
+    assert (rollout["op"], rollout["time_ms"], rollout["tokens"], rollout["samples"]) == ("rollout", 4000.0, 400, 32)
+    assert (step["op"], step["time_ms"], step["peak_extra_bytes"]) == ("training_step", 8000.0, 1.5 * 2**30)
+    text = "\n".join(loop_tables.section([rollout, step]))
+    assert "| tiny | igrpo, streaming | 4,000 | 100 | 8.00 | 1,536 | 1.00 |" in text
 
 
 def test_committed_records_have_the_rows_of_the_schema():
