@@ -298,7 +298,7 @@ def test_schedules_become_rows_of_the_record(tmp_path):
     assert (rollout["op"], rollout["time_ms"], rollout["tokens"], rollout["samples"]) == ("rollout", 4000.0, 400, 32)
     assert (step["op"], step["time_ms"], step["peak_extra_bytes"]) == ("training_step", 8000.0, 1.5 * 2**30)
     text = "\n".join(loop_tables.section([rollout, step]))
-    assert "| tiny | igrpo, streaming | 4,000 | 100 | 8.00 | 1,536 | 1.00 |" in text
+    assert "| tiny | igrpo, streaming | 4,000 | 1.00 | 100 | 8.00 |  | 1,536 |" in text
 
 
 def test_committed_records_have_the_rows_of_the_schema():
