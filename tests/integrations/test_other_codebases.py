@@ -162,10 +162,7 @@ OPENRLHF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "per sample": ({"token_level_loss": False}, {}),
     "per sample, whole batch": ({"token_level_loss": False}, {"global_batch_size": 12.0, "dp_size": 2}),
     "gspo": ({"policy_loss_type": "gspo", "clip_eps_high": 0.1}, {}),
-    "gspo from the sampler": (
-        {"policy_loss_type": "gspo", "is_correction_level": "token", "clip_eps_low": 0.01, "clip_eps_high": -0.05},
-        {},
-    ),
+    "gspo from the sampler": ({"policy_loss_type": "gspo", "is_correction_level": "token"}, {}),
     "icepop": ({"is_correction_level": "token", "is_correction_threshold": (0.8, 1.25)}, {}),
     "tis": ({"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)}, {}),
     "seq-mask-tis": ({"is_correction_level": "seq", "is_correction_threshold": (0.5, 1.2)}, {}),
