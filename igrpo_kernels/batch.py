@@ -130,14 +130,15 @@ class TokenBatch:
         """(n,) rows with masked rows set to 0, in value and in gradient, even if they hold NaN."""
         return torch.where(self.mask, x, 0.0)
 
-    def check_index(self, vocab_size: int) -> None:
-        """Raise ValueError for a target outside the vocabulary; on the CPU only, where looking costs no sync."""
-        check_index_in_vocab(self.index, vocab_size)
+
+def values_may_be_read(x: Tensor) -> bool:
+    """Whether a check may look at a tensor's values: on the CPU it costs no sync, and in a graph there are none yet."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def check_index_in_vocab(index: Tensor, vocab_size: int) -> None:
     """ValueError when a CPU index tensor holds a value outside [0, vocab_size). Elsewhere the row becomes NaN."""
-    if index.device.type != "cpu" or index.numel() == 0:
+    if not values_may_be_read(index) or index.numel() == 0:
         return
     low, high = (int(x) for x in index.aminmax())
     if low < 0 or high >= vocab_size:
@@ -203,7 +204,7 @@ def _check_layout(completion_ids: Tensor, cu_seqlens: Tensor | None) -> None:
             f"{tuple(cu_seqlens.shape)} of {cu_seqlens.dtype}"
         )
     _check_device("cu_seqlens", cu_seqlens, completion_ids)
-    if cu_seqlens.device.type == "cpu":
+    if values_may_be_read(cu_seqlens):
         first, last, n = int(cu_seqlens[0]), int(cu_seqlens[-1]), completion_ids.numel()
         if first != 0 or last != n or bool((cu_seqlens.diff() < 0).any()):
             raise ValueError(
@@ -223,7 +224,7 @@ def _check_per_token(name: str, x: Tensor | None, completion_ids: Tensor) -> Non
     if name != "completion_mask":
         if not x.is_floating_point():
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    elif x.is_floating_point() and x.device.type == "cpu" and not bool(((x == 0) | (x == 1)).all()):
+    elif x.is_floating_point() and values_may_be_read(x) and not bool(((x == 0) | (x == 1)).all()):
         raise ValueError("completion_mask must hold only 0 and 1: it selects tokens, it does not weight them")
 
 

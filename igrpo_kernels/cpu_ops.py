@@ -4,8 +4,12 @@ Row arithmetic is fp32 whatever the logits' dtype (fp64 input is computed by the
 gradient is stored. A row's result depends on that row alone: not on the batch, not on the number of threads.
 """
 
-from igrpo_kernels.native_linear import linear_grpo_loss, linear_selective_log_softmax
-from igrpo_kernels.native_loss import grpo_loss, selective_log_softmax
+from igrpo_kernels.native_impl import (
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
 from igrpo_kernels.native_ops import missing_library
 
 __all__ = [

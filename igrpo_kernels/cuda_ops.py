@@ -1,14 +1,18 @@
 """`impl="cuda"`: compiled row kernels (csrc/cuda/) that keep a row on chip between its statistics and its gradient.
 
-The same Python as impl="cpu" (native_loss.py, native_linear.py) on the CUDA implementation of the same operators:
+The same Python as impl="cpu" (native_impl.py) on the CUDA implementation of the same operators:
 sm_90 and later hold a row in a cluster's shared memory, sm_80 in one block's shared memory and registers; rows that
 cannot fit are read twice. docs/kernels.md says what has been measured on which device, and what has not.
 """
 
 import torch
 
-from igrpo_kernels.native_linear import linear_grpo_loss, linear_selective_log_softmax
-from igrpo_kernels.native_loss import grpo_loss, selective_log_softmax
+from igrpo_kernels.native_impl import (
+    grpo_loss,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
 from igrpo_kernels.native_ops import missing_library
 
 __all__ = [

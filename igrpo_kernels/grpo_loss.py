@@ -1,11 +1,13 @@
 """The two public losses: from logits, or from hidden states and the lm_head so that logits never exist whole."""
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.logprobs import check_index, check_linear_shapes, check_logits_shape
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
+from igrpo_kernels.vocab_parallel import VocabShard
 
 _DEFAULT_CONFIG = GRPOLossConfig()
 
@@ -21,6 +23,7 @@ def grpo_loss(
     sampling_per_token_logps: Tensor | None = None,  # shape of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
+    process_group: ProcessGroup | None = None,
     config: GRPOLossConfig = _DEFAULT_CONFIG,
     impl: str = "auto",
     inplace: bool = False,
@@ -40,9 +43,22 @@ def grpo_loss(
             off_policy_mask_threshold and the `sampling/...` metrics.
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
         num_items_in_batch: denominator of dapo, cispo and vespo (see below); None = this call's unmasked tokens.
-        config: the loss; None of its values triggers a recompilation.
+        process_group: `logits` hold this rank's contiguous columns of a vocabulary spread over the group in rank order,
+            everything else is the same on every rank, ids included, which stay global. Every rank gets the loss,
+            metrics, log-probs and entropies of the whole rows, to the last bit the same, and its own columns'
+            gradient. Cut padding columns off with a view. None = nothing is communicated; otherwise two gathers:
+            the shards' sizes (a host sync), and four numbers per row. The torch implementation gathers the logits.
+        config: the loss; none of its values triggers a recompilation.
         impl: "auto" or a name from `available_impls()`; the environment variable IGRPO_KERNELS_IMPL replaces "auto".
         inplace: allow the gradient to overwrite the storage of `logits`. The torch implementation ignores it.
+
+    Cost, apart from impl="torch": memory traffic per bf16 logit of an unmasked row at most 6 B, 4 B where the row stays
+    on chip (cuda; cpu: in cache), 2 B without gradient; masked rows are only written. Kept until backward: the gradient
+    (none with inplace) for losses whose coefficients are known row by row, else the logits and 16 B per token (32 in
+    fp64). `igrpo_kernels/fused_loss.py` says which losses are which.
+
+    torch.compile takes a call as part of its graph, without a break and without a recompilation for a new length. There
+    a bad id poisons its row instead of raising, `inplace` is not used, and process_group does not work.
 
     Returns:
         GRPOLossOutput with loss (), per_token_logps and entropy in the shape of completion_ids, and metrics.
@@ -82,10 +98,11 @@ def grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         cu_seqlens=cu_seqlens,
     )
-    check_index(batch.index, logits.device, logits.shape[-1])
+    shard = VocabShard.of(process_group, logits.shape[-1], logits.device)
+    check_index(batch.index, logits.device, logits.shape[-1] if shard is None else shard.vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    module = resolve_impl(impl, logits.device.type)
-    return _output(module.grpo_loss(logits, batch, config, num_items_in_batch, inplace=inplace), batch)
+    module = resolve_impl(impl, logits.device.type, logits.dtype, logits.shape[-1])
+    return _output(module.grpo_loss(logits, batch, config, num_items_in_batch, inplace=inplace, shard=shard), batch)
 
 
 def linear_grpo_loss(
@@ -101,6 +118,9 @@ def linear_grpo_loss(
     sampling_per_token_logps: Tensor | None = None,  # shape of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
+    fp32_logits: bool = False,
+    compute_metrics: bool = True,
+    process_group: ProcessGroup | None = None,
     config: GRPOLossConfig = _DEFAULT_CONFIG,
     impl: str = "auto",
     inplace: bool = False,
@@ -112,11 +132,19 @@ def linear_grpo_loss(
             before the matmul, so prompt tokens may stay in a packed batch under a mask of 0.
         lm_head_weight: (V, H), as nn.Linear stores it. Frozen (requires_grad=False) means no dW work at all.
         lm_head_bias: (V,).
+        fp32_logits: see `linear_selective_log_softmax`.
+        compute_metrics: False = `metrics` is empty, and tokens that cannot contribute (A = 0 without KL and entropy
+            bonus; of a whole sequence where the loss couples its tokens) never meet a matmul: their log-probs and
+            entropies are 0. The loss and its gradient do not change.
+        process_group: lm_head_weight and lm_head_bias hold this rank's rows; see `grpo_loss`. The gradient of
+            hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
         inplace: has no effect here: the chunk buffers are this function's own.
         Everything else: see `grpo_loss`, including the denominators.
 
-    Memory, dtypes and FLOPs: see `linear_selective_log_softmax`. Backward skips tokens whose gradient is exactly zero
-    (clipped, A = 0 without KL and entropy bonus).
+    FLOPs for n contributing tokens, forward and backward together, all in forward: 6·n·H·V (4 if lm_head_weight is
+    frozen; 8 where sequences longer than a chunk are coupled, or top_entropy_quantile < 1 meets several chunks; 2 for
+    tokens that only report metrics). impl="torch": 8. Kept until backward: dX, and dW in fp32. At the peak one chunk of
+    logits more (`lm_head.CHUNK_BYTES`: 1.25 GiB on CUDA, 128 MiB on the CPU). Dtypes: `linear_selective_log_softmax`.
 
     Returns, Raises: see `grpo_loss`.
 
@@ -136,11 +164,22 @@ def linear_grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         cu_seqlens=cu_seqlens,
     )
-    check_index(batch.index, hidden_states.device, lm_head_weight.shape[0])
+    shard = VocabShard.of(process_group, lm_head_weight.shape[0], hidden_states.device)
+    check_index(batch.index, hidden_states.device, lm_head_weight.shape[0] if shard is None else shard.vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    module = resolve_impl(impl, hidden_states.device.type)
+    module = resolve_impl(impl, hidden_states.device.type, hidden_states.dtype, lm_head_weight.shape[0])
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    rows = module.linear_grpo_loss(hidden, lm_head_weight, lm_head_bias, batch, config, num_items_in_batch)
+    rows = module.linear_grpo_loss(
+        hidden,
+        lm_head_weight,
+        lm_head_bias,
+        batch,
+        config,
+        num_items_in_batch,
+        fp32_logits=fp32_logits,
+        compute_metrics=compute_metrics,
+        shard=shard,
+    )
     return _output(rows, batch)
 
 

@@ -2,10 +2,12 @@
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from igrpo_kernels.batch import check_index_in_vocab
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.types import LogitTransform
+from igrpo_kernels.vocab_parallel import VocabShard
 
 
 def selective_log_softmax(
@@ -14,6 +16,7 @@ def selective_log_softmax(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """log softmax(logits / temperature) at `index`, and optionally the entropy of that softmax.
@@ -25,7 +28,12 @@ def selective_log_softmax(
         index: (...) int32 or int64, the token whose log-probability is wanted.
         temperature: > 0.
         return_entropy: also return H, in nats.
+        process_group: logits hold this rank's contiguous columns of a vocabulary spread over the group in rank order
+            (`index` stays global); see `grpo_loss`.
         impl: "auto", or a name from `available_impls()`.
+
+    Cost per bf16 logit: forward 2 B read; backward 2 B read and 2 B written, one buffer. State: the logits and 16 B per
+    row. (impl="torch" makes several fp32 copies.) Differentiable once. torch.compile: as for `grpo_loss`.
 
     Returns:
         logps (...), or (logps, entropy): fp32 (fp64 for fp64 logits), both differentiable; the gradient of logits has
@@ -36,10 +44,11 @@ def selective_log_softmax(
         a sync, so such a row's log-probability and gradient are NaN instead.
     """
     check_logits_shape("logits", logits, index)
-    check_index(index, logits.device, logits.shape[-1])
-    module = resolve_impl(impl, logits.device.type)
+    shard = VocabShard.of(process_group, logits.shape[-1], logits.device)
+    check_index(index, logits.device, logits.shape[-1] if shard is None else shard.vocab_size)
+    module = resolve_impl(impl, logits.device.type, logits.dtype, logits.shape[-1])
     logps, entropy = module.selective_log_softmax(
-        logits, index.long(), checked_transform(temperature), return_entropy=return_entropy, row_mask=None
+        logits, index.long(), checked_transform(temperature), return_entropy=return_entropy, row_mask=None, shard=shard
     )
     return (logps, entropy) if return_entropy else logps
 
@@ -55,14 +64,16 @@ def linear_selective_log_softmax(
     final_logit_softcapping: float | None = None,
     row_mask: Tensor | None = None,  # (...)
     return_entropy: bool = False,
+    fp32_logits: bool = False,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`selective_log_softmax` of `hidden_states @ lm_head_weight.T + lm_head_bias` without storing those logits.
 
     Tokens are walked in chunks: one chunk's logits exist at a time and backward computes them again. For n unmasked
     tokens that is 2·n·H·V FLOP forward and 6·n·H·V backward (4 if lm_head_weight is frozen). Kept between forward and
-    backward: references to the inputs plus 4 B per token (8 with the entropy; doubled for fp64). At the peak: a few
-    buffers of one chunk's logits (128 MiB in fp32 each), and in backward 4·V·H bytes of fp32 dW.
+    backward: references to the inputs plus 16 B per token (doubled for fp64). At the peak: one chunk of logits
+    (`lm_head.CHUNK_BYTES`: 1.25 GiB on CUDA, 128 MiB on the CPU), and in backward 4·V·H bytes of fp32 dW.
 
     Args:
         hidden_states: (..., H), fp64, fp32, bf16 or fp16.
@@ -72,6 +83,11 @@ def linear_selective_log_softmax(
         temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(logit_scale·logits/softcap) / temperature.
         row_mask: (...) bool, int or float; rows of 0 are dropped before the matmul, output 0 and gradient exactly 0.
         return_entropy: also return the entropy, in nats.
+        fp32_logits: keep 16-bit matmuls' logits in fp32 instead of rounding them to 16 bits: at |logit| ~ 16 that
+            rounding alone moves probability ratios by several percent. The chunk's buffer doubles, or triples on CUDA,
+            where the operands stay 16-bit; elsewhere they are widened (one temporary copy of the weight).
+        process_group: lm_head_weight and lm_head_bias hold this rank's rows of a vocabulary spread over the group in
+            rank order; see `grpo_loss`. The gradient of hidden_states is summed over the group.
         impl: "auto", or a name from `available_impls()`.
 
     Returns:
@@ -90,8 +106,9 @@ def linear_selective_log_softmax(
             raise ValueError(f"row_mask has shape {tuple(row_mask.shape)} but index has shape {tuple(index.shape)}")
         mask = row_mask.reshape(-1) != 0
         rows = torch.where(mask, rows, 0)
-    check_index(rows, hidden_states.device, lm_head_weight.shape[0])
-    module = resolve_impl(impl, hidden_states.device.type)
+    shard = VocabShard.of(process_group, lm_head_weight.shape[0], hidden_states.device)
+    check_index(rows, hidden_states.device, lm_head_weight.shape[0] if shard is None else shard.vocab_size)
+    module = resolve_impl(impl, hidden_states.device.type, hidden_states.dtype, lm_head_weight.shape[0])
     logps, entropy = module.linear_selective_log_softmax(
         hidden_states.reshape(-1, hidden_states.shape[-1]),
         lm_head_weight,
@@ -100,6 +117,8 @@ def linear_selective_log_softmax(
         transform,
         return_entropy=return_entropy,
         row_mask=mask,
+        fp32_logits=fp32_logits,
+        shard=shard,
     )
     logps = logps.view(index.shape)
     return (logps, entropy.view(index.shape)) if return_entropy else logps

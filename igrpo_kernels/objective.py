@@ -228,33 +228,76 @@ def top_entropy_keep(entropy: Tensor, batch: TokenBatch, share: float) -> Tensor
     return batch.mask & (entropy >= threshold)
 
 
+def sequence_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
+    """dloss / d(token loss) of each sequence's tokens (S,). n_b = unmasked tokens of sequence b, S = sequences (empty
+    ones included).
+
+    grpo, sapo:          1 / (S · max(n_b, 1))
+    luspo:               1 / S
+    bnpo:                1 / max(sum_b n_b, 1)
+    dr_grpo:             1 / (S · max_completion_length)
+    dapo, cispo, vespo:  1 / max(num_items_in_batch, 1); None counts this call's own tokens
+    """
+    lengths = batch.lengths
+    num_sequences = max(batch.num_sequences, 1)
+    if config.loss_type in ("grpo", "sapo"):
+        return 1.0 / (lengths.clamp(min=1.0) * num_sequences)
+    if config.loss_type in ("luspo", "dr_grpo"):
+        tokens = config.max_completion_length if config.loss_type == "dr_grpo" else 1
+        return torch.ones_like(lengths) / (num_sequences * tokens)
+    if config.loss_type == "bnpo" or num_items_in_batch is None:
+        denominator = lengths.sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        denominator = num_items_in_batch.to(lengths).reshape(())
+    else:
+        denominator = lengths.new_full((), num_items_in_batch)
+    return torch.ones_like(lengths) / denominator.clamp(min=1.0)
+
+
+def reduction_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
+    """`sequence_weights` on rows (n,), 0 on masked ones: what a kernel multiplies a token's slope with."""
+    return batch.masked(batch.expand(sequence_weights(batch, config, num_items_in_batch)))
+
+
 def reduce_loss(
     per_token_loss: Tensor,  # (n,)
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
 ) -> Tensor:
-    """Masked token losses -> (). n_b = unmasked tokens of sequence b, S = sequences (empty ones included).
+    """Token losses -> (): sum_b weight_b · (sum of L over the unmasked tokens of b)."""
+    weights = sequence_weights(batch, config, num_items_in_batch)
+    return (weights * batch.segment_sum(per_token_loss)).sum()
 
-    grpo, sapo:          1/S · sum_b (sum_t L / max(n_b, 1))
-    luspo:               1/S · sum_b  sum_t L
-    bnpo:                sum_bt L / max(sum_b n_b, 1)
-    dr_grpo:             sum_bt L / (S · max_completion_length)
-    dapo, cispo, vespo:  sum_bt L / max(num_items_in_batch, 1); None counts this call's own tokens
-    """
-    per_sequence = batch.segment_sum(per_token_loss)  # (S,)
-    num_sequences = max(batch.num_sequences, 1)
-    if config.loss_type in ("grpo", "sapo"):
-        return (per_sequence / batch.lengths.clamp(min=1.0)).sum() / num_sequences
-    if config.loss_type == "luspo":
-        return per_sequence.sum() / num_sequences
-    if config.loss_type == "dr_grpo":
-        return per_sequence.sum() / (num_sequences * config.max_completion_length)
-    if config.loss_type == "bnpo" or num_items_in_batch is None:
-        return per_sequence.sum() / batch.lengths.sum().clamp(min=1.0)
-    if isinstance(num_items_in_batch, Tensor):
-        return per_sequence.sum() / num_items_in_batch.to(per_sequence).reshape(()).clamp(min=1.0)
-    return per_sequence.sum() / max(num_items_in_batch, 1.0)
+
+def entropy_slope(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
+    """dloss/dentropy (), the same for every unmasked row unless top_entropy_quantile selects; None without a bonus."""
+    return -config.entropy_coef / batch.lengths.sum().clamp(min=1.0) if config.needs_entropy_gradient else None
+
+
+def locality(batch: TokenBatch, config: GRPOLossConfig) -> str:
+    """Which rows must be measured before a row's gradient is known: its own ("token"), its "sequence", the "batch"."""
+    if config.top_entropy_quantile < 1.0:
+        return "batch"
+    ratio_follows_logps = batch.old_per_token_logps is None and batch.sampling_per_token_logps is not None
+    if (
+        config.importance_sampling_level == "sequence"
+        or config.loss_type == "vespo"
+        or config.off_policy_mask_threshold is not None
+        or (ratio_follows_logps and (config.importance_sampling_mode or "").startswith("sequence"))
+    ):
+        return "sequence"
+    return "token"
+
+
+def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """Bool (n,): rows whose gradient is not known to be zero before the logits are. Every policy term carries A."""
+    if config.beta != 0.0 or config.entropy_coef != 0.0:
+        return batch.mask
+    weighted = batch.masked(batch.advantages) != 0
+    if locality(batch, config) == "token":
+        return weighted
+    return batch.mask & (batch.expand(batch.segment_sum(weighted.to(batch.advantages.dtype))) > 0)
 
 
 def _times(a: Tensor, x: Tensor) -> Tensor:

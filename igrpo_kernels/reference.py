@@ -9,13 +9,16 @@ The materialised operations leave the derivatives to autograd; the fused linear 
 recomputes its logits chunk by chunk.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import grpo_objective
+from igrpo_kernels.objective import grpo_objective, may_contribute
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+from igrpo_kernels.vocab_parallel import VocabShard, whole_vocabulary
 
 # Logits per chunk of the fused linear operation: 2^25 = 128 MiB in fp32, e.g. 220 tokens at V = 152k.
 CHUNK_LOGITS = 2**25
@@ -33,6 +36,7 @@ def grpo_loss(
     num_items_in_batch: Tensor | float | None,
     *,
     inplace: bool,  # ignored: the reference never writes into its input
+    shard: VocabShard | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
     logps, entropy = selective_log_softmax(
@@ -42,6 +46,7 @@ def grpo_loss(
         return_entropy=True,
         row_mask=batch.mask.view(batch.shape),
         entropy_gradient=config.needs_entropy_gradient,
+        shard=shard,
     )
     logps, entropy = logps.reshape(-1), entropy.reshape(-1)
     loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
@@ -55,13 +60,25 @@ def linear_grpo_loss(
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
+    *,
+    fp32_logits: bool = False,
+    compute_metrics: bool = True,
+    shard: VocabShard | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
     logps, entropy = linear_selective_log_softmax(
-        hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True, row_mask=batch.mask
+        hidden,
+        weight,
+        bias,
+        batch.index,
+        config.logit_transform,
+        return_entropy=True,
+        row_mask=batch.mask if compute_metrics else may_contribute(batch, config),
+        fp32_logits=fp32_logits,
+        shard=shard,
     )
     loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
-    return loss, logps, entropy, metrics
+    return loss, logps, entropy, metrics if compute_metrics else {}
 
 
 def transform_logits(x: Tensor, transform: LogitTransform) -> Tensor:
@@ -80,8 +97,10 @@ def selective_log_softmax(
     return_entropy: bool,
     row_mask: Tensor | None = None,  # (...) bool; masked rows: output 0, gradient exactly 0
     entropy_gradient: bool = True,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """logps (...) and entropy (...) or None, fp32 or fp64. An index outside the vocabulary makes its row's logp NaN."""
+    logits = whole_vocabulary(logits, -1, shard)
     x = logits.to(compute_dtype(logits.dtype))
     if row_mask is not None:  # on the logits, so that NaN in a masked row cannot reach any gradient
         x = torch.where(row_mask[..., None], x, 0.0)
@@ -91,7 +110,7 @@ def selective_log_softmax(
     logps = torch.where(index == in_vocab, logps, torch.nan)
     entropy = None
     if return_entropy:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy_gradient):
+        with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
             # Where p = 0, log p is -inf; as a factor it must be 0, or 0·inf would make value and gradient NaN.
             entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
     if row_mask is not None:
@@ -109,11 +128,17 @@ def linear_selective_log_softmax(
     *,
     return_entropy: bool,
     row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
-    chunk_logits: int | None = None,  # logits per chunk, default CHUNK_LOGITS
+    fp32_logits: bool = False,
+    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits."""
+    weight = whole_vocabulary(weight, 0, shard)
+    bias = None if bias is None else whole_vocabulary(bias, 0, shard)
+    matmul_dtype = _matmul_dtype(hidden)
+    if fp32_logits:
+        matmul_dtype = compute_dtype(matmul_dtype)
     logps, entropy = LinearSelectiveLogSoftmax.apply(
-        hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits or CHUNK_LOGITS
+        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype
     )
     return logps, entropy
 
@@ -126,13 +151,13 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, chunk_logits):
+    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
-        ctx.transform, ctx.chunk_logits, ctx.matmul_dtype = transform, chunk_logits, _matmul_dtype(hidden)
+        ctx.transform, ctx.matmul_dtype = transform, matmul_dtype
         head = _LmHead(hidden, weight, bias, transform, ctx.matmul_dtype)
         logps = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
         entropy, log_norm = torch.zeros_like(logps) if return_entropy else None, torch.zeros_like(logps)
-        for chunk in _chunks(row_mask, hidden, weight, chunk_logits):
+        for chunk in _chunks(row_mask, hidden, weight):
             z = transform_logits(head.logits(chunk), transform)
             log_norm[chunk] = log_z = z.logsumexp(-1)
             in_vocab = index[chunk].clamp(0, weight.shape[0] - 1)
@@ -154,7 +179,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
         active = _rows_with_gradient(log_norm, row_mask, grad_logps, grad_entropy)
-        for chunk in _chunks(active, hidden, weight, ctx.chunk_logits):
+        for chunk in _chunks(active, hidden, weight):
             grad_x = _grad_logits(head, chunk, index, log_norm, entropy, grad_logps, grad_entropy)
             with torch.autocast(hidden.device.type, enabled=False):
                 if needs_weight:
@@ -233,10 +258,10 @@ def _rows_with_gradient(log_norm: Tensor, row_mask: Tensor | None, *grads: Tenso
     return active if row_mask is None else active & row_mask
 
 
-def _chunks(row_mask: Tensor | None, hidden: Tensor, weight: Tensor, chunk_logits: int) -> tuple[Tensor, ...]:
-    """Row numbers that need work, split so that a chunk's logits hold at most `chunk_logits` values (one row if more).
+def _chunks(row_mask: Tensor | None, hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """Row numbers that need work, split so that a chunk's logits hold at most CHUNK_LOGITS values (one row if more).
 
     Finding the unmasked rows is the one host sync of the fused linear path; it saves their share of every GEMM.
     """
     rows = torch.arange(hidden.shape[0], device=hidden.device) if row_mask is None else row_mask.nonzero().squeeze(-1)
-    return rows.split(max(chunk_logits // max(weight.shape[0], 1), 1)) if rows.numel() else ()
+    return rows.split(max(CHUNK_LOGITS // max(weight.shape[0], 1), 1)) if rows.numel() else ()

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, native_ops, selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, native_rows, selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import objective_and_row_gradients
 from tests.kernels.oracle import assert_close_to_truth, boundary_inputs
@@ -109,14 +109,15 @@ class Launch:
         self.kept = (logits, index, mask)
 
     def constants(self, batch, config):
-        numbers = native_ops.objective_numbers(config)
+        numbers = native_rows.objective_numbers(config)
+        constants = native_rows.token_rows(batch, config, None)
         self.tensors = [
             batch.advantages.contiguous(),
-            native_ops.loss_weights(batch, config, None),
+            constants[3],
             batch.old_per_token_logps,
             batch.ref_per_token_logps if config.beta else None,
             None,
-            native_ops._entropy_weights(batch, config),
+            constants[7],
         ]
         objective = Objective(*(int(x) for x in numbers[:3]), *numbers[3:])
         return TokenConstants(*map(pointer, self.tensors), self.coefficient.data_ptr(), objective)

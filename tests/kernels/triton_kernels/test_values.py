@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, grpo_loss, selective_log_softmax
-from igrpo_kernels.triton_impl import coefficients_are_local
+from igrpo_kernels.triton_rows import one_launch
 from tests.kernels.oracle import LOSS_LEVELS, assert_close_to_truth, loss_and_grad, packed
 
 OPTIONS = {
@@ -73,10 +73,10 @@ def test_inputs_reach_every_branch(small_inputs):
 
 
 def test_one_launch_only_where_coefficients_are_local(small_inputs):
-    batch = type("Batch", (), {"old_per_token_logps": None})
-    assert coefficients_are_local(GRPOLossConfig(**EVERYTHING), batch)
+    batch = type("Batch", (), {"old_per_token_logps": None, "sampling_per_token_logps": torch.zeros(1)})
+    assert one_launch(batch, GRPOLossConfig(**EVERYTHING))
     for options in (OPTIONS["sequence_mask"], OPTIONS["opsm"], OPTIONS["top_entropy"], {"loss_type": "vespo"}):
-        assert not coefficients_are_local(GRPOLossConfig(**options), batch)
+        assert not one_launch(batch, GRPOLossConfig(**options))
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])

@@ -1,0 +1,257 @@
+"""The fused linear functions as autograd nodes, and as operators that torch.compile takes whole.
+
+Rows are compacted, so shapes inside depend on values: a graph cannot hold them. While one is being traced each function
+is a single `torch.library` operator with a fake kernel; otherwise it is called as it is. The operators return empty
+tensors for gradients that nobody wanted, since an operator cannot return None.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from igrpo_kernels import fused_linear
+from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.gradient_handover import hand_over
+from igrpo_kernels.lm_head import HeadPlan
+from igrpo_kernels.objective import grpo_objective, may_contribute
+from igrpo_kernels.row_kernels import RowStats, row_kernels
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+from igrpo_kernels.vocab_parallel import VocabShard
+
+LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+
+
+def linear_grpo_loss(
+    kernels: str,
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+    *,
+    fp32_logits: bool = False,
+    compute_metrics: bool = True,
+    shard: VocabShard | None = None,
+) -> LossRows:
+    """Loss (), logps (n,), entropy (n,), metrics."""
+    leaves = [hidden, weight, bias]
+    needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves]
+    tracing, rows = torch.compiler.is_compiling(), row_kernels(kernels)
+    contributes = may_contribute(batch, config) if any(needs) else torch.zeros_like(batch.mask)
+    reported = batch.mask & ~contributes if compute_metrics else torch.zeros_like(batch.mask)
+    one_launch = rows.one_launch(batch, config) and shard is None and any(needs)
+    if tracing and not one_launch:  # a graph's own autograd goes through the objective
+        logps, entropy = linear_selective_log_softmax(
+            kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
+            row_mask=contributes | reported if any(needs) else batch.mask, fp32_logits=fp32_logits,
+        )  # fmt: skip
+        used = entropy if config.needs_entropy_gradient else entropy.detach()
+        loss, metrics = grpo_objective(logps, used, batch, config, num_items_in_batch)
+        return loss, logps, entropy, metrics if compute_metrics else {}
+    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
+    with torch.no_grad():
+        detached = [None if x is None else x.detach() for x in leaves]
+        if not one_launch:
+            logps, entropy, *gradients = fused_linear.coupled_loss(
+                rows, *detached, batch, config, num_items_in_batch, contributes, reported, needs, plan, shard
+            )
+        else:
+            constants = rows.token_rows(batch, config, num_items_in_batch)
+            if tracing:
+                logps, entropy, *gradients = linear_token_loss(
+                    kernels, *detached, list(constants), contributes, reported, *_config_arguments(config), needs, *plan
+                )
+                gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+            else:
+                arguments = (constants, contributes, reported, config, needs, plan)
+                logps, entropy, *gradients = fused_linear.token_level_loss(rows, *detached, *arguments)
+        loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+    if any(needs):
+        loss = hand_over(rows, loss, leaves, gradients)
+    return loss, logps, entropy, metrics if compute_metrics else {}
+
+
+def linear_selective_log_softmax(
+    kernels: str,
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    index: Tensor,  # (n,)
+    transform: LogitTransform,
+    *,
+    return_entropy: bool,
+    row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
+    fp32_logits: bool = False,
+    shard: VocabShard | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, without those logits."""
+    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
+    logps, entropy = LinearSelectiveLogSoftmax.apply(
+        kernels, hidden, weight, bias, index.contiguous(), row_mask, transform, return_entropy, plan, shard
+    )
+    return logps, entropy if return_entropy else None
+
+
+class LinearSelectiveLogSoftmax(torch.autograd.Function):
+    """Statistics of each chunk forward; backward makes the chunk's logits again and turns them into gradients."""
+
+    @staticmethod
+    def forward(ctx, kernels, hidden, weight, bias, index, row_mask, transform, return_entropy, plan, shard):
+        ctx.set_materialize_grads(False)
+        ctx.kernels, ctx.transform, ctx.plan, ctx.shard = kernels, transform, plan, shard
+        rows = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), index, row_mask)
+        if torch.compiler.is_compiling():
+            stats = RowStats(*linear_log_probs(kernels, *rows, *transform, return_entropy, *plan))
+        else:
+            stats = fused_linear.log_probs(row_kernels(kernels), *rows, transform, return_entropy, plan, shard)
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats)
+        return stats.logps, stats.entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
+        hidden, weight, bias, index, row_mask, *stats = ctx.saved_tensors
+        needs, rows = list(ctx.needs_input_grad[1:4]), (hidden, weight, bias, index, row_mask)
+        if torch.compiler.is_compiling():
+            gradients = linear_log_probs_backward(
+                ctx.kernels, *rows, *stats, grad_logps, grad_entropy, *ctx.transform, needs, *ctx.plan
+            )
+            gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
+        else:
+            gradients = fused_linear.log_probs_backward(
+                row_kernels(ctx.kernels), *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
+                ctx.plan, ctx.shard,
+            )  # fmt: skip
+        typed = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, rows[:3], strict=True)]
+        return None, *typed, None, None, None, None, None, None
+
+
+# ---- the operators
+
+
+@torch.library.custom_op("igrpo_kernels::linear_token_loss", mutates_args=())
+def linear_token_loss(
+    kernels: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    constants: Sequence[Tensor | None],
+    contributes: Tensor,
+    reported: Tensor,
+    config_names: str,
+    config_numbers: Sequence[float],
+    needs: Sequence[bool],
+    matmul_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`fused_linear.token_level_loss`."""
+    config, plan = _config(config_names, config_numbers), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
+    rows = (hidden, weight, bias, tuple(constants), contributes, reported)
+    logps, entropy, *gradients = fused_linear.token_level_loss(row_kernels(kernels), *rows, config, list(needs), plan)
+    return logps, entropy, *_no_none(gradients, hidden)
+
+
+@linear_token_loss.register_fake
+def _(kernels, hidden, weight, bias, constants, contributes, reported, names, numbers, needs, *_):
+    dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
+    rows = [hidden.new_empty(n, dtype=dtype) for _ in range(2)]
+    return *rows, *_gradients_like(hidden, weight, bias, needs)
+
+
+@torch.library.custom_op("igrpo_kernels::linear_log_probs", mutates_args=())
+def linear_log_probs(
+    kernels: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    row_mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    with_entropy: bool,
+    matmul_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`fused_linear.log_probs`."""
+    transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
+    rows = (hidden, weight, bias, index, row_mask)
+    return tuple(fused_linear.log_probs(row_kernels(kernels), *rows, transform, with_entropy, plan, None))
+
+
+@linear_log_probs.register_fake
+def _(kernels, hidden, *_):
+    dtype = compute_dtype(hidden.dtype)
+    return tuple(hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in range(4))
+
+
+@torch.library.custom_op("igrpo_kernels::linear_log_probs_backward", mutates_args=())
+def linear_log_probs_backward(
+    kernels: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    index: Tensor,
+    row_mask: Tensor | None,
+    logps: Tensor,
+    entropy: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    temperature: float,
+    needs: Sequence[bool],
+    matmul_dtype: torch.dtype,
+    logits_dtype: torch.dtype,
+    chunk_rows: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_linear.log_probs_backward`."""
+    transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
+    rows, stats = (hidden, weight, bias, index, row_mask), RowStats(logps, entropy, row_max, log_sum)
+    gradients = fused_linear.log_probs_backward(
+        row_kernels(kernels), *rows, stats, grad_logps, grad_entropy, transform, list(needs), plan, None
+    )
+    return tuple(_no_none(gradients, hidden))
+
+
+@linear_log_probs_backward.register_fake
+def _(kernels, hidden, weight, bias, *rest):
+    return tuple(_gradients_like(hidden, weight, bias, rest[11]))
+
+
+def _gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:
+    dtype = compute_dtype(hidden.dtype)
+    found = [hidden.new_empty(hidden.shape), weight.new_empty(weight.shape, dtype=dtype)]
+    found.append(hidden.new_empty(0, dtype=dtype) if bias is None else bias.new_empty(bias.shape, dtype=dtype))
+    return [x if needed else hidden.new_empty(0, dtype=dtype) for x, needed in zip(found, needs, strict=True)]
+
+
+def _no_none(gradients: list[Tensor | None], hidden: Tensor) -> list[Tensor]:
+    return [hidden.new_empty(0, dtype=compute_dtype(hidden.dtype)) if g is None else g for g in gradients]
+
+
+_CONFIG_NAMES = ("loss_type", "importance_sampling_level", "importance_sampling_mode", "kl_estimator")
+_CONFIG_NUMBERS = tuple(f.name for f in fields(GRPOLossConfig) if f.name not in _CONFIG_NAMES)
+
+
+def _config_arguments(config: GRPOLossConfig) -> tuple[str, list[float]]:
+    """A configuration as operator arguments: its names, then its numbers (NaN = None)."""
+    numbers = [getattr(config, name) for name in _CONFIG_NUMBERS]
+    return (
+        ",".join(getattr(config, name) or "" for name in _CONFIG_NAMES),
+        [float("nan") if x is None else float(x) for x in numbers],
+    )
+
+
+def _config(names: str, numbers: Sequence[float]) -> GRPOLossConfig:
+    given = {name: value or None for name, value in zip(_CONFIG_NAMES, names.split(","), strict=True)}
+    given |= {name: None if x != x else x for name, x in zip(_CONFIG_NUMBERS, numbers, strict=True)}
+    return GRPOLossConfig(**{**given, "use_bias_correction_kl": bool(given["use_bias_correction_kl"])})

@@ -1,0 +1,183 @@
+"""Logits whose columns are spread over a process group: each rank holds a contiguous shard of the vocabulary.
+
+A rank reduces its own columns to four numbers per row, all ranks gather them, and every rank combines them in rank
+order, so that log-probabilities, entropies, losses and metrics are the same bits on every rank:
+
+    M = max_k M_k,   S = sum_k S_k·exp(M_k - M),   log p_t = (z_t - M_owner) + (M_owner - M) - log S
+    H = log S - sum_k (S_k·exp(M_k - M) / S)·(mean_k (z - M_k) + M_k - M)
+
+with M_k, S_k the maximum and sum of exp(z - M_k) over rank k's columns, and mean_k the mean under its own softmax. The
+gradient kernel then needs nothing from other ranks. Every rank must be given the same rows and upstream gradient.
+"""
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from igrpo_kernels.row_kernels import RowStats
+from igrpo_kernels.types import LogitTransform
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Where this rank's columns lie in the whole vocabulary."""
+
+    group: dist.ProcessGroup
+    sizes: tuple[int, ...]
+    """Columns of each rank, in rank order."""
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None, columns: int, device: torch.device) -> "VocabShard | None":
+        """None without a group, and then nothing is communicated. Otherwise one small gather, and a host sync."""
+        if group is None:
+            return None
+        if torch.compiler.is_compiling():
+            raise NotImplementedError("process_group does not work inside torch.compile; call the loss outside of it")
+        mine = torch.tensor([columns], device=device)
+        sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(sizes, mine, group=group)
+        return cls(group, tuple(torch.cat(sizes).tolist()))
+
+    @property
+    def rank(self) -> int:
+        """This process's place in the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def first(self) -> int:
+        """The token id of this rank's first column."""
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def vocab_size(self) -> int:
+        """Columns of all ranks."""
+        return sum(self.sizes)
+
+    def owned(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each token id is a column of this rank, and which (0 where it is not)."""
+        local = index - self.first
+        mine = (local >= 0) & (local < self.sizes[self.rank])
+        return mine, torch.where(mine, local, 0)
+
+    def owners(self, index: Tensor) -> Tensor:
+        """The rank that has each token id; ids outside the vocabulary get any rank."""
+        ends = torch.tensor(self.sizes, device=index.device).cumsum(0)
+        return torch.bucketize(index, ends, right=True).clamp(max=len(self.sizes) - 1)
+
+    def gather_columns(self, x: Tensor, dim: int) -> Tensor:
+        """The shards of every rank, side by side along `dim`; shards may be of different sizes."""
+        widest = x.new_zeros([*x.shape[:dim], max(self.sizes), *x.shape[dim:][1:]])
+        widest.narrow(dim, 0, x.shape[dim]).copy_(x)
+        return torch.cat([y.narrow(dim, 0, size) for y, size in zip(self.gather(widest), self.sizes, strict=True)], dim)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x of every rank, stacked in rank order."""
+        parts = [torch.empty_like(x) for _ in self.sizes]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """x summed over the ranks, in place."""
+        dist.all_reduce(x, group=self.group)
+        return x
+
+
+def whole_vocabulary(x: Tensor, dim: int, shard: VocabShard | None) -> Tensor:
+    """The tensor without sharding, differentiable: what the reference computes with. The gradient is local."""
+    return x if shard is None else _Whole.apply(x, dim % x.dim(), shard)
+
+
+class _Whole(torch.autograd.Function):
+    """Every rank computes the same from the whole tensor, so the gradient of its shard is a slice, not a sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dim: int, shard: VocabShard) -> Tensor:
+        ctx.dim, ctx.shard = dim, shard
+        return shard.gather_columns(x, dim)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad.narrow(ctx.dim, ctx.shard.first, ctx.shard.sizes[ctx.shard.rank]).contiguous(), None, None
+
+
+def statistics(
+    kernels: ModuleType,
+    logits: Tensor,  # (n, V) or (B, T, V): this rank's columns
+    index: Tensor,  # (n,) ids in the whole vocabulary
+    mask: Tensor | None,  # (n,)
+    transform: LogitTransform,
+    with_entropy: bool,
+    shard: VocabShard | None,
+) -> RowStats:
+    """`kernels.statistics` of the whole rows."""
+    if shard is None:
+        return kernels.statistics(logits, index, mask, transform, with_entropy)
+    _, local = shard.owned(index)
+    part = kernels.statistics(logits, local, mask, transform)
+    row_max, log_sum, entropy, target = shard.gather(
+        torch.stack([part.row_max, part.log_sum, part.entropy, part.logps + part.log_sum])
+    ).unbind(1)
+    top, empty = row_max.amax(0), row_max == -torch.inf  # a shard of -inf columns has no statistics of its own
+    log_sum, target = log_sum.masked_fill(empty, -torch.inf), target.masked_fill(empty, -torch.inf)
+    shift = row_max - top
+    weight = torch.softmax(log_sum + shift, 0)  # each shard's share of the row's probability
+    log_total = torch.logsumexp(log_sum + shift, 0)
+    mean = torch.where(weight > 0, weight * (log_sum - entropy + shift), 0.0).sum(0)
+    logps = (target + shift).gather(0, shard.owners(index)[None]).squeeze(0) - log_total
+    logps = torch.where((index >= 0) & (index < shard.vocab_size), logps, torch.nan)
+    stats = RowStats(logps, log_total - mean, top, log_total)
+    return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
+
+
+def gradient(
+    kernels: ModuleType,
+    logits: Tensor,  # (n, V) or (B, T, V): this rank's columns
+    out: Tensor | None,
+    index: Tensor,  # (n,)
+    mask: Tensor | None,  # (n,)
+    stats: RowStats,  # of the whole rows
+    grad_logps: Tensor | None,  # (n,)
+    grad_entropy: Tensor | None,  # (n,)
+    transform: LogitTransform,
+    shard: VocabShard | None,
+) -> Tensor:
+    """`kernels.gradient` of this rank's columns.
+
+    A kernel always adds dloss/dlogp at one column. Where the target lies elsewhere that is column 0, which is then
+    computed again without it.
+    """
+    arguments = (stats, grad_logps, grad_entropy, transform)
+    if shard is None:
+        return kernels.gradient(logits, out, index, mask, *arguments)
+    mine, local = shard.owned(index)
+    if grad_logps is not None:  # an id outside the whole vocabulary poisons its row on every rank
+        grad_logps = torch.where((index >= 0) & (index < shard.vocab_size), grad_logps, torch.nan)
+        arguments = (stats, grad_logps, grad_entropy, transform)
+    first = _first_column(logits, *arguments)
+    out = kernels.gradient(logits, out, local, mask, *arguments)
+    keep = mine if mask is None else mine | ~mask
+    column = out[..., 0]
+    column.copy_(torch.where(keep.view(column.shape), column, first.view(column.shape).to(out.dtype)))
+    return out
+
+
+def _first_column(
+    logits: Tensor,
+    stats: RowStats,
+    grad_logps: Tensor | None,
+    grad_entropy: Tensor | None,
+    transform: LogitTransform,
+) -> Tensor:
+    """-p·(g_l + g_H·(log p + H))·dz/dx of column 0 (n,)."""
+    scale, cap, temperature = transform
+    x = logits[..., 0].reshape(-1).to(stats.logps.dtype) * scale
+    bent = 0.0 if cap is None else torch.tanh(x / cap)
+    z = (x if cap is None else cap * bent) / temperature
+    log_p = (z - stats.row_max - stats.log_sum).clamp(min=-1e4)  # p = 0 there, and 0·inf must not appear
+    weight = 0.0 if grad_logps is None else grad_logps
+    if grad_entropy is not None:
+        weight = weight + grad_entropy * (log_p + stats.entropy)
+    return -log_p.exp() * weight * (scale / temperature) * (1.0 - bent * bent)

@@ -1,0 +1,129 @@
+"""torch.compile(fullgraph=True) of the public functions: no graph break, no recompilation for a new length, the same
+bits as without. `triton_kernels/test_compile.py` runs these on impl="triton"."""
+
+import pytest
+import torch
+
+from igrpo_kernels import (
+    GRPOLossConfig,
+    available_impls,
+    grpo_loss,
+    linear_grpo_loss,
+    linear_ops,
+    linear_selective_log_softmax,
+    selective_log_softmax,
+)
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.objective import may_contribute
+from igrpo_kernels.row_kernels import row_kernels
+from igrpo_kernels.types import LogitTransform
+
+IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
+pytestmark = pytest.mark.parametrize("impl", IMPLS)
+V, H = 11, 6
+TOKEN = GRPOLossConfig(loss_type="dapo", beta=0.1, entropy_coef=0.05, final_logit_softcapping=5.0)
+SEQUENCE = GRPOLossConfig(importance_sampling_level="sequence", epsilon=0.9, epsilon_high=9.0)
+CASES = ["log_probs", "token", "packed_sequence", "linear_log_probs", "linear_token"]
+
+
+def tensors(T, device):
+    """Everything a call needs, B = 2; the last token is masked."""
+    generator = torch.Generator().manual_seed(T)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+
+    ids = torch.randint(V, (2, T), generator=generator).to(device)
+    mask = torch.ones(2, T, dtype=torch.bool, device=device)
+    mask[1, -1] = False
+    logps = randn(2, T) * 0.3 - 2.4
+    return {
+        "logits": randn(2, T, V), "hidden": randn(2, T, H), "weight": randn(V, H), "ids": ids, "mask": mask,
+        "advantages": torch.tensor([1.0, -0.5], device=device), "old": logps, "ref": logps + 0.1,
+        "cu_seqlens": torch.tensor([0, T, 2 * T], device=device),
+    }  # fmt: skip
+
+
+def outputs(case, impl, x, leaves):
+    """Differentiable scalars and plain outputs of one call."""
+    if case == "log_probs":
+        logps, entropy = selective_log_softmax(leaves[0], x["ids"], return_entropy=True, impl=impl)
+        return logps.sum() + entropy.sum(), logps, entropy
+    if case == "linear_log_probs":
+        logps = linear_selective_log_softmax(*leaves, x["ids"], row_mask=x["mask"], temperature=0.7, impl=impl)
+        return logps.sum(), logps
+    rows = {"completion_mask": x["mask"], "old_per_token_logps": x["old"]}
+    config = SEQUENCE if "sequence" in case else TOKEN
+    if config.beta:
+        rows["ref_per_token_logps"] = x["ref"]
+    arguments = {"config": config, "impl": impl, "num_items_in_batch": 7}
+    ids = x["ids"]
+    if case == "packed_sequence":
+        rows, ids = {name: value.flatten() for name, value in rows.items()}, ids.flatten()
+        arguments["cu_seqlens"], leaves = x["cu_seqlens"], [leaves[0].flatten(0, 1)]
+    function = linear_grpo_loss if case.startswith("linear") else grpo_loss
+    out = function(*leaves, ids, x["advantages"], **rows, **arguments)
+    return out.loss, out.per_token_logps, out.entropy, out.metrics["clip_ratio/region_mean"] + 0.0 * out.loss.detach()
+
+
+def leaves_of(case, x):
+    return [x[name].clone().requires_grad_() for name in (["hidden", "weight"] if "linear" in case else ["logits"])]
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_for_every_length(case, impl, device):
+    if impl == "torch" and "linear" in case:
+        pytest.skip("the reference's fused linear compacts rows in plain PyTorch, which is not one graph")
+    if impl == "torch" and case != "packed_sequence":
+        pytest.skip("plain PyTorch: the case with autograd functions of its own is enough")
+    if impl == "triton" and case in ("log_probs", "packed_sequence"):
+        pytest.skip("the Python is impl='cpu''s, and test_autograd.py compiles the operators")
+    torch._dynamo.reset()
+    compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (5, 3, 8):
+        x = tensors(T, device)
+        results = []
+        for function in (outputs, compiled):
+            leaves = leaves_of(case, x)
+            with torch.compiler.set_stance("fail_on_recompile" if T != 5 else "default"):
+                loss, *rest = function(case, impl, x, leaves)
+            loss.backward()
+            results.append([loss.detach(), *(y.detach() for y in rest), *(leaf.grad for leaf in leaves)])
+        assert all(leaf.grad.abs().max() > 1e-4 for leaf in leaves)
+        torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
+
+
+def test_opcheck_of_the_linear_operators(impl, device):
+    """Schemas, fake kernels and dynamic shapes of what a graph calls instead of the chunked functions."""
+    if impl == "torch":
+        pytest.skip("the reference has no operators")
+    kernels, x = "triton" if impl == "triton" else "native", tensors(4, device)
+    batch = TokenBatch.build(
+        x["ids"], x["advantages"], dtype=torch.float32, completion_mask=x["mask"], old_per_token_logps=x["old"]
+    )
+    config = GRPOLossConfig()
+    head = (x["hidden"].flatten(0, 1), x["weight"], torch.zeros(V, device=device))
+    plan = (torch.float32, torch.float32, 3)
+    contributes = may_contribute(batch, config)
+    constants = list(row_kernels(kernels).token_rows(batch, config, None))
+    arguments = (kernels, *head, constants, contributes, batch.mask & ~contributes)
+    needs = [True, True, False]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    loss_arguments = (*arguments, *linear_ops._config_arguments(config), needs, *plan)
+    torch.library.opcheck(linear_ops.linear_token_loss, loss_arguments, test_utils=checks)
+    rows, transform = (kernels, *head, batch.index, batch.mask), tuple(LogitTransform())
+    torch.library.opcheck(linear_ops.linear_log_probs, (*rows, *transform, True, *plan), test_utils=checks)
+    stats = linear_ops.linear_log_probs(*rows, *transform, True, *plan)
+    grads = (batch.advantages, None)
+    backward = (*rows, *stats, *grads, *transform, needs, *plan)
+    torch.library.opcheck(linear_ops.linear_log_probs_backward, backward, test_utils=checks)
+
+
+@pytest.mark.parametrize("config", [TOKEN, SEQUENCE, GRPOLossConfig("dr_grpo", max_completion_length=9, delta=2.0)])
+def test_a_configuration_survives_the_operator_boundary(config, impl):
+    assert linear_ops._config(*linear_ops._config_arguments(config)) == config
