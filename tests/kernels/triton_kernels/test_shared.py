@@ -7,6 +7,10 @@ import pytest
 
 from tests.kernels import test_traps
 from tests.kernels.oracle import boundary_inputs
+from tests.kernels.test_addresses import (
+    test_log_probs_of_distant_rows,  # noqa: F401
+    test_rows_more_than_2_to_the_31_elements_apart,  # noqa: F401
+)
 from tests.kernels.test_traps import *  # noqa: F403
 from tests.kernels.triton_kernels.conftest import INTERPRETED
 
