@@ -161,7 +161,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
     with ExitStack() as stack:
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
-        rewards = stack.enter_context(_start_rewards(config))
+        rewards = stack.enter_context(start_rewards(config))
         problems, held_out = load_data(config)
         tokenizer, prompts, path, stop_ids = _load_prompts(config, problems)
         problems, length = _fit_context(config, prompts, problems, held_out, path)
@@ -219,7 +219,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         yield job
 
 
-def _start_rewards(config: TrainConfig) -> RewardPool:
+def start_rewards(config: TrainConfig) -> RewardPool:
     try:
         functions = load_reward_functions(config.reward_funcs, config)
     except ValueError as error:

@@ -24,11 +24,11 @@ from igrpo.eval.command import Subject
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
+from igrpo.job import start_rewards
 from igrpo.metrics import judge
 from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_pool import RewardPool
-from igrpo.rewards import load_reward_functions
 
 KEPT_SETTINGS = (
     "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
@@ -188,11 +188,7 @@ class EvaluationRun:
     def _start_pool(self, names: tuple[str, ...], stack: ExitStack) -> None:
         if names in self._pools:
             return
-        try:
-            functions = load_reward_functions(names)
-        except ValueError as error:
-            raise ConfigError(f"reward_funcs: {error}") from None
-        pool = RewardPool(functions, None, self.config.reward_workers, self.config.reward_timeout)
+        pool = start_rewards(replace(self.config, reward_funcs=list(names)))
         self._pools[names] = stack.enter_context(pool)
 
 
