@@ -38,6 +38,7 @@ def bench_seven_billion_parameters(session, record_rows, benchmark, mode):
     record_rows(benchmark, learner_step.rows(case, turns, "alone"))
 
 
+@pytest.mark.timeout(1800)
 def bench_schedules(session, record_rows, benchmark):
     """GRPO with 8 completions per prompt, and iGRPO with 4 + 4: real vLLM, a tiny model on any machine."""
     if session.kind == "toy":

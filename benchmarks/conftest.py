@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import records, tables
+from benchmarks import records, report, tables
 from benchmarks.contender import Contender, interpreted
 from benchmarks.measure import Contest
 from benchmarks.problems import make_problem
@@ -66,6 +66,8 @@ SESSION = pytest.StashKey[Session]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--toy") and config.getoption("--record"):
+        raise pytest.UsageError("--toy --record: toy figures are no record; leave one of them out")
     config.option.benchmark_quiet = True  # its table has one line per contest; ours has one per contender
     config.stash[SESSION] = Session(config)
 
@@ -164,15 +166,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     output = config.getoption("--output")
     record = session.record()
     if output is None and config.getoption("--record"):
-        if session.toy:
-            raise pytest.UsageError("--toy --record: toy figures are no record; leave one of them out")
         output = records.path_of(record)
         record = records.merge(session.reference, record)
     if output is not None:
         records.save(record, output)
         terminalreporter.write_line(f"\nwrote {output}")
-        if config.getoption("--record"):
-            terminalreporter.write_line("now: python -m benchmarks.report")
+        if output == records.path_of(record) and records.RESULTS == records.COMMITTED:
+            report.main([])
     elif session.guard and session.reference is None:
         terminalreporter.write_line(
             f"\nno record of this kind of machine ({records.kind_of(record)}): nothing was compared; "

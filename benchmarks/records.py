@@ -30,7 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(os.environ.get("IGRPO_BENCHMARK_RESULTS") or ROOT / "benchmarks" / "results")
+COMMITTED = ROOT / "benchmarks" / "results"
+RESULTS = Path(os.environ.get("IGRPO_BENCHMARK_RESULTS") or COMMITTED)
 OURS = ("cuda", "triton", "cpu", "torch", "igrpo")
 ALLOWANCE = {"cuda": 0.05, "cpu": 0.15}
 MEMORY_ALLOWANCE = 0.02
@@ -89,11 +90,14 @@ def save(record: dict, path: Path) -> None:
 
 
 def merge(old: dict | None, new: dict) -> dict:
-    """The new record, with the old one's rows of contests that this run did not hold."""
+    """The new record, with the old one's rows of contests that this run did not hold; those keep their commit."""
     if old is None:
         return new
     held = {contest_key(row) for row in new["rows"]}
-    return new | {"rows": [row for row in old["rows"] if contest_key(row) not in held] + new["rows"]}
+    kept = [row for row in old["rows"] if contest_key(row) not in held]
+    if old["commit"] != new["commit"]:
+        kept = [{"commit": old["commit"], **row} for row in kept]
+    return new | {"rows": kept + new["rows"]}
 
 
 def contest_key(row: dict) -> tuple:

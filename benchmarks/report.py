@@ -23,7 +23,7 @@ what bounds each kernel are in [performance-log.md](performance-log.md).
 ```bash
 pytest benchmarks/            # measure everything this machine can run, print the tables (a CPU: about ten minutes)
 make bench                    # the same, and fail where we lost against this kind of machine's record
-make bench ARGS=--record      # the same, and make it the record; then python -m benchmarks.report
+make bench ARGS=--record      # the same, and make it the record and this page
 make gpu-check                # on a CUDA device: kernel tests and benchmarks, one JSON
 ```
 

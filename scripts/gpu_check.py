@@ -57,6 +57,13 @@ def main() -> int:
     return int(bool(tests) or any(record["exit_status"].values()))
 
 
+def before(output: Path, arguments: argparse.Namespace) -> dict | None:
+    """The record that a run of some of the benchmarks adds to."""
+    from benchmarks import records
+
+    return records.load(output) if output.is_file() and not arguments.dry_run else None
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true")

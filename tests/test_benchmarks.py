@@ -238,15 +238,17 @@ def test_every_kind_of_machine_runs_every_operation_and_variant(kind):
 
 
 def test_records_survive_the_disk_and_a_partial_run_replaces_only_its_contests(tmp_path):
-    old = {"cpu": "x", "threads": 2, "rows": made_up_rows(1)}
+    old = {"cpu": "x", "threads": 2, "commit": "1", "rows": made_up_rows(1)}
     other = copy.deepcopy(old["rows"])
     for row in other:
         row["variant"] = "gspo"
     records.save(old | {"rows": old["rows"] + other}, tmp_path / "r.json")
     back = records.load(tmp_path / "r.json")
     assert back["rows"] == json.loads(json.dumps(old["rows"] + other))
-    merged = records.merge(back, old | {"rows": made_up_rows(2)})
-    assert [row["variant"] for row in merged["rows"]] == ["gspo"] * 4 + ["token"] * 4
+    merged = records.merge(back, old | {"commit": "2", "rows": made_up_rows(2)})
+    assert [(row["variant"], row.get("commit")) for row in merged["rows"]] == [("gspo", "1")] * 4 + [
+        ("token", None)
+    ] * 4
 
 
 def test_the_page_and_its_pictures_are_what_the_records_say():
