@@ -178,6 +178,7 @@ def test_calibration_reproduces_the_run_and_carries_over(run, capsys):
         ([RECIPE, "--hardware", "16xA100-90G"], "did you mean A100-80G?"),
         ([RECIPE, "--hardware", "A100"], "did you mean A100-40G or A100-80G?"),
         ([RECIPE, "--hardware", "8xA100-80G", "--generation", "8"], "leave none to learn"),
+        ([RECIPE, "--hardware", "8xH100", "--vllm_mode", "server"], "say on how many devices: --generation N"),
         ([RECIPE], "write igrpo plan RECIPE --hardware COUNTxDEVICE"),
         (["recipes/nothing.yaml", "--hardware", "cpu"], "there is no such file"),
         ([RECIPE, "--hardware", "cpu", "--model_name_or_path", "./nowhere"], "./nowhere has no config.json"),

@@ -52,13 +52,14 @@ class Records:
 
     Args:
         n: Completions that every record must have.
+        rewards: Names of the reward functions that scored them.
 
     Raises:
-        ConfigError: the file's questions or its n are not those of this evaluation.
+        ConfigError: the file's questions, its n or its rewards are not those of this evaluation.
     """
 
-    def __init__(self, path: Path, problems: Sequence[Problem], n: int):
-        self.path, self.n = path, n
+    def __init__(self, path: Path, problems: Sequence[Problem], n: int, rewards: Sequence[str]):
+        self.path, self.n, self.rewards = path, n, list(rewards)
         self.by_row: dict[int, dict[str, Any]] = {}
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
             try:
@@ -104,6 +105,11 @@ class Records:
         if len(record["completions"]) != self.n:
             raise ConfigError(
                 f"output_dir: {self.path} has {len(record['completions'])} completions per problem, not n = {self.n}; "
+                "write another --output_dir"
+            )
+        if (scored_by := list(record["completions"][0]["rewards"])) != self.rewards:
+            raise ConfigError(
+                f"output_dir: {self.path} was scored by {', '.join(scored_by)}, not by {', '.join(self.rewards)}; "
                 "write another --output_dir"
             )
 

@@ -90,7 +90,9 @@ class EvaluationRun:
         return rows
 
     def _single_shot(self, benchmark: Benchmark) -> Records:
-        records = Records(self.folder / f"{benchmark.name}.jsonl", benchmark.problems, benchmark.n)
+        records = Records(
+            self.folder / f"{benchmark.name}.jsonl", benchmark.problems, benchmark.n, self._names(benchmark)
+        )
         missing = records.missing(benchmark.problems)
         tasks = [sampler.bare_task(problem, self.prompts, benchmark.n) for problem in missing]
         self._sample(benchmark, tasks, records, benchmark.name, {})
@@ -99,7 +101,7 @@ class EvaluationRun:
     def _two_stage(self, benchmark: Benchmark, singles: Records, rule: str) -> Records:
         N, judged_by = self._drafts(rule), self._judge(benchmark)
         path = self.folder / f"{benchmark.name}.two_stage-{rule}.jsonl"
-        records = Records(path, benchmark.problems, benchmark.n // N)
+        records = Records(path, benchmark.problems, benchmark.n // N, self._names(benchmark))
         missing = records.missing(benchmark.problems)
         if any("token_ids" not in singles.by_row[p.index]["completions"][0] for p in missing):
             raise ConfigError(
@@ -184,6 +186,9 @@ class EvaluationRun:
 
     def _judge(self, benchmark: Benchmark) -> str:
         return judge(replace(self.config, reward_funcs=list(benchmark.reward_funcs)))
+
+    def _names(self, benchmark: Benchmark) -> list[str]:
+        return [function.name for function in self._pools[benchmark.reward_funcs].functions]
 
     def _start_pool(self, names: tuple[str, ...], stack: ExitStack) -> None:
         if names in self._pools:

@@ -82,6 +82,10 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     config = build_config({**read_yaml(arguments.recipe), **split_args(list(rest))[1]})
     config = replace(config, algorithm="igrpo")  # GRPO stands beside it at the same budget
     hardware = parse_hardware(arguments.hardware, arguments.generation)
+    if config.use_vllm and config.vllm_mode == "server" and not hardware.generation:
+        raise ConfigError(
+            f"generation: {arguments.recipe} samples from servers; say on how many devices: --generation N"
+        )
     shape, source = find_shape(config.model_name_or_path)
     mean = arguments.mean_length or min(MEAN_LENGTH, config.max_completion_length / 3)
     lengths = Lengths(arguments.question_tokens or 200, mean, config.max_completion_length)

@@ -15,7 +15,7 @@ class Device:
 
     name: str
     memory: float
-    """Bytes."""
+    """Bytes; of the CPU, what this machine has is asked instead."""
     flops: float
     """Dense bf16 FLOP/s."""
     bandwidth: float

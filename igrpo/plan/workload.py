@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from igrpo.config import TrainConfig
-from igrpo.memory_plan import Machine, MemoryPlan, ModelShape, memory_plan
+from igrpo.memory_plan import Machine, MemoryPlan, ModelShape, memory_plan, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 
@@ -131,7 +131,10 @@ class Workload:
     def memory(self) -> MemoryPlan:
         """Of one learning device, sharded where there are several."""
         learners = self.hardware.learners
-        machine = Machine(self.hardware.device.kind, int(self.hardware.device.memory), learners)
+        if self.hardware.device.kind == "cpu":
+            machine = this_machine(use_cpu=True, processes=learners)
+        else:
+            machine = Machine("cuda", int(self.hardware.device.memory), learners)
         config = replace(self.config, vllm_mode="server" if self.hardware.generation else "colocate")
         return memory_plan(self.shape, config, machine, context=self._context(), sharded=learners > 1)
 

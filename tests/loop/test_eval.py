@@ -263,6 +263,7 @@ def test_a_killed_evaluation_goes_on_where_it_was(run_folder, tmp_path, capsys):
     [
         (["--temperature", "0.9"], "holds an evaluation with another eval_temperature (0.6, now 0.9)"),
         (["--n", "8"], "has 4 completions per problem, not n = 8"),
+        (["--reward_funcs", "[accuracy]"], "was scored by starts_low, not by accuracy"),
         (["--two_stage", "best"], "there is no rule 'best'; write some of first, majority, oracle"),
         (["--two_stage", "--num_drafts", "5"], "make no trial of 5 drafts"),
         (["--max_completion_length", "5000"], "leaves 99"),
