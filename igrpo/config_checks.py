@@ -114,6 +114,10 @@ def check_combinations(config: TrainConfig) -> None:
         raise ConfigError("reward_funcs: without a reward there is nothing to learn; write for example [accuracy]")
     if config.draft_selection_score == "accuracy_first" and "accuracy" not in config.reward_funcs:
         raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
+    if config.activation_offloading and not config.gradient_checkpointing:
+        raise ConfigError(
+            "activation_offloading needs gradient_checkpointing: true; without it the weights would travel too"
+        )
     if config.eval_steps is not None and config.eval_samples == 0:
         raise ConfigError("eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use")
     _check_drafts(config)

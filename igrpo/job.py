@@ -318,9 +318,7 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     from igrpo.models import model_config
     from igrpo.sharding import asked_for, check_settings
 
-    sharded = asked_for()
-    if sharded:
-        check_settings()
+    check_settings()
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     try:
         shape = model_shape(model_config(path, config).to_dict())
@@ -328,7 +326,7 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         print(f"no memory plan: the model's config has no {error}", flush=True)
         return
     plan = memory_plan(
-        shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded and processes > 1
+        shape, config, this_machine(config.use_cpu, processes), context=context, sharded=asked_for() and processes > 1
     )
     if rank == 0:
         print("\n".join(plan.lines()), flush=True)

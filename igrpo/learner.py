@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import random
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 
 from igrpo import batching, sharding
 from igrpo.adapters import Adapters
@@ -164,17 +163,18 @@ class Learner:
         totals: Denominators,
         metrics: _Accumulator,
     ) -> None:
+        if self.sharded:
+            sharding.release(self.policy)
         self.optimizer.zero_grad(set_to_none=True)
         loss_sum = 0.0
         for i, micro in enumerate(micros):
             with self._synchronised(last=i == len(micros) - 1):
-                with self._offload():
-                    out = self.policy(
-                        micro,
-                        old_per_token_logps=old[i] if old is not None else None,
-                        ref_per_token_logps=reference[i] if reference is not None else None,
-                        num_items_in_batch=totals.tokens,
-                    )
+                out = self.policy(
+                    micro,
+                    old_per_token_logps=old[i] if old is not None else None,
+                    ref_per_token_logps=reference[i] if reference is not None else None,
+                    num_items_in_batch=totals.tokens,
+                )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
                 self.accelerator.backward(loss)
@@ -207,12 +207,6 @@ class Learner:
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
         pad = None if packed else self.pad_token_id
         return batching.micro_batch(contents, totals, self.config.loss_type, pad).to(self.accelerator.device)
-
-    def _offload(self) -> AbstractContextManager:
-        """Saved activations go to the computer's memory until backward asks for them."""
-        if not self.config.activation_offloading:
-            return nullcontext()
-        return torch.autograd.graph.save_on_cpu(pin_memory=self.accelerator.device.type == "cuda")
 
     def _filler(self) -> MicroBatch:
         """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""
@@ -362,5 +356,5 @@ def _work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], b
 
 
 def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    torch.manual_seed(seed)
+    """Python's, numpy's and torch's random numbers."""
+    set_seed(seed)

@@ -6,6 +6,7 @@ padding positions never meet the vocabulary.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -69,6 +70,7 @@ class Policy(nn.Module):
         self.model = model
         self.loss_config = loss_config(config, model.config)
         self.impl = config.loss_impl
+        self.offloads = config.activation_offloading
 
     def forward(
         self,
@@ -128,9 +130,11 @@ class Policy(nn.Module):
     def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
         """Final hidden states of the positions that predict a completion token."""
         if batch.layout is None:  # padded on the right: no real token sees what comes after it
-            out = self.model.base_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+            inputs = {"attention_mask": batch.attention_mask}
         else:
-            out = self.model.base_model(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, packed_layout=batch.layout
-            )
+            inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
+        # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
+        pinned = batch.input_ids.is_cuda
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offloads else nullcontext():
+            out = self.model.base_model(input_ids=batch.input_ids, **inputs)
         return out.last_hidden_state.flatten(0, 1)[batch.rows]

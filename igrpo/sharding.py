@@ -29,12 +29,16 @@ def asked_for() -> bool:
 
 
 def check_settings() -> None:
-    """Refuses what would leave weights unread.
+    """Refuses launch settings that cannot work.
 
     Raises:
-        ConfigError: transformers would load the model in the first process only.
+        ConfigError: DeepSpeed, or FSDP with weights that transformers would load in the first process only.
     """
-    if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise ConfigError(
+            "distributed_type: DEEPSPEED is not supported; recipes/accelerate/fsdp2.yaml divides what ZeRO-3 divides"
+        )
+    if asked_for() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
         raise ConfigError(
             "fsdp_cpu_ram_efficient_loading: every process reads the model itself; write false in the file given to "
             "accelerate launch --config_file, or take recipes/accelerate/fsdp2.yaml"
@@ -70,6 +74,11 @@ def begin_micro_batch(policy: FSDPModule, last: bool) -> None:
     policy.set_reshard_after_backward(last, recurse=False)
 
 
+def release(policy: FSDPModule) -> None:
+    """Drops gathered weights that a forward pass without backward has left, so that parameters are shards again."""
+    policy.reshard()
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a sharded tensor; every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -83,6 +92,7 @@ def save(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 def load(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Reads what ``save`` wrote, with any number of processes."""
+    release(policy)
     model, moments = get_state_dict(policy, optimizer)
     state = {"model": model, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)

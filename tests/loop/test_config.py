@@ -90,6 +90,10 @@ def test_values_on_the_command_line(words, key, value):
         (("--temperature", "0"), ("temperature", "above 0")),
         (("--max_steps", "0"), ("max_steps", "-1")),
         (("--token_budget", "0"), ("token_budget", "null")),
+        (
+            ("--activation_offloading", "--gradient_checkpointing", "false"),
+            ("activation_off", "gradient_checkpointing"),
+        ),
         (("--config", "no/such.yaml"), ("no/such.yaml", "no such file")),
         (("--config",), ("--config", "after it")),
         (("stray",), ("'stray'", "--key value")),

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
 
+from igrpo.config import ConfigError
+from igrpo.sharding import check_settings
 from tests.loop.train_on_ranks import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,9 +53,37 @@ def test_two_processes_equal_one(launched, case):
     assert two["score"] == pytest.approx(one["score"], abs=0.2 if "bf16" in case else 1e-3)
 
 
+def test_the_head_is_gathered_once_per_step(launched):
+    """Two layers, each gathered forward and backward in every micro-batch; the rest, head included, once."""
+    gathers = launched[1]["sharded, untied, checkpointing"]["gathers"]
+    assert gathers > 1 + 2 * 2 and (gathers - 1) % (2 * 2) == 0
+
+
 def test_a_sharded_checkpoint_is_a_model_anyone_can_load(launched):
     for count in (1, 2):
         AutoModelForCausalLM.from_pretrained(launched[2] / str(count) / "sharded")
     merged = AutoModelForCausalLM.from_pretrained(launched[2] / "2" / "sharded, adapters, kl")
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert (launched[2] / "2" / "sharded, adapters, kl" / "adapter" / "adapter_config.json").is_file()
+
+
+def test_launch_settings_that_cannot_work_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_settings()
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ConfigError, match=r"fsdp_cpu_ram_efficient_loading.*write false"):
+        check_settings()
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ConfigError, match=r"DEEPSPEED.*fsdp2\.yaml"):
+        check_settings()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_reads_its_recipes(name):
+    loaded = load_config_from_file(str(ROOT / "recipes" / "accelerate" / f"{name}.yaml"))
+    assert loaded.num_processes == 8 and loaded.mixed_precision == "bf16"
+    if name == "fsdp2":
+        assert loaded.distributed_type == "FSDP"
+        known = {f.option_strings[0].removeprefix("--") for f in launch_command_parser()._actions if f.option_strings}
+        assert set(loaded.fsdp_config) <= known  # a key that accelerate does not know would be ignored
+        assert loaded.fsdp_config["fsdp_version"] == 2 and not loaded.fsdp_config["fsdp_cpu_ram_efficient_loading"]

@@ -61,7 +61,10 @@ def groups_of_samples(prompts: int = 3, group: int = 4) -> list[TrainingSample]:
 
 
 def gradient(name: str, samples: list[TrainingSample], *, padded: bool = False, **settings: Any):
-    made = learner(tiny(name), max_grad_norm=0.0, vllm_importance_sampling_correction=True, **settings)
+    model = tiny(name)
+    if settings.get("gradient_checkpointing"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    made = learner(model, max_grad_norm=0.0, vllm_importance_sampling_correction=True, **settings)
     assert made.packs
     if padded:  # transformers' own attention and masks
         made.packs = False
@@ -102,10 +105,11 @@ def test_tokens_are_counted_before_and_after_sharing():
     assert (metrics["learner/groups_skipped"], metrics["learner/sequences_skipped"]) == (1.0, 4.0)
 
 
-@pytest.mark.parametrize("options", [{"gradient_checkpointing": True}, {"activation_offloading": True}])
-def test_checkpointing_and_offloading_change_nothing(options):
+@pytest.mark.parametrize("offloading", [False, True])
+def test_checkpointing_and_offloading_change_nothing(offloading):
     samples = groups_of_samples()
     _, plain = gradient("llama", samples, token_budget=100_000)
+    options = {"gradient_checkpointing": True, "activation_offloading": offloading}
     _, found = gradient("llama", samples, token_budget=100_000, **options)
     assert torch.equal(found, plain)
 
@@ -119,13 +123,33 @@ def test_flex_attention_computes_the_same_forward(name):
 
     def hidden(kernel: str) -> torch.Tensor:
         use_packed_attention(model, kernel)
-        out = model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, packed_layout=batch.layout
-        )  # fmt: skip
+        out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, packed_layout=batch.layout)
         return out.last_hidden_state
 
     with torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(hidden("flex_attention"), hidden("sdpa"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["llama", "mistral, window", "gemma2, window and caps"])
+@pytest.mark.parametrize("kernel", ["flex_attention", "flash_attention_2"])
+def test_the_gpu_kernels_have_the_gradient_of_sdpa(name, kernel):
+    if kernel == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    half = kernel == "flash_attention_2"
+    model = tiny(name).to("cuda", torch.bfloat16 if half else torch.float32)
+    batch = micro_batch(tuple(prefix_groups(groups_of_samples())), Denominators(1.0, 1.0), "grpo").to(model.device)
+
+    def gradients(kernel: str) -> torch.Tensor:
+        use_packed_attention(model, kernel)
+        model.zero_grad()
+        out = model.base_model(input_ids=batch.input_ids, position_ids=batch.position_ids, packed_layout=batch.layout)
+        out.last_hidden_state.float().square().sum().backward()
+        return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
+
+    expected, found = gradients("sdpa"), gradients(kernel)
+    assert float((found - expected).norm() / expected.norm()) <= (0.03 if half else 1e-3)
 
 
 def test_what_the_variable_length_kernel_is_told():

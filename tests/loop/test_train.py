@@ -199,8 +199,13 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     assert "draft/accuracy" not in only and only["rollout/rollouts_per_prompt"] == 4.0 and "kl" in only
 
 
-def test_two_processes_share_the_prompts(model, questions, tmp_path):
-    settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0}
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch, sharded):
+    settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200}
+    if sharded:
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` does
+        monkeypatch.setenv("FSDP_VERSION", "2")
+        settings |= {"use_peft": True, "beta": 0.01}
     run(
         ["--standalone", "--nproc_per_node", "2", "igrpo/train.py",
          *words(model, questions, tmp_path / "run", **settings)],
@@ -210,7 +215,11 @@ def test_two_processes_share_the_prompts(model, questions, tmp_path):
     assert [r["step"] for r in logged] == [1, 2]
     seen = {g["row"] for g in records(tmp_path / "run", "completions.jsonl")}
     assert len(seen) == 4  # the main process logs its own two problems of each step; the other process had two more
-    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2")
+    assert all(r["sync/probe_logp_gap"] < 1e-4 and r["learner/unique_tokens"] > 0 for r in logged)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
+    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert trained.keys() == start.keys()
+    assert not torch.equal(trained[(name := "model.layers.0.mlp.up_proj.weight")], start[name])
 
 
 def test_rewards_that_hang_or_raise_do_not_stop_the_run(model, tmp_path):
