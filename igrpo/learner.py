@@ -21,7 +21,7 @@ from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
-from igrpo.packing import Bin, Limits, PrefixGroup, pack, prefix_groups, raw_tokens
+from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups, raw_tokens
 from igrpo.policy import Policy
 from igrpo.types import TrainingSample
 from igrpo_kernels import GRPOLossOutput
@@ -140,8 +140,7 @@ class Learner:
         everyone = gather_object(list(samples)) if processes > 1 else list(samples)
         totals = batching.count(everyone)
         useful = batching.contributing(everyone, self.config)
-        shared = self.config.shared_prefix and self.packs
-        bins = pack(useful, Limits.of(self.config), shared=shared, processes=processes) if useful else []
+        bins = self._plan(useful)
         micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
         micros += [self._filler()] * (math.ceil(len(bins) / processes) - len(micros))
         old = [self._log_probs(m, self.policy) for m in micros] if self.config.num_iterations > 1 else None
@@ -203,6 +202,15 @@ class Learner:
             sharding.begin_micro_batch(self.policy, last)
         with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.policy):
             yield
+
+    def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
+        """Micro-batches of the whole step, the same list in every process."""
+        limits = Limits.of(self.config)
+        if not samples:
+            return []
+        if not self.packs:
+            return pad(samples, limits)
+        return pack(samples, limits, shared=self.config.shared_prefix, processes=self.accelerator.num_processes)
 
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
         pad = None if packed else self.pad_token_id

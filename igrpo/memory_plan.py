@@ -268,7 +268,7 @@ def activation_bytes_per_token(shape: ModelShape, bf16: bool) -> int:
 
 def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
     weights = (2 if config.bf16 else 4) * shape.parameters
-    if config.use_vllm and getattr(config, "vllm_mode", "colocate") == "server":
+    if config.use_vllm and config.vllm_mode == "server":
         return []
     if not config.use_vllm:
         cache = config.per_device_train_batch_size * context * shape.kv_bytes_per_token

@@ -76,6 +76,21 @@ def pack(samples: Sequence[TrainingSample], limits: Limits, *, shared: bool = Tr
     return sorted(merged, key=unique_tokens, reverse=True)
 
 
+def pad(samples: Sequence[TrainingSample], limits: Limits) -> list[Bin]:
+    """Micro-batches for models that cannot be packed: similar lengths together, and padding counts as tokens."""
+
+    def length(s: TrainingSample) -> int:
+        return len(s.prompt_ids) + len(s.completion_ids)
+
+    bins: list[list[TrainingSample]] = []
+    for s in sorted(samples, key=length, reverse=True):
+        if bins and limits.hold(length(bins[-1][0]) * (len(bins[-1]) + 1), len(bins[-1]) + 1):
+            bins[-1].append(s)
+        else:
+            bins.append([s])
+    return [tuple(prefix_groups(contents, shared=False)) for contents in bins]
+
+
 def prefix_groups(samples: Sequence[TrainingSample], shared: bool = True) -> list[PrefixGroup]:
     """Samples by equal prompts, in order of first appearance; each by itself when nothing is to be shared."""
     if not shared:

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from igrpo.config import TrainConfig
-from igrpo.packing import Limits, pack, prefix_groups, raw_tokens, unique_tokens
+from igrpo.packing import Limits, pack, pad, prefix_groups, raw_tokens, unique_tokens
 from igrpo.types import TrainingSample
 
 
@@ -91,6 +91,14 @@ def test_the_papers_lengths_cost_half():
     # What padding every sequence to the longest one would compute.
     longest = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
     assert unique < 0.3 * longest * len(samples)
+
+
+def test_where_padding_must_be_it_counts_and_similar_lengths_share():
+    samples = [sample((1,), n) for n in (2, 9, 3, 8)]
+    by_budget = pad(samples, Limits(tokens=20))
+    assert [[len(g.samples[0].completion_ids) for g in contents] for contents in by_budget] == [[9, 8], [3, 2]]
+    assert [len(contents) for contents in pad(samples, Limits(tokens=19))] == [1, 2, 1]
+    assert [len(contents) for contents in pad(samples, Limits(completions=3))] == [3, 1]
 
 
 def test_fewer_sequences_than_processes():
