@@ -18,6 +18,8 @@ Row = dict[str, Any]
 
 
 SINGLE_SHOT = "single shot"
+LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority": "--", "two-stage,": ":"}
+"""Line styles by mode, without what stands behind it; the colour is the model's."""
 
 
 def figures(records: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -120,17 +122,19 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
     down = -(-len(benchmarks) // across)
     figure = Figure(figsize=(4.8 * across, 3.6 * down + 0.3 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(down, across, squeeze=False).flat
+    panels = list(figure.subplots(down, across, squeeze=False).flat)
+    models = list(dict.fromkeys(row["model"] for row in rows))
     for panel, benchmark in zip(panels, benchmarks, strict=False):
-        for i, row in enumerate(rows):
+        for row in rows:
             if benchmark in row["benchmarks"]:
-                _curve(panel, row, row["benchmarks"][benchmark]["pass_at_k"], f"C{i % 10}")
+                colour = f"C{models.index(row['model']) % 10}"
+                _curve(panel, row, row["benchmarks"][benchmark]["pass_at_k"], colour)
         panel.set(title=benchmark, xlabel="k", ylabel="pass@k, %")
         panel.set_xscale("log", base=2)
         panel.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
         panel.set_ylim(bottom=0, top=max(panel.get_ylim()[1], 1))
         panel.grid(alpha=0.3)
-    for panel in list(panels):
+    for panel in panels[len(benchmarks) :]:
         panel.set_visible(False)
     labels = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize="small")
@@ -142,8 +146,9 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
 
 def _curve(panel: Any, row: Row, passes: Sequence[dict[str, Any]], colour: str) -> None:
     k = [p["k"] for p in passes]
-    style = "-" if row["mode"] == SINGLE_SHOT else "--"
-    panel.plot(k, [100 * p["value"] for p in passes], style, color=colour, label=_label(row), marker=".")
+    style = LINES[row["mode"].partition(" ORACLE")[0].partition(" of ")[0]]
+    values, marked = [100 * p["value"] for p in passes], [i - 1 for i in shown_k(len(k))]
+    panel.plot(k, values, style, color=colour, label=_label(row), marker=".", markevery=marked)
     if passes[0]["low"] is not None:
         low, high = ([100 * p[side] for p in passes] for side in ("low", "high"))
         panel.fill_between(k, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -23,7 +23,8 @@ from igrpo.config_file import dump_yaml
 from igrpo.eval import main
 from igrpo.eval.benchmarks import BENCHMARKS, load_benchmark
 from igrpo.eval.pass_at_k import average, bootstrap, pass_at_k
-from igrpo.eval.two_stage import choose, chosen_drafts, vote_key
+from igrpo.eval.summary import make_row, plot
+from igrpo.eval.two_stage import RULES, choose, chosen_drafts, vote_key
 from igrpo.rewards import accuracy
 from tests.tiny import save_tiny
 
@@ -67,6 +68,15 @@ def test_bootstrap_intervals_have_the_width_that_theory_gives_and_repeat():
     _, other = bootstrap(values, seed=4)
     both = average([drawn, other], [0.5, 0.5])
     assert both.high - both.low == pytest.approx((half.high - half.low) / 2**0.5, rel=0.1)
+
+
+def test_the_plot_has_a_panel_per_benchmark_and_no_empty_one(tmp_path):
+    records = [{"correct": c, "score": c / 4, "completions": [{"rewards": {"accuracy": 0.0}, "finish_reason": "stop",
+                "tokens": 1}] * 4} for c in (0, 1, 4)]  # fmt: skip
+    modes = ["single shot", *(text.format(N=4) for text in RULES.values())]
+    rows = [make_row("m", mode, dict.fromkeys("abcd", records), 0) for mode in modes]
+    plot(rows, tmp_path)
+    assert (tmp_path / "pass_at_k.svg").read_text().count('id="axes_') == 4
 
 
 # --- choosing a draft at test time
