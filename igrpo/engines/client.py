@@ -13,7 +13,8 @@ from igrpo.engines.serve import SERVED_NAME
 
 NEEDED_PATHS = (
     "/v1/completions", "/health", "/collective_rpc", "/reset_prefix_cache", "/pause", "/resume", "/abort_requests",
-    "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update", "/weight_info",
+    "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
+    "/update_weight_version", "/weight_info",
 )  # fmt: skip
 SHORT_SECONDS = 30.0
 """Deadline of calls that do no work to speak of."""
@@ -29,6 +30,10 @@ class ServerHung(ServerError):
 
 class SecretRefused(ServerError):
     """It belongs to another run."""
+
+
+class RequestRefused(ServerError):
+    """The request cannot be served, here or elsewhere."""
 
 
 class Client:
@@ -51,6 +56,7 @@ class Client:
 
         Raises:
             ServerHung: no whole answer within ``timeout`` seconds.
+            RequestRefused: the server understood it and says no.
             ServerError: no connection, or an answer other than 200.
         """
         try:
@@ -63,9 +69,13 @@ class Client:
         if response.status_code == 401:
             raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
         if response.status_code != 200:
-            raise ServerError(f"{self.url}{path} answered {response.status_code}: {response.text[:300]}")
+            kind = RequestRefused if response.status_code in (400, 422) else ServerError
+            raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:300]}")
         self.boot = response.headers.get(BOOT_HEADER.decode())
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path} answered something that is no JSON: {response.text[:300]}") from error
 
     async def check(self, max_model_length: int) -> None:
         """Whether this server can do all that a run needs; asks for abilities, not for a version.

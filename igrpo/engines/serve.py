@@ -1,7 +1,7 @@
 """A vLLM server for training runs on other nodes: ``python -m igrpo.engines.serve --config recipes/x.yaml …``.
 
-Reads the same recipe as the trainer, so that both mean the same model. The trainer starts servers on its own machine
-by itself with the command made here.
+Reads the same recipe as the trainer, so that both mean the same model; a server that breaks is started again. The
+trainer starts servers on its own machine by itself, with the command made here.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +22,8 @@ DEFAULT_PORT = 8000
 SERVED_NAME = "policy"
 CPU_BATCHED_TOKENS = 2048
 EXIT_BAD_CONFIG = 2
+TOO_SOON_SECONDS = 60.0
+"""A server that ends earlier than this after its start would do so again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_cpu = config.use_cpu or not torch.cuda.is_available()
     os.environ.update(server_environment(config, secret, on_cpu))
     command = server_command(config, path, length, config.vllm_server_port or DEFAULT_PORT, config.seed, on_cpu)
-    return supervise(command, parent=None)
+    while True:
+        start = time.monotonic()
+        code, asked = supervise(command, parent=None)
+        if asked or time.monotonic() - start < TOO_SOON_SECONDS:
+            return code
+        # The trainer sees by the boot number that this is another one, and sends it the weights.
+        print(f"the server ended with code {code}; starting it again", file=sys.stderr, flush=True)
 
 
 def server_command(config: TrainConfig, path: str, length: int, port: int, seed: int, on_cpu: bool) -> list[str]:
@@ -66,7 +75,6 @@ def server_command(config: TrainConfig, path: str, length: int, port: int, seed:
         "skip-tokenizer-init",
         "enable-prefix-caching",
         "disable-uvicorn-access-log",
-        "disable-log-stats",
         "enable-prompt-tokens-details",
     ]
     if config.model_revision:

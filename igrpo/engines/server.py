@@ -100,7 +100,6 @@ class Server:
         if leads:
             await self.client.call("POST", "/abort_requests", SHORT_SECONDS, json={})
             await self.client.call("POST", "/resume", SHORT_SECONDS)
-            await self.client.call("POST", "/init_weight_transfer_engine", SHORT_SECONDS, json={"init_info": {}})
         self._boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
 
     def _check_waiting(self, error: ServerError, deadline: float, timeout: float) -> None:

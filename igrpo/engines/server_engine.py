@@ -9,21 +9,24 @@ right version; one whose server breaks starts over elsewhere, with the seed it h
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from igrpo.config import TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
-from igrpo.engines.client import SHORT_SECONDS, ServerError, ServerHung
+from igrpo.engines.client import SHORT_SECONDS, RequestRefused, ServerError, ServerHung
 from igrpo.engines.server import Server, start_servers
-from igrpo.engines.transfer import Published, publish, push_files, weight_folder
+from igrpo.engines.server_process import address_towards
+from igrpo.engines.transfer import Published, publish, push_files, settle, weight_folder
+from igrpo.engines.weights import FILE_BACKEND
 
 T = TypeVar("T")
 
@@ -58,12 +61,18 @@ class ServerEngine:
         self.version = UNKNOWN_VERSION if config.server_urls else 0
         self._rank_seed = self._seed = seed
         self._weights: Published | None = None
-        self._folder = weight_folder(config.vllm_weight_dir) if self.leads else None
+        self._source: WeightSource | None = None
+        backend = config.weight_backend(self.on_cpu)
+        self._direct_backend = None if backend == FILE_BACKEND else backend
+        self._direct: Any = None
+        writes = self.leads and self._direct_backend is None
+        self._folder = weight_folder(config.vllm_weight_dir) if writes else None
         self._finished: list[Result] = []
         self._fatal: str | None = None
         self._news = threading.Condition()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._restarts = 0
+        self._pushing = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="igrpo-servers", daemon=True)
         self._thread.start()
@@ -79,7 +88,10 @@ class ServerEngine:
     def submit(self, request: Request) -> None:
         if self.version == UNKNOWN_VERSION:
             raise EngineError("the servers were running before this trainer and hold unknown weights: push first")
-        self._loop.call_soon_threadsafe(self._spawn, request)
+        # Its own seed for each request: what it samples hangs neither on what runs beside it nor on a retry.
+        text = f"{self._rank_seed}/{self._seed}/{request.request_id}"
+        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+        self._loop.call_soon_threadsafe(self._spawn, request, seed)
 
     def poll(self) -> list[Result]:
         with self._news:
@@ -105,13 +117,13 @@ class ServerEngine:
 
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         start = time.perf_counter()
-        if self._folder is None:
-            for _ in source():  # this process's part of a collective; the leading process sends
-                pass
-            published = Published(version, None, (), {}, {})
-        else:
+        if self._folder is not None:
             published = publish(source, version, self._folder)
-        written = time.perf_counter() - start
+        else:
+            published = Published(version, None, (), {}, {})
+            if not self.leads:
+                self._take_part(source)
+        written, self._source = time.perf_counter() - start, source
         try:
             compared = self._wait_for(self._push(published))
         except ServerError as error:
@@ -123,6 +135,13 @@ class ServerEngine:
             "sync/servers": float(sum(server.holds(version) for server in self.servers)),
             "sync/restarts": float(self._restarts),
         }
+
+    def _take_part(self, source: WeightSource) -> None:
+        """Where weights are sharded, reading them is a collective: all processes make the leading one's passes."""
+        passes = 2 if self._direct_backend and self._source is None else 1
+        for _ in range(passes):
+            for _ in source():
+                pass
 
     def restart(self) -> None:
         async def drop() -> None:
@@ -164,10 +183,21 @@ class ServerEngine:
 
     # --- the event loop's thread: requests
 
-    def _spawn(self, request: Request) -> None:
-        self._tasks[request.request_id] = asyncio.ensure_future(self._run(request))
+    def _spawn(self, request: Request, seed: int) -> None:
+        self._tasks[request.request_id] = self._guarded(self._run(request, seed))
 
-    async def _run(self, request: Request) -> None:
+    def _guarded(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task whose unforeseen end ends the run instead of leaving it waiting."""
+
+        def report(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                self._give_up(f"talking to the servers failed: {task.exception()!r}")
+
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(report)
+        return task
+
+    async def _run(self, request: Request, seed: int) -> None:
         hung, timeout = 0, self.config.vllm_request_timeout
         while True:
             try:
@@ -176,15 +206,15 @@ class ServerEngine:
                 return
             server = min((s for s in self.servers if s.holds(self.version)), key=lambda s: s.load)
             try:
-                result = await server.complete(
-                    request, self.stop_token_ids, self._request_seed(request), self._salt(), timeout
-                )
+                result = await server.complete(request, self.stop_token_ids, seed, self._salt(), timeout)
                 break
             except ServerHung as error:
                 hung += 1
                 if hung == MAX_ATTEMPTS:
                     return self._give_up(f"{request.request_id} hung {hung} times: {error}")
                 await self._probe(server, str(error))
+            except RequestRefused as error:
+                return self._give_up(str(error))
             except ServerError as error:
                 server.break_off(str(error))
         del self._tasks[request.request_id]
@@ -199,39 +229,39 @@ class ServerEngine:
         except ServerError:
             server.break_off(reason)
 
-    def _request_seed(self, request: Request) -> int:
-        # Its own seed for each request: what it samples hangs neither on what runs beside it nor on a retry.
-        text = f"{self._rank_seed}/{self._seed}/{request.request_id}"
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
-
     def _salt(self) -> str:
         return f"v{self.version}"  # prefixes of one version are never found by another
 
     async def _until_usable(self) -> None:
-        while not any(server.holds(self.version) for server in self.servers):
+        while not self._any_usable():
             if all(server.given_up for server in self.servers):
                 reasons = "; ".join(dict.fromkeys(server.given_up or "" for server in self.servers))
                 self._give_up(reasons)
-                raise ServerError(reasons)
+            if self._fatal is not None:
+                raise ServerError(self._fatal)
             self._changed.clear()
             await self._changed.wait()
+
+    def _any_usable(self) -> bool:
+        return any(server.holds(self.version) for server in self.servers)
 
     def _give_up(self, reason: str) -> None:
         with self._news:
             self._fatal = self._fatal or reason
             self._news.notify_all()
+        self._changed.set()
 
     # --- the event loop's thread: servers
 
     async def _start(self) -> None:
         for server in self.servers:
-            server.keeper = asyncio.ensure_future(self._keep(server))
-        while not all(server.up or server.given_up for server in self.servers):
+            server.keeper = self._guarded(self._keep(server))
+        while not all(server.up for server in self.servers):
+            for reason in (self._fatal, *(server.given_up for server in self.servers)):
+                if reason:
+                    raise ServerError(reason)
             self._changed.clear()
             await self._changed.wait()
-        for server in self.servers:
-            if server.given_up:
-                raise ServerError(server.given_up)
 
     async def _stop(self) -> None:
         tasks = [*self._tasks.values(), *(s.keeper for s in self.servers if s.keeper)]
@@ -246,6 +276,8 @@ class ServerEngine:
             try:
                 await server.come_up(self.max_model_length, self.config.vllm_server_timeout, self.leads)
                 await self._send(server)
+                while self._outdated(server):  # a newer push came meanwhile
+                    await self._send(server)
             except ServerError as error:
                 server.failures += 1
                 # At the start a server that does not come has never worked: waiting again would not help.
@@ -257,6 +289,11 @@ class ServerEngine:
                 continue
             first, server.up = False, True
             self._changed.set()
+            if self._weights is not None and self._direct_backend and not self._pushing and not self._any_usable():
+                self._give_up(
+                    f"no server holds version {self.version} any more, and {self._direct_backend} only sends what the "
+                    "learner has now; go on with --resume_from_checkpoint last"
+                )
             reason = await server.watch(WATCH_SECONDS, HEALTH_SECONDS)
             server.failures += 1
             self._restarts += 1
@@ -270,15 +307,22 @@ class ServerEngine:
             if weights is None:
                 server.version = self.version
             elif server.version != weights.version:
-                if self.leads:
+                if not self.leads:
+                    await server.wait_for_version(weights.version, self.config.vllm_request_timeout)
+                elif weights.folder is not None:
                     compared = await push_files(server.client, weights, self.config.vllm_sync_timeout)
                 else:
-                    await server.wait_for_version(weights.version, self.config.vllm_request_timeout)
+                    return 0  # up, but empty: a direct transfer reaches it with the next push
                 server.version = weights.version
             return compared
 
+    def _outdated(self, server: Server) -> bool:
+        weights = self._weights
+        return weights is not None and server.version != weights.version and not (self.leads and self._direct_backend)
+
     async def _push(self, published: Published) -> int:
         before, self._weights, self.version = self._weights, published, published.version
+        self._pushing = True
 
         async def send(server: Server) -> int:
             try:
@@ -287,9 +331,53 @@ class ServerEngine:
                 server.break_off(str(error))
                 return 0
 
-        compared = sum(await asyncio.gather(*(send(server) for server in self.servers if server.up)))
+        up = [server for server in self.servers if server.up]
+        if self._direct_backend and self.leads:
+            compared = await self._send_directly(published, up)
+        else:
+            compared = sum(await asyncio.gather(*map(send, up)))
         await self._until_usable()
+        self._pushing = False
         self._changed.set()
         if before is not None and before.folder != published.folder:
             before.remove()
+        return compared
+
+    async def _send_directly(self, weights: Published, servers: list[Server]) -> int:
+        """From GPU to GPU, to all servers at once. A send that fails may leave a collective hanging, which nothing in
+        this process mends: the run ends and goes on from its last checkpoint.
+
+        Raises:
+            ServerError: it failed, or took longer than ``vllm_sync_timeout``.
+        """
+        from igrpo.engines.vllm_transfer import DirectTransfer
+
+        timeout = self.config.vllm_sync_timeout
+        assert self._source is not None and self._direct_backend is not None
+        if self._direct is None:
+            address = address_towards(servers[0].client.url)
+            self._direct = DirectTransfer(self._direct_backend, address, self.config.vllm_group_port)
+
+        def poster(server: Server) -> Callable[[str, dict[str, Any] | None], None]:
+            def post(path: str, json: dict[str, Any] | None) -> None:  # called from the sending thread
+                call = server.client.call("POST", path, timeout, json=json)
+                asyncio.run_coroutine_threadsafe(call, self._loop).result()
+
+            return post
+
+        sizes = [(await s.client.call("GET", "/get_world_size", timeout))["world_size"] for s in servers]
+        await asyncio.gather(*(s.client.call("POST", "/pause", timeout, params={"mode": "keep"}) for s in servers))
+        members = [f"{s.client.url} {s.client.boot}" for s in servers]
+        sending = asyncio.to_thread(self._direct.send, self._source, members, [poster(s) for s in servers], sizes)
+        try:
+            await asyncio.wait_for(sending, timeout)
+        except (EngineError, TimeoutError) as error:
+            raise ServerError(f"{error or 'the transfer'} did not end in {timeout:g} s") from error
+        sent = dataclasses.replace(weights, checksums=self._direct.checksums, shapes=self._direct.shapes)
+        compared = 0
+        for server in servers:
+            body = {"new_version": str(weights.version)}
+            await server.client.call("POST", "/update_weight_version", timeout, json=body)
+            compared += await settle(server.client, sent, timeout)
+            server.version = weights.version
         return compared

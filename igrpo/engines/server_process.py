@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from igrpo.engines.supervise import GRACE_SECONDS
 
@@ -74,6 +75,15 @@ class ServerProcess:
 def free_port(host: str) -> int:
     with socket.create_server((host, 0)) as listener:
         return listener.getsockname()[1]
+
+
+def address_towards(url: str) -> str:
+    """This machine's address on the network where the server is."""
+    parts = urlsplit(url)
+    family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(target)  # sends nothing
+        return probe.getsockname()[0]
 
 
 def log_folder() -> Path:

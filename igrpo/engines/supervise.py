@@ -22,8 +22,12 @@ GRACE_SECONDS = 5.0
 PR_SET_PDEATHSIG = 1
 
 
-def supervise(command: Sequence[str], parent: int | None) -> int:
-    """Exit code of the command, or 128 + signal; with ``parent`` it also ends when that process does."""
+def supervise(command: Sequence[str], parent: int | None) -> tuple[int, bool]:
+    """Runs the command; with ``parent``, no longer than that process.
+
+    Returns:
+        Its exit code, or 128 + signal, and whether it was asked to end (or its parent did) and did not end by itself.
+    """
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
@@ -39,7 +43,7 @@ def supervise(command: Sequence[str], parent: int | None) -> int:
     finally:
         _signal_group(child.pid, signal.SIGKILL)
     code = child.wait()
-    return 128 - code if code < 0 else code
+    return (128 - code if code < 0 else code), bool(asked) or not (parent is None or os.getppid() == parent)
 
 
 def _die_with_parent() -> None:
@@ -53,4 +57,4 @@ def _signal_group(group: int, number: signal.Signals) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise(sys.argv[2:], int(sys.argv[1])))
+    sys.exit(supervise(sys.argv[2:], int(sys.argv[1]))[0])

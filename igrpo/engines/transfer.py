@@ -26,9 +26,10 @@ class Published:
 
     version: int
     folder: Path | None
-    """None in a process that does not feed the servers."""
+    """None with a direct transfer, and in a process that does not feed the servers."""
     files: tuple[str, ...]
     checksums: dict[str, str]
+    """By name; with a direct transfer, of the vectors only."""
     shapes: dict[str, tuple[int, ...]]
 
     def remove(self) -> None:
@@ -106,11 +107,20 @@ async def push_files(client: Client, weights: Published, timeout: float) -> int:
     await phase("start", "POST", "/start_weight_update")
     await phase("send", "POST", "/update_weights", json={"update_info": info})
     await phase("finish", "POST", "/finish_weight_update", json={"weight_version": str(weights.version)})
+    return await settle(client, weights, timeout)
+
+
+async def settle(client: Client, weights: Published, timeout: float) -> int:
+    """After new weights, however they came: verifies them, forgets every prefix of the old ones, lets requests go on.
+
+    Raises:
+        ServerError: as ``push_files``.
+    """
     compared = await verify(client, weights, timeout)
-    reset = await phase("forget prefixes", "POST", "/reset_prefix_cache", params={"reset_running_requests": "true"})
+    reset = await client.call("POST", "/reset_prefix_cache", timeout, params={"reset_running_requests": "true"})
     if isinstance(reset, dict) and reset.get("success") is False:
         raise ServerError(f"{client.url} still holds prefixes of the old weights")
-    await phase("resume", "POST", "/resume")
+    await client.call("POST", "/resume", timeout)
     return compared
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -126,3 +127,43 @@ def test_an_engine_that_dies_among_requests_is_replaced_and_they_start_over(engi
         model.model.norm.weight.add_(0.01)
     with pytest.raises(EngineError, match="resume_from_checkpoint"):
         drain(engine, 1)
+
+
+def test_several_servers_form_one_group_for_a_direct_transfer():
+    from igrpo.engines.vllm_transfer import FanOut
+
+    together = threading.Barrier(3, timeout=30)  # each call returns only when all servers have been called
+    seen: dict[int, list] = {0: [], 1: [], 2: []}
+
+    def post(i: int):
+        def send(path: str, body: dict | None) -> None:
+            together.wait()
+            seen[i].append((path, body))
+
+        return send
+
+    group = FanOut([post(i) for i in range(3)], world_sizes=[1, 2, 4])
+    group.init_weight_transfer_engine({"master_port": 7, "rank_offset": 1, "world_size": 8})
+    group.start_weight_update()
+    group.update_weights({"names": ["a"]})
+    group.finish_weight_update()
+    assert [calls[0][1]["init_info"]["rank_offset"] for calls in seen.values()] == [1, 2, 4]
+    phases = ["init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"]
+    assert all([path for path, _ in calls] == [f"/{p}" for p in phases] for calls in seen.values())
+
+
+def test_weights_are_offered_in_the_shape_the_installed_vllm_wants():
+    from vllm.distributed.weight_transfer.base import ModuleSource, ParamMeta, WeightSource
+
+    from igrpo.engines.vllm_transfer import vllm_source
+
+    model = tiny_llama(1)
+    declared = [ParamMeta(name, p.dtype, tuple(p.shape)) for name, p in model.named_parameters()]
+    ours, theirs = vllm_source(lambda: model.named_parameters(), declared), ModuleSource(model)
+    assert isinstance(ours, WeightSource)
+    for _ in range(2):  # a fresh pass each time
+        pairs = [list(s.iter_full() if hasattr(s, "iter_full") else s) for s in (ours, theirs)]
+        assert [name for name, _ in pairs[0]] == [name for name, _ in pairs[1]]
+        assert all(torch.equal(a, b) for (_, a), (_, b) in zip(*pairs, strict=True))
+    metadata = [s.metadata() if callable(s.metadata) else s.metadata for s in (ours, theirs)]
+    assert metadata[0] == metadata[1]
