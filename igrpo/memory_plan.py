@@ -290,7 +290,8 @@ def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: i
 
 def _suggestions(config: TrainConfig, machine: Machine, sharded: bool) -> tuple[str, ...]:
     said = []
-    if config.use_vllm and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
+    beside = config.use_vllm and config.vllm_mode == "colocate"
+    if beside and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
         said.append("lower vllm_gpu_memory_utilization, or let vLLM run elsewhere")
     if not config.gradient_checkpointing:
         said.append("set gradient_checkpointing: true")

@@ -68,12 +68,21 @@ def test_a_command_of_the_docs_is_one_that_works(page, command):
         check_accelerate(words[2:])
     elif words[0] == "igrpo":
         check_verb(words[1], words[2:])
+    elif words[0] == "sbatch" or words[0].endswith(".sh"):
+        check_script([word for word in words if word != "sbatch" and not word.startswith("--nodes=")])
     elif words[0] == "pytest":
         check_python(["-m", *words])
     elif words[0] in ("python", ".venv/bin/python", "python3"):
         check_python(words[1:])
     else:
         pytest.fail(f"{page}: nobody checks `{command}`; see FOREIGN in this file")
+
+
+def check_script(words: list[str]) -> None:
+    """``SCRIPT RECIPE [ADDRESS] [--key value …]``"""
+    subprocess.run(["bash", "-n", str(ROOT / words[0])], check=True, timeout=60)
+    keys = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
+    parse_args(["--config", str(ROOT / words[1]), *words[keys:]])
 
 
 def check_python(words: list[str]) -> None:

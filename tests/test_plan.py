@@ -175,6 +175,12 @@ def test_calibration_reproduces_the_run_and_carries_over(run, capsys):
     assert "rates are those of" in planned["assumptions"][0]
 
 
+def test_a_model_with_state_space_layers_is_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8, "ssm_state_size": 16}))
+    assert main([RECIPE, "--hardware", "8xH100", "--model_name_or_path", str(tmp_path)]) == 2
+    assert "has state-space layers (ssm_state_size)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

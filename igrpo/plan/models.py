@@ -15,6 +15,8 @@ from igrpo.memory_plan import ModelShape, model_shape
 
 TABLE = Path(__file__).with_name("architectures.json")
 HUB_SECONDS = 5.0
+STATE_SPACE = ("hybrid_override_pattern", "ssm_state_size", "mamba_d_state", "state_size")
+"""Keys of configs whose models are no plain transformers."""
 
 
 @lru_cache
@@ -69,6 +71,11 @@ def _from_hub(name: str) -> dict[str, Any]:
 
 
 def _shape(config: dict[str, Any], name: str) -> ModelShape:
+    if mixed := [key for key in STATE_SPACE if key in config]:
+        raise ConfigError(
+            f"model_name_or_path: {name} has state-space layers ({mixed[0]}); only models with attention in every "
+            "layer can be planned"
+        )
     try:
         return model_shape(config)
     except KeyError as error:
