@@ -73,3 +73,11 @@ def test_importing_stays_light(module, unwanted):
 def test_importing_the_kernels_starts_no_cuda():
     code = "import igrpo_kernels, torch; print(torch.cuda.is_initialized())"
     assert python(code).strip() == "False"
+
+
+@pytest.mark.parametrize("library", ["trl", "liger_kernel", "verl", "openrlhf", "prime_rl"])
+def test_an_adapter_alone_knows_the_library_it_adapts(library):
+    home = f"igrpo_kernels/integrations/{library.removesuffix('_kernel')}"
+    for path in sources("igrpo_kernels"):
+        if any(name.split(".")[0] == library for name in imported(path)):
+            assert str(path.relative_to(ROOT)).startswith(home)

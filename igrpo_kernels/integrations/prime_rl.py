@@ -21,8 +21,8 @@ def policy_loss(inputs: Any, **config: Any) -> Any:
     """The sum of a sequence's policy terms; prime-rl divides by the batch's tokens.
 
     Args:
-        inputs: prime-rl's LossInputs of one sequence: `trainer_logprobs`, `inference_logprobs`, `advantages` and
-            `loss_mask`, each (T,).
+        inputs: prime-rl's LossInputs of one sequence: `trainer_logprobs`, `inference_logprobs`, `advantages`,
+            `loss_mask` and, in releases that have them, `loss_weights`; each (T,).
         config: keys of `GRPOLossConfig`: loss_type, importance_sampling_level, epsilon, epsilon_high, delta, …
 
     Returns:
@@ -46,9 +46,11 @@ def sequence_loss(
     advantages: Tensor,  # (T,)
     mask: Tensor,  # (T,)
     config: GRPOLossConfig,
+    weights: Tensor | None = None,  # (T,)
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Sum of the policy terms (), and the mean importance weight and log-ratio over the sequence's tokens."""
+    """Weighted sum of the policy terms (), and the mean importance weight and log-ratio over the sequence's tokens."""
     loss, weight = per_token_policy_loss(logps[None], old_logps[None], advantages[None], mask[None], config)
+    loss = loss if weights is None else loss * weights
     count = mask.sum().clamp(min=1)
     log_ratio = torch.where(mask != 0, logps.detach() - old_logps, 0.0)
     return loss.sum(), {"importance_ratio": weight.sum() / count, "log_ratio": log_ratio.sum() / count}

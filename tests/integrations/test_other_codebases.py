@@ -94,10 +94,6 @@ def test_verl_policy_losses_are_verls_own(x, name):
     theirs, _ = core.get_policy_loss_fn(name)(*args, loss_agg_mode=mode, config=actor)
     core.register_policy_loss(f"igrpo_{name}")(verl.policy_loss(config))
     ours, _ = core.get_policy_loss_fn(f"igrpo_{name}")(*args, loss_agg_mode=mode, config=actor)
-    if name == "sapo":  # verl leaves out the factor 4 of the SAPO paper's gate
-        ratio = float((ours / theirs).detach())
-        assert ratio == pytest.approx(4.0 if abs(ratio - 4) < 1 else 1.0, rel=1e-4)
-        theirs = theirs * round(ratio)
     same(ours, theirs, x.logps)
 
 
@@ -222,6 +218,8 @@ def test_prime_rl_gets_the_sum_over_a_sequences_tokens(x):
         config = GRPOLossConfig(loss_type="cispo", epsilon_high=1.5)
         loss, metrics = prime_rl.sequence_loss(x.logps[i], x.old[i], x.advantages[i], mask, config)
         same(loss, -(ratio.detach().clamp(max=1.5) * x.advantages[i] * x.logps[i])[mask].sum(), x.logps)
+        doubled, _ = prime_rl.sequence_loss(x.logps[i], x.old[i], x.advantages[i], mask, config, torch.full((T,), 2.0))
+        torch.testing.assert_close(doubled, 2.0 * loss)
         torch.testing.assert_close(metrics["importance_ratio"], ratio.detach()[mask].mean())
         torch.testing.assert_close(metrics["log_ratio"], ratio.detach().log()[mask].mean())
 

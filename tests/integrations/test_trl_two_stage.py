@@ -109,6 +109,15 @@ def test_refinements_see_the_chosen_draft_and_rewards_see_the_question(folder, c
     assert log["draft/mean_length"] == pytest.approx(sum(lengths) / len(lengths))
 
 
+def test_a_draft_that_nobody_could_judge_is_never_the_best():
+    nan = float("nan")
+    trainer = SimpleNamespace(draft_selection="best")
+    assert IGRPOTrainer._choose(trainer, [nan, -2.0, -1.0, -1.0], 0) == 2
+    assert IGRPOTrainer._choose(trainer, [nan, nan], 0) == 0
+    trainer.draft_selection = "worst"
+    assert IGRPOTrainer._choose(trainer, [nan, 2.0, 1.0, 1.0], 0) == 2
+
+
 def test_evaluation_is_single_shot_from_the_bare_prompt(folder):  # noqa: F811
     trainer = run(folder, max_steps=1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8)
     evaluated = trainer.stages[2:]
@@ -120,6 +129,8 @@ def test_a_draft_that_does_not_fit_loses_its_beginning_never_the_question(folder
     trainer = run(folder, max_steps=1, num_drafts=2, draft_max_tokens=3)
     text = trainer.processing_class.decode([40, 41, 42, 43, 44, 45], skip_special_tokens=True)
     assert f"<draft>\n{text[-3:]}\n</draft>" in trainer._refinement_prompt("question", [40, 41, 42, 43, 44, 45])
+    blocks = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
+    assert [x["text"][:8] for x in trainer._append(blocks, "17")[-1]["content"]] == ["question", "\n\nAn ear"]
     trainer.draft_max_tokens = None
     long = trainer._refinement_prompt("question", list(range(40, 90)) * 24)
     ids = trainer.processing_class(text=long)["input_ids"]
@@ -198,7 +209,7 @@ def test_what_cannot_work_is_refused_at_once(folder, arguments, words):  # noqa:
 
 
 def test_groups_that_span_two_processes_share_their_draft(folder, tmp_path):  # noqa: F811
-    """And the fused trainer's figures are TRL's on two processes, too."""
+    """And the fused trainer's figures are TRL's on two processes, and its gradients those of unsharded weights."""
     output = tmp_path / "seen"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
@@ -214,6 +225,8 @@ def test_groups_that_span_two_processes_share_their_draft(folder, tmp_path):  # 
         assert log.keys() == fused.keys()
         for name in log.keys() - TIMES:
             assert fused[name] == pytest.approx(log[name], rel=2e-4, abs=2e-5), name
+    for rank in ranks:
+        assert rank["sharded"] == pytest.approx(rank["whole"], rel=1e-4) and min(rank["whole"].values()) != 0.0
     stages = [rank["stages"] for rank in ranks]
     assert len(stages[0]) == len(stages[1]) == 6
     for step in range(3):

@@ -61,22 +61,25 @@ class FusedGRPOTrainer(GRPOTrainer):
                 compute_entropy=compute_entropy, compute_aux_loss=compute_aux_loss, **modalities,
             )  # fmt: skip
 
-        def logps_of_some(inner: torch.nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        def of_some(inner: torch.nn.Module, ids: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             return self._from_hidden(
                 inner, ids, mask, logits_to_keep,
                 lambda hidden, weight, bias, transform: linear_selective_log_softmax(
                     hidden, weight, ids[:, -logits_to_keep:], lm_head_bias=bias, temperature=self.temperature,
-                    row_mask=mask[:, -logits_to_keep:], return_entropy=True, impl=self.loss_impl, **transform,
+                    row_mask=mask[:, -logits_to_keep:], return_entropy=compute_entropy, impl=self.loss_impl,
+                    **transform,
                 ),
             )  # fmt: skip
 
         rows = batch_size or len(input_ids)  # as many sequences as fit through the model at once
         parts = [
-            self._inside(model, logps_of_some, input_ids[i : i + rows], attention_mask[i : i + rows])
+            self._inside(model, of_some, input_ids[i : i + rows], attention_mask[i : i + rows])
             for i in range(0, len(input_ids), rows)
         ]
+        if not compute_entropy:
+            return torch.cat(parts), None, None
         logps, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logps, entropies if compute_entropy else None, None
+        return logps, entropies, None
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         """The loss of one micro-batch, scaled as TRL scales it; logs TRL's metrics."""

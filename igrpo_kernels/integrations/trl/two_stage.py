@@ -9,6 +9,7 @@ wherever they are.
 
 import bisect
 import contextlib
+import math
 import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -99,7 +100,9 @@ class IGRPOTrainer(FusedGRPOTrainer):
         prompts = [row["prompt"] for row in rows]
         draft_ids, drafts = self._sample_drafts(prompts)
         scores = self._calculate_rewards(rows, prompts, drafts, draft_ids)  # (P·N, functions), of all processes
-        reward_P_N = (scores * self.reward_weights.to(scores.device)).nansum(dim=1).view(-1, n).tolist()
+        rewards = (scores * self.reward_weights.to(scores.device)).nansum(dim=1)
+        rewards[scores.isnan().all(dim=1)] = torch.nan  # no function could judge it: not 0, and never the best
+        reward_P_N = rewards.view(-1, n).tolist()
         chosen_P = [self._choose(rewards, p) for p, rewards in enumerate(reward_P_N)]
         self._log_drafts(scores, reward_P_N, chosen_P)
         everyones = self._gather(draft_ids)  # P·N
@@ -148,7 +151,9 @@ class IGRPOTrainer(FusedGRPOTrainer):
         """Index of the draft to show; ties go to the first. `random` depends on the seed, the step and the prompt."""
         if self.draft_selection == "random":
             return random.Random(f"{self.args.seed}/{self.state.global_step}/{prompt}").randrange(len(rewards))
-        return rewards.index(max(rewards) if self.draft_selection == "best" else min(rewards))
+        if self.draft_selection == "best":
+            return max(range(len(rewards)), key=lambda i: (not math.isnan(rewards[i]), rewards[i]))
+        return min(range(len(rewards)), key=lambda i: (math.isnan(rewards[i]), rewards[i]))
 
     def _refinement_prompt(self, prompt: Any, draft_ids: list[int]) -> Any:
         """The prompt with the draft's text behind its last turn; the draft loses its beginning if it must."""
@@ -168,7 +173,9 @@ class IGRPOTrainer(FusedGRPOTrainer):
         addition = before + draft + after
         if isinstance(prompt, str):
             return prompt + addition
-        return [*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + addition}]
+        content = prompt[-1]["content"]
+        addition = addition if isinstance(content, str) else [{"type": "text", "text": addition}]
+        return [*prompt[:-1], {**prompt[-1], "content": content + addition}]
 
     def _longest_prompt(self) -> float:
         limits = [self.args.vllm_max_model_length if self.use_vllm else None]
@@ -192,10 +199,9 @@ class IGRPOTrainer(FusedGRPOTrainer):
         log = self._metrics["train"]
         for name, mean in zip(self.reward_func_names, torch.nanmean(scores, dim=0).tolist(), strict=True):
             log[f"draft/rewards/{name}/mean"].append(mean)
-        rewards = [reward for row in reward_P_N for reward in row]
-        chosen = [row[index] for row, index in zip(reward_P_N, chosen_P, strict=True)]
-        log["draft/reward"].append(sum(rewards) / len(rewards))
-        log["draft/chosen_reward"].append(sum(chosen) / len(chosen))
+        rewards = torch.tensor(reward_P_N)
+        log["draft/reward"].append(rewards.nanmean().item())
+        log["draft/chosen_reward"].append(rewards.gather(1, torch.tensor(chosen_P)[:, None]).nanmean().item())
         self._pending_extra_logs.clear()  # columns of the completions table, which holds refinements
         for name in list(self._pending_metrics):
             self._pending_metrics[f"draft/{name}"] = self._pending_metrics.pop(name)
