@@ -306,22 +306,22 @@ class TrainConfig:
     # --- evaluation
     eval_samples: int = 0
     """Bare prompts to evaluate before and after training (and every `eval_steps`); 0 = none."""
-    eval_steps: int | None = None
-    """Also evaluate every so many steps."""
+    eval_steps: float | None = None
+    """Also evaluate every so many steps, or below 1 every such share of all steps."""
     eval_temperature: float = 0.0
     """Temperature of the evaluation; 0 = greedy."""
 
     # --- output
     output_dir: str = "runs/default"
     """Folder of the run: config, metrics, completions, checkpoints."""
-    save_steps: int = 100
-    """Checkpoint every so many steps, and at the end; 0 = only at the end."""
+    save_steps: float = 100
+    """Checkpoint every so many steps, or below 1 every such share of all steps, and at the end; 0 = only at the end."""
     save_total_limit: int | None = 2
     """Keep the newest so many checkpoints; null: all."""
     resume_from_checkpoint: str | None = None
     """`last`, or the path of a checkpoint folder."""
-    logging_steps: int = 1
-    """Write metrics every so many steps."""
+    logging_steps: float = 1
+    """Write metrics every so many steps, or below 1 every such share of all steps."""
     log_completions: bool = True
     """Write every draft and refinement to `completions.jsonl`."""
     report_to: str = "none"

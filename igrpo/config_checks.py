@@ -56,7 +56,7 @@ def check_types(config: TrainConfig, hints: dict[str, Any]) -> None:
 
 _AT_LEAST = {
     "num_drafts": 1, "num_generations": 1, "max_completion_length": 1, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 1, "save_steps": 0, "eval_samples": 0,
+    "gradient_accumulation_steps": 1, "num_iterations": 1, "save_steps": 0, "eval_samples": 0,
     "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_num_servers": 1, "vllm_server_port": 0,
     "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
@@ -69,7 +69,7 @@ _POSITIVE = (
 )  # fmt: skip
 
 _ONE_OR_NULL = (
-    "draft_max_tokens", "eval_steps", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
+    "draft_max_tokens", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
 )  # fmt: skip
 
 
@@ -88,6 +88,10 @@ def check_ranges(config: TrainConfig) -> None:
         raise ConfigError("vllm_gpu_memory_utilization: write a share of the GPU's memory, above 0 and at most 1")
     if not 0.0 < config.top_p <= 1.0:
         raise ConfigError("top_p: write a number above 0 and at most 1")
+    for key, low in (("save_steps", 0), ("eval_steps", None), ("logging_steps", None)):
+        every = getattr(config, key)
+        if every is not None and every != low and (every <= 0 or (every >= 1 and every != int(every))):
+            raise ConfigError(f"{key}: {every} does not work; write a number of steps, or a share of all below 1")
     if config.max_steps != -1 and config.max_steps < 1:
         raise ConfigError(f"max_steps: {config.max_steps} does not work; write 1 or more, or -1 for num_train_epochs")
 

@@ -50,7 +50,7 @@ DROPPED = {
     "steps_per_generation": "gradient_accumulation_steps decides",
     "generation_batch_size": "per_device_train_batch_size and gradient_accumulation_steps decide",
     "num_generations_eval": "eval_samples decides",
-    "benchmarks": "evaluation is a program of its own",
+    "benchmarks": "`igrpo eval` measures checkpoints",
     "callbacks": "there are no callbacks",
     "hub_model_revision": "checkpoints stay in output_dir",
     "save_only_model": "checkpoints hold the optimiser, so that a run can go on",

@@ -118,6 +118,12 @@ class Job:
             self.folder.log_metrics(self.step, figures)
         return figures
 
+    def due(self, every: float | None) -> bool:
+        """Whether this step is one of every so many, or of every such share of all steps; None and 0: never."""
+        if not every:
+            return False
+        return self.step % (math.ceil(every * self.total_steps) if every < 1 else int(every)) == 0
+
     def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
         accelerator = self.learner.accelerator
         metrics = self.learner.mean_over_processes(metrics) | {
@@ -127,7 +133,7 @@ class Job:
         }
         self.view.end_step(self.step, metrics)
         if accelerator.is_main_process:
-            if self.step % self.config.logging_steps == 0 or self.step == self.total_steps:
+            if self.due(self.config.logging_steps) or self.step == self.total_steps:
                 self.folder.log_metrics(self.step, metrics)
                 accelerator.log(metrics, step=self.step)
             if self.config.log_completions:

@@ -93,9 +93,9 @@ def loop(job: Job) -> int:
                 job.step = step
                 metrics["step_time"] = time.perf_counter() - start
                 job.log(groups, metrics)
-                if config.eval_steps and step % config.eval_steps == 0 and step < job.total_steps:
+                if job.due(config.eval_steps) and step < job.total_steps:
                     job.evaluate(f"after step {step}")
-                if step == job.total_steps or stop.requested or (config.save_steps and step % config.save_steps == 0):
+                if step == job.total_steps or stop.requested or job.due(config.save_steps):
                     job.save()
                 if stop.requested:
                     view.say(f"stopped after step {step}; go on with --resume_from_checkpoint last")

@@ -89,6 +89,8 @@ def test_values_on_the_command_line(words, key, value):
         (("--eval_steps", "5"), ("eval_steps", "eval_samples")),
         (("--temperature", "0"), ("temperature", "above 0")),
         (("--max_steps", "0"), ("max_steps", "-1")),
+        (("--save_steps", "2.5"), ("save_steps", "a share of all below 1")),
+        (("--logging_steps", "0"), ("logging_steps", "a number of steps")),
         (("--token_budget", "0"), ("token_budget", "null")),
         (
             ("--activation_offloading", "--gradient_checkpointing", "false"),

@@ -79,6 +79,27 @@ def test_published_recipes_load_with_one_warning_per_dropped_key(recipe, capsys)
     assert sorted(warned) == sorted(expected)
 
 
+@pytest.mark.parametrize(
+    ("every", "total", "steps"),
+    [
+        (0.1, 20, range(2, 21, 2)),
+        (0.3, 10, (3, 6, 9)),
+        (0.05, 4, range(1, 5)),
+        (4, 10, (4, 8)),
+        (0, 5, ()),
+        (None, 5, ()),
+    ],
+)
+def test_a_share_of_all_steps_is_as_good_as_a_number(every, total, steps):
+    """open-r1 writes `save_steps: 0.1`: a tenth of the run, rounded up to whole steps."""
+    from types import SimpleNamespace
+
+    from igrpo.job import Job
+
+    due = [step for step in range(1, total + 1) if Job.due(SimpleNamespace(step=step, total_steps=total), every)]
+    assert due == list(steps)
+
+
 def test_a_list_of_one_data_set_configuration_is_that_configuration(capsys):
     config = build_config({"model_name_or_path": "m", "dataset_name": "d", "dataset_configs": ["all"]})
     assert config.dataset_config == "all"
