@@ -20,14 +20,9 @@ from benchmarks.contender import Contender, Forward
 from benchmarks.problems import Problem, truth
 from benchmarks.shapes import minimum_bytes, minimum_flops
 
-# Largest error, relative to the largest entry of each tensor, that passes as right. bf16 keeps 8 bits; the fused linear
-# rounds its logits to it as well.
-TOLERANCE = {
-    (False, torch.float32): 1e-4,
-    (False, torch.bfloat16): 2e-2,
-    (True, torch.float32): 1e-3,
-    (True, torch.bfloat16): 5e-2,
-}
+# Largest error, relative to the largest entry of each tensor, that passes as right. Wide enough for honest bf16 (log-probs
+# of 10 with 8 bits are off by 0.04, and so is the ratio); the error itself stands in the table.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 FLUSH_BYTES = 256 * 2**20  # more than any L2
 PASSES = ("fwd", "bwd", "fwd+bwd")
 
@@ -89,7 +84,7 @@ class Contest:
             entrant.forward = contender.build()
             outputs = self._turn(entrant)
             entrant.error = error_of(self._without_extra_row(outputs), "bwd" in self.passes)
-            limit = TOLERANCE[problem.linear, problem.shape.dtype]
+            limit = TOLERANCE[problem.shape.dtype]
             if not entrant.error <= limit:
                 entrant.note = f"wrong: error {entrant.error:.1e} exceeds {limit:.0e}"
 

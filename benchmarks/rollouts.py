@@ -64,7 +64,7 @@ def tiny_settings(folder: Path, sizes: Sizes) -> dict[str, Any]:
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
         "model_name_or_path": save_tiny(folder / "model"), "dataset_name": str(data), "temperature": 1.0,
-        "max_completion_length": sizes.longest, "reward_funcs": "[benchmarks.rewards:even_length]",
+        "max_completion_length": sizes.longest, "reward_funcs": ["benchmarks.rewards:even_length"],
         "gradient_checkpointing": False, "bf16": False, "eval_samples": 0, "seed": 1, "learning_rate": 1e-6,
     }  # fmt: skip
 
@@ -92,8 +92,7 @@ def run_trl(settings: dict[str, Any], sizes: Sizes, folder: Path) -> list[dict]:
     """The steps' metrics of TRL's trainer on the same sampler."""
     output = folder / "trl.json"
     command = ["benchmarks.trl_loop", "--steps", str(sizes.steps), "--prompts", str(sizes.prompts)]
-    command += ["--output", str(output), *(f"{key}={text_of(value)}" for key, value in settings.items())]
-    run_module(TRL, command)
+    run_module(TRL, [*command, "--output", str(output), json.dumps(settings)])
     return json.loads(output.read_text(encoding="utf-8"))
 
 
@@ -105,6 +104,9 @@ def run_module(name: str, command: list[str]) -> None:
 
 
 def text_of(value: Any) -> str:
+    """As the command line wants it."""
+    if isinstance(value, list):
+        return f"[{', '.join(value)}]"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,6 +1,6 @@
 """TRL's GRPOTrainer in a whole loop with this project's vLLM engine: the same sampler, prompts, budget and rewards.
 
-    python -m benchmarks.trl_loop --steps 7 --output steps.json KEY=VALUE …      keys of TrainConfig
+    python -m benchmarks.trl_loop --steps 7 --prompts 4 --output steps.json '{"model_name_or_path": …}'
 
 TRL asks for completions through its `rollout_func`; they come from the engine that `igrpo train` uses, which first gets
 TRL's weights, as TRL does it once per step. All else is TRL's. `benchmarks.rollouts` runs this in a process of its own.
@@ -17,8 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 GROUP = 8
 
 
@@ -27,11 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--prompts", type=int, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("settings", nargs="*")
+    parser.add_argument("settings", type=json.loads, help="keys of TrainConfig, as JSON")
     arguments = parser.parse_args(argv)
-    pairs = (text.partition("=") for text in arguments.settings)
-    settings = {key: yaml.safe_load(value) for key, _, value in pairs}
-    arguments.output.write_text(json.dumps(run(settings, arguments.steps, arguments.prompts)), encoding="utf-8")
+    found = run(arguments.settings, arguments.steps, arguments.prompts)
+    arguments.output.write_text(json.dumps(found), encoding="utf-8")
     return 0
 
 

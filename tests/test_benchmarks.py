@@ -163,7 +163,7 @@ def test_a_contender_with_a_wrong_gradient_gets_no_figure_but_its_error():
     assert rows["right", "bwd"]["time_ms"] > 0 and rows["right", "bwd"]["max_rel_error"] < 1e-5
     assert rows["wrong", "bwd"]["time_ms"] is None
     assert rows["wrong", "bwd"]["max_rel_error"] == pytest.approx(0.01, rel=1e-3)
-    assert rows["wrong", "bwd"]["note"] == "wrong: error 1.0e-02 exceeds 1e-04"
+    assert rows["wrong", "bwd"]["note"] == "wrong: error 1.0e-02 exceeds 1e-03"
 
 
 def test_a_contender_that_is_missing_or_raises_leaves_a_line_and_the_others_go_on():
