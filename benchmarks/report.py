@@ -31,9 +31,13 @@ All contenders of a table took turns in one process on the same tensors; times a
 divided by that of our fastest implementation: above 1 we are faster. *% of floor* is the floor's time divided by the
 contender's; the floor is a copy of the fewest bytes, or the bare matmuls. *peak* is memory allocated beyond the inputs,
 gradients included. *error* is the largest deviation from fp64 of the output or a gradient, relative to that tensor's
-largest entry, on both sides of the clip range's ends; above 5 % in bf16 or 0.1 % in fp32 there is no time. `entropy bonus`, `kl`
-(beta = 0.04), `gspo` (sequence level) and `token` are losses; `cross entropy` is the loss whose gradient kernels
-without GRPO share; `new lengths` counts compilation. A busy machine moves times, not ratios: each record says its load.
+largest entry, on tokens on both sides of both ends of the clip range; above 5 % in bf16 or 0.1 % in fp32 a contender is
+wrong and gets no time.
+
+`token` is the plain clipped loss, `gspo` has sequence-level ratios, `kl` beta = 0.04, `entropy bonus` a coefficient of
+0.01; `cross entropy` is the case whose gradient kernels without GRPO share; `frozen head` needs no dW; in `new lengths`
+every call has a length never seen before, compilation included. `torch` is this package's readable reference. A busy
+machine moves times, and much less the ratios: each record says its load.
 """
 
 

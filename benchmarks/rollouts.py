@@ -45,7 +45,7 @@ class Sizes:
 
     steps: int = 7
     prompts: int = 4
-    longest: int = 96
+    longest: int = 160
 
 
 def schedules_here() -> dict[str, dict[str, Any]]:
@@ -59,11 +59,14 @@ def tiny_settings(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """A random model whose answers end at random, so that lengths have a tail; problems and rewards to go with it."""
     from tests.tiny import save_tiny
 
+    model = save_tiny(folder / "model")
+    ends = {"eos_token_id": [1, *range(10, 16)]}  # 7 of 288 tokens: about 40 tokens per answer, some four times that
+    (folder / "model" / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
     data = folder / "problems.jsonl"
     lines = [json.dumps({"prompt": f"What is {i} + {i}?", "solution": str(2 * i)}) for i in range(64)]
     data.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return {
-        "model_name_or_path": save_tiny(folder / "model"), "dataset_name": str(data), "temperature": 1.0,
+        "model_name_or_path": model, "dataset_name": str(data), "temperature": 1.0,
         "max_completion_length": sizes.longest, "reward_funcs": ["benchmarks.rewards:even_length"],
         "gradient_checkpointing": False, "bf16": False, "eval_samples": 0, "seed": 1, "learning_rate": 1e-6,
     }  # fmt: skip
