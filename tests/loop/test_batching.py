@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -102,3 +104,18 @@ def test_only_refinements_become_samples():
     assert len(training_samples([flat, mixed], config(zero_variance="drop"))) == 2
     masked = training_samples([mixed], config(mask_truncated_completions=True))
     assert [s.masked for s in masked] == [False, True]
+
+
+def test_drafts_become_samples_of_their_own_group_when_asked_for():
+    drafts = group([1, 0], [0.5, -0.5], [2, 3]).refinements
+    whole = replace(
+        group([1, 0], [0.7, -0.7], [4, 5], drafts=drafts), draft_prompt_ids=(1,), draft_advantages=(0.5, -0.5)
+    )
+    samples = training_samples([whole], config(train_on_drafts=True))
+    assert [(s.prompt_ids, len(s.completion_ids), s.advantage) for s in samples] == [
+        ((1, 2, 3), 4, 0.7), ((1, 2, 3), 5, -0.7), ((1,), 2, 0.5), ((1,), 3, -0.5),
+    ]  # fmt: skip
+    assert [g.prompt_ids for g in prefix_groups(samples)] == [(1, 2, 3), (1,)]
+    assert len(training_samples([whole], config())) == 2
+    equal = replace(whole, draft_advantages=(0.0, 0.0))  # each group counts, or not, by itself
+    assert len(training_samples([equal], config(train_on_drafts=True, zero_variance="drop"))) == 2

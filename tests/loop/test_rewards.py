@@ -8,13 +8,22 @@ import json
 import re
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
 from igrpo.answers import extract_answer, last_boxed
-from igrpo.rewards import EVALUATING_TASKS, RewardFunction, accuracy, load_reward_functions, reasoning_gym_score
+from igrpo.config import TrainConfig
+from igrpo.rewards import (
+    EVALUATING_TASKS,
+    RewardFunction,
+    accuracy,
+    highest_reward,
+    load_reward_functions,
+    reasoning_gym_score,
+)
 from igrpo.rewards import format as format_reward
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -374,3 +383,36 @@ def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r"broken_rewards.*No module named 'surely_not_there'"):
         load_reward_functions(["broken_rewards:f"])
+
+
+def test_the_overlong_punishment_is_dapos_and_trls():
+    from trl.rewards import get_soft_overlong_punishment
+
+    config = TrainConfig(
+        model_name_or_path="m", dataset_name="d", reward_funcs=["soft_overlong_punishment"], max_completion_length=50,
+        soft_punish_cache=20,
+    )  # fmt: skip
+    (function,) = load_reward_functions(config.reward_funcs, config)
+    lengths = [[1] * n for n in range(61)]
+    theirs = get_soft_overlong_punishment(50, 20)(completion_ids=lengths)
+    assert function.load()(completion_ids=lengths, prompts=[""] * 61) == pytest.approx(theirs)
+    assert theirs[30] == 0.0 and theirs[40] == -0.5 and theirs[50] == theirs[60] == -1.0
+
+
+def test_the_highest_reward_counts_weights_and_leaves_users_functions_open():
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", reward_weights=[2.0, 0.5])
+    assert highest_reward(config) == 2.5
+    assert highest_reward(replace(config, reward_funcs=["accuracy", "my.module:f"])) is None
+    assert highest_reward(replace(config, reward_funcs=["a:b", "c:d"], early_stop_reward=3.0)) == 3.0
+    dapo = replace(config, reward_funcs=["accuracy", "soft_overlong_punishment"], soft_punish_cache=100)
+    assert highest_reward(dapo) == 2.0
+
+
+def test_references_stay_parsed_however_many_answers_come():
+    from igrpo import answers
+
+    answers._parse_reference.cache_clear()
+    for i in range(4):
+        answers._parse_formula.cache_clear()  # as many other answers would
+        score(rf"\boxed{{x^2 + {i}}}", "x^2+1000")
+    assert answers._parse_reference.cache_info().misses == 1
