@@ -56,11 +56,11 @@ class GivenLengths:
         return getattr(self.engine, name)
 
     def submit(self, request: Any) -> None:
-        _, step, serial, *draft = request.request_id.split("/")
+        _, step, position, *draft = request.request_id.split("/")
         first = int(draft[0]) if draft else BUDGET - request.n
         self.parts[request.request_id] = [None] * request.n
         for j in range(request.n):
-            tokens = length(int(step), (int(serial) - 1) % PROMPTS, first + j)
+            tokens = length(int(step), int(position), first + j)
             sampling = replace(request.sampling, max_tokens=tokens)
             self.engine.submit(replace(request, request_id=f"{request.request_id}#{j}", n=1, sampling=sampling))
 

@@ -102,7 +102,6 @@ class Rollout:
         self._running: dict[str, _Sent] = {}
         self._scoring: dict[str, _Sent] = {}
         self._restored: dict[int, list[dict[int, Scored]]] = {}
-        self._serial = 0
         self._stats, self._counted_from = RolloutStats(), 0.0
         self._on_event: OnEvent = lambda stage: None
 
@@ -129,7 +128,7 @@ class Rollout:
         self._on_event = on_event
         self.engine.seed(_seed(self.config.seed, step))
         self._flows = self._take_over(problems, step)
-        self._ahead = [self._begin(problem, step + 1) for problem in ahead]
+        self._ahead = [self._begin(problem, step + 1, i) for i, problem in enumerate(ahead)]
         self._held.extend((flow, i) for flow in self._ahead for i in sorted(flow.open_drafts))
         spares = iter(spare)
         self._refine_drafted()
@@ -193,16 +192,16 @@ class Rollout:
         if flows and [flow.problem.index for flow in flows] != [problem.index for problem in problems]:
             raise ValueError(f"step {step} was given other problems than those whose drafts were sampled ahead")
         if not flows:
-            flows = [self._begin(problem, step) for problem in problems]
+            flows = [self._begin(problem, step, i) for i, problem in enumerate(problems)]
             self._held.extend((flow, i) for flow in flows for i in sorted(flow.open_drafts))
         while self._held:
             self._submit_draft(*self._held.popleft())
         return flows
 
-    def _begin(self, problem: Problem, step: int) -> Flow:
-        self._serial += 1
+    def _begin(self, problem: Problem, step: int, position: int) -> Flow:
         parts = self.prompts.parts(problem)
-        flow = Flow(problem, parts, step, f"{step}/{self._serial}", prompt_ids=parts.bare)
+        # The name is the same when a resumed run comes here again: engines may derive a request's seed from it.
+        flow = Flow(problem, parts, step, f"{step}/{position}", prompt_ids=parts.bare)
         if self._restored.get(problem.index):
             flow.drafts = self._restored[problem.index].pop(0)
         else:
@@ -243,7 +242,7 @@ class Rollout:
             if problem is None:
                 return
             self._stats.discarded += self._groups([flow])
-            self._flows[i] = fresh = self._begin(problem, step)
+            self._flows[i] = fresh = self._begin(problem, step, len(self._flows) + len(self._stats.discarded) - 1)
             for draft in sorted(fresh.open_drafts):
                 self._submit_draft(fresh, draft)
         self._refine_drafted()

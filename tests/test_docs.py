@@ -66,6 +66,8 @@ def test_a_command_of_the_docs_is_one_that_works(page, command):
         subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
     elif words[:2] == ["accelerate", "launch"]:
         check_accelerate(words[2:])
+    elif words[0] == "sbatch" or words[0].startswith("recipes/"):
+        assert all((ROOT / word).is_file() for word in words if word.startswith("recipes/")), command
     elif words[0] == "igrpo":
         check_verb(words[1], words[2:])
     elif words[0] == "sbatch" or words[0].endswith(".sh"):
@@ -86,7 +88,7 @@ def check_script(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[0] == "-m" and words[1].startswith("igrpo."):
+    if words[0] == "-m" and words[1].startswith("igrpo.") and words[1] != "igrpo.timeline":
         verb = words[1].removeprefix("igrpo.")
         check_verb("train" if verb == "engines.serve" else verb, words[2:])
     elif words[0] == "-m" and words[1] == "pytest":
