@@ -22,8 +22,8 @@ from typing import Any
 from igrpo.config import TrainConfig
 
 GIB = 2**30
-LOGITS_PER_CHUNK = 2**25
-"""Logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time."""
+CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
+"""Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def memory_plan(
     """
     items = [
         *_weights(shape, config, machine, sharded),
-        *_activations(shape, config, context),
+        *_activations(shape, config, machine, context),
         *_engine(shape, config, machine, context),
     ]
     return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
@@ -240,7 +240,7 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     return items
 
 
-def _activations(shape: ModelShape, config: TrainConfig, context: int) -> list[Item]:
+def _activations(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
     tokens = max(context, config.token_budget) if config.token_budget else context * config.per_device_train_batch_size
     layer = activation_bytes_per_token(shape, config.bf16)
     checkpoint = 4 * shape.hidden_size  # the residual stream, fp32 also under autocast
@@ -250,12 +250,11 @@ def _activations(shape: ModelShape, config: TrainConfig, context: int) -> list[I
     else:
         kept = layer if config.activation_offloading else shape.num_layers * layer
         total, note = tokens * (kept + layer), "of every layer"
-    width = 2 if config.bf16 else 4
-    chunk = min(LOGITS_PER_CHUNK, tokens * shape.vocab_size) * (width + 4)
+    chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * 4)
     head = 0 if config.use_peft else 4 * shape.vocab_size * shape.hidden_size
     return [
         Item("activations", total, False, f"{tokens} tokens: {note}"),
-        Item("logits chunk", chunk, False, "one chunk and its gradient; logits never exist whole"),
+        Item("logits chunk", chunk, False, "one chunk, then its gradient in place; logits never exist whole"),
         *([Item("gradient of the head", head, True, "fp32, summed over the chunks")] if head else []),
     ]
 

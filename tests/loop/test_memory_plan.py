@@ -23,8 +23,8 @@ from transformers import (
 
 from igrpo.config import TrainConfig
 from igrpo.memory_plan import (
+    CHUNK_BYTES,
     GIB,
-    LOGITS_PER_CHUNK,
     Machine,
     activation_bytes_per_token,
     largest_context,
@@ -32,7 +32,7 @@ from igrpo.memory_plan import (
     model_shape,
     this_machine,
 )
-from igrpo_kernels import reference
+from igrpo_kernels import lm_head
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -101,7 +101,7 @@ def _kept_bytes(made: LlamaConfig, layers: int, tokens: int, bf16: bool) -> int:
 
 
 def test_the_chunk_is_the_kernels():
-    assert LOGITS_PER_CHUNK == reference.CHUNK_LOGITS
+    assert CHUNK_BYTES == lm_head.CHUNK_BYTES
 
 
 def sizes_of(plan) -> dict[str, float]:
