@@ -178,6 +178,8 @@ class VLLMEngine:
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
             raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
+        if _among_others():
+            raise EngineError(f"vLLM died: {error}; go on with --resume_from_checkpoint last") from error
         self.restart()
         if self._source is not None:
             self._push(self._source, version)
@@ -192,6 +194,8 @@ class VLLMEngine:
         try:
             compared = self._push(source, version)
         except EngineError:  # the model is half loaded; only a new one can be trusted
+            if _among_others():
+                raise
             restarts = 1
             self.restart()
             compared = self._push(source, version)
@@ -249,6 +253,13 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+
+def _among_others() -> bool:
+    """Whether other processes learn too. Reading the weights may then be a collective, which none of them would join
+    for the sake of this one's engine."""
+    dist = torch.distributed
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _recording(
