@@ -84,9 +84,7 @@ class Learner:
         reason = why_not_packable(models[0])
         if reason is None:
             for kernel in dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")):
-                for model in models:
-                    use_packed_attention(model, kernel)
-                reason = self._packing_error()
+                reason = self._packing_error(models, kernel)
                 if reason is None:
                     return True
                 self._say(f"packed attention does without {kernel}: {reason}")
@@ -95,11 +93,13 @@ class Learner:
         self._say(f"micro-batches are padded, not packed: {type(models[0]).__name__} cannot be packed, {reason}")
         return False
 
-    def _packing_error(self) -> str | None:
-        """What is wrong with packed log-probabilities, which must be those of the padded sequences."""
+    def _packing_error(self, models: Sequence[Any], kernel: str) -> str | None:
+        """Sets the kernel. What is wrong with its log-probabilities, which must be those of the padded sequences."""
         made = [TrainingSample((p, 3, 5), (7, c, 9, 4), (0.0,) * 4, 0.0) for p in (2, 6) for c in (8, 10)]
         groups, nothing = tuple(prefix_groups(made)), Denominators(1.0, 1.0)
         try:
+            for model in models:
+                use_packed_attention(model, kernel)
             packed, padded = (
                 self._log_probs(self._micro_batch(groups, nothing, packed), self.policy) for packed in (True, False)
             )

@@ -26,9 +26,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-KERNELS = ("sdpa", "flex_attention", "flash_attention_2")
-PREFIX = "igrpo_"
-"""The kernels' names in transformers' registry are ``igrpo_sdpa`` and so on."""
+KERNELS = {"sdpa": "igrpo_per_run", "flex_attention": "igrpo_block_mask", "flash_attention_2": "igrpo_varlen"}
+"""Kernel -> its name in transformers' registry, where a name with "flash" in it would ask for a kernel from the hub."""
 
 
 @dataclass(frozen=True)
@@ -115,8 +114,8 @@ def packed_kernel(asked: str, device: torch.device) -> str:
 
 def use_packed_attention(model: Any, kernel: str) -> None:
     """Registers the kernel with transformers and makes ``model`` call it."""
-    AttentionInterface.register(PREFIX + kernel, partial(packed_attention, kernel=kernel))
-    model.set_attn_implementation(PREFIX + kernel)
+    AttentionInterface.register(KERNELS[kernel], partial(packed_attention, kernel=kernel))
+    model.set_attn_implementation(KERNELS[kernel])
 
 
 def why_not_packable(model: Any) -> str | None:

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from igrpo.batching import Denominators, micro_batch
-from igrpo.packed_attention import Layout, packed_kernel, use_packed_attention, why_not_packable
+from igrpo.packed_attention import KERNELS, Layout, packed_kernel, use_packed_attention, why_not_packable
 from igrpo.packing import prefix_groups
 from igrpo.types import TrainingSample
 from tests.loop.test_learner import fresh_accelerate, learner  # noqa: F401
@@ -169,6 +169,15 @@ def test_what_the_variable_length_kernel_is_told():
 )  # fmt: skip
 def test_the_kernel_for_each_device(asked, device, kernel):
     assert packed_kernel(asked, torch.device(device)) == kernel
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_transformers_takes_every_kernel_and_no_checkpoint_names_it(kernel, tmp_path):
+    model = tiny("llama")
+    use_packed_attention(model, kernel)
+    assert model.config._attn_implementation == KERNELS[kernel]
+    model.save_pretrained(tmp_path)
+    assert "igrpo" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_model_with_other_layers_is_padded_and_says_so(capsys):
