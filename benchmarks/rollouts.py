@@ -174,7 +174,7 @@ def totals(steps: Sequence[dict]) -> tuple[float, float, float]:
         for step in steps
     )
     memory = max(step["peak_memory_gib"] for step in steps) * 2**30 / 1e9
-    return memory, problems / seconds, steps[-1]["core_hours"]
+    return memory, problems / seconds, steps[-1].get("gpu_hours", steps[-1].get("core_hours"))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -325,7 +325,7 @@ class TrainConfig:
     log_completions: bool = True
     """Write every draft and refinement to `completions.jsonl`."""
     report_to: str = "none"
-    """Trackers of accelerate: none, tensorboard, wandb, trackio, … (comma-separated)."""
+    """Trackers, comma-separated: none, tensorboard, wandb, trackio, …; `metrics.jsonl` is written in any case."""
     run_name: str | None = None
     """Name shown by the trackers; null: the folder's name."""
 
@@ -338,6 +338,12 @@ class TrainConfig:
     def completions_per_step(self) -> int:
         """Per process: refinements in one rollout batch."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in ``report_to``; empty for none."""
+        names = [name.strip() for name in self.report_to.split(",")]
+        return [name for name in names if name not in ("", "none")]
 
     @property
     def prompts_per_step(self) -> int:

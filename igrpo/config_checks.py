@@ -5,6 +5,7 @@ Each check raises ``ConfigError`` with one line that names the key and says what
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -96,7 +97,32 @@ def check_ranges(config: TrainConfig) -> None:
         raise ConfigError(f"max_steps: {config.max_steps} does not work; write 1 or more, or -1 for num_train_epochs")
 
 
+TRACKERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
+    "comet_ml": ("comet_ml",), "aim": ("aim",), "clearml": ("clearml",), "dvclive": ("dvclive",),
+    "swanlab": ("swanlab",),
+}  # fmt: skip
+"""Names for ``report_to`` (accelerate's), each with the packages of which one must be installed."""
+
+
+def check_trackers(names: list[str]) -> None:
+    """Whether the trackers of ``report_to`` are installed on this machine; accelerate would leave them out in silence.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in names:
+        if not any(importlib.util.find_spec(package) for package in TRACKERS[name]):
+            raise ConfigError(
+                f"report_to: {name} is not installed; pip install {TRACKERS[name][0]}, or write none "
+                "(metrics.jsonl is always written)"
+            )
+
+
 def check_combinations(config: TrainConfig) -> None:
+    for name in config.trackers:
+        if name not in TRACKERS:
+            raise ConfigError(f"report_to: there is no tracker {name!r}; write none, or some of {', '.join(TRACKERS)}")
     if config.num_generations < 2:
         raise ConfigError("num_generations: a group of 1 has no group-relative advantage; write 2 or more")
     if config.completions_per_step % config.num_generations:

@@ -62,7 +62,7 @@ class Job:
 
         samples = training_samples(groups, self.config)
         with self.timeline.span("learner", step):
-            return self.rollout.during(lambda: self.learner.train_on(samples))
+            return self.rollout.during(lambda: self.learner.train_on(samples, self.view.learned))
 
     def push_weights(self, version: int) -> dict[str, float]:
         """Weights to the engine, then both read the same probe tokens and must agree. An engine that does not hold what
@@ -114,8 +114,10 @@ class Job:
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"
         )
+        self.view.note(figures)
         if self.learner.accelerator.is_main_process:
             self.folder.log_metrics(self.step, figures)
+            self.learner.accelerator.log(figures, step=self.step)
         return figures
 
     def due(self, every: float | None) -> bool:
@@ -128,8 +130,8 @@ class Job:
         accelerator = self.learner.accelerator
         metrics = self.learner.mean_over_processes(metrics) | {
             "epoch": self.feed.epoch,
-            "core_hours": (time.monotonic() - self.started) * accelerator.num_processes / 3600,
             "peak_memory_gib": self.learner.peak_memory_gib(),
+            **self.learner.hours(time.monotonic() - self.started),
         }
         self.view.end_step(self.step, metrics)
         if accelerator.is_main_process:
@@ -154,7 +156,7 @@ class Job:
                 f"({len(self.held_out)} held-out problems)"
             )
         last = checkpoints(self.folder.path)[-1]
-        self.view.say(f"metrics and completions are in {self.folder.path}; the trained model is {last}")
+        self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
 
 
 @contextmanager
@@ -221,7 +223,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         _announce(job)
         if engine.version != job.step:
             job.push_weights(job.step)
-        learner.start_trackers()
+        stack.enter_context(learner.trackers())
         yield job
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,6 +31,9 @@ Metrics = dict[str, float]
 PACKING_TOLERANCE = 0.1
 """Mean gap in nats per token that packed and padded log-probabilities may have; bf16 alone makes a few hundredths."""
 
+OnProgress = Callable[[int, int], None]
+"""Told after each micro-batch how many of the step's are done."""
+
 
 class Learner:
     """Owns the policy, the optimiser and the schedule.
@@ -48,11 +51,10 @@ class Learner:
     def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int):
         self.config = config
         self.pad_token_id = pad_token_id
-        report_to = [] if config.report_to == "none" else config.report_to.split(",")
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.bf16 else "no",
             cpu=config.use_cpu,
-            log_with=report_to or None,
+            log_with=config.trackers or None,
             project_dir=config.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
@@ -123,16 +125,27 @@ class Learner:
         self.scheduler = build_schedule(optimizer, self.config, total_steps)
         self.accelerator.register_for_checkpointing(self.scheduler)
 
-    def start_trackers(self) -> None:
+    @contextmanager
+    def trackers(self) -> Iterator[None]:
+        """Those of ``report_to``, told the run's settings; closed at the end, so that nothing stays in buffers."""
         name = self.config.run_name or Path(self.config.output_dir).name
-        self.accelerator.init_trackers("igrpo", init_kwargs={"wandb": {"name": name}})
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
+        options = {tracker: {"name": name} for tracker in ("wandb", "trackio") if tracker in self.config.trackers}
+        self.accelerator.init_trackers("igrpo", config=settings, init_kwargs=options)
+        try:
+            yield
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     @property
     def unwrapped(self) -> Any:
         """The Hugging Face model inside."""
         return (self.policy if self.sharded else self.accelerator.unwrap_model(self.policy)).model
 
-    def train_on(self, samples: Sequence[TrainingSample]) -> Metrics:
+    def train_on(
+        self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
+    ) -> Metrics:
         """``num_iterations`` optimiser steps on the samples of all processes, each of which computes an equal share."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.set_device(self.accelerator.device)  # per thread, and this may not be the main one
@@ -147,7 +160,7 @@ class Learner:
         reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
         metrics = _Accumulator()
         for _ in range(self.config.num_iterations):
-            self._step(micros, old, reference, totals, metrics)
+            self._step(micros, old, reference, totals, metrics, on_progress)
         return metrics.means(self.accelerator) | {
             **_work(everyone, useful, bins),
             "learner/unique_tokens": self._sum(sum(m.input_ids.numel() for m in micros if m.scale)),
@@ -161,6 +174,7 @@ class Learner:
         reference: list[torch.Tensor] | None,
         totals: Denominators,
         metrics: _Accumulator,
+        on_progress: OnProgress,
     ) -> None:
         if self.sharded:
             sharding.release(self.policy)
@@ -180,6 +194,7 @@ class Learner:
             loss_sum += float(out.loss.detach()) * micro.scale
             if micro.scale:
                 metrics.add(micro, out)
+            on_progress(i + 1, len(micros))
         metrics.losses.append(loss_sum)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         for p in trained:  # a step without contributing samples is a step with a zero gradient
@@ -276,6 +291,13 @@ class Learner:
         everyone: list[Metrics] = gather_object([metrics])
         names = dict.fromkeys(name for one in everyone for name in one)
         return {name: fmean(one[name] for one in everyone if name in one) for name in names}
+
+    def hours(self, seconds: float) -> Metrics:
+        """What ``seconds`` of all processes cost: ``gpu_hours``, or ``core_hours`` where there is no GPU."""
+        spent = seconds * self.accelerator.num_processes / 3600
+        if self.accelerator.device.type == "cuda":
+            return {"gpu_hours": spent}
+        return {"core_hours": spent * torch.get_num_threads()}
 
     def peak_memory_gib(self) -> float:
         """Of the accelerator where there is one, else of this process."""

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_checks import check_trackers
 from igrpo.config_file import parse_args
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def train(config: TrainConfig) -> int:
         ConfigError: before anything is written.
     """
     quiet_libraries()
+    check_trackers(config.trackers)
     from igrpo.engines import EngineError
     from igrpo.job import build
 

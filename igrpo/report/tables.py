@@ -1,0 +1,142 @@
+"""The tables of the report: results and resources per arm, and the settings that differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from statistics import fmean, median, stdev
+
+from igrpo.report.arms import Arm, config_diff
+from igrpo.report.runs import Run, Series
+
+Cell = str
+Table = tuple[list[str], list[list[Cell]]]
+"""Header and rows; every cell is plain text, escaped where it is put into the page."""
+NOTHING = "–"
+
+
+def results(arms: Sequence[Arm]) -> Table:
+    header = ["arm", "runs", "steps", "bare-prompt accuracy", "reward, last tenth", "refinement accuracy, last tenth",
+              "completion length", "cut"]  # fmt: skip
+    rows = [
+        [
+            arm.label,
+            str(len(arm.runs)),
+            _steps(arm),
+            _before_after(arm, "eval/accuracy"),
+            _over(arm, lambda run: late(run.series("reward")), "{:.3f}"),
+            _over(arm, lambda run: late(run.series("refinement/accuracy")), "{:.1%}"),
+            _over(arm, lambda run: late(run.series("completions/mean_length")), "{:.1f} tokens"),
+            _over(arm, lambda run: late(run.series("completions/clipped_ratio")), "{:.1%}"),
+        ]
+        for arm in arms
+    ]
+    return header, rows
+
+
+def resources(arms: Sequence[Arm]) -> Table:
+    """As the paper's resource table has them, and what makes them up."""
+    header = ["arm", "peak memory", "samples/s", "tokens/s", "step time", "rollout share", "tokens sampled",
+              "learner tokens", "hours"]  # fmt: skip
+    rows = [
+        [
+            arm.label,
+            _over(arm, lambda run: highest(run.series("peak_memory_gib")), "{:.2f} GiB"),
+            _over(arm, samples_per_second, "{:.2f}"),
+            _over(arm, lambda run: middle(run.series("rollout/tokens_per_second")), "{:,.0f}"),
+            _over(arm, lambda run: middle(run.series("step_time")), "{:.2f} s"),
+            _over(arm, rollout_share, "{:.0%}"),
+            _over(arm, lambda run: _sum(run, "rollout/draft_tokens", "rollout/refinement_tokens"), "{:,.0f}"),
+            _over(arm, lambda run: _sum(run, "learner/unique_tokens"), "{:,.0f}"),
+            _hours(arm),
+        ]
+        for arm in arms
+    ]
+    return header, rows
+
+
+def settings(runs: Sequence[Run]) -> Table:
+    """Keys that differ, one column per run."""
+    names = [run.name for run in runs]
+    labels = names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    rows = [[key, *(NOTHING if v is ... else str(v) for v in row)] for key, row in config_diff(runs).items()]
+    return ["key", *labels], rows
+
+
+def late(points: Series) -> float | None:
+    """Mean over the last tenth of the steps: one step of a small batch says little."""
+    return fmean(v for _, v in points[-max(1, len(points) // 10) :]) if points else None
+
+
+def middle(points: Series) -> float | None:
+    return median(v for _, v in points) if points else None
+
+
+def highest(points: Series) -> float | None:
+    return max(v for _, v in points) if points else None
+
+
+def samples_per_second(run: Run) -> float | None:
+    """Trained completions per second of a whole step, the unit of the paper's table; drafts are not counted."""
+    times = run.series("step_time")
+    config = run.config
+    size, accumulation = config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps")
+    if not times or not isinstance(size, int) or not isinstance(accumulation, int):
+        return None
+    return size * accumulation / median(v for _, v in times)
+
+
+def rollout_share(run: Run) -> float | None:
+    whole = dict(run.series("step_time"))
+    shares = [min(1.0, v / whole[s]) for s, v in run.series("rollout/seconds") if whole.get(s)]
+    return fmean(shares) if shares else None
+
+
+def total_hours(points: Series) -> float | None:
+    """The counter starts again at 0 when a run is resumed: the parts are added up."""
+    total, previous = 0.0, 0.0
+    for _, value in points:
+        total += value - previous if value >= previous else value
+        previous = value
+    return total if points else None
+
+
+def _hours(arm: Arm) -> Cell:
+    for key, unit in (("gpu_hours", "GPU-h"), ("core_hours", "core-h")):
+        if arm.has(key):
+            spent = max(total_hours(run.series(key)) or 0.0 for run in arm.runs)
+            form = "{:.1f} " if spent >= 10 else "{:.3f} " if spent >= 0.1 else "{:.4f} "
+            return _over(arm, lambda run, key=key: total_hours(run.series(key)), form + unit)
+    return NOTHING
+
+
+def _sum(run: Run, *metrics: str) -> float | None:
+    values = [v for metric in metrics for _, v in run.series(metric)]
+    return sum(values) if values else None
+
+
+def _over(arm: Arm, figure: Callable[[Run], float | None], form: str) -> Cell:
+    """Mean over the arm's runs, ± the standard deviation where there are several."""
+    values = [value for run in arm.runs if (value := figure(run)) is not None]
+    if not values:
+        return NOTHING
+    mean = form.format(fmean(values))
+    number, unit, rest = mean.partition(" ")
+    if len(values) == 1:
+        return mean
+    spread = form.partition(" ")[0].format(stdev(values))
+    return f"{number} ± {spread}{unit}{rest}"
+
+
+def _before_after(arm: Arm, metric: str) -> Cell:
+    if not arm.has(metric):
+        return NOTHING
+    before = _over(arm, lambda run: run.series(metric)[0][1] if run.series(metric) else None, "{:.1%}")
+    return f"{before} → {_over(arm, lambda run: run.last(metric), '{:.1%}')}"
+
+
+def _steps(arm: Arm) -> Cell:
+    done = sorted({run.steps for run in arm.runs})
+    asked = {run.config.get("max_steps") for run in arm.runs}
+    goal = f" of {asked.pop()}" if len(asked) == 1 and isinstance(max(asked, default=None), int) else ""
+    text = str(done[0]) if len(done) == 1 else f"{done[0]} to {done[-1]}"
+    return text if goal in (" of -1", f" of {text}") else text + goal
