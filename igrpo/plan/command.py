@@ -152,7 +152,7 @@ def assumptions(work: Any, source: str, rows: int | None, calibrated: bool) -> l
     spread = "as measured" if seen else f"log-normal, mean {lengths.mean:.0f}, cut at {lengths.limit}"
     said = [
         f"sizes of the model: {source}",
-        f"{work.prompts_per_step} prompts per step, {hardware.count} devices: {who}; GRPO gets {work.budget} "
+        f"{work.prompts_per_step} prompts per step on {hardware.count} x {device.name}, {who}; GRPO gets {work.budget} "
         f"completions per prompt, iGRPO {work.config.num_drafts} drafts + {work.config.num_generations} refinements",
         f"questions of {lengths.question} tokens; completion lengths {spread}",
         f"peaks per device: {device.flops / 1e12:g} TFLOP/s, {device.bandwidth / 1e12:.3g} TB/s, "
