@@ -139,8 +139,11 @@ def _declared() -> dict[str, str]:
 
 
 def check_packages(config: TrainConfig | None) -> Iterator[Finding]:
-    from packaging.specifiers import SpecifierSet
-
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # whatever installs any of them installs it
+        yield Finding("problem", "packages", "nothing that training needs is installed", "pip install -e '.[train]'")
+        return
     needs_vllm = config is None or config.use_vllm
     good = []
     for name, versions in required().items():
@@ -275,6 +278,10 @@ def check_data(config: TrainConfig) -> Iterator[Finding]:
 
 def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Finding:
     """In the local cache, else asked for at the hub itself."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return Finding(
+            "problem", what, f"{name} is on the hub and its client is not installed", "pip install transformers"
+        )
     from huggingface_hub import constants, try_to_load_from_cache
 
     repo_type = {"models": "model", "datasets": "dataset"}[kind]
