@@ -148,7 +148,7 @@ def draw(spans: Sequence[Span], target: Path, title: str) -> None:
     idle = engine_idle(spans)
     for axis in (bars, tokens):
         for start, end in idle:
-            axis.axvspan(start, end, color="#e45756", alpha=0.15, linewidth=0)
+            axis.axvspan(start, end, color="#e45756", alpha=0.2, linewidth=0, zorder=0)
     share = sum(end - start for start, end in idle) / max(last - first, 1e-9)
     bars.set_title(f"{title}: engine idle {share:.0%} of the time (red); odd steps dark, even steps light")
     figure.savefig(target, dpi=110)
