@@ -159,6 +159,11 @@ def _check_drafts(config: TrainConfig) -> None:
 
     if config.draft_policy_lag and config.rollout_schedule == "barrier":
         raise ConfigError("rollout_schedule: barrier separates the stages that draft_policy_lag: 1 overlaps; drop one")
+    if config.draft_policy_lag and config.full_determinism and config.use_peft and config.lora_dropout > 0:
+        raise ConfigError(
+            "full_determinism: with draft_policy_lag: 1 sampler and dropout draw from one generator at once; write "
+            "lora_dropout: 0"
+        )
     if config.early_stop_drafts and config.draft_selection != "best":
         raise ConfigError(f"early_stop_drafts keeps the best draft; draft_selection: {config.draft_selection} does not")
     if config.early_stop_drafts and highest_reward(config) is None:

@@ -98,6 +98,10 @@ def test_values_on_the_command_line(words, key, value):
         ),
         (("--draft_policy_lag", "2"), ("draft_policy_lag", "0, 1")),
         (("--draft_policy_lag", "1", "--rollout_schedule", "barrier"), ("rollout_schedule", "drop one")),
+        (
+            ("--draft_policy_lag", "1", "--full_determinism", "--use_peft", "--lora_dropout", "0.1"),
+            ("full_determinism", "lora_dropout: 0"),
+        ),
         (("--early_stop_drafts", "--draft_selection", "worst"), ("early_stop_drafts", "worst")),
         (("--early_stop_drafts", "--reward_funcs", "my.module:f"), ("early_stop_drafts", "early_stop_reward")),
         (("--train_on_drafts", "--draft_policy_lag", "1"), ("train_on_drafts", "draft_policy_lag: 0")),
