@@ -41,6 +41,7 @@ class Session:
 
     def __init__(self, config: pytest.Config):
         self.toy, self.guard = config.getoption("--toy"), config.getoption("--guard")
+        self.output, self.recording = config.getoption("--output"), config.getoption("--record")
         self.device = torch.device("cuda" if torch.cuda.is_available() and not self.toy else "cpu")
         self.kind = "toy" if self.toy else self.device.type
         self.seconds = config.getoption("--seconds") or {"toy": 0.0, "cuda": 2.0, "cpu": 4.0}[self.kind]
@@ -54,6 +55,14 @@ class Session:
     def record(self) -> dict:
         load = {"load_average": [round(x, 1) for x in (*self.load, os.getloadavg()[0])]}
         return self.environment | load | {"seconds": round(time.perf_counter() - self.started), "rows": self.rows}
+
+    def write(self) -> Path | None:
+        """Where the run so far was written: --output, or with --record this kind of machine's record."""
+        if self.output is not None:
+            records.save(self.record(), self.output)
+        elif self.recording:
+            records.save(records.merge(self.reference, self.record()), records.path_of(self.environment))
+        return self.output or (records.path_of(self.environment) if self.recording else None)
 
     def losses(self, rows: list[dict]) -> dict:
         if not (self.guard and self.reference):
@@ -144,6 +153,7 @@ def compiles_too_long(contender: Contender, session: Session, op: str, shape: Sh
 
 def finish(session: Session, benchmark, rows: list[dict]) -> None:
     session.rows += rows
+    session.write()  # after every contest: whatever ends this process later, these figures stay
     benchmark.extra_info["rows"] = [{k: v for k, v in row.items() if k != "samples_ms"} for row in rows]
     lost = session.losses(rows)
     if lost:
@@ -163,18 +173,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         return
     for line in tables.terminal(session.record(), session.reference if session.guard else None):
         terminalreporter.write_line(line)
-    output = config.getoption("--output")
-    record = session.record()
-    if output is None and config.getoption("--record"):
-        output = records.path_of(record)
-        record = records.merge(session.reference, record)
+    output = session.write()
     if output is not None:
-        records.save(record, output)
         terminalreporter.write_line(f"\nwrote {output}")
-        if output == records.path_of(record) and records.RESULTS == records.COMMITTED:
+        if session.recording and records.RESULTS == records.COMMITTED:
             report.main([])
     elif session.guard and session.reference is None:
         terminalreporter.write_line(
-            f"\nno record of this kind of machine ({records.kind_of(record)}): nothing was compared; "
+            f"\nno record of this kind of machine ({records.kind_of(session.environment)}): nothing was compared; "
             "make bench ARGS=--record makes this one the first"
         )
