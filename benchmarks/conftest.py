@@ -105,7 +105,7 @@ def hold(session: Session, benchmark):
     def run(op: str, shape: Shape, variant: str, passes: tuple[str, ...], contenders: tuple[Contender, ...]) -> None:
         problem = make_problem(op, shape, variant, session.device)
         entering = [c for c in contenders if c.enters(op, variant) and runs_here(c, session)
-                    and not compiles_too_long(c, session, op, shape)]  # fmt: skip
+                    and not compiles_too_long(c, session, op, shape, variant)]  # fmt: skip
         contest = Contest(problem, entering, passes)
         contest.prepare()
         seconds = timed(contest.round)  # the warm-up, and how long a round takes
@@ -146,9 +146,15 @@ def runs_here(contender: Contender, session: Session) -> bool:
     return contender.impl != "cpu" or session.device.type == "cpu"
 
 
-def compiles_too_long(contender: Contender, session: Session, op: str, shape: Shape) -> bool:
-    """On CUDA torch.compile takes longer than a whole contest: it enters at the first shape only, in every variant."""
-    return session.kind == "cuda" and contender.compiled and shape != contests("cuda")[op][0][0]
+def compiles_too_long(contender: Contender, session: Session, op: str, shape: Shape, variant: str) -> bool:
+    """Where compiling takes longer than the whole contest: beyond the first shape on CUDA, where Liger stays in since it
+    is what many trainers use; on a CPU in all but the plain contests of the fused linear."""
+    if not contender.compiled or session.kind == "toy":
+        return False
+    first = shape == contests(session.kind)[op][0][0]
+    if session.kind == "cuda":
+        return not first and contender.impl != "liger"
+    return op.startswith("linear") and not (first and variant in ("token", "logps"))
 
 
 def finish(session: Session, benchmark, rows: list[dict]) -> None:

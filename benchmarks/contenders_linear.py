@@ -145,7 +145,7 @@ RIVALS = (
     Contender("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
     Contender("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
     Contender("trl, chunked", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
-    Contender("liger FusedLinearGRPO", build=liger_loss, ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
+    Contender("liger FusedLinearGRPO", build=liger_loss, ops=(LOSS,), lacks=("entropy bonus",), compiled=True, **LIGER),
     Contender("liger scaled CE", build=liger_scaled_ce, ops=(LOGPS, LOSS), **LIGER),
     Contender("cce", build=partial(cce, "cce"), cuda=True, **CCE),
     Contender("cce, its torch_compile", build=partial(cce, "torch_compile"), compiled=True, **CCE),
