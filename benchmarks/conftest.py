@@ -147,8 +147,8 @@ def runs_here(contender: Contender, session: Session) -> bool:
 
 
 def compiles_too_long(contender: Contender, session: Session, op: str, shape: Shape, variant: str) -> bool:
-    """Where compiling takes longer than the whole contest: beyond the first shape on CUDA, where Liger stays in since it
-    is what many trainers use; on a CPU in all but the plain contests of the fused linear."""
+    """Where compiling takes longer than the whole contest: beyond the first shape on CUDA, where Liger stays in, being
+    what many trainers use; on a CPU in all but the plain contests of the fused linear."""
     if not contender.compiled or session.kind == "toy":
         return False
     first = shape == contests(session.kind)[op][0][0]
