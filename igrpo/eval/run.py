@@ -122,8 +122,10 @@ class EvaluationRun:
         if not tasks:
             return
         engine, judged_by = self._started_engine(), self._judge(benchmark)
-        # Problems that an interrupted run left over get samples of their own, not those that others already had.
-        engine.seed(random.Random(f"{self.config.seed}/{label}/{tasks[0].problem.index}").getrandbits(31))
+        # Where one stream of random numbers serves all requests, problems that an interrupted run left over must not
+        # get the numbers that others already had. Servers seed each request by its name: theirs are the same again.
+        first = 0 if self.config.vllm_mode == "server" else tasks[0].problem.index
+        engine.seed(random.Random(f"{self.config.seed}/{label}/{first}").getrandbits(31))
         done = sampler.sample(
             engine,
             self._pools[benchmark.reward_funcs],

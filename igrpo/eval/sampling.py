@@ -47,7 +47,8 @@ def bare_task(problem: Problem, prompts: PromptBuilder, n: int) -> Task:
 def sample(
     engine: Engine, rewards: RewardPool, tokenizer: Any, tasks: Sequence[Task], sampling: Sampling, window: int
 ) -> Iterator[tuple[int, tuple[Scored, ...]]]:
-    """Yields ``(index of the task, [R * n] scored completions)`` as tasks finish, prompts in order.
+    """Yields ``(index of the task, [R * n] scored completions)`` as tasks finish, prompts in order. Requests are named
+    by the problem's row, from which servers make their seeds; rows must differ.
 
     What the engine is asked for, and when, depends on its own answers alone and never on how fast scores come back: the
     same engine seed gives the same completions wherever the engine itself repeats.
@@ -58,6 +59,7 @@ def sample(
     Raises:
         EngineError: the engine read other ids than it was sent.
     """
+    index = {task.problem.index: i for i, task in enumerate(tasks)}
     waiting = [(i, r) for i, task in enumerate(tasks) for r in range(len(task.prompts))][::-1]
     opened: dict[int, _Open] = {}
     in_flight = 0
@@ -65,10 +67,12 @@ def sample(
         while waiting and (not in_flight or in_flight + tasks[waiting[-1][0]].n <= window):
             i, r = waiting.pop()
             opened.setdefault(i, _Open(tasks[i], [None] * len(tasks[i].prompts)))
-            engine.submit(Request(f"{i}/{r}", tasks[i].prompts[r], tasks[i].n, sampling))
+            name = f"{tasks[i].problem.index}/{r}"
+            engine.submit(Request(name, tasks[i].prompts[r], tasks[i].n, sampling))
             in_flight += tasks[i].n
         for result in engine.poll() if in_flight else ():
-            i, r = map(int, result.request_id.split("/"))
+            row, r = map(int, result.request_id.split("/"))
+            i = index[row]
             in_flight -= opened[i].task.n
             _receive(opened[i], r, result, rewards, tokenizer)
         for i in [i for i, state in opened.items() if state.scores and (not in_flight or state.scores.done())]:
