@@ -99,6 +99,19 @@ def run_trl(settings: dict[str, Any], sizes: Sizes, folder: Path) -> list[dict]:
     return json.loads(output.read_text(encoding="utf-8"))
 
 
+def trl_rows(settings: dict[str, Any], sizes: Sizes, folder: Path, shape: str) -> list[dict]:
+    """A failure of TRL's loop is a line in the table; ours go on."""
+    try:
+        return rows(TRL, run_trl(settings, sizes, folder), shape)
+    except RuntimeError as error:
+        note = f"failed ({str(error).strip().splitlines()[-1][:120]})"
+        return [
+            {"op": "training_step", "pass": "step", "impl": "trl", "contender": TRL, "shape": shape, "tokens": None,
+             "vocab": None, "hidden": None, "dtype": "", "variant": "budget 8", "time_ms": None, "floor_ms": None,
+             "peak_extra_bytes": None, "max_rel_error": None, "note": note, "samples_ms": []}
+        ]  # fmt: skip
+
+
 def run_module(name: str, command: list[str]) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -146,7 +159,7 @@ def measure(sizes: Sizes, config: str | None = None, overrides: dict[str, Any] |
         for schedule in schedules_here():
             found += rows(schedule, run_schedule(schedule, settings, sizes, folder, config), shape)
         if not config and importlib.util.find_spec("trl") is not None:
-            found += rows(TRL, run_trl(settings, sizes, folder), shape)
+            found += trl_rows(settings, sizes, folder, shape)
     return sorted(found, key=lambda row: row["op"])
 
 
