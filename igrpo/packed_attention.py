@@ -149,6 +149,9 @@ def packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """(B, L, heads, d). Without a layout every row is one sequence; padding on its right changes nothing."""
+    if torch.is_autocast_enabled(query.device.type):  # the rotation leaves queries and keys in float32
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options = {
         "scale": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "dropout": dropout if module.training else 0.0,
