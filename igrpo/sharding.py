@@ -91,7 +91,7 @@ def save(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
 
 
 def load(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Reads what ``save`` wrote, with any number of processes."""
+    """Reads what ``save`` wrote."""
     release(policy)
     model, moments = get_state_dict(policy, optimizer)
     state = {"model": model, "optimizer": moments}
