@@ -176,7 +176,7 @@ def resources(grpo: Path, igrpo: Path) -> Iterable[str]:
 
 
 def totals(steps: Sequence[dict]) -> tuple[float, float, float]:
-    """Peak memory in GB, samples per second of the run, device-hours (of processes, where there is no GPU).
+    """Peak memory in GB, samples per second of the run, device-hours (of cores, where there is no GPU).
 
     A sample is a problem with everything drawn for it: with that reading the paper's rates and hours both come to the
     7,500 problems of its epoch.

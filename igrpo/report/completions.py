@@ -198,20 +198,25 @@ def _tags(drafts: Sequence[Group], chosen: int | None, refinements: Sequence[Gro
 
 def changes(draft: str, refinement: str) -> list[Change]:
     """The spans in which the refinement departs from the draft, word by word (line by line in very long texts)."""
-    a, b = (re.findall(r"\s+|\S+", text) for text in (draft, refinement))
+    # A word and the blank before it are one piece: blanks of their own would match all over and make this slow.
+    a, b = (re.findall(r"\s*\S+|\s+", text) for text in (draft, refinement))
     if len(a) * len(b) > MOST_COMPARED:
         a, b = draft.splitlines(keepends=True), refinement.splitlines(keepends=True)
     starts_a, starts_b = _starts(a), _starts(b)
     spans: list[Change] = []
     for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        span = [starts_a[i], starts_a[j], starts_b[k], starts_b[m]]
-        if tag == "equal":
-            continue
-        if spans and draft[spans[-1][1] : span[0]].isspace():  # two changed words and the blank between: one change
-            spans[-1][1::2] = span[1::2]
-        else:
-            spans.append(span)
+        if tag != "equal":
+            same = _blanks_alike("".join(a[i:j]), "".join(b[k:m]))
+            spans.append([starts_a[i] + same, starts_a[j], starts_b[k] + same, starts_b[m]])
     return spans
+
+
+def _blanks_alike(a: str, b: str) -> int:
+    """How many blank characters both texts begin with."""
+    count = 0
+    while count < min(len(a), len(b)) and a[count] == b[count] and a[count].isspace():
+        count += 1
+    return count
 
 
 def _starts(parts: Sequence[str]) -> list[int]:

@@ -76,13 +76,16 @@ def highest(points: Series) -> float | None:
 
 
 def samples_per_second(run: Run) -> float | None:
-    """Trained completions per second of a whole step, the unit of the paper's table; drafts are not counted."""
-    times = run.series("step_time")
-    config = run.config
-    size, accumulation = config.get("per_device_train_batch_size"), config.get("gradient_accumulation_steps")
-    if not times or not isinstance(size, int) or not isinstance(accumulation, int):
+    """Problems per second of the whole step and process, each with everything drawn for it: the reading with which the
+    rates and the hours of the paper's table both come to the 7,500 problems of its epoch.
+    """
+    columns = [dict(run.series(f"rollout/{name}")) for name in ("samples_per_second", "seconds", "rollouts_per_prompt")]
+    times = dict(run.series("step_time"))
+    steps = set(times).intersection(*columns)
+    if not steps:
         return None
-    return size * accumulation / median(v for _, v in times)
+    rate, seconds, per_prompt = columns
+    return sum(rate[s] * seconds[s] / per_prompt[s] for s in steps if per_prompt[s]) / sum(times[s] for s in steps)
 
 
 def rollout_share(run: Run) -> float | None:
@@ -110,8 +113,9 @@ def _hours(arm: Arm) -> Cell:
 
 
 def _sum(run: Run, *metrics: str) -> float | None:
-    values = [v for metric in metrics for _, v in run.series(metric)]
-    return sum(values) if values else None
+    """Over all steps; where only every so many were logged, their mean stands for the others."""
+    means = [fmean(v for _, v in run.series(metric)) for metric in metrics if run.series(metric)]
+    return sum(means) * run.steps if means else None
 
 
 def _over(arm: Arm, figure: Callable[[Run], float | None], form: str) -> Cell:

@@ -68,9 +68,10 @@ def seeds(tmp_path):
     runs = []
     for algorithm, rewards in (("grpo", (0.2, 0.4)), ("igrpo", (0.5,))):
         for seed, reward in enumerate(rewards):
-            records = [{"step": s, "reward": reward * s, "step_time": 4.0, "core_hours": s / 10} for s in (1, 2)]
-            config = {"algorithm": algorithm, "seed": seed, "output_dir": f"{algorithm}-{seed}", "max_steps": 2,
-                      "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # fmt: skip
+            records = [{"step": s, "reward": reward * s, "step_time": 4.0, "core_hours": s / 10,
+                        "rollout/samples_per_second": 32.0, "rollout/seconds": 2.0, "rollout/rollouts_per_prompt": 8.0}
+                       for s in (1, 2)]  # fmt: skip
+            config = {"algorithm": algorithm, "seed": seed, "output_dir": f"{algorithm}-{seed}", "max_steps": 2}
             runs.append(read_run(folder(tmp_path / f"{algorithm}-{seed}", records, config)))
     return group_runs(runs)
 
