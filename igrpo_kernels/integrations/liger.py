@@ -164,9 +164,11 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 _, kl, clipped = _per_token(out.per_token_logps, batch, batch, config, None)
             return out.loss, self._metrics(kl, clipped, mask)
         unmasked = self.loss_type == "luspo"
+        # LUSPO multiplies what is lost in rounding by the length, so its logits are not rounded to bf16 on the way
         logps = linear_selective_log_softmax(
-            _input, lin_weight, ids, **head, temperature=config.temperature, row_mask=None if unmasked else mask
-        )
+            _input.float() if unmasked else _input, lin_weight, ids, **head, temperature=config.temperature,
+            row_mask=None if unmasked else mask,
+        )  # fmt: skip
         everywhere = _batch(ids, torch.ones_like(ids), advantages, old_per_token_logps, ref) if unmasked else batch
         loss, kl, clipped = _per_token(logps, everywhere, batch, config, ratio)
         loss = loss if unmasked else loss * mask
