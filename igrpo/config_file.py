@@ -150,13 +150,13 @@ def dump_yaml(config: TrainConfig) -> str:
 def help_text() -> str:
     """The command line, by example, and every key with its type, default and meaning."""
     lines = [
-        "usage: python -m igrpo.train --config recipes/quickstart.yaml [--key value ...]",
+        "usage: igrpo train --config recipes/quickstart.yaml [--key value ...]",
         "",
         "examples:",
-        "  python -m igrpo.train --config recipes/quickstart.yaml --max_steps 5 --output_dir runs/try",
-        "  python -m igrpo.train --config recipes/gsm8k.yaml --dataset_name train.jsonl --dataset_config null",
-        "  python -m igrpo.train --config recipes/quickstart.yaml --algorithm grpo",
-        "  python -m igrpo.train --config recipes/quickstart.yaml --resume_from_checkpoint last",
+        "  igrpo train --config recipes/quickstart.yaml --max_steps 5 --output_dir runs/try",
+        "  igrpo train --config recipes/gsm8k.yaml --dataset_name train.jsonl --dataset_config null",
+        "  igrpo train --config recipes/quickstart.yaml --algorithm grpo",
+        "  igrpo train --config recipes/quickstart.yaml --resume_from_checkpoint last",
         "",
         "keys:",
     ]

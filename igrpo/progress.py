@@ -12,7 +12,7 @@ from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -56,18 +56,17 @@ class LiveView:
         self._bars = Progress(
             TextColumn("{task.description:<11}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("[dim]{task.fields[note]}[/dim]"),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
         )
         self._steps = Progress(
             TextColumn("step       "),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            TextColumn("{task.completed:>4.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("ETA {task.fields[eta]}"),
         )
         self._step = self._steps.add_task("steps", total=total, completed=done, eta="-:--:--")
-        self._bar = {name: self._bars.add_task(name, total=None, visible=False, note="") for name in STAGES}
+        self._bar = {name: self._bars.add_task(name, total=None, visible=False) for name in STAGES}
         self._live = Live(console=Console(file=sys.stdout), refresh_per_second=4, get_renderable=self._picture)
         self._closed = threading.Event()
         self._spoke = time.monotonic()
@@ -92,7 +91,7 @@ class LiveView:
         self.problems, self.counts = problems, {}
         self.totals = {}
         for name in STAGES:
-            self._bars.update(self._bar[name], visible=False, completed=0, note="")
+            self._bars.update(self._bar[name], visible=False, completed=0)
         self.stage("rollout")
 
     def rolled_out(self, stage: str) -> None:
