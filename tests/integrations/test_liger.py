@@ -6,7 +6,9 @@ identity make Liger's fused loss a loss from logits.
 
 from __future__ import annotations
 
+import ast
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,20 +156,25 @@ def reduction(loss_type: str, mask: torch.Tensor, num_items: float | None) -> to
     }.get(loss_type, mask / (num_items or tokens))  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "ours", [triton_grpo_loss, LigerFusedLinearGRPOLoss.__init__, LigerFusedLinearGRPOLoss.forward]
-)
-def test_names_order_and_defaults_are_ligers(ours):
-    from liger_kernel.transformers import grpo_loss
-
-    theirs = {
-        "triton_grpo_loss": grpo_loss.triton_grpo_loss,
-        "__init__": liger.LigerFusedLinearGRPOLoss.__init__,
-        "forward": liger.LigerFusedLinearGRPOLoss.forward,
-    }[ours.__name__]
+@pytest.mark.parametrize("method", ["__init__", "forward"])
+def test_names_order_and_defaults_of_the_class_are_ligers(method):
+    ours, theirs = (getattr(cls, method) for cls in (LigerFusedLinearGRPOLoss, liger.LigerFusedLinearGRPOLoss))
     assert [(p.name, p.default) for p in inspect.signature(ours).parameters.values()] == [
         (p.name, p.default) for p in inspect.signature(theirs).parameters.values()
     ]
+
+
+def test_names_order_and_defaults_of_the_function_are_ligers():
+    """Read from the source: importing liger_kernel.transformers takes longer than all of this file."""
+    source = Path(liger.__file__).parents[1] / "transformers" / "grpo_loss.py"
+    functions = [
+        node for node in ast.parse(source.read_text(encoding="utf-8")).body if isinstance(node, ast.FunctionDef)
+    ]
+    (theirs,) = (f.args for f in functions if f.name == "triton_grpo_loss")
+    parameters = list(inspect.signature(triton_grpo_loss).parameters.values())
+    assert [p.name for p in parameters] == [a.arg for a in theirs.args]
+    defaults = [p.default for p in parameters if p.default is not inspect.Parameter.empty]
+    assert defaults == [ast.literal_eval(d) for d in theirs.defaults]
 
 
 def test_a_reference_model_instead_of_its_log_probabilities():
