@@ -90,11 +90,11 @@ def on_chip_share(capability: tuple[int, int], row_bytes: int) -> float:
     """How much of a row the CUDA kernels keep on chip, 0 to 1 (csrc/cuda/launch.cuh decides exactly).
 
     sm_90 and later: two rows in flight in the shared memory of a cluster of 8 blocks, 227 KiB each. Before: 160 KiB of
-    one block's shared memory and 112 KiB of its registers.
+    one block's shared memory and 144 KiB of its registers.
     """
     if capability >= (9, 0):
         return 1.0 if 2 * row_bytes <= 8 * 227 * 1024 else 0.0
-    return min(1.0, (160 + 112) * 1024 / row_bytes)
+    return min(1.0, (160 + 144) * 1024 / row_bytes)
 
 
 def resolve_impl(

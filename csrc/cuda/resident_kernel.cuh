@@ -1,6 +1,6 @@
 // Token-level loss, one row per block: the row stays in shared memory and registers between its statistics and its
-// gradient (A100: 160 KiB + 512 threads x 14 x 16 B = 272 KiB). What does not fit is read a second time, from L2
-// most likely: with no resident part at all this is the two-pass fallback.
+// gradient (A100: 160 KiB + 256 threads x 36 x 16 B = 304 KiB, V = 155,648 in bf16). What does not fit is read a second
+// time, from L2 most likely: with no resident part at all this is the two-pass fallback.
 //
 //   granule of thread i, slot k = k·threads + i
 //   slots [0, shared)             cp.async into shared memory, only ever touched by their own thread: no barrier needed
@@ -17,10 +17,10 @@
 
 namespace igrpo::cuda {
 
-constexpr int kResidentThreads = 512;
-// 128 registers per thread: these hold 4 each, the arithmetic needs the others without a spill.
-template <bool kSoftcap>
-constexpr int kRegisterGranules = kSoftcap ? 10 : 14;
+constexpr int kResidentThreads = 256;
+// A thread may have 255 registers and its arithmetic needs about 70, whatever the number of threads: few threads leave
+// more of the register file to the row than many. Each granule takes 4.
+constexpr int kRegisterGranules = 36;
 
 // Shared between the thread that knows a row's result and all others.
 struct RowBroadcast {
@@ -44,7 +44,7 @@ __device__ __forceinline__ uint4 load_granule(const RowSpan<T>& span, int slot) 
 // Statistics of the row: what is resident, then what is not, then head and tail.
 template <class T, bool kSoftcap>
 __device__ Sums resident_sums(const RowSpan<T>& span, const uint4* shared, int shared_slots,
-                              const uint4 (&kept)[kRegisterGranules<kSoftcap>], const Transform<kSoftcap>& transform) {
+                              const uint4 (&kept)[kRegisterGranules], const Transform<kSoftcap>& transform) {
   Sums sums;
 #pragma unroll 1
   for (int k = 0; k < shared_slots; ++k) {
@@ -52,11 +52,11 @@ __device__ Sums resident_sums(const RowSpan<T>& span, const uint4* shared, int s
     if (g < span.granules) add_granule<T>(shared[g], transform, sums);
   }
 #pragma unroll
-  for (int j = 0; j < kRegisterGranules<kSoftcap>; ++j) {
+  for (int j = 0; j < kRegisterGranules; ++j) {
     if ((shared_slots + j) * kResidentThreads + threadIdx.x < span.granules) add_granule<T>(kept[j], transform, sums);
   }
 #pragma unroll 1
-  for (int g = (shared_slots + kRegisterGranules<kSoftcap>) * kResidentThreads + threadIdx.x; g < span.granules;
+  for (int g = (shared_slots + kRegisterGranules) * kResidentThreads + threadIdx.x; g < span.granules;
        g += kResidentThreads) {
     add_granule<T>(*(span.x_granules() + g), transform, sums);
   }
@@ -70,10 +70,10 @@ __device__ Sums resident_sums(const RowSpan<T>& span, const uint4* shared, int s
 // Gradient of every slot; each resident slot is refilled from `next` right after it was stored.
 template <class T, bool kEntropy, bool kSoftcap>
 __device__ void resident_grad(const RowSpan<T>& span, const RowSpan<T>& next, bool has_next, uint4* shared,
-                              int shared_slots, uint4 (&kept)[kRegisterGranules<kSoftcap>], const RowResult& row,
+                              int shared_slots, uint4 (&kept)[kRegisterGranules], const RowResult& row,
                               const Transform<kSoftcap>& transform) {
 #pragma unroll 1
-  for (int g = (shared_slots + kRegisterGranules<kSoftcap>) * kResidentThreads + threadIdx.x; g < span.granules;
+  for (int g = (shared_slots + kRegisterGranules) * kResidentThreads + threadIdx.x; g < span.granules;
        g += kResidentThreads) {
     span.store(g, grad_granule<T, kEntropy>(*(span.x_granules() + g), row, transform));
   }
@@ -82,7 +82,7 @@ __device__ void resident_grad(const RowSpan<T>& span, const RowSpan<T>& next, bo
     span.y[column] = static_cast<T>(grad_of<kEntropy>(static_cast<float>(span.x[column]), row, transform));
   }
 #pragma unroll
-  for (int j = 0; j < kRegisterGranules<kSoftcap>; ++j) {
+  for (int j = 0; j < kRegisterGranules; ++j) {
     const int g = (shared_slots + j) * kResidentThreads + threadIdx.x;
     if (g < span.granules) span.store(g, grad_granule<T, kEntropy>(kept[j], row, transform));
     if (has_next) kept[j] = load_granule(next, shared_slots + j);
@@ -97,7 +97,7 @@ __device__ void resident_grad(const RowSpan<T>& span, const RowSpan<T>& next, bo
 
 template <class T, bool kSoftcap>
 __device__ void finish_resident_row(const RowSpan<T>& span, const RowSpan<T>& next, bool has_next, uint4* shared,
-                                    int shared_slots, uint4 (&kept)[kRegisterGranules<kSoftcap>], const RowBroadcast& known,
+                                    int shared_slots, uint4 (&kept)[kRegisterGranules], const RowBroadcast& known,
                                     int64_t target, const Transform<kSoftcap>& transform) {
   const RowResult& row = known.row;
   const bool in_vocab = target >= 0 && target < span.vocab;
@@ -107,7 +107,7 @@ __device__ void finish_resident_row(const RowSpan<T>& span, const RowSpan<T>& ne
 #pragma unroll 1
     for (int k = 0; k < shared_slots; ++k) prefetch_slot(next, shared, k);
 #pragma unroll
-    for (int j = 0; j < kRegisterGranules<kSoftcap>; ++j) kept[j] = load_granule(next, shared_slots + j);
+    for (int j = 0; j < kRegisterGranules; ++j) kept[j] = load_granule(next, shared_slots + j);
     return;
   }
   if (row.grad_entropy == 0.0f) {
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   extern __shared__ uint4 shared[];
   __shared__ RowBroadcast known;
   const Transform<kSoftcap> transform(rows.transform);
-  uint4 kept[kRegisterGranules<kSoftcap>] = {};
+  uint4 kept[kRegisterGranules] = {};
   bool loaded = false;  // whether this row was prefetched while the row before it was written
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     const RowSpan<T> span(rows, r);
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   #pragma unroll 1
     for (int k = 0; k < shared_slots; ++k) prefetch_slot(span, shared, k);
 #pragma unroll
-      for (int j = 0; j < kRegisterGranules<kSoftcap>; ++j) kept[j] = load_granule(span, shared_slots + j);
+      for (int j = 0; j < kRegisterGranules; ++j) kept[j] = load_granule(span, shared_slots + j);
     }
     __pipeline_commit();
     __pipeline_wait_prior(0);

@@ -131,6 +131,10 @@ def token_loss_cases():
 
 
 PLANS = dict(token_loss_cases())
+LONG_PLANS = {  # for 75 slots: A100's shared memory and registers hold all of them, or registers and 2 slots do not
+    "on_chip": lambda k, *a: k.run_resident(*a, 2, 40),
+    "rest_twice": lambda k, *a: k.run_resident(*a, 2, 2),
+}
 TOKEN_LOSS_CASES = [
     *((torch.bfloat16, 5003, mode) for mode in ("eager", "lazy", "reversed", "lazy reversed")),
     (torch.float32, 1500, "lazy reversed"),  # the order of events does not depend on the dtype
@@ -156,7 +160,8 @@ def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False):
     work = torch.as_strided(logits, logits.shape, logits.stride()).copy_(raw)  # masked rows: NaN, must not be read
     launch = Launch(work, batch.index, batch.mask, inplace=inplace, config=config)
     constants = launch.constants(batch, config)
-    PLANS[plan](kernels, *(ctypes.byref(x) for x in (launch.rows, launch.stats, constants)))
+    run = (PLANS | LONG_PLANS)[plan]
+    run(kernels, *(ctypes.byref(x) for x in (launch.rows, launch.stats, constants)))
 
     leaf = torch.where(mask[..., None], raw, 0.0).double().requires_grad_()
     keywords = {"temperature": config.temperature, "return_entropy": True, "impl": "torch"}
@@ -198,6 +203,14 @@ def test_token_loss_with_a_softcap_out_of_place(kernels, plan, dtype):
     config = GRPOLossConfig(loss_type="sapo", logit_scale=-0.5, final_logit_softcapping=4.0, entropy_coef=0.05)
     inputs = boundary_inputs(B=2, T=12, V=520, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
     check_token_loss(kernels, plan, inputs.logits.to(dtype).contiguous(), inputs, config)
+
+
+@pytest.mark.parametrize("plan", LONG_PLANS)
+def test_rows_of_a_real_vocabulary(kernels, plan):
+    kernels.configure(True, False)
+    config = GRPOLossConfig(epsilon=0.05)
+    inputs = boundary_inputs(B=2, T=4, V=151_936, seed=2, config=config).to(torch.float32)
+    check_token_loss(kernels, plan, misaligned(inputs.logits.bfloat16(), 3), inputs, config, inplace=True)
 
 
 @pytest.mark.parametrize("V", [1, 2, 7, 8, 9, 600])

@@ -31,13 +31,88 @@ def test_sequence_gradient_couples_all_tokens_of_its_sequence(impl):
     assert changed[2, 1:5].all() and not changed[[0, 1, 3, 4, 5, 6, 7]].any()
 
 
+def test_bias_corrected_kl_under_a_sequence_ratio(impl):
+    """d(ratio·k3) has a part through the ratio, which belongs to every token of the sequence (wrong elsewhere once)."""
+    inputs = boundary_inputs(level="sequence")
+    config = GRPOLossConfig(importance_sampling_level="sequence", beta=0.2, epsilon=0.9, epsilon_high=9.0)
+    out, grad = loss_and_grad(inputs, config, impl=impl)
+    leaf = inputs.logits.clone().requires_grad_()
+    logps = leaf.log_softmax(-1).gather(-1, inputs.completion_ids[..., None])[..., 0]
+    mask, lengths = inputs.completion_mask.double(), inputs.completion_mask.sum(-1)
+    ratio = ((logps - inputs.old_per_token_logps) * mask).sum(-1).div(lengths).exp()[:, None]
+    x = inputs.ref_per_token_logps - logps
+    per_token = -ratio * inputs.advantages[:, None] + 0.2 * ratio * (x.exp() - x - 1)
+    loss = ((per_token * mask).sum(-1) / lengths).mean()
+    torch.testing.assert_close(out.loss.detach(), loss.detach())
+    torch.testing.assert_close(grad, torch.autograd.grad(loss, leaf)[0])
+
+
+def test_token_weights_stay_inside_the_sum_of_a_sequence_gradient(impl):
+    """Each token's gradient is the ratio times the mean of the *weighted* advantages, not its own weight's share."""
+    inputs = boundary_inputs(level="sequence")
+    config = GRPOLossConfig(
+        importance_sampling_level="sequence", epsilon=0.9, epsilon_high=9.0, importance_sampling_mode="token_mask"
+    )
+    _, grad = loss_and_grad(inputs, config, impl=impl)
+    leaf = inputs.logits.clone().requires_grad_()
+    logps = leaf.log_softmax(-1).gather(-1, inputs.completion_ids[..., None])[..., 0]
+    mask, lengths = inputs.completion_mask.double(), inputs.completion_mask.sum(-1)
+    ratio = ((logps - inputs.old_per_token_logps) * mask).sum(-1).div(lengths).exp()
+    sampler = (inputs.old_per_token_logps - inputs.sampling_per_token_logps).exp()
+    weight = (torch.where(sampler <= 3.0, sampler, 0.0) * mask).sum(-1) / lengths
+    torch.testing.assert_close(grad, torch.autograd.grad(-(ratio * inputs.advantages * weight).mean(), leaf)[0])
+
+
 def test_no_collective_hides_in_the_normaliser(impl, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("a loss must not communicate")
 
-    monkeypatch.setattr(torch.distributed, "all_reduce", fail)
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, fail)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     loss_and_grad(boundary_inputs(), GRPOLossConfig(loss_type="dapo"), impl=impl)
+
+
+def test_only_dapo_cispo_and_vespo_divide_by_num_items_in_batch(impl):
+    logits, ids = torch.randn(1, 2, 5, dtype=torch.float64), torch.tensor([[1, 4]])
+    for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"):
+        config = GRPOLossConfig(loss_type=loss_type, max_completion_length=8, epsilon_high=2.0)
+        arguments = (logits, ids, torch.ones(1, dtype=torch.float64))
+        losses = [grpo_loss(*arguments, config=config, impl=impl, num_items_in_batch=n).loss for n in (10, 20)]
+        assert losses[0] != 0
+        ratio = 2.0 if loss_type in ("dapo", "cispo", "vespo") else 1.0
+        torch.testing.assert_close(losses[0], ratio * losses[1])
+
+
+def test_the_high_clip_metric_is_measured_after_delta(impl):
+    """As in TRL: with delta below 1 + epsilon_high nothing is left to clip, though the loss is bounded by delta."""
+    inputs, config = boundary_inputs(B=4, T=8, V=11), GRPOLossConfig(delta=1.1)
+    bounded, _ = loss_and_grad(inputs, config, impl=impl)
+    plain, _ = loss_and_grad(inputs, GRPOLossConfig(), impl=impl)
+    assert plain.metrics["clip_ratio/high_mean"] > 0 and bounded.metrics["clip_ratio/high_mean"] == 0
+    assert bounded.loss != plain.loss
+
+
+def test_the_tie_of_an_on_policy_step_keeps_the_whole_gradient(impl):
+    """Ratio 1: both sides of the minimum are equal and each gives half. dl/dlogits = (onehot - p) / T."""
+    logits = torch.randn(1, 2, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, 4]])
+    for temperature in (1.0, 0.5):
+        config = GRPOLossConfig(temperature=temperature)
+        out = grpo_loss(logits, ids, torch.tensor([3.0], dtype=torch.float64), config=config, impl=impl)
+        onehot = torch.nn.functional.one_hot(ids, 5)
+        expected = -3.0 / 2 / temperature * (onehot - (logits.detach() / temperature).softmax(-1))
+        torch.testing.assert_close(torch.autograd.grad(out.loss, logits)[0], expected)
+
+
+def test_the_gradient_at_a_likely_target_is_not_the_rounded_probability_minus_one(impl):
+    """1 - p = 1e-3: rounding p to bf16 before subtracting would give 0 or 0.004."""
+    logits = torch.zeros(1, 1, 1001, dtype=torch.bfloat16)
+    logits[..., 7] = 13.8125  # p = exp(13.8125) / (exp(13.8125) + 1000)
+    logits.requires_grad_()
+    grpo_loss(logits, torch.tensor([[7]]), torch.ones(1), impl=impl).loss.backward()
+    expected = -(1 - logits.detach().double().softmax(-1)[0, 0, 7])
+    assert abs(logits.grad[0, 0, 7].double() - expected) < 2**-8 * expected.abs()
 
 
 def test_luspo_sums_only_unmasked_tokens(impl):
