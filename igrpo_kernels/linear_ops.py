@@ -16,7 +16,7 @@ from igrpo_kernels import fused_linear
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.gradient_handover import hand_over
 from igrpo_kernels.lm_head import HeadPlan
-from igrpo_kernels.objective import grpo_objective, may_contribute
+from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
 from igrpo_kernels.row_kernels import RowStats, row_kernels
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard
@@ -42,12 +42,13 @@ def linear_grpo_loss(
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves]
     tracing, rows = torch.compiler.is_compiling(), row_kernels(kernels)
     contributes = may_contribute(batch, config) if any(needs) else torch.zeros_like(batch.mask)
-    reported = batch.mask & ~contributes if compute_metrics else torch.zeros_like(batch.mask)
+    measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
+    reported = measured & ~contributes
     one_launch = rows.one_launch(batch, config) and shard is None and any(needs)
     if tracing and not one_launch:  # a graph's own autograd goes through the objective
         logps, entropy = linear_selective_log_softmax(
             kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
-            row_mask=contributes | reported if any(needs) else batch.mask, fp32_logits=fp32_logits,
+            row_mask=measured, fp32_logits=fp32_logits,
         )  # fmt: skip
         used = entropy if config.needs_entropy_gradient else entropy.detach()
         loss, metrics = grpo_objective(logps, used, batch, config, num_items_in_batch)

@@ -300,6 +300,11 @@ def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     return batch.mask & (batch.expand(batch.segment_sum(weighted.to(batch.advantages.dtype))) > 0)
 
 
+def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
+    """Bool (n,): rows without whose statistics the loss would be another one, gradient of their own or not."""
+    return batch.mask if locality(batch, config) == "batch" else may_contribute(batch, config)
+
+
 def _times(a: Tensor, x: Tensor) -> Tensor:
     """a·x for a constant a, with 0 · inf = 0 in value and in gradient. NaN stays NaN: a poisoned row must show."""
     return torch.where((a == 0) & x.isinf(), 0.0, a * x)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import grpo_objective, may_contribute
+from igrpo_kernels.objective import grpo_objective, shapes_the_loss
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard, whole_vocabulary
 
@@ -73,7 +73,7 @@ def linear_grpo_loss(
         batch.index,
         config.logit_transform,
         return_entropy=True,
-        row_mask=batch.mask if compute_metrics else may_contribute(batch, config),
+        row_mask=batch.mask if compute_metrics else shapes_the_loss(batch, config),
         fp32_logits=fp32_logits,
         shard=shard,
     )

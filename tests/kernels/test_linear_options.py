@@ -53,7 +53,9 @@ def test_fp32_logits_bring_the_gradients_to_one_rounding(level, impl):
     assert_close_to_truth("dX", wide_grads[0], truth_grads[0], rtol=2e-5)
 
 
-@pytest.mark.parametrize("options", [{}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}, {"top_entropy_quantile": 0.5}]
+)
 def test_without_metrics_rows_that_cannot_contribute_meet_no_matmul(options, impl):
     """6·n_contributing·H·V: A = 0 drops a row or a whole sequence, unless the KL term or the bonus wants it."""
     config, inputs = GRPOLossConfig(**options), packed(boundary_inputs())
@@ -66,8 +68,16 @@ def test_without_metrics_rows_that_cannot_contribute_meet_no_matmul(options, imp
     torch.testing.assert_close((out.loss, *grads), (expected.loss, *expected_grads), rtol=1e-6, atol=1e-8)
     assert expected.metrics and out.metrics == {}
     total, kept = len(inputs.completion_ids), int(inputs.cu_seqlens[-1] - inputs.cu_seqlens[4])
-    kept = total if config.beta else kept
-    assert kept > 0 and log.matmuls()[0][:2] == (kept, V)
+    if config.beta or config.top_entropy_quantile < 1.0:  # which of the others is dropped depends on every entropy
+        kept = total
+    forward = [m[0] for m in log.matmuls() if m[1] == V]
+    assert 0 < kept == (forward[0] if impl == "torch" else sum(forward))  # the reference computes logits again
+    with torch.no_grad():
+        unneeded = linear_grpo_loss(
+            *head[:2], inputs.completion_ids, inputs.advantages, lm_head_bias=head[2], config=config, impl=impl,
+            compute_metrics=False, **inputs.keywords(config),
+        )  # fmt: skip
+    torch.testing.assert_close(unneeded.loss, out.loss.detach(), rtol=1e-6, atol=1e-8)
     silent = total - kept
     assert (out.per_token_logps[:silent] == 0).all() and (expected.per_token_logps != 0).all()
     torch.testing.assert_close(out.per_token_logps[silent:], expected.per_token_logps[silent:], rtol=1e-6, atol=1e-6)
