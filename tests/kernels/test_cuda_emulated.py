@@ -209,7 +209,7 @@ def test_token_loss_with_a_softcap_out_of_place(kernels, plan, dtype):
 def test_rows_of_a_real_vocabulary(kernels, plan):
     kernels.configure(True, False)
     config = GRPOLossConfig(epsilon=0.05)
-    inputs = boundary_inputs(B=2, T=4, V=151_936, seed=2, config=config).to(torch.float32)
+    inputs = boundary_inputs(B=2, T=4, V=151_936, seed=1, config=config).to(torch.float32)
     check_token_loss(kernels, plan, misaligned(inputs.logits.bfloat16(), 3), inputs, config, inplace=True)
 
 
