@@ -1,11 +1,11 @@
 """Every Triton kernel compiles for A100, H100/H200 and B200 on a machine without a GPU, without spilling a register;
 and nothing that changes between training steps compiles anything."""
 
-import functools
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,19 @@ import pytest
 pytest.importorskip("triton")
 
 
-@functools.cache
+CAPABILITIES = (80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """Capability -> what `triton_compile_report.py` prints, two processes at a time."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        running = {capability: pool.submit(report, capability) for capability in CAPABILITIES}
+        yield lambda capability: running[capability].result()
+
+
 def report(capability: int) -> dict:
-    """What `triton_compile_report.py` prints; a process of its own, since it replaces Triton's driver."""
+    """A process of its own, since it replaces Triton's driver."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.triton_compile_report", str(capability), "--count"]
     run = subprocess.run(
@@ -29,9 +39,9 @@ def report(capability: int) -> dict:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_no_kernel_spills(capability, record_property):
-    kernels = report(capability)["kernels"]
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_no_kernel_spills(reports, capability, record_property):
+    kernels = reports(capability)["kernels"]
     record_property("kernels", kernels)
     assert {kernel["name"] for kernel in kernels} == {
         "row_statistics_kernel",
@@ -45,22 +55,22 @@ def test_no_kernel_spills(capability, record_property):
         assert kernel["reg"] * 32 * kernel["warps"] <= 32768, f"fewer than two blocks fit an SM: {kernel}"
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_wide_rows_move_sixteen_bytes_at_a_time(capability):
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_wide_rows_move_sixteen_bytes_at_a_time(reports, capability):
     """V = 16,384 and 1,024 are multiples of 8; V = 1,021 is not and must still compile."""
-    full = [kernel for kernel in report(capability)["kernels"] if kernel["warps"] == 8]
+    full = [kernel for kernel in reports(capability)["kernels"] if kernel["warps"] == 8]
     assert full and all(kernel["wide_loads"] for kernel in full)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_nothing_that_changes_between_steps_compiles(capability):
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_nothing_that_changes_between_steps_compiles(reports, capability):
     """Completion lengths, batch sizes, views, temperatures, epsilons, beta, entropy_coef: run-time arguments."""
-    assert report(capability)["compiled_first"] > 0
-    assert report(capability)["compiled_later"] == []
+    assert reports(capability)["compiled_first"] > 0
+    assert reports(capability)["compiled_later"] == []
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_rows_are_on_grid_x(capability):
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_rows_are_on_grid_x(reports, capability):
     """Peers put the length on grid.y, which ends at 65,535."""
-    assert report(capability)["largest_grid"] >= 70_000
-    assert report(capability)["grids_beyond_x"] == []
+    assert reports(capability)["largest_grid"] >= 70_000
+    assert reports(capability)["grids_beyond_x"] == []

@@ -20,7 +20,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from igrpo_kernels import GRPOLossConfig, triton_impl
+from igrpo_kernels import GRPOLossConfig, triton_impl, triton_rows
 from igrpo_kernels.batch import TokenBatch
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -93,8 +93,21 @@ def call(
     triton_impl.linear_grpo_loss(hidden, weight, None, batch, config, None)[0].backward()
 
 
+def call_with_fp32_logits(config: GRPOLossConfig) -> None:
+    """The kernels of `fp32_logits` on CUDA: fp32 in, bf16 out, which no call on CPU tensors chooses."""
+    n, width = 6, 16384
+    rows = torch.zeros(1, n)
+    batch = TokenBatch.build(torch.zeros(1, n, dtype=torch.int64), torch.ones(1), dtype=torch.float32)
+    logits, out = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.bfloat16)
+    triton_rows.token_loss(logits, out, triton_rows.token_rows(batch, config, None), config)
+    stats = triton_rows.statistics(logits, batch.index, None, config.logit_transform)
+    triton_rows.gradient(logits, out, batch.index, None, stats, rows[0], rows[0], config.logit_transform)
+
+
 def compile_everything() -> None:
     """Every variant for narrow and wide rows of every dtype."""
+    call_with_fp32_logits(GRPOLossConfig())
+    call_with_fp32_logits(GRPOLossConfig(final_logit_softcapping=30.0, entropy_coef=0.1))
     for options, (width, dtype) in product(
         VARIANTS.values(),
         [(V, torch.bfloat16), (16384, torch.bfloat16), (16384, torch.float32), (1021, torch.bfloat16)],

@@ -155,3 +155,22 @@ def test_log_probs_of_hidden_states(small_inputs, head, monkeypatch, return_entr
         results.append([logps, entropy, *(x.grad for x in leaves)])
     for name, truth, actual in zip(("logps", "entropy", "hidden", "weight", "bias"), *results, strict=True):
         assert_close_to_truth(name, actual, truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_fp32_logits_of_narrow_inputs(small_inputs, head, level):
+    """On CUDA the matmul multiplies 16 bits into 32 and dlogits are narrow again; elsewhere everything is widened."""
+    config = GRPOLossConfig(importance_sampling_level=level, epsilon=0.9, epsilon_high=9.0)
+    narrow = [(4 * x.detach()).bfloat16().requires_grad_() for x in head]
+    wide = [x.detach().double().requires_grad_() for x in narrow]
+    inputs = on_policy(small_inputs(level), wide, config)
+    inputs = replace(inputs, advantages=torch.tensor([1.0, 0.0, -1.0, 0.5], device=inputs.advantages.device).double())
+    truth, true_grads = linear_loss_and_grads(*wide, inputs, config, impl="torch")
+    out, grads = linear_loss_and_grads(
+        *narrow, inputs.to(torch.float32), config, impl="triton", fp32_logits=True, compute_metrics=False
+    )
+    kept = inputs.completion_mask & (inputs.advantages != 0)[:, None]
+    assert out.metrics == {} and (out.per_token_logps[~kept] == 0).all()
+    assert_close_to_truth("logps", out.per_token_logps[kept], truth.per_token_logps[kept], rtol=2e-5)
+    for name, grad, true_grad in zip(("hidden", "weight", "bias"), grads, true_grads, strict=True):
+        assert_close_to_truth(name, grad, true_grad, rtol=2.0**-6)
