@@ -191,10 +191,6 @@ def test_one_weight_push_serves_both_stages(folder, sleep):  # noqa: F811
         ({"draft_template": "no place"}, "must hold {draft} exactly once"),
         ({"draft_selection": "shortest"}, "choose one of best, random, worst"),
         ({"num_drafts": 0}, "num_drafts=0 does not divide"),
-        (
-            {"num_drafts": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
-            "num_drafts=3 does not",
-        ),
         ({"rollout_func": lambda prompts, trainer: {}}, "leave out rollout_func"),
     ],
 )
