@@ -1,6 +1,6 @@
 """Whole runs of the scheduler under every setting, with an engine that finishes in any order, stalls and dies.
 
-The engine is made up because order and failure are what is tested; ``test_engine_in_flight.py`` has the real one.
+The engine is made up because order and failure are what is tested; ``test_engines.py`` has the real one.
 """
 
 from __future__ import annotations
