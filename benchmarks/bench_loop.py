@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import learner_step, rollouts
 
-TIMED_STEPS = 5
+TIMED_STEPS = 4
 
 
 def bench_learner_step(session, record_rows, benchmark, tmp_path):

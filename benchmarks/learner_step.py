@@ -55,7 +55,7 @@ class Case:
 
 
 TOY = Case("toy", 64, 128, 2, 2, 1, 288, 2, 4, 8, 6, 12)
-SMALL = Case("0.02B, V 49k", 256, 704, 4, 4, 2, 49_152, 4, 4, 64, 48, 160)
+SMALL = Case("5M, V 8k", 256, 704, 4, 4, 2, 8_192, 4, 4, 64, 48, 160)
 GPU_SMALL = Case("0.5B", 896, 4864, 24, 14, 2, 151_936, 4, 4, 512, 500, 2048)
 PAPER_7B = Case("7B, the paper's settings", 3584, 18_944, 28, 28, 4, 152_064, 4, 4, 1024, 700, 4096, checkpointing=True)
 """16 completions of Table S.2's lengths: one device's micro-batch there."""
