@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from experiments.__main__ import main, run_one
-from experiments.plan import BASE_CPU, BASE_GPU, PLANS, Plan, fingerprint, load_base, load_plan
+from experiments.page import PAGE, page, show, verdict
+from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.summary import accuracy_at, at_equal_tokens, interval, summarise
 from igrpo.config import ConfigError, TrainConfig
 from tests.tiny import save_tiny
@@ -130,3 +131,40 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
     other = Plan("other", "?", "same", {"same": plan.arms["igrpo"]})
     assert run_one(other, "same", 0, load_base(tiny_base), never) == 0  # another plan, the same run
+
+
+def test_the_page_of_results_is_what_the_records_say():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m experiments.page"
+
+
+def test_a_summary_is_what_its_records_say(tmp_path):
+    for folder in RESULTS.iterdir():
+        if not folder.is_dir():
+            continue
+        for record in folder.glob("*-seed*.json"):
+            (tmp_path / record.name).write_bytes(record.read_bytes())
+        assert summarise(tmp_path, load_plan(folder.name)).read_text() == (folder / "summary.json").read_text()
+        for copied in tmp_path.iterdir():
+            copied.unlink()
+
+
+def gap(mean: float, half_width: float | None) -> dict:
+    return {"minus_baseline": {"mean": mean, "half_width": half_width, "n": 3}}
+
+
+def test_only_an_interval_without_zero_is_called_a_difference():
+    arms = {
+        "base": gap(0.0, 0.0),
+        "up": gap(0.1, 0.05),
+        "down": gap(-0.1, 0.05),
+        "even": gap(0.1, 0.2),
+        "one": gap(0.5, None),
+    }
+    said = verdict({"baseline": "base", "arms": arms})
+    assert "`up`: better than `base`" in said and "`down`: worse than `base`" in said
+    assert "`even`: no difference" in said and "`one`: one seed, no claim" in said and "`base`:" not in said
+
+
+def test_figures_are_shown_with_their_interval():
+    assert show({"mean": 0.7341, "half_width": 0.0212, "n": 3}, 100) == "73.4 ± 2.1"
+    assert show({"mean": 2.5, "half_width": None, "n": 1}, 1) == "2.50" and show(None, 1) == "–"

@@ -1,0 +1,123 @@
+"""``python -m experiments.page`` writes docs/results.md from the committed records and the paper's figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
+
+PAGE = FOLDER.parent / "docs" / "results.md"
+COLUMNS = (
+    ("accuracy_before", "before", 100),
+    ("accuracy", "after", 100),
+    ("minus_baseline", "minus baseline", 100),
+    ("minus_baseline_at_equal_tokens", "the same at equal decoded tokens", 100),
+    ("zero_variance_groups", "groups without gradient", 100),
+    ("copy_rate", "copied 4-grams", 100),
+    ("answer_equals_draft", "answer is the draft's", 100),
+    ("entropy_last", "entropy, nats", 1),
+    ("seconds_per_step", "s per step", 1),
+)
+INTRO = """\
+# Results
+
+Written by `python -m experiments.page` from the records in `experiments/results/`; a test fails when this page and the
+records differ. Accuracy is single-shot on the bare prompt, in per cent, on held-out problems, as the model would be
+deployed. `±` is the 95 % interval over seeds (Student's t); a figure without it stands on one seed and shows nothing.
+Differences are paired by seed.
+
+Everything here was trained with SmolLM2-135M on two CPU cores, on one-digit sums and products. It can show whether the
+mechanism works and what it costs; it says nothing about 7B models on mathematics. The paper's figures stand beside ours
+to show what was asked, not because the scales compare.
+"""
+
+
+def page(results: Path = RESULTS) -> str:
+    """The whole page as Markdown."""
+    paper = json.loads((FOLDER / "paper.json").read_text(encoding="utf-8"))
+    parts = [INTRO, _overview(paper, results)]
+    for path in sorted(PLANS.glob("*.yaml")):
+        parts.append(_section(path.stem, paper, results))
+    return "\n".join(parts)
+
+
+def _overview(paper: dict[str, Any], results: Path) -> str:
+    source = paper["source"]
+    lines = [
+        f"## Against the paper\n\n{source}.\n",
+        "| in the paper | what | the paper's figures | here |",
+        "|---|---|---|---|",
+    ]
+    for table in paper["tables"]:
+        figures = "; ".join(f"{name}: {value}" for name, value in table["rows"]) or "–"
+        lines.append(f"| {table['id']} | {table['what']} | {figures} | {_state(table, results)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _state(table: dict[str, Any], results: Path) -> str:
+    if table["plan"] is None:
+        return table["why_not"]
+    summary = _summary(table["plan"], results)
+    if summary is None:
+        return f"not run yet: `python -m experiments {table['plan']}`"
+    seeds = max(len(arm["seeds"]) for arm in summary["arms"].values())
+    missing = f", arms missing: {', '.join(summary['missing_arms'])}" if summary["missing_arms"] else ""
+    return f"[{table['plan']}](#{table['plan']}), {seeds} seed{'s' * (seeds > 1)}{missing}"
+
+
+def _section(name: str, paper: dict[str, Any], results: Path) -> str:
+    plan, summary = load_plan(name), _summary(name, results)
+    lines = [f"## {name}\n", f"{plan.question}\n", f"`python -m experiments {name}`, baseline `{plan.baseline}`.\n"]
+    if summary is None:
+        return "\n".join([*lines, "Not run yet.\n"])
+    lines += [
+        "| arm | seeds | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for arm, figures in summary["arms"].items():
+        cells = [show(figures[key], factor) for key, _, factor in COLUMNS]
+        lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", verdict(summary), ""])
+
+
+def verdict(summary: dict[str, Any]) -> str:
+    """What the intervals support, arm by arm: nothing more."""
+    found = []
+    for arm, figures in summary["arms"].items():
+        gap = figures["minus_baseline"]
+        if arm == summary["baseline"] or gap is None:
+            continue
+        if gap["half_width"] is None:
+            found.append(f"`{arm}`: one seed, no claim")
+        elif abs(gap["mean"]) <= gap["half_width"]:
+            found.append(f"`{arm}`: no difference from `{summary['baseline']}` that these seeds can show")
+        else:
+            word = "better" if gap["mean"] > 0 else "worse"
+            found.append(f"`{arm}`: {word} than `{summary['baseline']}`")
+    return "What the intervals support: " + ("; ".join(found) or "nothing to compare yet") + "."
+
+
+def show(figure: dict[str, Any] | None, factor: float) -> str:
+    if figure is None:
+        return "–"
+    digits = 1 if factor == 100 else 2
+    half = "" if figure["half_width"] is None else f" ± {figure['half_width'] * factor:.{digits}f}"
+    return f"{figure['mean'] * factor:.{digits}f}{half}"
+
+
+def _summary(name: str, results: Path) -> dict[str, Any] | None:
+    path = results / name / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def main() -> int:
+    PAGE.write_text(page(), encoding="utf-8")
+    print(f"wrote {PAGE}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
