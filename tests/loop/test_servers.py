@@ -1,0 +1,298 @@
+"""Real ``vllm serve`` processes: weights, aborts, and every way to break one while requests run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.engines import EngineError, Request, Sampling, start_engine
+from igrpo.engines.control import SECRET_VARIABLE
+from igrpo.engines.server_process import free_port
+from tests.loop.test_control import ended
+from tests.loop.test_engines import PROMPT, SAMPLING, drain, logprob_gap, source
+from tests.loop.test_train import records, words
+from tests.tiny import save_tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = Sampling(temperature=0.7, max_tokens=180)
+REQUEST_SECONDS = 10.0
+
+
+def config(path: str, **settings) -> TrainConfig:
+    return TrainConfig(
+        model_name_or_path=path, dataset_name="d", vllm_mode="server", use_cpu=True, bf16=False,
+        vllm_request_timeout=REQUEST_SECONDS, **settings,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    """Two servers that the engine started itself."""
+    engine = start_engine(model, config(model, vllm_num_servers=2), max_model_length=256, stop_token_ids=[1], seed=0)
+    yield engine
+    left = [p for s in engine.servers if s.process.pid for p in psutil.Process(s.process.pid).children(recursive=True)]
+    engine.close()
+    wait_until(lambda: all(map(ended, left)), seconds=10)
+
+
+def http_of(url: str, secret: str) -> httpx.Client:
+    return httpx.Client(base_url=url, headers={"Authorization": f"Bearer {secret}"}, timeout=60)
+
+
+def own_http(server) -> httpx.Client:
+    """A connection beside the engine's own."""
+    return http_of(server.client.url, server.client.http.headers["Authorization"].removeprefix("Bearer "))
+
+
+def running(http: httpx.Client) -> float:
+    """Sequences that the server itself says it works on; brought up to date at each of its steps."""
+    found = re.findall(r"^vllm:num_requests_(?:running|waiting)\{[^}]*\} (\S+)", http.get("/metrics").text, re.M)
+    assert len(found) == 2
+    return sum(map(float, found))
+
+
+def is_idle(http: httpx.Client) -> bool:
+    """Whether the server has nothing left but the one token it is asked for here."""
+    body = {"model": "policy", "prompt": [5, 6, 7], "max_tokens": 1, "return_token_ids": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    return running(http) <= 1
+
+
+def wait_until(condition, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_servers_share_the_requests_and_sample_from_what_was_pushed(engine):
+    figures = engine.push_weights(source(1), version=1)
+    assert figures["sync/servers"] == 2.0 and figures["sync/tensors_compared"] == 12.0
+    samples = []
+    for _ in range(2):
+        engine.seed(7)
+        for i in range(8):
+            engine.submit(Request(f"{i}", PROMPT[i:], 3, SAMPLING))
+        wait_until(lambda: all(s.load for s in engine.servers) or not engine._tasks)
+        results = drain(engine, 8)
+        assert all(r.version == 1 and r.prompt_ids == PROMPT[int(i) :] for i, r in results.items())
+        assert max(logprob_gap(1, r) for r in results.values()) < 1e-4
+        samples.append({i: r.token_ids for i, r in results.items()})
+    assert samples[0] == samples[1]  # a request's seed decides, not its server and not what ran beside it
+    assert len(set(samples[0].values())) == 8
+
+
+def test_prefixes_are_found_again_until_the_next_push(engine):
+    prompt = tuple(range(100, 196))
+    cached = []
+    for version in (2, 2, 3):
+        if version != engine.version:
+            engine.push_weights(source(version), version)
+        for name in ("a", "b"):  # one for each server
+            engine.submit(Request(name, prompt, 1, SAMPLING))
+        cached.append([r.cached_tokens for r in drain(engine, 2).values()])
+    assert cached == [[0, 0], [64, 64], [0, 0]]
+
+
+def test_an_aborted_request_leaves_the_server_and_never_comes_back(engine):
+    servers = [own_http(server) for server in engine.servers]
+    for name in "abcdef":
+        engine.submit(Request(name, PROMPT, 16, LONG))
+    wait_until(lambda: all(running(http) > 1 for http in servers))
+    engine.abort(["a", "b", "c", "d", "e", "never seen"])
+    engine.submit(Request("a", PROMPT[:9], 1, SAMPLING))
+    results = drain(engine, 2)
+    assert results.keys() == {"a", "f"} and results["a"].prompt_ids == PROMPT[:9]
+    wait_until(lambda: all(map(is_idle, servers)), seconds=10)
+    assert engine.poll() == []
+
+
+# --- servers that run before the trainer and after it
+
+
+@pytest.fixture(scope="module")
+def served(model, tmp_path_factory):
+    """``python -m igrpo.engines.serve`` as on another node; gives its URL."""
+    secret, port = "a-secret-shared-by-two-nodes", free_port("127.0.0.1")
+    folder = tmp_path_factory.mktemp("weights")
+    log = folder / "server.log"
+    environment = {**os.environ, SECRET_VARIABLE: secret, "HF_HUB_OFFLINE": "1"}
+    settings = ["--model_name_or_path", model, "--dataset_name", "d", "--use_cpu", "true", "--bf16", "false",
+                "--vllm_max_model_length", "256", "--vllm_server_port", str(port)]  # fmt: skip
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "igrpo.engines.serve", *settings], cwd=ROOT, env=environment, stdout=output,
+            stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {secret}"}
+
+    def answers() -> bool:
+        assert server.poll() is None, log.read_text()[-2000:]
+        try:
+            return httpx.get(f"{url}/health", headers=headers).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    wait_until(answers)
+    yield url, secret, server, log
+    server.terminate()
+    server.wait(20)
+
+
+def test_every_route_of_the_real_server_is_closed(served):
+    url, secret, server, log = served
+    with httpx.Client(base_url=url, timeout=60) as anybody:
+        good = {"Authorization": f"Bearer {secret}"}
+        paths = anybody.get("/openapi.json", headers=good).json()["paths"]
+        assert {"/collective_rpc", "/pause", "/update_weights", "/v1/completions", "/health", "/sleep"} <= paths.keys()
+        tried = [(method.upper(), path) for path, methods in paths.items() for method in methods]
+        tried += [("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/metrics/", "/", "/x")]
+        for method, path in tried:
+            for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Request-Id": secret}):
+                answer = anybody.request(method, path, headers=headers, json={})
+                assert answer.status_code == 401, (method, path)
+                assert "x-igrpo-boot" not in answer.headers
+        assert anybody.post("/collective_rpc", headers=good, json={"method": "igrpo_checksums",
+                            "kwargs": {"shapes": {}}}).status_code == 200  # fmt: skip
+        assert anybody.get("/is_paused", headers=good).json() == {"is_paused": False}
+        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
+                   "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}  # fmt: skip
+        assert anybody.get("/v1/realtime", headers=upgrade).status_code in (401, 403)
+    everyone = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
+    assert len(everyone) >= 3
+    for process in everyone:
+        assert secret not in " ".join(process.cmdline())
+        for connection in process.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
+    assert secret not in log.read_text()
+
+
+def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, model, tmp_path, monkeypatch):
+    url, secret, _, _ = served
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    code = (
+        "import sys, time; from tests.loop.test_servers import *;"
+        "path, url, folder = sys.argv[1:];"
+        "e = start_engine(path, config(path, vllm_server_urls=[url], vllm_weight_dir=folder), 256, [1], 0);"
+        "e.push_weights(source(3), 3);"
+        "[e.submit(Request(f'{i}', PROMPT, 64, LONG)) for i in range(40)];"
+        "time.sleep(600)"
+    )
+    old = subprocess.Popen([sys.executable, "-c", code, model, url, str(tmp_path)], cwd=ROOT)
+    server = http_of(url, secret)
+    try:
+        wait_until(lambda: running(server) > 100)
+        os.kill(old.pid, signal.SIGSTOP)  # its connections stay open, as behind a dead network
+        new = start_engine(model, config(model, vllm_server_urls=[url]), 256, [1], 0)
+        try:
+            assert is_idle(server)  # nobody waits for these any more
+            with pytest.raises(EngineError, match="push first"):
+                new.submit(Request("a", PROMPT, 1, SAMPLING))
+            new.push_weights(source(8), version=8)
+            new.submit(Request("a", PROMPT, 3, SAMPLING))
+            assert logprob_gap(8, drain(new, 1)["a"]) < 1e-4
+        finally:
+            new.close()
+    finally:
+        old.kill()
+        old.wait()
+    assert server.get("/health").status_code == 200  # not ours to stop
+
+
+def test_what_is_wrong_with_a_server_is_said(served, model, monkeypatch):
+    url, secret, _, _ = served
+    with pytest.raises(ConfigError, match=SECRET_VARIABLE):
+        start_engine(model, config(model, vllm_server_urls=[url]), 256, [1], 0)
+    monkeypatch.setenv(SECRET_VARIABLE, "another-run's-secret")
+    with pytest.raises(EngineError, match="refused the secret"):
+        start_engine(model, config(model, vllm_server_base_url=url), 256, [1], 0)
+    monkeypatch.setenv(SECRET_VARIABLE, secret)
+    with pytest.raises(EngineError, match="vllm_max_model_length: 300"):
+        start_engine(model, config(model, vllm_server_urls=[url]), 300, [1], 0)
+    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
+    with pytest.raises(EngineError, match=r"no vLLM server came up at .* in 1 s.*vllm_server_timeout"):
+        start_engine(model, config(model, vllm_server_urls=[url, nobody], vllm_server_timeout=1.0), 256, [1], 0)
+    with pytest.raises(ConfigError, match="vllm_weight_dir"):
+        start_engine(model, config(model, vllm_server_urls=["http://10.0.0.2:8000"]), 256, [1], 0)
+    with pytest.raises(EngineError, match="ended while starting"):
+        start_engine("/no/such/model", config(model), 256, [1], 0)
+
+
+# --- the whole program
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    path.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20)))
+    return str(path)
+
+
+def train(arguments: list[str], secret: str | None = None) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment |= {SECRET_VARIABLE: secret} if secret else {}
+    command = [sys.executable, "-m", "igrpo.train", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def settings(**more) -> dict:
+    return {
+        "vllm_mode": "server", "max_completion_length": 100, "save_steps": 1, "full_determinism": False,
+        "vllm_max_model_length": 256, **more,
+    }  # fmt: skip
+
+
+def logged(folder: Path) -> list[dict]:
+    """Steps whose line is whole: the trainer may be writing the next one."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if "reward" in r]
+
+
+def assert_whole(folder: Path, count: int) -> None:
+    """Every step once, sampled from that step's weights; every prompt of an epoch once."""
+    found = logged(folder)
+    assert [r["step"] for r in found] == list(range(1, count + 1))
+    for r in found:
+        assert r["sync/version"] == r["step"] and r["sync/probe_logp_gap"] < 1e-4
+        assert r["sampling/sampling_logp_difference/max"] < 1e-3
+    groups = records(folder, "completions.jsonl")
+    rows = [g["row"] for g in groups]
+    assert len(rows) == 2 * count and len(set(rows[:20])) == min(20, len(rows))
+    assert all(len(g["drafts"]) == 3 and len(g["refinements"]) == 4 for g in groups)
+
+
+def test_a_trainer_killed_beside_its_server_resumes_with_it(served, model, questions, tmp_path):
+    url, secret, _, _ = served
+    folder = tmp_path / "run"
+    options = settings(vllm_server_base_url=url)
+    trainer = train(words(model, questions, folder, max_steps=200, **options), secret)
+    server = http_of(url, secret)
+    wait_until(lambda: len(logged(folder)) >= 2 and running(server) > 0)
+    trainer.kill()
+    trainer.communicate()
+    done = len(logged(folder))
+    again = words(model, questions, folder, max_steps=done + 2, resume_from_checkpoint="last", **options)
+    trainer = train(again, secret)
+    output, _ = trainer.communicate(timeout=240)
+    assert trainer.returncode == 0 and "resuming after step" in output, output
+    assert_whole(folder, done + 2)
