@@ -149,10 +149,12 @@ def served(model, tmp_path_factory):
         except httpx.TransportError:
             return False
 
-    wait_until(answers)
-    yield url, secret, server, log
-    server.terminate()
-    server.wait(20)
+    try:
+        wait_until(answers)
+        yield url, secret, server, log
+    finally:
+        server.terminate()
+        server.wait(20)
 
 
 def test_every_route_of_the_real_server_is_closed(served):
@@ -279,6 +281,30 @@ def assert_whole(folder: Path, count: int) -> None:
     rows = [g["row"] for g in groups]
     assert len(rows) == 2 * count and len(set(rows[:20])) == min(20, len(rows))
     assert all(len(g["drafts"]) == 3 and len(g["refinements"]) == 4 for g in groups)
+
+
+def test_a_server_killed_under_a_learner_costs_no_prompt(model, questions, tmp_path):
+    """Two processes, learner and server; the server is killed while it generates."""
+    folder = tmp_path / "run"
+    trainer = train(words(model, questions, folder, max_steps=8, **settings()))
+    wait_until(lambda: len(logged(folder)) >= 1 or trainer.poll() is not None)
+    (front,) = [
+        p for p in psutil.Process(trainer.pid).children(recursive=True)
+        if "vllm.entrypoints.openai.api_server" in p.cmdline() and p.ppid() != trainer.pid
+    ]  # fmt: skip
+    everyone = [front, *front.children(recursive=True)]
+    secret = front.environ()[SECRET_VARIABLE]
+    (address,) = {c.laddr for c in front.net_connections("inet") if c.status == psutil.CONN_LISTEN}
+    server = http_of(f"http://{address.ip}:{address.port}", secret)
+    wait_until(lambda: running(server) > 0)
+    front.kill()
+    output, _ = trainer.communicate(timeout=240)
+    assert trainer.returncode == 0, output
+    assert "bringing it back" in output and logged(folder)[-1]["sync/restarts"] == 1.0
+    assert_whole(folder, 8)
+    wait_until(lambda: all(map(ended, everyone)), seconds=10)
+    assert not list(Path("/dev/shm").glob(f"igrpo-weights-{trainer.pid}-*"))
+    assert secret not in output and not any(secret in f.read_text() for f in folder.glob("*.*"))
 
 
 def test_a_trainer_killed_beside_its_server_resumes_with_it(served, model, questions, tmp_path):
