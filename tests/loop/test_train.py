@@ -20,6 +20,8 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+"""The same number of threads everywhere: sums of another split differ in their last bits."""
 LOW_BYTES = "tests.loop.reward_functions:low_bytes"
 
 
@@ -49,9 +51,8 @@ def words(model: str, data: str, output: Path, **settings) -> list[str]:
 
 
 def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", "igrpo.train")) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, *launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, *launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -131,7 +132,8 @@ def test_killed_at_any_moment_and_resumed_bit_for_bit(model, questions, tmp_path
     settings = {"use_vllm": False, "save_steps": 1, "max_steps": 12, "save_total_limit": 2}
     run(words(model, questions, tmp_path / "whole", **settings))
     arguments = words(model, questions, tmp_path / "killed", **settings)
-    process = subprocess.Popen([sys.executable, "-m", "igrpo.train", *arguments], cwd=ROOT, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "igrpo.train", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
