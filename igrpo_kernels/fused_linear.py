@@ -45,7 +45,7 @@ def token_level_loss(
     needs: list[bool],  # of hidden, weight, bias
     plan: HeadPlan,
 ) -> tuple[Tensor, Tensor, *Gradients]:
-    """logps and entropy (n,), dX in hidden's dtype, dW and db in the compute dtype; None = not wanted.
+    """logps and entropy (n,), dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted.
 
     A chunk's logits become its dlogits in one launch.
     """
@@ -210,7 +210,7 @@ def log_probs_backward(
     plan: HeadPlan,
     shard: VocabShard | None,
 ) -> list[Tensor | None]:
-    """dX in hidden's dtype, dW and db in the compute dtype; None = not wanted."""
+    """dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted."""
     silent = torch.ones_like(index, dtype=torch.bool)  # rows whose gradient is exactly zero need no logits
     for grad in (grad_logps, grad_entropy):
         silent = silent if grad is None else silent & (grad == 0)

@@ -236,7 +236,10 @@ def _gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: 
 
 
 def _no_none(gradients: list[Tensor | None], hidden: Tensor) -> list[Tensor]:
-    return [hidden.new_empty(0, dtype=compute_dtype(hidden.dtype)) if g is None else g for g in gradients]
+    """As `_gradients_like` announces them."""
+    dtype = compute_dtype(hidden.dtype)
+    grad_hidden, *others = [hidden.new_empty(0, dtype=dtype) if g is None else g for g in gradients]
+    return [grad_hidden, *(g.to(dtype) for g in others)]
 
 
 _CONFIG_NAMES = ("loss_type", "importance_sampling_level", "importance_sampling_mode", "kl_estimator")

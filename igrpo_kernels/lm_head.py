@@ -48,6 +48,10 @@ class LmHead:
         self.weight = weight.detach().to(plan.matmul_dtype)  # a copy only when the dtypes differ
         self.bias = None if bias is None else bias.detach().to(plan.logits_dtype)
         self.dtype = compute_dtype(hidden.dtype)
+        # dW from a single chunk is one product, which the CPU's bf16 matmul sums in fp32 and rounds once by itself.
+        one_product = hidden.shape[0] <= plan.chunk_rows and hidden.device.type == "cpu"
+        rounded = one_product and weight.dtype == plan.matmul_dtype == torch.bfloat16
+        self.weight_gradient_dtype = torch.bfloat16 if rounded else self.dtype
         self.buffers: dict[torch.dtype, Tensor] = {}
         self.grad_hidden: Tensor | None = None
         self.grad_weight: Tensor | None = None
@@ -97,14 +101,16 @@ class LmHead:
         if self.grad_hidden is not None:
             self.grad_hidden[chunk] = torch.mm(grad_logits, self.weight).to(self.grad_hidden.dtype)
         if self.needs_weight:
-            self.grad_weight = _add_product(self.grad_weight, grad_logits.t(), self.rows(chunk), self.dtype)
+            self.grad_weight = _add_product(
+                self.grad_weight, grad_logits.t(), self.rows(chunk), self.weight_gradient_dtype
+            )
         if self.grad_bias is not None:
             self.grad_bias += grad_logits.sum(0, dtype=self.dtype)
 
     def gradients(self) -> list[Tensor | None]:
-        """dX, dW, db; dW and db in the compute dtype, zeros if no row contributed."""
+        """dX, dW, db, zeros if no row contributed; db in the compute dtype, dW too unless it was rounded already."""
         if self.needs_weight and self.grad_weight is None:
-            self.grad_weight = torch.zeros_like(self.weight, dtype=self.dtype)
+            self.grad_weight = torch.zeros_like(self.weight, dtype=self.weight_gradient_dtype)
         return [self.grad_hidden, self.grad_weight, self.grad_bias]
 
 
@@ -116,9 +122,9 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype)
         if total is None:
             return torch.mm(a, b, out_dtype=dtype)
         return torch.addmm(total, a, b, out_dtype=dtype, out=total)
-    if total is None:
-        total = torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
+    first = total is None
+    total = torch.empty(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
     b = b.to(dtype)
     for part, some in zip(total.split(_COLUMNS_AT_ONCE), a.split(_COLUMNS_AT_ONCE), strict=True):
-        part.addmm_(some.to(dtype), b)
+        torch.addmm(part, some.to(dtype), b, beta=0 if first else 1, out=part)
     return total

@@ -151,12 +151,17 @@ def test_autocast_runs_the_matmuls_in_its_dtype():
         torch.testing.assert_close(a, b.float(), rtol=2**-7, atol=2**-8 * b.abs().max().item())
 
 
-def test_weight_gradient_is_accumulated_in_fp32(monkeypatch):
-    """One-row chunks of bf16: 512 additions into a bf16 buffer would stall."""
+@pytest.mark.parametrize("rows_per_chunk", [1, 512])
+def test_weight_gradient_is_accumulated_in_fp32(rows_per_chunk, monkeypatch):
+    """512 additions into a bf16 buffer would stall; one chunk is one product, whose sum is rounded once."""
     hidden = torch.rand(512, 4, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     weight = torch.zeros(5, 4, dtype=torch.bfloat16, requires_grad=True)
-    monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", 5 * 2)
-    linear_selective_log_softmax(hidden, weight, torch.zeros(512, dtype=torch.long), impl="cpu").sum().backward()
+    monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", rows_per_chunk * 5 * 2)
+    with OperatorLog() as log:
+        logps = linear_selective_log_softmax(hidden, weight, torch.zeros(512, dtype=torch.long), impl="cpu")
+        logps.sum().backward()
+    products = [m for m in log.matmuls() if m[:2] == (5, 4)]
+    assert {m[-1] for m in products} == ({torch.float32} if rows_per_chunk == 1 else {torch.bfloat16})
     truth = torch.tensor([0.8] + [-0.2] * 4).double()[:, None] * hidden.detach().double().sum(0)
     assert_close_to_truth("dW", weight.grad, truth, rtol=2**-8)
 
