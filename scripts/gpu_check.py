@@ -1,6 +1,6 @@
 """Tests and times everything on this machine's CUDA device and writes one JSON record.
 
-    python scripts/gpu_check.py                        kernel tests, then every benchmark; at most --minutes
+    python scripts/gpu_check.py                        tests, then every benchmark; at most --minutes
     python scripts/gpu_check.py --skip-tests -k linear        some of the benchmarks
     python scripts/gpu_check.py --dry-run --output FILE       anywhere: the tests are collected, the benchmarks run on
                                                               toy shapes under Triton's interpreter
@@ -19,9 +19,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("tests/kernels", "tests/loop/test_packed_attention.py")
 FILES = ("bench_logits.py", "bench_linear.py", "bench_lengths.py", "bench_loop.py")
 TEST_SHARE = 0.4
-"""Of the time limit, at most, for the kernel tests."""
+"""Of the time limit, at most, for the tests."""
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
     tests = None if arguments.skip_tests else run_tests(arguments)
     record = records.environment("python scripts/gpu_check.py " + " ".join(sys.argv[1:])) | {
         "toy": arguments.dry_run, "load_average": [round(os.getloadavg()[0], 1)],
-        "tests": {"command": "pytest tests/kernels", "exit_status": tests, "collected_only": arguments.dry_run},
+        "tests": {"command": " ".join(["pytest", *TESTS]), "exit_status": tests, "collected_only": arguments.dry_run},
         "exit_status": {}, "rows": [],
     }  # fmt: skip
     for name in FILES if not arguments.skip_benchmarks else ():
@@ -77,19 +78,19 @@ def parse() -> argparse.Namespace:
 
 
 def run_tests(arguments: argparse.Namespace) -> int:
-    """Exit status of the kernel tests, 124 where they ran out of time; the dry run collects them only."""
+    """Exit status of the tests, 124 where they ran out of time; the dry run collects them only."""
     command = [
         sys.executable,
         "-m",
         "pytest",
-        "tests/kernels",
+        *TESTS,
         *(["--collect-only", "-q"] if arguments.dry_run else []),
     ]
     output = subprocess.DEVNULL if arguments.dry_run else None
     try:
         return subprocess.run(command, cwd=ROOT, stdout=output, timeout=60 * TEST_SHARE * arguments.minutes).returncode
     except subprocess.TimeoutExpired:
-        print("the kernel tests ran out of time", file=sys.stderr)
+        print("the tests ran out of time", file=sys.stderr)
         return 124
 
 
