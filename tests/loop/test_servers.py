@@ -14,18 +14,15 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-import torch
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines import EngineError, Request, Sampling, start_engine
-from igrpo.engines.client import ServerError
 from igrpo.engines.control import SECRET_VARIABLE
 from igrpo.engines.server_process import free_port
-from igrpo.engines.transfer import publish, push_files
 from tests.loop.test_control import ended
 from tests.loop.test_engines import PROMPT, SAMPLING, drain, logprob_gap, source
 from tests.loop.test_train import records, words
-from tests.tiny import save_tiny, tiny_llama
+from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = Sampling(temperature=0.7, max_tokens=180)
@@ -52,13 +49,6 @@ def engine(model):
     left = [p for s in engine.servers if s.process.pid for p in psutil.Process(s.process.pid).children(recursive=True)]
     engine.close()
     wait_until(lambda: all(map(ended, left)), seconds=10)
-
-
-def processes(server) -> tuple[psutil.Process, psutil.Process]:
-    """Front end and engine of a server that runs."""
-    (front,) = psutil.Process(server.process.pid).children()
-    (core,) = [p for p in front.children() if "EngineCore" in p.name() or "EngineCore" in "".join(p.cmdline())]
-    return front, core
 
 
 def http_of(url: str, secret: str) -> httpx.Client:
@@ -131,70 +121,6 @@ def test_an_aborted_request_leaves_the_server_and_never_comes_back(engine):
     assert results.keys() == {"a", "f"} and results["a"].prompt_ids == PROMPT[:9]
     wait_until(lambda: all(map(is_idle, servers)), seconds=10)
     assert engine.poll() == []
-
-
-def test_requests_that_run_go_on_under_new_weights(engine):
-    servers = [own_http(server) for server in engine.servers]
-    for name in "abcd":
-        engine.submit(Request(name, PROMPT, 16, LONG))
-    wait_until(lambda: all(running(http) > 1 for http in servers))
-    engine.push_weights(source(4), version=4)
-    results = drain(engine, 4)
-    assert {r.version for r in results.values()} == {4}
-    assert all(len(ids) <= 180 for r in results.values() for ids in r.token_ids)
-
-
-@torch.no_grad()
-def test_score_is_the_models_log_probability(engine):
-    ids = torch.tensor([PROMPT])
-    expected = tiny_llama(4)(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-    assert engine.score(PROMPT) == pytest.approx(expected.tolist(), abs=1e-4)
-
-
-def test_a_bit_that_flips_on_the_way_is_found(engine, tmp_path):
-    """The server refuses, is left half loaded, and the next push of the engine puts it right."""
-    import asyncio
-
-    weights = publish(source(5), 5, tmp_path)
-    shard = weights.folder / weights.files[0]
-    data = bytearray(shard.read_bytes())
-    data[-100] ^= 1
-    shard.write_bytes(data)
-    push = push_files(engine.servers[1].client, weights, timeout=60.0)
-    with pytest.raises(ServerError, match=r"version 5, phase send: .*is not the tensor that was sent"):
-        asyncio.run_coroutine_threadsafe(push, engine._loop).result()
-    engine.push_weights(source(5), version=5)
-    for i in range(4):
-        engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
-    assert max(logprob_gap(5, r) for r in drain(engine, 4).values()) < 1e-4
-
-
-def test_a_server_killed_in_a_push_is_replaced_and_gets_the_weights(engine):
-    wait_until(lambda: all(s.holds(5) for s in engine.servers))
-    victim = engine.servers[0]
-
-    def kills_it():
-        yield from source(6)()
-        processes(victim)[1].kill()  # its engine: the front end still takes the push
-
-    figures = engine.push_weights(kills_it, version=6)
-    assert figures["sync/servers"] == 1.0 and not victim.holds(6)
-    for i in range(4):
-        engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
-    assert max(logprob_gap(6, r) for r in drain(engine, 4).values()) < 1e-4
-    wait_until(lambda: victim.holds(6))  # by itself, with what was published
-
-
-def test_a_server_that_hangs_loses_its_requests_to_another(engine):
-    """Stopped, not killed: connections stay open and the front end says that all is well."""
-    core = processes(engine.servers[0])[1]
-    engine.seed(11)
-    os.kill(core.pid, signal.SIGSTOP)
-    for i in range(6):
-        engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
-    results = drain(engine, 6)
-    assert max(logprob_gap(6, r) for r in results.values()) < 1e-4 and {r.version for r in results.values()} == {6}
-    wait_until(lambda: ended(core))  # replaced; a stopped process dies of SIGKILL alone
 
 
 # --- servers that run before the trainer and after it
