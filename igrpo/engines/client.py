@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 import httpx
@@ -65,7 +66,7 @@ class Client:
         except TimeoutError:
             raise ServerHung(f"{self.url}{path} gave no answer in {timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.url}{path}: {error or type(error).__name__}") from error
+            raise ServerError(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
         if response.status_code == 401:
             raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
         if response.status_code != 200:
@@ -97,6 +98,16 @@ class Client:
                 f"{self.url} serves {model['id']} with a context of {model['max_model_len']} tokens; this run needs "
                 f"{SERVED_NAME} with {max_model_length}: set vllm_max_model_length: {max_model_length} where it starts"
             )
+
+    async def abandon_push(self) -> None:
+        """Ends a push that its trainer began and did not end: vLLM refuses to start another one until then.
+
+        An update that cannot be carried out closes it; without one open it is refused, and nothing has changed.
+        """
+        nothing = {"folder": "", "files": [], "checksums": {"no such tensor": ""}}
+        alone = {"Connection": "close"}  # the server drops it after an error, and the next call would have reused it
+        with contextlib.suppress(ServerError):
+            await self.call("POST", "/update_weights", SHORT_SECONDS, json={"update_info": nothing}, headers=alone)
 
     async def complete(
         self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float

@@ -80,8 +80,8 @@ class Server:
             self._broken.set_result(reason)
 
     async def come_up(self, max_model_length: int, timeout: float, leads: bool) -> None:
-        """Starts it where it is ours, waits until it answers, and takes it over: whatever an earlier trainer left
-        running is aborted.
+        """Starts it where it is ours, waits until it answers, and takes it over: requests and a push that
+        an earlier trainer left there are aborted.
 
         Raises:
             ServerError: it did not come up in ``timeout`` seconds, ended, or cannot do what a run needs.
@@ -99,6 +99,8 @@ class Server:
         await self.client.check(max_model_length)
         if leads:
             await self.client.call("POST", "/abort_requests", SHORT_SECONDS, json={})
+            if self.process is None:
+                await self.client.abandon_push()
             await self.client.call("POST", "/resume", SHORT_SECONDS)
         self._boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
 

@@ -53,7 +53,13 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:
-        """Raises ValueError at the first tensor that is not what was written; the model is then half loaded."""
+        """Raises ValueError at the first tensor that is not what was written.
+
+        All are checked before the first is loaded: vLLM loads layer by layer, and a layer that got one of its tensors
+        (``gate_proj`` without ``up_proj``) takes the next push for the rest of this one and fails again.
+        """
+        for _ in _checked(update_info):
+            pass
         self.model.load_weights(_checked(update_info))
 
     def finish_weight_update(self) -> None:
