@@ -22,21 +22,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.rollouts import SCHEDULES
+
 PROMPTS, BUDGET, SLOTS = 16, 8, 128
 MEAN_TOKENS, SIGMA, MAX_TOKENS = 40.0, 1.0, 400
-TWO_STAGES = {"algorithm": "igrpo", "num_drafts": BUDGET // 2, "num_generations": BUDGET // 2}
-ARMS: dict[str, dict[str, Any]] = {
-    "grpo": {"algorithm": "grpo", "num_generations": BUDGET},
-    "igrpo barrier": {**TWO_STAGES, "rollout_schedule": "barrier"},
-    "igrpo streaming": TWO_STAGES,
-    "igrpo streaming + lag 1": {**TWO_STAGES, "draft_policy_lag": 1},
-}
-
-
-def low_letters(completions: Sequence[Any], **_: Any) -> list[float]:
-    """Share of characters below "n": differs from sample to sample even for a random model."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
-    return [sum(ch < "n" for ch in text) / max(len(text), 1) for text in texts]
 
 
 def length(step: int, problem: int, completion: int) -> int:
@@ -112,7 +101,7 @@ class Bench:
         save_model(folder / "model")
         self.base = TrainConfig(
             model_name_or_path=str(folder / "model"), dataset_name="given", use_cpu=True, bf16=False,
-            system_prompt=None, draft_template=" [{draft}]", reward_funcs=[f"{__spec__.name}:low_letters"],
+            system_prompt=None, draft_template=" [{draft}]", reward_funcs=["benchmarks.rewards:low_letters"],
             gradient_checkpointing=False, max_completion_length=MAX_TOKENS, temperature=1.0,
             vllm_max_num_seqs=SLOTS, per_device_train_batch_size=PROMPTS * BUDGET, output_dir=str(folder / "run"),
         )  # fmt: skip
@@ -173,35 +162,24 @@ class Bench:
 
 
 def save_model(folder: Path) -> None:
-    """A random two-layer Llama whose tokens are bytes: small enough that the length of the longest counts most."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """The tests' random model, with room for the longest lengths; so small that the longest request counts most."""
+    from tests.tiny import save_tiny
 
-    vocab = {t: i for i, t in enumerate(["<|pad|>", "<|end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|pad|>", eos_token="<|end|>").save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=288, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=0,
-        eos_token_id=1, bos_token_id=None,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tiny(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 2048}), encoding="utf-8")
 
 
 def measure(rounds: int, steps: int, timelines: Path | None = None) -> dict[str, Arm]:
     """Arms in turn, ``rounds`` times ``steps`` steps each, after one unmeasured round."""
-    arms = {name: Arm() for name in ARMS}
+    arms = {name: Arm() for name in SCHEDULES}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         try:
-            for settings in ARMS.values():
+            for settings in SCHEDULES.values():
                 bench.run_arm(settings, 1, 1, Arm())
             for i in range(rounds):
-                for name, settings in ARMS.items():
+                for name, settings in SCHEDULES.items():
                     last = timelines is not None and i == rounds - 1
                     path = timelines / f"{name.replace(' ', '-')}.jsonl" if last else None  # type: ignore[operator]
                     bench.run_arm(settings, 1 + i * (steps + 1), steps, arms[name], path)

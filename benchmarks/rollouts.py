@@ -5,7 +5,7 @@
     python -m benchmarks.rollouts --resources runs/grpo runs/igrpo      the paper's table, with our column
 
 Each schedule is one `igrpo train` of its own; the figures are medians over its steps after the first two, from its
-metrics.jsonl. Which schedules there are follows from the keys TrainConfig has.
+metrics.jsonl. ``rollout_schedules.py`` compares the same schedules on given lengths, step by step in one process.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ GRPO = {"algorithm": "grpo", "num_generations": 8}
 IGRPO = {"algorithm": "igrpo", "num_drafts": 4, "num_generations": 4}
 SCHEDULES: dict[str, dict[str, Any]] = {
     "grpo": GRPO,
-    "igrpo, barrier": {**IGRPO, "rollout_schedule": "barrier"},
-    "igrpo, streaming": IGRPO,
-    "igrpo, drafts one step ahead": {**IGRPO, "draft_policy_lag": 1},
+    "igrpo barrier": {**IGRPO, "rollout_schedule": "barrier"},
+    "igrpo streaming": IGRPO,
+    "igrpo streaming + lag 1": {**IGRPO, "draft_policy_lag": 1},
 }
 TRL = "trl, grpo, our engine"
 WARM_UP = 2
@@ -46,13 +46,6 @@ class Sizes:
     steps: int = 7
     prompts: int = 4
     longest: int = 160
-
-
-def schedules_here() -> dict[str, dict[str, Any]]:
-    from igrpo.config import TrainConfig
-
-    known = set(TrainConfig.__dataclass_fields__)
-    return {name: options for name, options in SCHEDULES.items() if set(options) <= known}
 
 
 def tiny_settings(folder: Path, sizes: Sizes) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def run_schedule(name: str, settings: dict[str, Any], sizes: Sizes, folder: Path
     options |= {
         "per_device_train_batch_size": sizes.prompts * options["num_generations"], "gradient_accumulation_steps": 1,
         "max_steps": sizes.steps, "save_steps": 0, "logging_steps": 1, "log_completions": False,
-        "output_dir": str(folder / name.replace(", ", "-").replace(" ", "-")),
+        "output_dir": str(folder / name.replace(" ", "-")),
     }  # fmt: skip
     command = ["igrpo.train", *(["--config", config] if config else [])]
     for key, value in options.items():
@@ -156,7 +149,7 @@ def measure(sizes: Sizes, config: str | None = None, overrides: dict[str, Any] |
         folder = Path(name)
         settings = (overrides or {}) if config else tiny_settings(folder, sizes)
         shape = Path(config).stem if config else f"tiny model, {sizes.prompts} prompts, up to {sizes.longest} tokens"
-        for schedule in schedules_here():
+        for schedule in SCHEDULES:
             found += rows(schedule, run_schedule(schedule, settings, sizes, folder, config), shape)
         if not config and importlib.util.find_spec("trl") is not None:
             found += trl_rows(settings, sizes, folder, shape)

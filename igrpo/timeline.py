@@ -4,7 +4,7 @@
 
 One JSON object per event: ``{"t": seconds since the run began, "step": k, "stage": "draft" | "refinement" | "reward" |
 "learner" | "sync" | "eval", "event": "start" | "end", "id": "…", "tokens": n}``. A draft sampled ahead carries the step
-it is for. ``read_spans``, ``engine_idle`` and ``in_flight`` need no plotting library; ``igrpo report`` can import them.
+it is for. Only ``draw`` needs a plotting library; ``igrpo report`` draws its own picture from ``finished``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ENGINE_STAGES = ("draft", "refinement", "eval")
 COLORS = {
@@ -80,19 +81,21 @@ class Span:
 
 def read_spans(path: Path) -> list[Span]:
     """Finished spans by their start; what a killed run left open, and a line cut by the kill, is left out."""
-    open_spans: dict[tuple[str, str], float] = {}
-    spans = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            e = json.loads(line)
-        except json.JSONDecodeError:
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        return sorted(finished(filter(None, map(_event, lines))), key=lambda span: span.start)
+
+
+def finished(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
+    """Spans as they end; an event without its keys, or of an unknown stage, is left out."""
+    running: dict[tuple[str, int, str], float] = {}
+    for e in events:
+        stage, step, name, t = e.get("stage"), e.get("step"), e.get("id"), e.get("t")
+        if stage not in ROWS or not isinstance(step, int) or not isinstance(t, int | float):
             continue
-        key = (e["stage"], e["id"])
-        if e["event"] == "start":
-            open_spans[key] = e["t"]
-        elif key in open_spans:
-            spans.append(Span(e["stage"], e["step"], e["id"], open_spans.pop(key), e["t"], e["tokens"]))
-    return sorted(spans, key=lambda span: span.start)
+        if e.get("event") == "start":
+            running[stage, step, name] = t
+        elif (stage, step, name) in running:
+            yield Span(stage, step, name, running.pop((stage, step, name)), t, e.get("tokens", 0))
 
 
 def engine_idle(spans: Sequence[Span]) -> list[tuple[float, float]]:
@@ -170,8 +173,16 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
 def _last_time(path: Path) -> float:
     if not path.is_file():
         return 0.0
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return max((json.loads(line)["t"] for line in lines), default=0.0)
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        return max((e["t"] for e in map(_event, lines) if e is not None and "t" in e), default=0.0)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return event if isinstance(event, dict) else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib.figure import Figure as Canvas
 
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import HEIGHT, WIDE, colour_of
 from igrpo.report.runs import read_lines
+from igrpo.timeline import ROWS, Span, finished
 
-STAGES = ("draft", "refinement", "reward", "learner", "sync", "eval")
 SHOWN_STEPS = 3
-Span = tuple[str, float, float]
-"""(stage, start, end) in seconds since the run's start."""
 
 
 def last_spans(path: Path, notes: list[str]) -> tuple[list[int], list[Span]]:
     """Finished spans of the last few steps, streamed: the file of a long run is large."""
     recent: dict[int, list[Span]] = {}
-    running: dict[tuple[Any, ...], float] = {}
-    for event in read_lines(path, notes, required=False):
-        stage, step, t = event.get("stage"), event.get("step"), event.get("t")
-        if stage not in STAGES or not isinstance(step, int) or not isinstance(t, int | float):
-            continue
-        key = (stage, step, event.get("id"))
-        if event.get("event") == "start":
-            running[key] = t
-        elif key in running:
-            recent.setdefault(step, []).append((stage, running.pop(key), t))
-            for old in sorted(recent)[:-SHOWN_STEPS]:
-                del recent[old]
+    for span in finished(read_lines(path, notes, required=False)):
+        recent.setdefault(span.step, []).append(span)
+        for old in sorted(recent)[:-SHOWN_STEPS]:
+            del recent[old]
     steps = sorted(recent)
-    return steps, sorted((span for step in steps for span in recent[step]), key=lambda span: span[1])
+    return steps, sorted((span for step in steps for span in recent[step]), key=lambda span: span.start)
 
 
 def draw_timeline(arms: Sequence[Arm], notes: list[str]) -> tuple[Canvas, str] | None:
@@ -52,10 +41,10 @@ def draw_timeline(arms: Sequence[Arm], notes: list[str]) -> tuple[Canvas, str] |
     for ax, (label, colour, steps, spans) in zip(
         canvas.subplots(len(found), 1, squeeze=False)[:, 0], found, strict=True
     ):
-        lanes = [stage for stage in reversed(STAGES) if any(span[0] == stage for span in spans)]
-        zero = spans[0][1]
+        lanes = [stage for stage in ROWS if any(span.stage == stage for span in spans)]
+        zero = spans[0].start
         for y, stage in enumerate(lanes):
-            times, counts = in_flight([(a - zero, b - zero) for name, a, b in spans if name == stage])
+            times, counts = in_flight([(s.start - zero, s.end - zero) for s in spans if s.stage == stage])
             most = max(counts)
             ax.fill_between(times, y, [y + 0.85 * c / most for c in counts], step="post", color=colour, alpha=0.7,
                             linewidth=0)  # fmt: skip

@@ -15,6 +15,7 @@ from igrpo.report.drawing import MUTED, colour_of, smooth, thin
 from igrpo.report.runs import read_run
 from igrpo.report.tables import resources, results, total_hours
 from igrpo.report.timeline import in_flight, last_spans
+from igrpo.timeline import Span, read_spans
 
 
 def folder(path, records, config=None, cut=""):
@@ -113,9 +114,10 @@ def test_timeline_keeps_the_last_steps_and_counts_requests_in_flight(tmp_path):
             for t, event in ((start, "start"), (end, "end")):
                 events.append({"t": 10 * step + t, "step": step, "stage": "draft", "event": event, "id": f"{step}/{i}"})
     path = tmp_path / "timeline.jsonl"
-    path.write_text("".join(json.dumps(e) + "\n" for e in events) + '{"t": 99, "st')
+    path.write_text("".join(json.dumps(e) + "\n" for e in events) + '{"no": "event"}\n{"t": 99, "st')
     steps, spans = last_spans(path, [])
-    assert steps == [4, 5, 6] and len(spans) == 6 and spans[0] == ("draft", 40, 42)
+    assert steps == [4, 5, 6] and len(spans) == 6 and spans[0] == Span("draft", 4, "4/0", 40, 42, 0)
+    assert len(read_spans(path)) == 12 and read_spans(path)[-6:] == spans
     assert in_flight([(0, 2), (1, 3)]) == ([0, 1, 2, 3], [1, 2, 1, 0])
 
 
