@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
 import re
-import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +14,10 @@ import pytest
 from igrpo.answers import extract_answer, last_boxed
 from igrpo.config import TrainConfig
 from igrpo.rewards import (
-    EVALUATING_TASKS,
     RewardFunction,
     accuracy,
     highest_reward,
     load_reward_functions,
-    reasoning_gym_score,
 )
 from igrpo.rewards import format as format_reward
 
@@ -267,88 +262,6 @@ def test_the_next_rows_answer_is_wrong(name):
 def test_only_a_handful_of_references_cannot_be_parsed():
     cells = [cell for cell, _ in benchmark("minerva_math/test.jsonl")]
     assert accuracy([r"\boxed{100000!}"] * len(cells), solution=cells).count(None) == 4
-
-
-# --- reasoning-gym
-
-
-def gym_rows(task: str, count: int = 2) -> list[dict]:
-    import reasoning_gym
-
-    data = reasoning_gym.create_dataset(task, size=count, seed=3)
-    return [data[i] for i in range(count)]
-
-
-def gym_score(entry: dict, completion: str) -> float:
-    columns = {key: [entry[key]] for key in ("question", "answer", "metadata")}
-    return reasoning_gym_score([completion], **columns)[0]
-
-
-def gym_tasks() -> list[str]:
-    from reasoning_gym.factory import DATASETS
-
-    return sorted(set(DATASETS) - {"composite"})
-
-
-def test_answers_score_as_reasoning_gym_scores_them():
-    import reasoning_gym
-
-    judged = 0
-    for task in gym_tasks():
-        data = reasoning_gym.create_dataset(task, size=1, seed=3)
-        entry = data[0]
-        if entry["answer"] is not None:
-            assert gym_score(entry, f"<think>hm 3</think><answer>{entry['answer']}</answer>") == 1.0, task
-            judged += 1
-        try:
-            own = data.score_answer("certainly not", entry)
-        except ValueError:  # a few scorers only take numbers; the pool counts that as the function's error
-            with pytest.raises(ValueError):
-                gym_score(entry, "<answer>certainly not</answer>")
-        else:
-            assert gym_score(entry, "<answer>certainly not</answer>") == own, task
-    assert judged >= 95
-
-
-def test_partial_credit_is_kept():
-    entry = gym_rows("countdown", 1)[0]
-    numbers = "+".join(map(str, entry["metadata"]["numbers"]))
-    assert gym_score(entry, f"<answer>{numbers}</answer>") == pytest.approx(0.05)
-    assert gym_score(entry, "<answer>1</answer>") in (0.01, 0.05)
-
-
-def test_task_options_reach_the_scorer():
-    entry = gym_rows("puzzle24", 1)[0]
-    columns = {key: [entry[key]] for key in ("question", "answer", "metadata")}
-    answer = [f"<answer>{entry['answer']}</answer>"]
-    assert reasoning_gym_score(answer, **columns, task_options=[{}]) == [1.0]
-    assert reasoning_gym_score(answer, **columns, task_options=[{"min_value": 9, "max_value": 10}]) == [0.01]
-
-
-@pytest.mark.parametrize("task", sorted(EVALUATING_TASKS["literal"] | EVALUATING_TASKS["formula"]))
-def test_model_text_is_never_executed(task, tmp_path):
-    entry, trace = gym_rows(task, 1)[0], tmp_path / "executed"
-    for code in (
-        f"open('{trace}', 'w')", f"[open('{trace}', 'w')]", f"__import__('os').system('touch {trace}')",
-        f"exec(\"open('{trace}', 'w')\")", f"[].__class__.__base__.__subclasses__() or open('{trace}','w')",
-        f"().__init__.__globals__['os'].system('touch {trace}')",
-    ):  # fmt: skip
-        assert gym_score(entry, f"<answer>{code}</answer>") < 0.1
-        assert not trace.exists()
-
-
-def test_the_tasks_that_evaluate_answers_are_all_known():
-    from reasoning_gym.factory import DATASETS
-
-    evaluating = set()
-    for task in gym_tasks():
-        tree = ast.parse(textwrap.dedent(inspect.getsource(DATASETS[task][0].score_answer)))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-        for call in calls:
-            name = ast.unparse(call.func).split(".")[-1]
-            if name in ("eval", "exec", "parse_expr", "sympify") and ast.unparse(call.args[0]) == "answer":
-                evaluating.add(task)
-    assert evaluating == EVALUATING_TASKS["literal"] | EVALUATING_TASKS["formula"]
 
 
 # --- naming reward functions
