@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,10 @@ def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespac
             options["resume_from_checkpoint"] = "last"
         recipe = folder.with_suffix(".yaml")
         write_atomically(recipe, json.dumps(options))
-        code = subprocess.run([*args.launch.split(), "--config", str(recipe)], env=os.environ).returncode
+        code, seconds = run_counted([*args.launch.split(), "--config", str(recipe)])
+        spent = folder / "core_seconds"
+        before = float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
+        write_atomically(spent, f"{before + seconds:.1f}\n")
         if code:
             print(f"error: {plan.name}/{arm} seed {seed} ended with exit code {code}; its folder is {folder}",
                   file=sys.stderr)  # fmt: skip
@@ -82,6 +86,14 @@ def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespac
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def run_counted(command: list[str]) -> tuple[int, float]:
+    """Exit code of a program, and the CPU seconds that it and its children used: a busy machine changes them little."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = subprocess.run(command, env=os.environ).returncode
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return code, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ COLUMNS = (
     ("copy_rate", "copied 4-grams", 100),
     ("answer_equals_draft", "answer is the draft's", 100),
     ("entropy_last", "entropy, nats", 1),
-    ("seconds_per_step", "s per step", 1),
+    ("core_hours", "core hours", 1),
+    ("peak_memory_gib", "peak GiB", 1),
 )
 INTRO = """\
 # Results

@@ -62,6 +62,7 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) 
             "decoded_tokens": sum(decoded(row) for row in steps),
             "rollouts": sum(row["rollout/rollouts_per_prompt"] for row in steps) * _prompts(config),
             "step_seconds": _short(sum(row["step_time"] for row in steps)),
+            "core_seconds": float((folder / "core_seconds").read_text(encoding="utf-8")),
             "peak_memory_gib": _short(max(row["peak_memory_gib"] for row in steps)),
         },
     }

@@ -62,6 +62,7 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "entropy_last": interval([r["series"]["entropy"][-1] for r in records if "entropy" in r["series"]]),
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
         "seconds_per_step": interval([fmean(r["series"]["step_time"]) for r in records]),
+        "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
 

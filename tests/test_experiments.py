@@ -52,7 +52,7 @@ def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: f
         "evaluations": [{"accuracy": a, "decoded_tokens": t} for t, a in points],
         "series": {"frac_reward_zero_std": [0.5, 0.25], "refinement/copy_rate": [copy_rate], "step_time": [2.0, 4.0]},
         "answer_equals_draft": None,
-        "totals": {"decoded_tokens": points[-1][0], "peak_memory_gib": 1.0},
+        "totals": {"decoded_tokens": points[-1][0], "core_seconds": 360.0, "peak_memory_gib": 1.0},
     }
 
 
@@ -76,6 +76,7 @@ def test_the_summary_is_the_arithmetic_it_says(tmp_path):
     assert igrpo["zero_variance_groups"]["mean"] == pytest.approx(0.375)
     assert igrpo["copy_rate"]["mean"] == pytest.approx(0.6)
     assert igrpo["seconds_per_step"]["mean"] == pytest.approx(3.0)
+    assert igrpo["core_hours"]["mean"] == pytest.approx(0.1)
     assert igrpo["answer_equals_draft"] is None
     assert summary["missing_arms"] == ["later"]
 
@@ -125,6 +126,7 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert [e["step"] for e in record["evaluations"]] == [0, 2]
     assert record["totals"]["rollouts"] == 2 * 2 * 4
     assert 0 < record["totals"]["decoded_tokens"] <= 2 * 2 * 4 * 6
+    assert record["totals"]["core_seconds"] > 1.0
     assert len(record["series"]["reward"]) == 2 and 0.0 <= record["answer_equals_draft"] <= 1.0
 
     never = Namespace(**{**vars(arguments), "launch": "false"})
