@@ -121,6 +121,22 @@ def extract_answer(text: str, *, words: bool = False, lines: int = 1) -> str | N
     return _limited(last["a"] or last["b"] or last["c"] or last["number"] + (glued[0] if glued else ""))
 
 
+def without_answer(text: str) -> str:
+    """The beginning of a completion, up to its conclusion: where the final answer is written, or, if the text states
+    it before that, the last such place. The whole text if it has no answer.
+
+    Example: ``"<think>2 + 3 = 5</think><answer>5</answer>"`` becomes ``"<think>2 + 3 = "``.
+    """
+    answer = extract_answer(text)
+    if answer is None:
+        return text
+    written = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text)]
+    final = text.rfind("<answer>") if "</answer>" in text else -1
+    if final < 0:
+        final = written.pop() if written else len(text)
+    return text[: max((start for start in written if start < final), default=final)]
+
+
 def _only_notation(line: str) -> bool:
     return MATH_FUNCTIONS.issuperset(re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", line)))
 

@@ -98,6 +98,8 @@ class TrainConfig:
     """Text put after the question in Stage 2; `{draft}` stands for the draft's tokens."""
     draft_max_tokens: int | None = None
     """Show at most so many tokens of the draft, its end; null: as many as the context allows."""
+    draft_hide_answer: bool = False
+    """Show the draft only up to its conclusion, so that its final answer cannot be copied (an extension)."""
 
     # --- algorithm
     algorithm: Literal["igrpo", "grpo"] = "igrpo"

@@ -12,10 +12,12 @@ once around a marker that stands right after the question, and cut there:
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from igrpo.answers import without_answer
 from igrpo.config import TrainConfig
 from igrpo.types import Message, Problem
 
@@ -66,8 +68,11 @@ class PromptBuilder:
 
         The draft loses its special tokens (the end-of-sequence token would end the user turn) and, if the context
         demands it, its beginning: the answer stands at the end. The question and the system prompt are never cut.
+        With ``draft_hide_answer`` its conclusion goes first, which does not count as trimming.
         """
         draft = tuple(i for i in draft_ids if i not in self.special_ids)
+        if self.config.draft_hide_answer:
+            draft = self._without_answer(draft)
         room = self._room_for_draft(parts)
         kept = draft[max(0, len(draft) - room) :] if room is not None else draft
         ids = parts.head + self.before + kept + self.after + parts.tail
@@ -85,6 +90,13 @@ class PromptBuilder:
         """Tokens without which not even an empty draft fits; a question that needs more is left out."""
         draft = len(self.before) + len(self.after) if self.config.shows_draft else 0
         return len(parts.bare) + draft + self.config.max_completion_length
+
+    def _without_answer(self, draft: tuple[int, ...]) -> tuple[int, ...]:
+        """The longest beginning of the draft's tokens that holds nothing of its answer."""
+        kept = len(without_answer(self.tokenizer.decode(draft)))
+        # The decoded text grows with the number of tokens, so the cut can be searched for.
+        end = bisect_right(range(len(draft) + 1), kept, key=lambda n: len(self.tokenizer.decode(draft[:n])))
+        return draft[: end - 1]
 
     def _room_for_draft(self, parts: PromptParts) -> int | None:
         rooms = [self.config.draft_max_tokens] if self.config.draft_max_tokens is not None else []

@@ -24,10 +24,10 @@ BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 DEFAULT_LENGTH = 4096
 INHERITED = (
     "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens", "num_drafts",
-    "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code", "vllm_gpu_memory_utilization",
-    "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs", "reward_timeout", "reward_workers",
-    "soft_punish_cache", "judge_model", "judge_base_url", "judge_api_key_env", "judge_prompt", "judge_max_tokens",
-    "judge_timeout", "judge_max_retries", "judge_max_concurrency", "judge_cache",
+    "draft_hide_answer", "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code",
+    "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs",
+    "reward_timeout", "reward_workers", "soft_punish_cache", "judge_model", "judge_base_url", "judge_api_key_env",
+    "judge_prompt", "judge_max_tokens", "judge_timeout", "judge_max_retries", "judge_max_concurrency", "judge_cache",
 )  # fmt: skip
 """What a checkpoint's run says about prompts and engine; everything else is this command's or a default."""
 EXAMPLES = """\

@@ -32,7 +32,8 @@ from igrpo.reward_pool import RewardPool
 
 KEPT_SETTINGS = (
     "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
-    "max_completion_length", "eval_temperature", "top_p", "top_k", "min_p", "seed", "use_vllm", "bf16",
+    "draft_hide_answer", "max_completion_length", "eval_temperature", "top_p", "top_k", "min_p", "seed",
+    "use_vllm", "bf16",
 )  # fmt: skip
 """What must be the same for an evaluation to be continued."""
 PLAIN_LINE_SECONDS = 10.0

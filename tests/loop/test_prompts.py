@@ -68,6 +68,17 @@ def test_draft_max_tokens(tokenizer):
     assert trimmed and ids == (*parts.head, *built.before, 21, 22, 23, *built.after, *parts.tail)
 
 
+def test_a_hidden_answer_leaves_the_tokens_before_the_conclusion(tokenizer):
+    built = builder(tokenizer, draft_hide_answer=True)
+    parts = built.parts(PROBLEM)
+    draft = tuple(tokenizer.encode("<think>2 + 3 = 5</think><answer>5</answer>"))
+    ids, trimmed = built.with_draft(parts, draft)
+    shown = ids[len(parts.head) + len(built.before) : len(ids) - len(built.after) - len(parts.tail)]
+    assert not trimmed and shown == draft[: len(shown)]
+    assert tokenizer.decode(shown) == "<think>2 + 3 = "
+    assert built.with_draft(parts, ())[0] == (*parts.head, *built.before, *built.after, *parts.tail)
+
+
 def test_a_question_that_leaves_no_room_is_an_error_not_a_cut(tokenizer):
     built = builder(tokenizer, 20, max_completion_length=8)
     with pytest.raises(ValueError, match="leaves no room in a context of 20"):

@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 
-from igrpo.answers import extract_answer, last_boxed
+from igrpo.answers import extract_answer, last_boxed, without_answer
 from igrpo.config import TrainConfig
 from igrpo.rewards import (
     RewardFunction,
@@ -60,6 +60,22 @@ def test_one_passage_counts(completion, answer):
 def test_without_markers_a_reference_in_words_is_compared_with_the_last_lines():
     assert extract_answer("thinking\n\n1 0\n0 1\n\n", words=True, lines=2) == "1 0\n0 1"
     assert extract_answer("thinking\nEvelyn", words=True) == "Evelyn"
+
+
+@pytest.mark.parametrize(
+    ("completion", "shown"),
+    [
+        ("<think>2 + 3 = 5</think><answer>5</answer>", "<think>2 + 3 = "),
+        ("<think>15 apples, 5.5 less</think><answer>5</answer>", "<think>15 apples, 5.5 less</think>"),
+        (r"It is 72: \boxed{72}", "It is "),
+        ("5 + 0 is 5.\nThe answer is 5.", "5 + 0 is "),
+        ("#### 8", "#### "),
+        ("No idea.", "No idea."),
+        ("", ""),
+    ],
+)
+def test_a_completion_without_its_conclusion(completion, shown):
+    assert without_answer(completion) == shown
 
 
 def test_an_overlong_answer_is_none():
