@@ -1,4 +1,4 @@
-"""``python -m experiments controls --seeds 0 1 2``: run what is missing, then summarise everything there is.
+"""``python -m experiments controls --seeds 0 1 2``: run what is missing, then summarise and draw everything there is.
 
 Interrupt it at any time: the same command goes on where it stopped, finished runs are never repeated.
 """
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from experiments.figures import draw_plan
 from experiments.plan import BASE_CPU, RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import make_record
 from experiments.summary import summarise
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     if code:
                         return code
             path = summarise(args.results / name, plan)
-            print(f"summary: {path}")
+            print("\n".join(f"wrote {p}" for p in (path, *draw_plan(path.parent, plan))))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ PAGE = FOLDER.parent / "docs" / "results.md"
 COLUMNS = (
     ("accuracy_before", "before", 100),
     ("accuracy", "after", 100),
+    ("format", "format after", 100),
     ("minus_baseline", "minus baseline", 100),
     ("minus_baseline_at_equal_tokens", "the same at equal decoded tokens", 100),
     ("zero_variance_groups", "groups without gradient", 100),
@@ -81,6 +82,9 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
     for arm, figures in summary["arms"].items():
         cells = [show(figures[key], factor) for key, _, factor in COLUMNS]
         lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
+    for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
+        if (results / name / f"{picture}.svg").is_file():
+            lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]
     return "\n".join([*lines, "", verdict(summary), ""])
 
 

@@ -79,7 +79,7 @@ def evaluations(rows: Iterable[dict], steps: list[dict], samples: int) -> list[d
                     "step": row["step"],
                     "accuracy": _short(row["eval/accuracy"]),
                     "samples": samples,
-                    "format": _short(row.get("eval/rewards/format", float("nan"))),
+                    "format": _short(row["eval/rewards/format"]) if "eval/rewards/format" in row else None,
                     "decoded_tokens": sum(decoded(s) for s in done),
                 }
             )

@@ -52,6 +52,7 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "seeds": sorted(final),
         "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records]),
         "accuracy": interval(list(final.values())),
+        "format": interval([outcome(r, "format") for r in records]),
         "minus_baseline": interval(
             [r["evaluations"][-1]["accuracy"] - base[r["seed"]]["evaluations"][-1]["accuracy"] for r in shared]
         ),
@@ -65,6 +66,11 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
+
+
+def outcome(record: dict, key: str) -> float | None:
+    """A figure of the last evaluation; None where the run had no such reward."""
+    return record["evaluations"][-1].get(key)
 
 
 def at_equal_tokens(record: dict, baseline: dict) -> float:

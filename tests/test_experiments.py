@@ -11,9 +11,10 @@ import pytest
 import yaml
 
 from experiments.__main__ import main, run_one
+from experiments.figures import digest, draw_plan
 from experiments.page import PAGE, page, show, verdict
 from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.summary import accuracy_at, at_equal_tokens, interval, summarise
+from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, summarise
 from igrpo.config import ConfigError, TrainConfig
 from tests.tiny import save_tiny
 
@@ -49,8 +50,12 @@ def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: f
     return {
         "arm": arm,
         "seed": seed,
-        "evaluations": [{"accuracy": a, "decoded_tokens": t} for t, a in points],
-        "series": {"frac_reward_zero_std": [0.5, 0.25], "refinement/copy_rate": [copy_rate], "step_time": [2.0, 4.0]},
+        "evaluations": [{"step": t, "accuracy": a, "format": None, "decoded_tokens": t} for t, a in points],
+        "series": {
+            "frac_reward_zero_std": [0.5, 0.25],
+            "refinement/copy_rate": [copy_rate] * 2,
+            "step_time": [2.0, 4.0],
+        },
         "answer_equals_draft": None,
         "totals": {"decoded_tokens": points[-1][0], "core_seconds": 360.0, "peak_memory_gib": 1.0},
     }
@@ -148,6 +153,32 @@ def test_a_summary_is_what_its_records_say(tmp_path):
         assert summarise(tmp_path, load_plan(folder.name)).read_text() == (folder / "summary.json").read_text()
         for copied in tmp_path.iterdir():
             copied.unlink()
+
+
+def test_pictures_are_drawn_from_the_records_beside_them():
+    for folder in RESULTS.iterdir():
+        if not folder.is_dir():
+            continue
+        wanted = digest(load_records(folder))
+        for name in ("outcome", "course"):
+            assert wanted in (folder / f"{name}.svg").read_text(), f"run: python -m experiments {folder.name}"
+
+
+def test_a_plan_is_drawn_with_its_seeds_and_without_what_a_run_does_not_have(tmp_path):
+    plan = Plan("x", "?", "grpo", {"grpo": {}, "igrpo": {}, "later": {}})
+    for seed, arm in ((0, "grpo"), (1, "grpo"), (0, "igrpo")):
+        run = evaluated(seed, arm, [(0, 0.1), (100, 0.5)], 0.0) | {"config": {}}
+        run["series"] |= {"step": [1, 2]}
+        if arm == "grpo":
+            del run["series"]["refinement/copy_rate"]
+        (tmp_path / f"{arm}-seed{seed}.json").write_text(json.dumps(run))
+    outcome, course = draw_plan(tmp_path, plan)
+    assert "grpo (2)" in outcome.read_text() and "igrpo (1)" in outcome.read_text()
+    assert "later" not in outcome.read_text()
+    assert "copied from the draft" in course.read_text() and "entropy" not in course.read_text()
+    first = outcome.read_bytes()
+    draw_plan(tmp_path, plan)
+    assert outcome.read_bytes() == first
 
 
 def gap(mean: float, half_width: float | None) -> dict:
