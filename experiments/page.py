@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from experiments import test_time
 from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
+from experiments.summary import show
 
 PAGE = FOLDER.parent / "docs" / "results.md"
 COLUMNS = (
@@ -82,6 +84,9 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
     for arm, figures in summary["arms"].items():
         cells = [show(figures[key], factor) for key, _, factor in COLUMNS]
         lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
+    if at_test := test_time.table(results / name / "test-time", list(plan.arms)):
+        command = f"`python -m experiments.test_time {name}`"
+        lines += ["", f"A second stage at test time, on the same checkpoints ({command}):", "", *at_test]
     for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
         if (results / name / f"{picture}.svg").is_file():
             lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]
@@ -103,14 +108,6 @@ def verdict(summary: dict[str, Any]) -> str:
             word = "better" if gap["mean"] > 0 else "worse"
             found.append(f"`{arm}`: {word} than `{summary['baseline']}`")
     return "What the intervals support: " + ("; ".join(found) or "nothing to compare yet") + "."
-
-
-def show(figure: dict[str, Any] | None, factor: float) -> str:
-    if figure is None:
-        return "–"
-    digits = 1 if factor == 100 else 2
-    half = "" if figure["half_width"] is None else f" ± {figure['half_width'] * factor:.{digits}f}"
-    return f"{figure['mean'] * factor:.{digits}f}{half}"
 
 
 def _summary(name: str, results: Path) -> dict[str, Any] | None:

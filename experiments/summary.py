@@ -96,3 +96,12 @@ def interval(values: Sequence[float | None]) -> dict[str, Any] | None:
     n = len(known)
     half = T95.get(n - 1, 1.96) * stdev(known) / math.sqrt(n) if n > 1 else None
     return {"mean": round(fmean(known), 6), "half_width": None if half is None else round(half, 6), "n": n}
+
+
+def show(figure: dict[str, Any] | None, factor: float) -> str:
+    """``73.4 ± 2.1``; without the interval where there is one seed, a dash where there is nothing."""
+    if figure is None:
+        return "–"
+    digits = 1 if factor == 100 else 2
+    half = "" if figure["half_width"] is None else f" ± {figure['half_width'] * factor:.{digits}f}"
+    return f"{figure['mean'] * factor:.{digits}f}{half}"

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from experiments import test_time
 from experiments.__main__ import main, run_one
 from experiments.figures import digest, draw_plan
-from experiments.page import PAGE, page, show, verdict
+from experiments.page import PAGE, page, verdict
 from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, summarise
+from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, show, summarise
 from igrpo.config import ConfigError, TrainConfig
 from tests.tiny import save_tiny
 
@@ -138,6 +139,22 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
     other = Plan("other", "?", "same", {"same": plan.arms["igrpo"]})
     assert run_one(other, "same", 0, load_base(tiny_base), never) == 0  # another plan, the same run
+
+
+def test_checkpoints_of_a_plan_are_evaluated_with_a_second_stage(tiny_base, tmp_path, capsys):
+    where = ["--seeds", "0", "--arms", "igrpo", "--base", str(tiny_base)]
+    where += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert test_time.main(["matched-budget", *where]) == 2
+    assert "no finished run of igrpo, seed 0: python -m experiments matched-budget first" in capsys.readouterr().err
+
+    assert main(["matched-budget", *where]) == 0
+    assert (tmp_path / "results" / "matched-budget" / "outcome.svg").is_file()
+    assert test_time.main(["matched-budget", *where]) == 0
+    record = json.loads((tmp_path / "results" / "matched-budget" / "test-time" / "igrpo-seed0.json").read_text())
+    assert len(record["modes"]) == 4 and "single shot" in record["modes"]
+    assert all(mode["problems"] == 4 and 0.0 <= mode["accuracy"] <= 1.0 for mode in record["modes"].values())
+    written = page(tmp_path / "results")
+    assert "| igrpo | 1 |" in written and "ORACLE best of 4 drafts" in written
 
 
 def test_the_page_of_results_is_what_the_records_say():

@@ -1,0 +1,105 @@
+"""``python -m experiments.test_time matched-budget --seeds 0 1 2``: two stages at test time, beside the single shot.
+
+The deployed model answers once, from the bare prompt. Here the same checkpoints also draft N times and refine one
+draft, chosen by a rule that needs no reference answer, or by the oracle that does. Takes the finished runs of a plan
+and writes one record per run into the plan's ``test-time`` folder; what is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.plan import BASE_CPU, RESULTS, fingerprint, load_base, load_plan
+from experiments.record import provenance
+from experiments.summary import interval, show
+from igrpo.config import ConfigError
+from igrpo.run_folder import write_atomically
+
+SAMPLES = 4
+"""Single shots per problem; they serve the second stage as drafts."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 2 a plan or run that is not there, else that of the evaluation that failed."""
+    args = parse(argv)
+    try:
+        plan, base = load_plan(args.plan), load_base(args.base)
+        for seed in args.seeds:
+            for arm in args.arms or plan.arms:
+                settings = plan.settings(arm, base) | {"seed": seed}
+                run = args.runs / fingerprint(settings)
+                if not (run / "done").is_file():
+                    raise ConfigError(f"no finished run of {arm}, seed {seed}: python -m experiments {plan.name} first")
+                target = args.results / plan.name / "test-time" / f"{arm}-seed{seed}.json"
+                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed)):
+                    return code
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m experiments.test_time", description=__doc__)
+    parser.add_argument("plan")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--base", type=Path, default=BASE_CPU)
+    parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args(argv)
+
+
+def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int) -> int:
+    """`igrpo eval` of one run on its held-out problems; returns its exit code."""
+    output = run.with_name(f"{run.name}-test-time")
+    command = [
+        "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(SAMPLES),
+        "--two_stage", "first,majority,oracle", "--output_dir", str(output),
+    ]  # fmt: skip
+    code = subprocess.run([sys.executable, "-m", "igrpo", *command]).returncode
+    if code:
+        return code
+    rows = json.loads((output / "summary.json").read_text(encoding="utf-8"))["rows"]
+    record = {
+        "plan": plan,
+        "arm": arm,
+        "seed": seed,
+        "command": f"python -m experiments.test_time {plan} --arms {arm} --seeds {seed}",
+        **provenance(),
+        "samples": SAMPLES,
+        "modes": {row["mode"]: mode_figures(row) for row in rows},
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+def mode_figures(row: dict[str, Any]) -> dict[str, Any]:
+    found = row["benchmarks"]["held_out"]
+    return {"accuracy": round(found["accuracy"]["value"], 6), "problems": found["problems"]}
+
+
+def table(folder: Path, arms: Sequence[str]) -> list[str]:
+    """Markdown lines: arms down, modes across, mean over seeds with its 95 % interval; empty without records."""
+    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
+    if not records:
+        return []
+    modes = list(records[0]["modes"])
+    lines = [f"| arm | seeds | {' | '.join(modes)} |", "|---" * (len(modes) + 2) + "|"]
+    for arm in arms:
+        own = [r for r in records if r["arm"] == arm]
+        if own:
+            cells = [show(interval([r["modes"][mode]["accuracy"] for r in own]), 100) for mode in modes]
+            lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())
