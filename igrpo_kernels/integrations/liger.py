@@ -10,6 +10,7 @@ processes of torch.distributed by an all-reduce inside the loss (pass the number
 * tensors need not be contiguous, T may exceed 65,535, a new T compiles nothing;
 * where `vllm_is_ratio` is given per token, padding counts nothing in VESPO's sequence weight;
 * `compiled` and `chunk_size` are accepted and have no effect;
+* LUSPO from 16-bit hidden states keeps fp32 logits, where Liger rounds them: nearer to fp64 by an order of magnitude;
 * `inplace=True` lets the gradient take the memory of `logits` already in the forward pass, where Liger waits for
   backward: whoever reads the logits after the loss passes `inplace=False`.
 """
@@ -164,10 +165,9 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
                 _, kl, clipped = _per_token(out.per_token_logps, batch, batch, config, None)
             return out.loss, self._metrics(kl, clipped, mask)
         unmasked = self.loss_type == "luspo"
-        # LUSPO multiplies what is lost in rounding by the length, so its logits are not rounded to bf16 on the way
         logps = linear_selective_log_softmax(
-            _input.float() if unmasked else _input, lin_weight, ids, **head, temperature=config.temperature,
-            row_mask=None if unmasked else mask,
+            _input, lin_weight, ids, **head, temperature=config.temperature, row_mask=None if unmasked else mask,
+            fp32_logits=self._exact_logits,
         )  # fmt: skip
         everywhere = _batch(ids, torch.ones_like(ids), advantages, old_per_token_logps, ref) if unmasked else batch
         loss, kl, clipped = _per_token(logps, everywhere, batch, config, ratio)
@@ -192,8 +192,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             return logps
         with torch.no_grad():
             return linear_selective_log_softmax(
-                hidden, weight, ids, lm_head_bias=bias, temperature=self.settings["temperature"]
-            )
+                hidden, weight, ids, lm_head_bias=bias, temperature=self.settings["temperature"],
+                fp32_logits=self._exact_logits,
+            )  # fmt: skip
+
+    @property
+    def _exact_logits(self) -> bool:
+        """LUSPO multiplies what rounding loses by the length: neither model's logits are rounded to 16 bits there."""
+        return self.loss_type == "luspo"
 
     def _metrics(self, kl: Tensor | None, clipped: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         kl = torch.zeros_like(clipped) if kl is None and self.beta != 0.0 else kl

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
 from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss
@@ -69,22 +70,41 @@ def policy_loss(
 
 def linear_cross_entropy(
     hidden: Tensor,  # (n, H) or (B, T, H)
-    weight: Tensor,  # (V, H)
+    weight: Tensor,  # (V, H), or this rank's rows of it
     labels: Tensor,  # (n,) or (B, T)
     temperature: float = 1.0,
     reduction: str = "none",
-    dist_process_group: Any = None,
+    dist_process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (nats), each (n,) fp32 and differentiable; logits never whole.
 
+    With `dist_process_group`, Megatron's tensor-parallel group, `weight` holds this rank's contiguous tokens, in rank
+    order, of any number; `hidden` and `labels` (ids of the whole vocabulary) are the same on every rank. As with verl's
+    kernel, the gradients of `hidden` add up to the true one over the ranks: the caller's
+    `gather_from_sequence_parallel_region` scatters their sum. One gather of 16 bytes per token forward, one sum of
+    (n, H) backward.
+
     Raises:
-        ValueError: a reduction other than "none", or a process group: the vocabulary is not split here.
+        ValueError: a reduction other than "none", and what `linear_selective_log_softmax` refuses.
     """
-    if reduction != "none" or dist_process_group is not None:
-        raise ValueError(
-            f"reduction={reduction!r} and dist_process_group={dist_process_group!r} are not covered: pass 'none' and "
-            "None, or keep verl's kernel for a vocabulary split over ranks"
-        )
+    if reduction != "none":
+        raise ValueError(f"reduction={reduction!r} is not covered: pass 'none' and reduce what is returned")
+    if dist_process_group is not None:
+        hidden = _OneShare.apply(hidden, torch.distributed.get_world_size(dist_process_group))
     return linear_selective_log_softmax(
-        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True
-    )
+        hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True,
+        process_group=dist_process_group,
+    )  # fmt: skip
+
+
+class _OneShare(torch.autograd.Function):
+    """The identity; backward, of a gradient that is whole on every rank, the part that the caller's sum wants."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, ranks: int) -> Tensor:
+        ctx.ranks = ranks
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad / ctx.ranks, None

@@ -225,6 +225,52 @@ def test_a_frozen_lm_head_and_bf16():
     torch.testing.assert_close(hidden.grad.float(), exact.grad, rtol=5e-2, atol=1e-2 * float(exact.grad.abs().max()))
 
 
+def wide_bf16() -> dict[str, torch.Tensor]:
+    """Logits with a deviation of 16, as Liger's tests have them: bf16 rounds those by up to 1/8."""
+    g = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=g).to(torch.bfloat16)  # noqa: E731
+    return {"hidden": draw(4, 32, 256), "weight": draw(512, 256), "bias": draw(512)}
+
+
+def test_luspo_in_bf16_is_nearer_to_the_truth_than_liger():
+    """Truth: Liger's loss in fp32 on the same numbers. What rounding a logit costs is multiplied by the length."""
+    x, g = wide_bf16(), torch.Generator().manual_seed(4)
+    ids, mask = torch.randint(0, 512, (4, 32), generator=g), torch.ones(4, 32)
+    exact = {name: t.float() for name, t in x.items()}
+    ref = {name: t + 0.01 * torch.randn(t.shape, generator=g).to(t.dtype) for name, t in x.items()}
+    exact_ref = {name: t.float() for name, t in ref.items()}
+    advantages = torch.tensor([1.0, -0.7, 0.4, -1.2])
+
+    def run(cls, x, ref):
+        leaves = [x[name].clone().requires_grad_() for name in ("hidden", "weight", "bias")]
+        loss_fn = cls(beta=0.1, loss_type="luspo", importance_sampling_level="sequence", compiled=False)
+        loss, _ = loss_fn(
+            leaves[0], leaves[1], ids, mask, advantages, leaves[2],
+            ref_input=ref["hidden"], ref_weight=ref["weight"], ref_bias=ref["bias"],
+        )  # fmt: skip
+        return [loss.detach(), *grads(loss, *leaves)]
+
+    truth = run(liger.LigerFusedLinearGRPOLoss, exact, exact_ref)
+    theirs = run(liger.LigerFusedLinearGRPOLoss, x, ref)
+    ours = run(LigerFusedLinearGRPOLoss, x, ref)
+    for mine, other, true in zip(ours[1:], theirs[1:], truth[1:], strict=True):
+        errors = [float((y.float() - true).norm() / true.norm()) for y in (mine, other)]
+        assert errors[0] < 0.004 and errors[1] > 3 * errors[0]
+    close(ours[0], truth[0])
+
+
+def test_a_reference_that_is_the_policy_has_no_kl_whatever_the_precision():
+    """Rounding only one of the two models' logits would look like a KL."""
+    x = wide_bf16()
+    ids = torch.randint(0, 512, (4, 32), generator=torch.Generator().manual_seed(4))
+    for loss_type in ("luspo", "grpo"):
+        _, (kl, _) = LigerFusedLinearGRPOLoss(loss_type=loss_type, beta=0.1)(
+            x["hidden"], x["weight"], ids, torch.ones(4, 32), torch.tensor([1.0, -0.7, 0.4, -1.2]), x["bias"],
+            ref_input=x["hidden"], ref_weight=x["weight"], ref_bias=x["bias"],
+        )  # fmt: skip
+        assert float(kl) == 0.0
+
+
 def test_shapes_that_liger_refuses_work():
     """A strided view of the logits, and transposed ids."""
     x = Inputs()

@@ -98,6 +98,7 @@ def test_verl_policy_losses_are_verls_own(x, name):
 
 
 def test_verl_log_probabilities_and_entropies():
+    """On one process; on tensor-parallel ranks: `verl_case` of tests/kernels/vocab_parallel_ranks.py."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(B, T, H, generator=g).requires_grad_(), torch.randn(V, H, generator=g).requires_grad_()
     labels = torch.randint(0, V, (B, T), generator=g)
@@ -111,7 +112,7 @@ def test_verl_log_probabilities_and_entropies():
         for a, b in ((logps, entropy), wanted)
     )
     torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="split over ranks"):
+    with pytest.raises(ValueError, match="reduction='mean' is not covered"):
         verl.linear_cross_entropy(hidden, weight, labels, 1.0, "mean", None)
 
 

@@ -23,6 +23,7 @@ from igrpo_kernels import (
     lm_head,
     selective_log_softmax,
 )
+from igrpo_kernels.integrations import verl
 from tests.kernels.oracle import assert_close_to_truth, boundary_inputs, packed
 
 B, T, V, H = 4, 8, 12, 6
@@ -190,6 +191,41 @@ def one_gather_case(ranks: Ranks, impl: str) -> None:
     assert calls == [(1,), (4, B * T)], calls
 
 
+class _SequenceParallel(torch.autograd.Function):
+    """Megatron's gather in front of verl's call: each rank has its part of the tokens, whose gradients are summed."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, x.shape[0]
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x, group=group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        total = grad.clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total.split(ctx.rows)[dist.get_rank(ctx.group)], None
+
+
+def verl_case(ranks: Ranks, impl: str) -> None:
+    """verl's `linear_cross_entropy` under sequence and tensor parallelism, at the ranks' own sizes of vocabulary."""
+    inputs, (hidden, weight, _) = inputs_and_head(impl, CONFIGS["token"])
+    ids, world, rank = inputs.completion_ids, dist.get_world_size(ranks.group), dist.get_rank(ranks.group)
+    whole = [x.double().clone().requires_grad_() for x in (hidden.reshape(-1, H), weight)]
+    truth = linear_selective_log_softmax(*whole, ids.reshape(-1), temperature=0.7, return_entropy=True, impl="torch")
+    rows = hidden.reshape(world, -1, H)[rank].clone().requires_grad_()
+    shard = weight[ranks.columns].clone().requires_grad_()
+    gathered = _SequenceParallel.apply(rows, ranks.group).view(B, T, H)
+    actual = verl.linear_cross_entropy(gathered, shard, ids, 0.7, "none", ranks.group)
+    for logps, entropy in (truth, actual):
+        (logps.sin().sum() + entropy.cos().sum()).backward()
+    for name, a, b in zip(("logps", "entropy"), actual, truth, strict=True):
+        close(impl, name, a, b)
+    close(impl, "dX", rows.grad, whole[0].grad.view(world, -1, H)[rank])
+    close(impl, "dW", shard.grad, whole[1].grad[ranks.columns])
+
+
 def cases() -> dict[str, tuple[int, Callable[[Ranks], None]]]:
     """Name -> (ranks, check)."""
     found = {}
@@ -212,6 +248,8 @@ def cases() -> dict[str, tuple[int, Callable[[Ranks], None]]]:
                 "bad target": partial(bad_target_case, impl=impl),
             }
             three["log_probs"] = partial(log_probs_case, impl=impl)
+        if impl == "cpu":  # what "auto" takes here
+            two["verl"] = partial(verl_case, impl=impl)
         if impl != "torch":  # the reference gathers the logits themselves
             two["one gather"] = partial(one_gather_case, impl=impl)
         for world, checks in ((2, two), (3, three)):
