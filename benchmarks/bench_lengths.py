@@ -34,7 +34,6 @@ def contenders_of(module) -> list[Contender]:
 @pytest.mark.parametrize("module", [contenders_logits, contenders_linear], ids=lambda m: m.LOSS)
 def bench_new_lengths(session, record_rows, ours_here, module, monkeypatch, tmp_path, benchmark):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
     torch._dynamo.reset()
     shape = contests(session.kind)[module.LOSS][0][0]
     entering = [c for c in contenders_of(module) if ours_here(c)]
@@ -42,9 +41,11 @@ def bench_new_lengths(session, record_rows, ours_here, module, monkeypatch, tmp_
     lengths = [shape.T + 1 + i for i in range(count)] if session.kind == "toy" else [
         round(shape.T * (0.55 + 0.07 * i)) + i for i in range(count)
     ]  # fmt: skip
-    sweep = Sweep(module.LOSS, replace(shape, T=shape.T), entering, session.device)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        sweep = Sweep(module.LOSS, shape, entering, session.device)
     benchmark.group = f"{module.LOSS}, new lengths"
-    benchmark.pedantic(lambda: [sweep.at(length) for length in lengths], rounds=1)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        benchmark.pedantic(lambda: [sweep.at(length) for length in lengths], rounds=1)
     record_rows(benchmark, sweep.rows(lengths))
 
 

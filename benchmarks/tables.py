@@ -51,7 +51,7 @@ def best_of_ours(rows: Iterable[dict], passed: str) -> float | None:
 def _table(rows: list[dict]) -> Iterable[str]:
     passes = passes_of(rows)
     head = "".join(f"{p + ' ms':>12}" for p in passes)
-    yield f"  {'':26}{head}{'x':>7}{'% floor':>9}{'peak MiB':>10}{'error':>9}"
+    yield f"  {'':26}{head}{'x':>9}{'% floor':>9}{'peak MiB':>10}{'error':>9}"
     best = best_of_ours(rows, passes[-1])
     for name, by_pass in contenders(rows).items():
         last = shown_row(by_pass, passes)
@@ -60,7 +60,7 @@ def _table(rows: list[dict]) -> Iterable[str]:
             continue
         times = "".join(f"{number(by_pass.get(p, {}).get('time_ms')):>12}" for p in passes)
         x = ratio(last, best if last["pass"] == passes[-1] else None)
-        yield f"  {name:26}{times}{x:>7}{percent_of_floor(last):>9}{mebibytes(last):>10}{error(last):>9}"
+        yield f"  {name:26}{times}{x:>9}{percent_of_floor(last):>9}{mebibytes(last):>10}{error(last):>9}"
 
 
 def shown_row(by_pass: dict[str, dict], passes: list[str]) -> dict:
