@@ -84,7 +84,10 @@ def as_run(record: dict[str, Any]) -> Run:
     """A record as the report sees a run folder."""
     curves = dict(record["series"])
     steps = curves.pop("step")
-    metrics = {name: list(zip(steps, values, strict=True)) for name, values in curves.items()}
+    metrics = {
+        name: [(step, value) for step, value in zip(steps, values, strict=True) if value is not None]
+        for name, values in curves.items()
+    }
     for key in ("accuracy", "format"):
         metrics[f"eval/{key}"] = [(e["step"], e[key]) for e in record["evaluations"] if e[key] is not None]
     return Run(Path(record["arm"]), record["config"], metrics)

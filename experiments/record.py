@@ -36,7 +36,7 @@ SERIES = (
     "step_time",
     "rollout/seconds",
 )
-"""Curves that are kept; a run that has no such figure has no such key."""
+"""Curves that are kept; null where a step has no such figure (no group had a gradient), no key where no step has."""
 
 
 def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) 
         "evaluations": evaluations(rows, steps, config["eval_samples"]),
         "series": {
             "step": [row["step"] for row in steps],
-            **{name: [_short(row[name]) for row in steps] for name in SERIES if steps and name in steps[0]},
+            **{name: [_short(row.get(name)) for row in steps] for name in SERIES if any(name in row for row in steps)},
         },
         "answer_equals_draft": answer_equals_draft(folder),
         "totals": {
@@ -79,7 +79,7 @@ def evaluations(rows: Iterable[dict], steps: list[dict], samples: int) -> list[d
                     "step": row["step"],
                     "accuracy": _short(row["eval/accuracy"]),
                     "samples": samples,
-                    "format": _short(row["eval/rewards/format"]) if "eval/rewards/format" in row else None,
+                    "format": _short(row.get("eval/rewards/format")),
                     "decoded_tokens": sum(decoded(s) for s in done),
                 }
             )
@@ -119,5 +119,5 @@ def _prompts(config: dict[str, Any]) -> int:
     return completions // config["num_generations"]
 
 
-def _short(value: float) -> float:
-    return float(f"{value:.6g}")
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.6g}")

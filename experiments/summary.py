@@ -57,15 +57,30 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
             [r["evaluations"][-1]["accuracy"] - base[r["seed"]]["evaluations"][-1]["accuracy"] for r in shared]
         ),
         "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared]),
-        "zero_variance_groups": interval([fmean(r["series"]["frac_reward_zero_std"]) for r in records]),
-        "copy_rate": interval([fmean(r["series"].get("refinement/copy_rate", []) or [math.nan]) for r in records]),
+        "zero_variance_groups": interval([mean_of(r, "frac_reward_zero_std") for r in records]),
+        "copy_rate": interval([mean_of(r, "refinement/copy_rate") for r in records]),
         "answer_equals_draft": interval([r["answer_equals_draft"] for r in records]),
-        "entropy_last": interval([r["series"]["entropy"][-1] for r in records if "entropy" in r["series"]]),
+        "entropy_last": interval([last_of(r, "entropy") for r in records]),
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
-        "seconds_per_step": interval([fmean(r["series"]["step_time"]) for r in records]),
+        "seconds_per_step": interval([mean_of(r, "step_time") for r in records]),
         "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
+
+
+def known(record: dict, name: str) -> list[float]:
+    """A curve without the steps that have no such figure; empty for a run that has none at all."""
+    return [value for value in record["series"].get(name, []) if value is not None]
+
+
+def mean_of(record: dict, name: str) -> float | None:
+    values = known(record, name)
+    return fmean(values) if values else None
+
+
+def last_of(record: dict, name: str) -> float | None:
+    values = known(record, name)
+    return values[-1] if values else None
 
 
 def outcome(record: dict, key: str) -> float | None:
@@ -90,12 +105,12 @@ def accuracy_at(record: dict, tokens: float) -> float:
 
 def interval(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Mean and 95 % half width (None with one seed) of one figure per seed; None where no run has it."""
-    known = [v for v in values if v is not None and not math.isnan(v)]
-    if not known:
+    found = [v for v in values if v is not None and not math.isnan(v)]
+    if not found:
         return None
-    n = len(known)
-    half = T95.get(n - 1, 1.96) * stdev(known) / math.sqrt(n) if n > 1 else None
-    return {"mean": round(fmean(known), 6), "half_width": None if half is None else round(half, 6), "n": n}
+    n = len(found)
+    half = T95.get(n - 1, 1.96) * stdev(found) / math.sqrt(n) if n > 1 else None
+    return {"mean": round(fmean(found), 6), "half_width": None if half is None else round(half, 6), "n": n}
 
 
 def show(figure: dict[str, Any] | None, factor: float) -> str:

@@ -12,10 +12,11 @@ import yaml
 
 from experiments import test_time
 from experiments.__main__ import main, run_one
-from experiments.figures import digest, draw_plan
+from experiments.figures import as_run, digest, draw_plan
 from experiments.page import PAGE, page, verdict
 from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, show, summarise
+from experiments.record import make_record
+from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, show, summarise, summarise_arm
 from igrpo.config import ConfigError, TrainConfig
 from tests.tiny import save_tiny
 
@@ -85,6 +86,23 @@ def test_the_summary_is_the_arithmetic_it_says(tmp_path):
     assert igrpo["core_hours"]["mean"] == pytest.approx(0.1)
     assert igrpo["answer_equals_draft"] is None
     assert summary["missing_arms"] == ["later"]
+
+
+def test_a_step_without_a_gradient_has_no_entropy_and_leaves_a_gap(tmp_path):
+    """A whole step of equal rewards ended the record of a run that had trained to the end."""
+    step = {"reward": 1.0, "rollout/draft_tokens": 4, "rollout/refinement_tokens": 4, "rollout/rollouts_per_prompt": 2}
+    step |= {"step_time": 1.0, "peak_memory_gib": 1.0, "frac_reward_zero_std": 1.0}
+    rows = [{"step": 0, "eval/accuracy": 0.5}, {**step, "step": 1, "entropy": 0.5}, {**step, "step": 2}]
+    rows += [{"step": 2, "eval/accuracy": 0.75, "eval/rewards/format": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"eval_samples": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_generations": 2}))
+    (tmp_path / "core_seconds").write_text("3.0")
+    record = json.loads(json.dumps(make_record(tmp_path, "x", "grpo", 0, "f"), allow_nan=False))
+    assert record["series"]["entropy"] == [0.5, None] and "kl" not in record["series"]
+    arm = summarise_arm([record], [])
+    assert arm["entropy_last"]["mean"] == 0.5 and arm["format"]["mean"] == 0.5 and arm["copy_rate"] is None
+    assert as_run(record).series("entropy") == [(1, 0.5)]
 
 
 def test_accuracy_between_evaluations_is_linear():
