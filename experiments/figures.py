@@ -31,7 +31,11 @@ COURSE = Figure(
         Panel("entropy", "nats", (Line("entropy"),), zero=True),
     ), wide=True,
 )  # fmt: skip
-OUTCOMES = (("accuracy", "bare-prompt accuracy after training"), ("format", "answers in the asked format"))
+OUTCOMES = (
+    ("accuracy", "bare-prompt accuracy after training"),
+    ("format", "answers in the asked format"),
+    ("reward", "bare-prompt reward: what was trained for"),
+)
 
 
 def draw_plan(folder: Path, plan: Plan) -> list[Path]:
@@ -68,7 +72,8 @@ def draw_outcome(arms: dict[str, list[dict]], baseline: str) -> Canvas:
                 ax.axvline(figure["mean"], color=MUTED, linestyle="--", linewidth=0.9, zorder=0)
         ax.set_title(title, loc="left")
         ax.set_yticks(range(len(arms)), [f"{arm} ({len(rs)})" for arm, rs in arms.items()])
-        ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if key != "reward":
+            ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.grid(axis="x")
     axes[0].invert_yaxis()
     return canvas

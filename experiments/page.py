@@ -12,19 +12,31 @@ from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
 from experiments.summary import show
 
 PAGE = FOLDER.parent / "docs" / "results.md"
-COLUMNS = (
-    ("accuracy_before", "before", 100),
-    ("accuracy", "after", 100),
-    ("format", "format after", 100),
-    ("minus_baseline", "minus baseline", 100),
-    ("minus_baseline_at_equal_tokens", "the same at equal decoded tokens", 100),
-    ("zero_variance_groups", "groups without gradient", 100),
-    ("copy_rate", "copied 4-grams", 100),
-    ("answer_equals_draft", "answer is the draft's", 100),
-    ("entropy_last", "entropy, nats", 1),
-    ("core_hours", "core hours", 1),
-    ("peak_memory_gib", "peak GiB", 1),
-)
+TABLES = (
+    ("accuracy_before", "accuracy", "minus_baseline", "minus_baseline_at_equal_tokens", "format", "reward",
+     "reward_minus_baseline"),
+    ("zero_variance_groups", "copy_rate", "answer_equals_draft", "entropy_last", "decoded_tokens", "core_hours",
+     "samples_per_core_second", "peak_memory_gib"),
+)  # fmt: skip
+"""Where the arms ended; how they got there and what it cost."""
+COLUMNS = {
+    "accuracy_before": ("accuracy before", 100),
+    "accuracy": ("accuracy after", 100),
+    "minus_baseline": ("minus baseline", 100),
+    "minus_baseline_at_equal_tokens": ("the same at equal decoded tokens", 100),
+    "format": ("format after", 100),
+    "reward": ("reward after", 1),
+    "reward_minus_baseline": ("reward minus baseline", 1),
+    "zero_variance_groups": ("groups without gradient", 100),
+    "copy_rate": ("copied 4-grams", 100),
+    "answer_equals_draft": ("answer is the draft's", 100),
+    "entropy_last": ("entropy, nats", 1),
+    "decoded_tokens": ("decoded tokens, thousands", 1e-3),
+    "core_hours": ("core hours", 1),
+    "samples_per_core_second": ("rollouts per core second", 1),
+    "peak_memory_gib": ("peak GiB", 1),
+}
+"""Key of a summary -> heading and factor."""
 INTRO = """\
 # Results
 
@@ -67,9 +79,13 @@ def _state(table: dict[str, Any], results: Path) -> str:
     summary = _summary(table["plan"], results)
     if summary is None:
         return f"not run yet: `python -m experiments {table['plan']}`"
-    seeds = max(len(arm["seeds"]) for arm in summary["arms"].values())
-    missing = f", arms missing: {', '.join(summary['missing_arms'])}" if summary["missing_arms"] else ""
-    return f"[{table['plan']}](#{table['plan']}), {seeds} seed{'s' * (seeds > 1)}{missing}"
+    missing = f"; arms missing: {', '.join(summary['missing_arms'])}" if summary["missing_arms"] else ""
+    ours = []
+    for key in table.get("ours", ["accuracy"]):
+        title, factor = COLUMNS[key]
+        cells = ", ".join(f"{arm} {show(figures[key], factor)}" for arm, figures in summary["arms"].items())
+        ours.append(f"{title}: {cells}")
+    return f"[{table['plan']}](#{table['plan']}): {'; '.join(ours)}{missing}"
 
 
 def _section(name: str, paper: dict[str, Any], results: Path) -> str:
@@ -77,36 +93,38 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
     lines = [f"## {name}\n", f"{plan.question}\n", f"`python -m experiments {name}`, baseline `{plan.baseline}`.\n"]
     if summary is None:
         return "\n".join([*lines, "Not run yet.\n"])
-    lines += [
-        "| arm | seeds | " + " | ".join(title for _, title, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
-    ]
-    for arm, figures in summary["arms"].items():
-        cells = [show(figures[key], factor) for key, _, factor in COLUMNS]
-        lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
+    for keys in TABLES:
+        lines += ["| arm | seeds | " + " | ".join(COLUMNS[key][0] for key in keys) + " |"]
+        lines += ["|---" * (len(keys) + 2) + "|"]
+        for arm, figures in summary["arms"].items():
+            cells = [show(figures[key], COLUMNS[key][1]) for key in keys]
+            lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
+        lines.append("")
+    lines.append(verdict(summary))
     if at_test := test_time.table(results / name / "test-time", list(plan.arms)):
         command = f"`python -m experiments.test_time {name}`"
         lines += ["", f"A second stage at test time, on the same checkpoints ({command}):", "", *at_test]
     for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
         if (results / name / f"{picture}.svg").is_file():
             lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]
-    return "\n".join([*lines, "", verdict(summary), ""])
+    return "\n".join([*lines, ""])
 
 
 def verdict(summary: dict[str, Any]) -> str:
     """What the intervals support, arm by arm: nothing more."""
     found = []
     for arm, figures in summary["arms"].items():
-        gap = figures["minus_baseline"]
-        if arm == summary["baseline"] or gap is None:
-            continue
-        if gap["half_width"] is None:
-            found.append(f"`{arm}`: one seed, no claim")
-        elif abs(gap["mean"]) <= gap["half_width"]:
-            found.append(f"`{arm}`: no difference from `{summary['baseline']}` that these seeds can show")
-        else:
-            word = "better" if gap["mean"] > 0 else "worse"
-            found.append(f"`{arm}`: {word} than `{summary['baseline']}`")
+        for key, what in (("minus_baseline", "accuracy"), ("reward_minus_baseline", "reward")):
+            gap = figures[key]
+            if arm == summary["baseline"] or gap is None:
+                continue
+            if gap["half_width"] is None:
+                found.append(f"`{arm}`, {what}: one seed, no claim")
+            elif abs(gap["mean"]) <= gap["half_width"]:
+                found.append(f"`{arm}`, {what}: no difference from `{summary['baseline']}` that these seeds can show")
+            else:
+                word = "better" if gap["mean"] > 0 else "worse"
+                found.append(f"`{arm}`, {what}: {word} than `{summary['baseline']}`")
     return "What the intervals support: " + ("; ".join(found) or "nothing to compare yet") + "."
 
 

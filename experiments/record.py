@@ -69,7 +69,7 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) 
 
 
 def evaluations(rows: Iterable[dict], steps: list[dict], samples: int) -> list[dict[str, Any]]:
-    """Bare-prompt accuracy, each with the tokens decoded for training until then."""
+    """Bare-prompt accuracy and reward, each with the tokens decoded for training until then."""
     found = []
     for row in rows:
         if "eval/accuracy" in row:
@@ -79,6 +79,7 @@ def evaluations(rows: Iterable[dict], steps: list[dict], samples: int) -> list[d
                     "step": row["step"],
                     "accuracy": _short(row["eval/accuracy"]),
                     "samples": samples,
+                    "reward": _short(row["eval/reward"]),
                     "format": _short(row.get("eval/rewards/format")),
                     "decoded_tokens": sum(decoded(s) for s in done),
                 }

@@ -52,6 +52,8 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "seeds": sorted(final),
         "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records]),
         "accuracy": interval(list(final.values())),
+        "reward": interval([outcome(r, "reward") for r in records]),
+        "reward_minus_baseline": interval([outcome(r, "reward") - outcome(base[r["seed"]], "reward") for r in shared]),
         "format": interval([outcome(r, "format") for r in records]),
         "minus_baseline": interval(
             [r["evaluations"][-1]["accuracy"] - base[r["seed"]]["evaluations"][-1]["accuracy"] for r in shared]
@@ -64,6 +66,7 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
         "seconds_per_step": interval([mean_of(r, "step_time") for r in records]),
         "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
+        "samples_per_core_second": interval([r["totals"]["rollouts"] / r["totals"]["core_seconds"] for r in records]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
 
@@ -85,7 +88,7 @@ def last_of(record: dict, name: str) -> float | None:
 
 def outcome(record: dict, key: str) -> float | None:
     """A figure of the last evaluation; None where the run had no such reward."""
-    return record["evaluations"][-1].get(key)
+    return record["evaluations"][-1][key]
 
 
 def at_equal_tokens(record: dict, baseline: dict) -> float:

@@ -52,14 +52,21 @@ def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: f
     return {
         "arm": arm,
         "seed": seed,
-        "evaluations": [{"step": t, "accuracy": a, "format": None, "decoded_tokens": t} for t, a in points],
+        "evaluations": [
+            {"step": t, "accuracy": a, "format": None, "reward": a, "decoded_tokens": t} for t, a in points
+        ],
         "series": {
             "frac_reward_zero_std": [0.5, 0.25],
             "refinement/copy_rate": [copy_rate] * 2,
             "step_time": [2.0, 4.0],
         },
         "answer_equals_draft": None,
-        "totals": {"decoded_tokens": points[-1][0], "core_seconds": 360.0, "peak_memory_gib": 1.0},
+        "totals": {
+            "decoded_tokens": points[-1][0],
+            "rollouts": 720.0,
+            "core_seconds": 360.0,
+            "peak_memory_gib": 1.0,
+        },  # fmt: skip
     }
 
 
@@ -77,13 +84,14 @@ def test_the_summary_is_the_arithmetic_it_says(tmp_path):
     igrpo = summary["arms"]["igrpo"]
     assert igrpo["accuracy"]["mean"] == pytest.approx(0.7)
     assert igrpo["accuracy"]["half_width"] == pytest.approx(12.706 * 0.2, rel=1e-3)  # s / sqrt(2) = 0.2
-    assert igrpo["minus_baseline"]["mean"] == pytest.approx(0.3)
+    assert igrpo["minus_baseline"]["mean"] == igrpo["reward_minus_baseline"]["mean"] == pytest.approx(0.3)
     # At 100 tokens igrpo stands half way: 0.5 and 0.3, as grpo does.
     assert igrpo["minus_baseline_at_equal_tokens"]["mean"] == pytest.approx(0.0)
     assert igrpo["zero_variance_groups"]["mean"] == pytest.approx(0.375)
     assert igrpo["copy_rate"]["mean"] == pytest.approx(0.6)
     assert igrpo["seconds_per_step"]["mean"] == pytest.approx(3.0)
     assert igrpo["core_hours"]["mean"] == pytest.approx(0.1)
+    assert igrpo["samples_per_core_second"]["mean"] == pytest.approx(2.0)
     assert igrpo["answer_equals_draft"] is None
     assert summary["missing_arms"] == ["later"]
 
@@ -92,8 +100,12 @@ def test_a_step_without_a_gradient_has_no_entropy_and_leaves_a_gap(tmp_path):
     """A whole step of equal rewards ended the record of a run that had trained to the end."""
     step = {"reward": 1.0, "rollout/draft_tokens": 4, "rollout/refinement_tokens": 4, "rollout/rollouts_per_prompt": 2}
     step |= {"step_time": 1.0, "peak_memory_gib": 1.0, "frac_reward_zero_std": 1.0}
-    rows = [{"step": 0, "eval/accuracy": 0.5}, {**step, "step": 1, "entropy": 0.5}, {**step, "step": 2}]
-    rows += [{"step": 2, "eval/accuracy": 0.75, "eval/rewards/format": 0.5}]
+    rows = [
+        {"step": 0, "eval/accuracy": 0.5, "eval/reward": 0.5},
+        {**step, "step": 1, "entropy": 0.5},
+        {**step, "step": 2},
+    ]
+    rows += [{"step": 2, "eval/accuracy": 0.75, "eval/reward": 1.25, "eval/rewards/format": 0.5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = {"eval_samples": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_generations": 2}))
@@ -217,7 +229,8 @@ def test_a_plan_is_drawn_with_its_seeds_and_without_what_a_run_does_not_have(tmp
 
 
 def gap(mean: float, half_width: float | None) -> dict:
-    return {"minus_baseline": {"mean": mean, "half_width": half_width, "n": 3}}
+    figure = {"mean": mean, "half_width": half_width, "n": 3}
+    return {"minus_baseline": figure, "reward_minus_baseline": {**figure, "mean": -mean}}
 
 
 def test_only_an_interval_without_zero_is_called_a_difference():
@@ -229,8 +242,9 @@ def test_only_an_interval_without_zero_is_called_a_difference():
         "one": gap(0.5, None),
     }
     said = verdict({"baseline": "base", "arms": arms})
-    assert "`up`: better than `base`" in said and "`down`: worse than `base`" in said
-    assert "`even`: no difference" in said and "`one`: one seed, no claim" in said and "`base`:" not in said
+    assert "`up`, accuracy: better than `base`" in said and "`up`, reward: worse than `base`" in said
+    assert "`down`, accuracy: worse than `base`" in said and "`base`," not in said
+    assert "`even`, accuracy: no difference" in said and "`one`, accuracy: one seed, no claim" in said
 
 
 def test_figures_are_shown_with_their_interval():
