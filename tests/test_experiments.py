@@ -66,7 +66,7 @@ def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: f
             "rollouts": 720.0,
             "core_seconds": 360.0,
             "peak_memory_gib": 1.0,
-        },  # fmt: skip
+        },
     }
 
 
