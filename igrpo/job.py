@@ -16,7 +16,7 @@ from igrpo.data import ProblemSampler, load_problems
 from igrpo.feed import ProblemFeed
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
-from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint
+from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, group_record
 from igrpo.types import Problem, RolloutGroup
 
 if TYPE_CHECKING:
@@ -134,12 +134,13 @@ class Job:
             **self.learner.hours(time.monotonic() - self.started),
         }
         self.view.end_step(self.step, metrics)
-        if accelerator.is_main_process:
-            if self.due(self.config.logging_steps) or self.step == self.total_steps:
-                self.folder.log_metrics(self.step, metrics)
-                accelerator.log(metrics, step=self.step)
-            if self.config.log_completions:
-                self.folder.log_completions(self.step, groups)
+        if accelerator.is_main_process and (self.due(self.config.logging_steps) or self.step == self.total_steps):
+            self.folder.log_metrics(self.step, metrics)
+            accelerator.log(metrics, step=self.step)
+        if self.config.log_completions:
+            everyone = self.learner.gather([group_record(self.step, group) for group in groups])
+            if accelerator.is_main_process:
+                self.folder.log_completions(record for part in everyone for record in part)
         self.timeline.flush()
 
     def save(self) -> None:

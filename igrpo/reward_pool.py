@@ -2,7 +2,8 @@
 
 A reward function reads text that a model made up, so it will one day loop for ever, raise, exhaust its stack or take
 its process down. None of that reaches the training loop: a worker past its deadline is killed and replaced, a call that
-failed for a batch is repeated one completion at a time, and only what fails alone gets ``reward_error_value``.
+failed for a batch is repeated one completion at a time, and only what fails alone gets ``reward_error_value``; whose
+process dies, only the third time, since others may have killed it.
 
 The judge is the exception: it waits for a network and runs no foreign code, so it has threads here and timeouts of its
 own.
@@ -42,11 +43,16 @@ STALL_SECONDS = 120.0
 MAX_LOGGED = 20
 """Distinct error messages shown per reward function; the rest is only counted."""
 ATTEMPTS = 3
-"""How often a call may lose its worker before that is its own fault; the first time, an earlier call may be guilty."""
+"""How often a call may lose its worker before that is its own fault: an earlier call may be guilty, or whoever kills
+processes on this machine."""
 
 
 class _Lost(Exception):
     """The worker was gone before or while it ran the call."""
+
+
+class _Died(_Lost):
+    """It ended while it ran the call: one of its completions did that, or somebody killed it."""
 
 
 @dataclass(eq=False)
@@ -59,6 +65,12 @@ class _Call:
     attempt: int = 1
     outcome: Outcome | TimeoutError | _Lost | None = None
     """None while it waits or runs."""
+
+    @property
+    def again(self) -> bool:
+        """Whether it is worth repeating as it is: a guilty completion is found faster among single rows."""
+        lost = isinstance(self.outcome, _Lost) and self.attempt < ATTEMPTS
+        return lost and (len(self.rows) == 1 or not isinstance(self.outcome, _Died))
 
 
 class _Worker:
@@ -285,7 +297,7 @@ class PendingScores:
             for row, score in zip(call.rows, call.outcome, strict=True):
                 bad = isinstance(score, str)
                 scores[row] = self._pool._count(call.function, "errors", score) if bad else score
-        elif isinstance(call.outcome, _Lost) and call.attempt < ATTEMPTS:
+        elif call.again:
             self._call(call.function, call.rows, call.attempt + 1)
         elif len(call.rows) > 1:
             for row in call.rows:
@@ -305,7 +317,7 @@ def _outcome(future: Future[Outcome], timeout: float) -> Outcome | TimeoutError 
     if isinstance(error, BrokenProcessPool):
         return _Lost("its process is gone")
     if isinstance(error, ProcessExpired):
-        return f"its process died (exit code {error.exitcode})"
+        return _Died(f"its process died (exit code {error.exitcode})")
     return f"{type(error).__name__}: {error}"
 
 

@@ -79,9 +79,9 @@ class RunFolder:
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
         self._append("metrics.jsonl", [{"step": step, **metrics}])
 
-    def log_completions(self, step: int, groups: Iterable[RolloutGroup]) -> None:
-        """One line per problem: question, drafts, the chosen one, refinements with rewards and advantages."""
-        self._append("completions.jsonl", [_group_record(step, group) for group in groups])
+    def log_completions(self, records: Iterable[dict[str, Any]]) -> None:
+        """One line per problem: a ``group_record``."""
+        self._append("completions.jsonl", list(records))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
         """``write`` (in every process) fills a hidden folder, which then gets its name in one rename."""
@@ -148,16 +148,18 @@ def _sync_to_disk(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
+def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
+    """Question, drafts, the chosen one, refinements with rewards and advantages; whose weights sampled each."""
     return {
         "step": step,
         "row": group.problem.index,
         "prompt": group.problem.prompt,
         "solution": group.problem.solution,
-        "drafts": [scored_record(s) for s in group.drafts],
+        "drafts": [{**scored_record(s), "version": s.completion.version} for s in group.drafts],
         "chosen": group.chosen,
         "refinements": [
-            {**scored_record(s), "advantage": a} for s, a in zip(group.refinements, group.advantages, strict=True)
+            {**scored_record(s), "version": s.completion.version, "advantage": a}
+            for s, a in zip(group.refinements, group.advantages, strict=True)
         ],
     }
 

@@ -80,6 +80,14 @@ def dies_later(completions, **_):
     return length(completions)
 
 
+def takes_its_time(completions, **_):
+    """Long enough to be killed meanwhile; tells its process to who asks."""
+    if completions == ["pid"]:
+        return [float(os.getpid())]
+    time.sleep(0.8)
+    return length(completions)
+
+
 def short_list(completions, **_):
     return length(completions)[1:]
 

@@ -167,6 +167,19 @@ def test_a_worker_that_dies_while_idle_is_replaced():
         assert pool.stats()["rewards/dies_later/errors"] == 0.0
 
 
+def test_a_worker_killed_in_the_middle_of_a_call_costs_no_score():
+    """As by an operator or by the kernel out of memory: the completion that it was scoring is not at fault."""
+    with RewardPool(bad("takes_its_time"), timeout=20.0, on_error=-1.0) as pool:
+        pid = int(scores(pool, ["pid"])[0]["takes_its_time"])
+        for texts in (["good"], ["good", "fine!"]):
+            pending = pool.submit(PROBLEM, list(map(completion, texts)), "q")
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGKILL)
+            assert [s.reward for s in pending.result()] == [float(len(text)) for text in texts]
+            (pid,) = (int(s["takes_its_time"]) for s in scores(pool, ["pid"]))
+        assert pool.stats() == {"rewards/takes_its_time/errors": 0.0, "rewards/takes_its_time/timeouts": 0.0}
+
+
 def test_a_worker_that_stops_answering_is_replaced(monkeypatch):
     with RewardPool(bad("worker_pid"), timeout=1.0) as pool:
         (first,) = scores(pool, ["good"])
