@@ -109,6 +109,13 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(staging, path)
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Without one that a kill cut short. Not ``splitlines``: a completion may hold what that takes for a line's end,
+    U+2028 for example."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        return [line for line in file if line.endswith("\n")]
+
+
 def _set_aside(path: Path) -> Path | None:
     """Renames a folder that holds an earlier run; an empty or foreign folder stays."""
     if not (path / "config.yaml").is_file():
@@ -128,9 +135,9 @@ def _drop_lines_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    for line in whole_lines(path):
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line)
         except (json.JSONDecodeError, KeyError):
             continue

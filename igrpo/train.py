@@ -105,8 +105,17 @@ def loop(job: Job) -> int:
             job.report(before, job.evaluate("after training"))
         return 0
     except EngineError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}\n{how_to_go_on(job)}", file=sys.stderr)
         return EXIT_ENGINE
+
+
+def how_to_go_on(job: Job) -> str:
+    from igrpo.run_folder import checkpoints
+
+    saved = checkpoints(job.folder.path)
+    if not saved:
+        return "nothing was saved yet (save_steps): start the run again"
+    return f"{saved[-1]} is whole; go on with the same command and --resume_from_checkpoint last"
 
 
 class StopRequest:

@@ -166,9 +166,8 @@ def alive(process: psutil.Process) -> bool:
 def records(folder: Path, name: str) -> list[dict]:
     """Whole lines; the trainer may be writing the next one."""
     path = folder / name
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    *lines, _ = path.read_text().split("\n") if path.is_file() else [""]
+    return [json.loads(line) for line in lines]
 
 
 def complaints(steps: list[dict], groups: list[dict], settings: dict) -> list[str]:

@@ -19,10 +19,17 @@ NEEDED_PATHS = (
 )  # fmt: skip
 SHORT_SECONDS = 30.0
 """Deadline of calls that do no work to speak of."""
+IDLE_SECONDS = 5.0
+"""This end closes an idle connection, much earlier than the server would (``serve.KEEP_ALIVE_SECONDS``): one that the
+server closes under a request on its way looks like a server that died."""
 
 
 class ServerError(RuntimeError):
     """One server did not do what it was asked to."""
+
+
+class ConnectionLost(ServerError):
+    """No answer, or none whole: the server is gone, or only the connection."""
 
 
 class ServerHung(ServerError):
@@ -47,7 +54,7 @@ class Client:
         self.http = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {secret}"},
-            limits=httpx.Limits(max_connections=None),
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
             timeout=None,  # one deadline over the whole call instead
             trust_env=False,  # no proxy gets to see the secret
         )
@@ -66,7 +73,7 @@ class Client:
         except TimeoutError:
             raise ServerHung(f"{self.url}{path} gave no answer in {timeout:g} s") from None
         except httpx.HTTPError as error:
-            raise ServerError(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
+            raise ConnectionLost(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
         if response.status_code == 401:
             raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
         if response.status_code != 200:

@@ -22,6 +22,8 @@ DEFAULT_PORT = 8000
 SERVED_NAME = "policy"
 CPU_BATCHED_TOKENS = 2048
 EXIT_BAD_CONFIG = 2
+KEEP_ALIVE_SECONDS = 60
+"""Until the server closes an idle connection."""
 TOO_SOON_SECONDS = 60.0
 """A server that ends earlier than this after its start would do so again."""
 
@@ -108,6 +110,7 @@ def server_environment(config: TrainConfig, secret: str, on_cpu: bool, devices: 
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights, pausing and aborting; closed by our middleware
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }

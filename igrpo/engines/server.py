@@ -39,7 +39,8 @@ class Server:
         """Why it is no longer waited for."""
         self.lock = asyncio.Lock()
         self.keeper: asyncio.Task[None] | None = None
-        self._boot: str | None = None
+        self.boot: str | None = None
+        """Of the process that came up; another one holds other weights."""
         self._posts: dict[asyncio.Task[tuple[Result, str | None]], int] = {}
         self._broken: asyncio.Future[str] | None = None
 
@@ -66,7 +67,7 @@ class Server:
             raise ServerError(f"{self.client.url} broke") from None
         finally:
             del self._posts[post]
-        if boot != self._boot or self.version is None:
+        if boot != self.boot or self.version is None:
             raise ServerError(f"{self.client.url} was started anew, with other weights")
         self.failures = 0
         return dataclasses.replace(result, version=self.version)
@@ -102,7 +103,7 @@ class Server:
             if self.process is None:
                 await self.client.abandon_push()
             await self.client.call("POST", "/resume", SHORT_SECONDS)
-        self._boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
+        self.boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
 
     def _check_waiting(self, error: ServerError, deadline: float, timeout: float) -> None:
         if self.process is not None and not self.process.alive():
@@ -138,7 +139,7 @@ class Server:
                 except ServerError as error:
                     self.break_off(str(error))
                 else:
-                    if self.client.boot != self._boot:
+                    if self.client.boot != self.boot:
                         self.break_off("it was started anew, with other weights")
 
     async def wait_for_version(self, version: int, timeout: float) -> None:

@@ -9,23 +9,22 @@ right version; one whose server breaks starts over elsewhere, with the seed it h
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import hashlib
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Sequence
 from typing import Any, TypeVar
 
 import torch
 
 from igrpo.config import TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
-from igrpo.engines.client import SHORT_SECONDS, RequestRefused, ServerError, ServerHung
+from igrpo.engines.client import SHORT_SECONDS, ConnectionLost, RequestRefused, ServerError, ServerHung
 from igrpo.engines.server import Server, start_servers
 from igrpo.engines.server_process import address_towards
-from igrpo.engines.transfer import Published, publish, push_files, settle, weight_folder
+from igrpo.engines.transfer import Published, publish, push_directly, push_files, weight_folder
 from igrpo.engines.weights import FILE_BACKEND
 
 T = TypeVar("T")
@@ -38,6 +37,8 @@ MAX_FAILURES = 3
 """Failures of one server in a row, without a finished request between them, before it is given up."""
 MAX_ATTEMPTS = 3
 """Times one request may hang before the run is ended."""
+MAX_LOSSES = 6
+"""Times one request may lose its server before it is taken for what breaks them, and the run is ended."""
 
 
 class ServerEngine:
@@ -73,6 +74,7 @@ class ServerEngine:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._restarts = 0
         self._pushing = False
+        self._removals: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="igrpo-servers", daemon=True)
         self._thread.start()
@@ -198,7 +200,8 @@ class ServerEngine:
         return task
 
     async def _run(self, request: Request, seed: int) -> None:
-        hung, timeout = 0, self.config.vllm_request_timeout
+        hung = lost = 0
+        timeout = self.config.vllm_request_timeout
         while True:
             try:
                 await self._until_usable()
@@ -216,18 +219,26 @@ class ServerEngine:
             except RequestRefused as error:
                 return self._give_up(str(error))
             except ServerError as error:
-                server.break_off(str(error))
+                lost += 1
+                if lost == MAX_LOSSES:
+                    return self._give_up(f"{request.request_id} lost its server {lost} times, the last time: {error}")
+                if isinstance(error, ConnectionLost):  # perhaps no more than that, and a new server is dear
+                    await self._probe(server, str(error))
+                else:
+                    server.break_off(str(error))
         del self._tasks[request.request_id]
         with self._news:
             self._finished.append(result)
             self._news.notify_all()
 
     async def _probe(self, server: Server, reason: str) -> None:
-        """After a request hung: a server that cannot do one token either is broken."""
+        """After a request hung or lost its connection: a server that cannot do one token either is broken."""
+        boot = server.boot
         try:
             await server.client.score([0, 0], self._salt(), min(SHORT_SECONDS, self.config.vllm_request_timeout))
         except ServerError:
-            server.break_off(reason)
+            if server.boot == boot:  # else it has been replaced meanwhile
+                server.break_off(reason)
 
     def _salt(self) -> str:
         return f"v{self.version}"  # prefixes of one version are never found by another
@@ -235,8 +246,7 @@ class ServerEngine:
     async def _until_usable(self) -> None:
         while not self._any_usable():
             if all(server.given_up for server in self.servers):
-                reasons = "; ".join(dict.fromkeys(server.given_up or "" for server in self.servers))
-                self._give_up(reasons)
+                self._give_up("no server is left: " + "; ".join(server.given_up or "" for server in self.servers))
             if self._fatal is not None:
                 raise ServerError(self._fatal)
             self._changed.clear()
@@ -264,14 +274,14 @@ class ServerEngine:
             await self._changed.wait()
 
     async def _stop(self) -> None:
-        tasks = [*self._tasks.values(), *(s.keeper for s in self.servers if s.keeper)]
+        tasks = [*self._tasks.values(), *self._removals, *(s.keeper for s in self.servers if s.keeper)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(server.stop() for server in self.servers))
 
     async def _keep(self, server: Server) -> None:
-        first = True
+        worked = False
         while True:
             try:
                 await server.come_up(self.max_model_length, self.config.vllm_server_timeout, self.leads)
@@ -279,26 +289,30 @@ class ServerEngine:
                 while self._outdated(server):  # a newer push came meanwhile
                     await self._send(server)
             except ServerError as error:
-                server.failures += 1
-                # At the start a server that does not come has never worked: waiting again would not help.
-                if first or server.failures >= MAX_FAILURES:
-                    server.given_up = str(error)
-                    return self._changed.set()
-                await server.renew()
-                await asyncio.sleep(RETRY_SECONDS)
-                continue
-            first, server.up = False, True
-            self._changed.set()
-            if self._weights is not None and self._direct_backend and not self._pushing and not self._any_usable():
-                self._give_up(
-                    f"no server holds version {self.version} any more, and {self._direct_backend} only sends what the "
-                    "learner has now; go on with --resume_from_checkpoint last"
-                )
-            reason = await server.watch(WATCH_SECONDS, HEALTH_SECONDS)
+                reason = str(error)
+            else:
+                worked, server.up = True, True
+                self._changed.set()
+                self._check_direct()
+                reason = await server.watch(WATCH_SECONDS, HEALTH_SECONDS)
+                self._restarts += 1
             server.failures += 1
-            self._restarts += 1
-            print(f"server {server.client.url}: {reason}; bringing it back", file=sys.stderr, flush=True)
+            # One that does not come at the start has never worked: waiting again would not help.
+            over = not worked or server.failures >= MAX_FAILURES
+            if worked:
+                what = f"failed {server.failures} times in a row and is given up" if over else "bringing it back"
+                print(f"server {server.client.url}: {reason}; {what}", file=sys.stderr, flush=True)
             await server.renew()
+            if over:
+                server.given_up = f"{server.client.url}: {reason}"
+                return self._changed.set()
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _check_direct(self) -> None:
+        """Only the learner's next push feeds a server directly: without one that holds the version there is none."""
+        if self._weights is not None and self._direct_backend and not self._pushing and not self._any_usable():
+            sends = f"{self._direct_backend} only sends what the learner has now"
+            self._give_up(f"no server holds version {self.version} any more, and {sends}")
 
     async def _send(self, server: Server) -> int:
         """Makes the server hold the engine's weights; nothing to do before the first push."""
@@ -340,44 +354,27 @@ class ServerEngine:
         self._pushing = False
         self._changed.set()
         if before is not None and before.folder != published.folder:
-            before.remove()
+            self._removals = [task for task in self._removals if not task.done()]
+            self._removals.append(asyncio.ensure_future(self._remove(before)))
         return compared
 
-    async def _send_directly(self, weights: Published, servers: list[Server]) -> int:
-        """From GPU to GPU, to all servers at once. A send that fails may leave a collective hanging, which nothing in
-        this process mends: the run ends and goes on from its last checkpoint.
+    async def _remove(self, weights: Published) -> None:
+        for server in self.servers:
+            async with server.lock:  # one that comes back may just be reading them
+                pass
+        weights.remove()
 
-        Raises:
-            ServerError: it failed, or took longer than ``vllm_sync_timeout``.
-        """
+    async def _send_directly(self, weights: Published, servers: list[Server]) -> int:
+        """Raises ServerError, which ends the run: a send that fails may leave a collective hanging, and nothing in this
+        process mends that."""
         from igrpo.engines.vllm_transfer import DirectTransfer
 
-        timeout = self.config.vllm_sync_timeout
         assert self._source is not None and self._direct_backend is not None
         if self._direct is None:
             address = address_towards(servers[0].client.url)
             self._direct = DirectTransfer(self._direct_backend, address, self.config.vllm_group_port)
-
-        def poster(server: Server) -> Callable[[str, dict[str, Any] | None], None]:
-            def post(path: str, json: dict[str, Any] | None) -> None:  # called from the sending thread
-                call = server.client.call("POST", path, timeout, json=json)
-                asyncio.run_coroutine_threadsafe(call, self._loop).result()
-
-            return post
-
-        sizes = [(await s.client.call("GET", "/get_world_size", timeout))["world_size"] for s in servers]
-        await asyncio.gather(*(s.client.call("POST", "/pause", timeout, params={"mode": "keep"}) for s in servers))
-        members = [f"{s.client.url} {s.client.boot}" for s in servers]
-        sending = asyncio.to_thread(self._direct.send, self._source, members, [poster(s) for s in servers], sizes)
-        try:
-            await asyncio.wait_for(sending, timeout)
-        except (EngineError, TimeoutError) as error:
-            raise ServerError(f"{error or 'the transfer'} did not end in {timeout:g} s") from error
-        sent = dataclasses.replace(weights, checksums=self._direct.checksums, shapes=self._direct.shapes)
-        compared = 0
+        clients = [server.client for server in servers]
+        compared = await push_directly(self._direct, self._source, clients, weights, self.config.vllm_sync_timeout)
         for server in servers:
-            body = {"new_version": str(weights.version)}
-            await server.client.call("POST", "/update_weight_version", timeout, json=body)
-            compared += await settle(server.client, sent, timeout)
             server.version = weights.version
         return compared

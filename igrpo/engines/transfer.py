@@ -1,19 +1,25 @@
-"""One weight push to a server through files, phase by phase: start -> send -> finish -> verify."""
+"""One weight push: by files to one server, phase by phase (start -> send -> finish -> verify), or directly to all."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 
-from igrpo.engines.base import WeightSource
+from igrpo.engines.base import EngineError, WeightSource
 from igrpo.engines.client import Client, ServerError
 from igrpo.engines.weights import checksum
+
+if TYPE_CHECKING:
+    from igrpo.engines.vllm_transfer import DirectTransfer
 
 SHARD_BYTES = 2 << 30
 SHARED_MEMORY = Path("/dev/shm")
@@ -108,6 +114,39 @@ async def push_files(client: Client, weights: Published, timeout: float) -> int:
     await phase("send", "POST", "/update_weights", json={"update_info": info})
     await phase("finish", "POST", "/finish_weight_update", json={"weight_version": str(weights.version)})
     return await settle(client, weights, timeout)
+
+
+async def push_directly(
+    transfer: DirectTransfer, source: WeightSource, clients: Sequence[Client], weights: Published, timeout: float
+) -> int:
+    """From GPU to GPU, to all servers at once; returns how many tensors were read back and compared.
+
+    Raises:
+        ServerError: it failed, or took longer than ``timeout`` seconds. A collective may then hang for ever.
+    """
+    loop = asyncio.get_running_loop()
+
+    def poster(client: Client) -> Callable[[str, dict[str, Any] | None], None]:
+        def post(path: str, json: dict[str, Any] | None) -> None:  # called from the sending thread
+            asyncio.run_coroutine_threadsafe(client.call("POST", path, timeout, json=json), loop).result()
+
+        return post
+
+    sizes = [(await client.call("GET", "/get_world_size", timeout))["world_size"] for client in clients]
+    await asyncio.gather(*(client.call("POST", "/pause", timeout, params={"mode": "keep"}) for client in clients))
+    members = [f"{client.url} {client.boot}" for client in clients]
+    sending = asyncio.to_thread(transfer.send, source, members, [poster(client) for client in clients], sizes)
+    try:
+        await asyncio.wait_for(sending, timeout)
+    except (EngineError, TimeoutError) as error:
+        raise ServerError(f"{error or 'the transfer'} did not end in {timeout:g} s") from error
+    sent = replace(weights, checksums=transfer.checksums, shapes=transfer.shapes)
+    compared = 0
+    for client in clients:
+        body = {"new_version": str(weights.version)}
+        await client.call("POST", "/update_weight_version", timeout, json=body)
+        compared += await settle(client, sent, timeout)
+    return compared
 
 
 async def settle(client: Client, weights: Published, timeout: float) -> int:

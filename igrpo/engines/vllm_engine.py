@@ -179,14 +179,13 @@ class VLLMEngine:
         if self._restarts > MAX_RESTARTS:
             raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
         if _among_others():
-            raise EngineError(f"vLLM died: {error}; go on with --resume_from_checkpoint last") from error
+            raise EngineError(f"vLLM died beside other learner processes, which cannot wait: {error}") from error
         self.restart()
         if self._source is not None:
             self._push(self._source, version)
             if any(not torch.equal(before[name], now) for name, now in self._fingerprints.items()):
                 raise EngineError(
-                    f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone; go on "
-                    "with --resume_from_checkpoint last"
+                    f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone"
                 ) from error
 
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:

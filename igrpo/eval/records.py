@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from igrpo.config import ConfigError
-from igrpo.run_folder import scored_record, write_atomically
+from igrpo.run_folder import scored_record, whole_lines, write_atomically
 from igrpo.types import Problem, Scored
 
 SETTINGS = "settings.yaml"
@@ -61,13 +61,12 @@ class Records:
     def __init__(self, path: Path, problems: Sequence[Problem], n: int, rewards: Sequence[str]):
         self.path, self.n, self.rewards = path, n, list(rewards)
         self.by_row: dict[int, dict[str, Any]] = {}
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else ():
+        for line in whole_lines(path) if path.is_file() else ():
             try:
-                record = json.loads(line) if line.endswith("\n") else None
+                record = json.loads(line)
             except json.JSONDecodeError:
                 continue
-            if record:
-                self.by_row.setdefault(record["row"], record)
+            self.by_row.setdefault(record["row"], record)
         for problem in problems:
             self._check(problem)
         if path.is_file():

@@ -14,6 +14,7 @@ from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 from igrpo.plan.models import find_shape
 from igrpo.plan.workload import StepTime, Workload
+from igrpo.run_folder import whole_lines
 from igrpo.types import Problem
 
 PROMPTS_COUNTED = 64
@@ -98,4 +99,4 @@ def calibrate(measured: Measured, hardware: Hardware, rates: Rates = GUESSED) ->
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [json.loads(line) for line in whole_lines(path)]

@@ -1,12 +1,25 @@
-"""What tests ask a running server beside the engine: its processes, and what it works on."""
+"""What tests ask a running server beside the engine, a server as on another node, and a network that breaks."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
+
+from igrpo.engines.control import SECRET_VARIABLE
+from igrpo.engines.server_process import free_port
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def processes(server) -> tuple[psutil.Process, psutil.Process]:
@@ -44,3 +57,77 @@ def wait_until(condition, seconds: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+class Served:
+    """``python -m igrpo.engines.serve`` as on another node; nobody here starts it again by itself."""
+
+    def __init__(self, model: str, log: Path):
+        self.log, self.secret, self.port = log, "a-secret-shared-by-two-nodes", free_port("127.0.0.1")
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.settings = ["--model_name_or_path", model, "--dataset_name", "d", "--use_cpu", "true", "--bf16", "false",
+                         "--vllm_max_model_length", "256", "--vllm_server_port", str(self.port)]  # fmt: skip
+
+    def start(self) -> None:
+        environment = {**os.environ, SECRET_VARIABLE: self.secret, "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "igrpo.engines.serve", *self.settings]
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()[-2000:]
+        try:
+            return http_of(self.url, self.secret).get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+
+
+class Network(socketserver.ThreadingTCPServer):
+    """A way to a server that drops connections: ``broken`` are the paths whose requests never arrive, ``deaf`` those
+    that arrive and whose answers do not. Each drops ``times`` requests."""
+
+    daemon_threads = True
+
+    def __init__(self, url: str):
+        super().__init__(("127.0.0.1", 0), _Connection)
+        self.target = ("127.0.0.1", int(url.rpartition(":")[2]))
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.broken: dict[str, float] = {}
+        self.deaf: dict[str, float] = {}
+        self.dropped: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def drops(self, paths: dict[str, float], request: bytes) -> bool:
+        words = request[:200].split(b" ")
+        path = words[1].partition(b"?")[0].decode() if words[0] in (b"GET", b"POST") else ""
+        if paths.get(path, 0) <= 0:
+            return False
+        paths[path] -= 1
+        self.dropped.append(path)
+        return True
+
+
+class _Connection(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        with socket.create_connection(self.server.target) as onward:
+            self.deaf = False
+            threading.Thread(target=self.answers, args=(onward,), daemon=True).start()
+            while data := self.request.recv(1 << 20):
+                if self.server.drops(self.server.broken, data):
+                    return
+                self.deaf = self.server.drops(self.server.deaf, data) or self.deaf
+                onward.sendall(data)
+
+    def answers(self, onward: socket.socket) -> None:
+        try:
+            while (data := onward.recv(1 << 20)) and not self.deaf:
+                self.request.sendall(data)
+        except OSError:  # the other direction ended
+            return
+        finally:
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)

@@ -125,7 +125,7 @@ def test_an_engine_that_dies_among_requests_is_replaced_and_they_start_over(engi
     engine.llm.apply_model(lose_the_weights)
     with torch.no_grad():
         model.model.norm.weight.add_(0.01)
-    with pytest.raises(EngineError, match="resume_from_checkpoint"):
+    with pytest.raises(EngineError, match="whose weights are gone"):
         drain(engine, 1)
 
 

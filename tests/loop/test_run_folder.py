@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint
+from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, whole_lines
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -64,6 +64,15 @@ def test_resuming_drops_the_lines_that_will_be_written_again(tmp_path):
     RunFolder(config(tmp_path / "run"), 2, ALONE)
     lines = (run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_whatever_a_model_writes_a_record_stays_one_line(tmp_path):
+    """A resume used to drop completions with U+2028 or U+0085 in them: ``splitlines`` takes these for ends of lines."""
+    run = RunFolder(config(tmp_path / "run"), None, ALONE)
+    texts = ["a\u2028b", "a\x85b", "a\x0c\x1cb", "a\r\nb"]
+    run.log_completions({"step": 1, "text": text} for text in texts)
+    RunFolder(config(tmp_path / "run"), 1, ALONE)
+    assert [json.loads(line)["text"] for line in whole_lines(run.path / "completions.jsonl")] == texts
 
 
 def test_asking_for_a_checkpoint_that_is_not_there(tmp_path):

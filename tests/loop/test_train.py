@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from igrpo.run_folder import whole_lines
 from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", 
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [json.loads(line) for line in whole_lines(folder / name)]
 
 
 def steps(folder: Path) -> list[dict]:
