@@ -2,6 +2,7 @@
 
     python scripts/fault_run.py                                     100 steps, two servers, a kill every 4 steps
     python scripts/fault_run.py --every 6 --draft_policy_lag 1      other keys go to igrpo.train
+    python scripts/fault_run.py --processes 2                       two learner processes share servers and problems
 
 A tiny random model, real `vllm serve` processes. A kill is SIGKILL at a random moment: the front end or the engine of a
 server that listens, or a reward worker. Prints one JSON line and writes it to faults.json in the run's folder; the exit
@@ -28,7 +29,7 @@ SETTINGS = {
     "dataset_prompt_column": "question", "dataset_solution_column": "answer", "system_prompt": "null",
     "draft_template": "' [{draft}]'", "vllm_mode": "server", "vllm_num_servers": 2, "vllm_max_model_length": 256,
     "vllm_request_timeout": 60, "use_cpu": True, "bf16": False, "num_drafts": 3, "num_generations": 4,
-    "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_completion_length": 60,
+    "per_device_train_batch_size": 4, "max_completion_length": 60,
     "temperature": 1.0, "learning_rate": 1e-3, "gradient_checkpointing": False, "reward_workers": 2,
     "reward_funcs": "[scripts.fault_run:low_letters]", "max_steps": 100, "save_steps": 0, "seed": 0,
 }  # fmt: skip
@@ -46,14 +47,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=4, help="mean number of steps between two kills")
     parser.add_argument("--kill_seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, choices=(1, 2, 4), default=1, help="of the learner")
     parser.add_argument("--output_dir", default="runs/faults")
     options, others = parser.parse_known_args()
     folder = Path(options.output_dir).resolve()
     settings = SETTINGS | {key.removeprefix("--"): value for key, value in zip(others[::2], others[1::2], strict=True)}
     settings |= prepare(folder) | {"output_dir": folder}
+    settings["gradient_accumulation_steps"] = 4 // options.processes
+    launcher = ["igrpo.train"]
+    if options.processes > 1:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(options.processes)]
+        launcher += ["igrpo/train.py"]
     start = time.monotonic()
     trainer = subprocess.Popen(
-        [sys.executable, "-m", "igrpo.train", *(w for k, v in settings.items() for w in (f"--{k}", str(v)))],
+        [sys.executable, "-m", *launcher, *(w for k, v in settings.items() for w in (f"--{k}", str(v)))],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
@@ -138,13 +145,13 @@ def processes(
     everyone.update(found)
     for process in found:
         try:
-            words = process.cmdline()
-            if process.ppid() == trainer.pid:
-                workers += [process] if "spawn_main" in " ".join(words) else []
-            elif "vllm.entrypoints.openai.api_server" in words and "igrpo.engines.supervise" not in words:
+            words, above = " ".join(process.cmdline()), " ".join(process.parent().cmdline())
+            if "spawn_main" in words and "igrpo" in above and "vllm.entrypoints" not in above:
+                workers.append(process)
+            elif "vllm.entrypoints" in words and "igrpo.engines.supervise" in above:
                 listens = any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
                 fronts += [process] if listens else []
-        except (psutil.NoSuchProcess, psutil.AccessDenied):  # one ended while we looked
+        except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):  # one ended while we looked
             continue
     return fronts, workers
 

@@ -155,10 +155,20 @@ class ServerEngine:
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         async def ask() -> list[list[float]]:
-            await self._until_usable()
-            usable = [server for server in self.servers if server.holds(self.version)]
-            timeout = self.config.vllm_sync_timeout
-            return await asyncio.gather(*(s.client.score(list(token_ids), self._salt(), timeout) for s in usable))
+            while True:
+                await self._until_usable()
+                usable = [server for server in self.servers if server.holds(self.version)]
+                asked = (s.client.score(list(token_ids), self._salt(), self.config.vllm_sync_timeout) for s in usable)
+                scores: list[list[float]] = []
+                for server, answer in zip(usable, await asyncio.gather(*asked, return_exceptions=True), strict=True):
+                    if isinstance(answer, ServerError):
+                        server.break_off(str(answer))
+                    elif isinstance(answer, BaseException):
+                        raise answer
+                    else:
+                        scores.append(answer)
+                if scores:
+                    return scores
 
         try:
             first, *others = self._wait_for(ask())

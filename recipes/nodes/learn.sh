@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The learner's part on this node, one process per GPU; generation runs on the node at GENERATOR (generate.sh).
 #   recipes/nodes/learn.sh RECIPE GENERATOR [--key value ...]
-# More than one learner node: NODES, NODE_RANK and MAIN_ADDRESS (the address of rank 0), the same otherwise.
+# More than one learner node: NODES, NODE_RANK and MAIN_ADDRESS (the address of rank 0), the same otherwise. SERVERS, where
+# the generation node has another number of GPUs than this one.
 set -euo pipefail
 if [ "$#" -lt 2 ]; then
     echo "usage: $0 RECIPE GENERATOR [--key value ...]" >&2
@@ -13,10 +14,11 @@ shift 2
 gpus=${GPUS_PER_NODE:-8}
 port=${FIRST_PORT:-8000}
 nodes=${NODES:-1}
+servers=${SERVERS:-$gpus}
 
 urls=""
-for ((gpu = 0; gpu < gpus; gpu++)); do
-    urls+="${urls:+, }http://$generator:$((port + gpu))"
+for ((server = 0; server < servers; server++)); do
+    urls+="${urls:+, }http://$generator:$((port + server))"
 done
 settings=(--config "$recipe" --vllm_mode server --vllm_server_urls "[$urls]" "$@")
 

@@ -52,7 +52,7 @@ def is_idle(http: httpx.Client) -> bool:
     return running(http) <= 1
 
 
-def wait_until(condition, seconds: float = 120.0) -> None:
+def wait_until(condition, seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -60,19 +60,27 @@ def wait_until(condition, seconds: float = 120.0) -> None:
 
 
 class Served:
-    """``python -m igrpo.engines.serve`` as on another node; nobody here starts it again by itself."""
+    """A generation node of its own: ``recipes/nodes/generate.sh`` with one server. Nobody starts it again by itself."""
 
-    def __init__(self, model: str, log: Path):
-        self.log, self.secret, self.port = log, "a-secret-shared-by-two-nodes", free_port("127.0.0.1")
+    def __init__(self, recipe: Path, log: Path):
+        self.recipe, self.log, self.secret = recipe, log, "a-secret-shared-by-two-nodes"
+        self.port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
-        self.settings = ["--model_name_or_path", model, "--dataset_name", "d", "--use_cpu", "true", "--bf16", "false",
-                         "--vllm_max_model_length", "256", "--vllm_server_port", str(self.port)]  # fmt: skip
+        self.environment = {
+            **os.environ, SECRET_VARIABLE: self.secret, "HF_HUB_OFFLINE": "1", "GPUS_PER_NODE": "1",
+            "FIRST_PORT": str(self.port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
 
     def start(self) -> None:
-        environment = {**os.environ, SECRET_VARIABLE: self.secret, "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "igrpo.engines.serve", *self.settings]
+        command = ["recipes/nodes/generate.sh", str(self.recipe), "127.0.0.1"]
         with self.log.open("a") as output:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=self.environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def everyone(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def answers(self) -> bool:
         assert self.process.poll() is None, self.log.read_text()[-2000:]
@@ -82,8 +90,10 @@ class Served:
             return False
 
     def stop(self) -> None:
+        left = self.everyone()
         self.process.terminate()
         self.process.wait(20)
+        psutil.wait_procs(left, 20)
 
 
 class Network(socketserver.ThreadingTCPServer):

@@ -1,20 +1,28 @@
-"""The judge against a real HTTP server in another process: retries, timeouts, concurrency, cache, clear errors."""
+"""The judge against a real HTTP server in another process (retries, timeouts, concurrency, cache, clear errors), and
+against a real vLLM."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.engines.server_process import free_port
 from igrpo.judge import Judge
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
+from igrpo.run_folder import whole_lines
 from igrpo.types import Completion, Problem
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBLEM = Problem(0, "What is {2} + 2?", "4")
@@ -95,3 +103,75 @@ def test_what_cannot_work_is_said_before_the_run_starts(port, tmp_path, monkeypa
         Judge(config(port, judge_cache=str(tmp_path / "file" / "cache.jsonl")))
     with pytest.raises(ConfigError, match="judge needs judge_model and judge_base_url"):
         TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["judge"])
+
+
+# --- a model behind vLLM
+
+
+def one_answer(folder: Path, answer: str) -> str:
+    """A model that gives this answer to any message: each token leads to the next one, whatever came before.
+
+    Its layers add nothing, so the head sees the last token alone; no character may come twice.
+    """
+    model, tokenizer = tiny_llama(tied=False), tiny_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(["<|assistant|>"]) + tokenizer.encode(answer) + [tokenizer.eos_token_id]
+    assert len(set(ids)) == len(ids)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embeddings = model.model.embed_tokens.weight
+        model.lm_head.weight.zero_()
+        for token, following in itertools.pairwise(ids):
+            model.lm_head.weight[following] += embeddings[token] / embeddings[token].norm()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def vllm_port(tmp_path_factory):
+    """As a user starts a judge: ``vllm serve`` with its own ``--api-key``."""
+    folder = tmp_path_factory.mktemp("judge")
+    port = free_port("127.0.0.1")
+    words = {
+        "model": one_answer(folder / "model", "Score: 1"), "served-model-name": "grader", "api-key": "secret",
+        "host": "127.0.0.1", "port": port, "max-model-len": 512, "dtype": "float32", "block-size": 32,
+        "distributed-executor-backend": "uni",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+    command += [word for key, value in words.items() for word in (f"--{key}", str(value))]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    log = folder / "log"
+    with (
+        log.open("w") as output,
+        subprocess.Popen([sys.executable, "-m", "igrpo.engines.supervise", str(os.getpid()), *command], cwd=ROOT,
+                         env=environment, stdout=output, stderr=subprocess.STDOUT) as server,
+    ):  # fmt: skip
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-2000:]
+                time.sleep(0.2)
+        yield port
+        server.terminate()
+
+
+def test_a_model_that_vllm_serves_is_a_judge(vllm_port, monkeypatch, tmp_path):
+    with pytest.raises(ConfigError, match=r"refuses the key in \$JUDGE_TEST_KEY"):
+        Judge(config(vllm_port)).check()
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret")
+    with pytest.raises(ConfigError, match="has no gpt-5; it has grader"):
+        Judge(config(vllm_port, judge_model="gpt-5")).check()
+    settings = config(vllm_port, judge_timeout=60.0, judge_cache=str(tmp_path / "cache.jsonl"), judge_max_tokens=32)
+    Judge(settings).check()
+    with pool(settings) as judging:
+        assert [row["judge"] for row in scores(judging, [f"It is {i}." for i in range(12)])] == [1.0] * 12
+        assert judging.stats() == {"rewards/judge/errors": 0.0, "rewards/judge/timeouts": 0.0}
+    assert {json.loads(line)["reply"] for line in whole_lines(Path(settings.judge_cache))} == {"Score: 1"}
+    # A reply that is cut before its score costs the completion its score, and says so.
+    with pool(config(vllm_port, judge_timeout=60.0, judge_max_tokens=6)) as judging:
+        assert scores(judging, ["cut"]) == [{"judge": -1.0}] and judging.stats()["rewards/judge/errors"] == 1.0

@@ -205,6 +205,8 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch, sharded):
     settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200}
+    if not sharded:  # the learner's collectives then run in a thread, beside the drafts of the next step
+        settings |= {"draft_policy_lag": 1}
     if sharded:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` does
         monkeypatch.setenv("FSDP_VERSION", "2")
@@ -219,6 +221,7 @@ def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch
     groups = records(tmp_path / "run", "completions.jsonl")
     assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 and len({g["row"] for g in groups}) == 8
     assert all(r["sync/probe_logp_gap"] < 1e-4 and r["learner/unique_tokens"] > 0 for r in logged)
+    assert logged[1]["draft/policy_lag"] == float(not sharded)
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
     start = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert trained.keys() == start.keys()
