@@ -16,7 +16,14 @@ def bench_learner_step(session, record_rows, benchmark, tmp_path):
     steps = 1 if session.kind == "toy" else TIMED_STEPS
     benchmark.group = f"learner step, {case.name}"
     turns = benchmark.pedantic(learner_step.run, args=(case, tmp_path / "model", steps), rounds=1)
-    record_rows(benchmark, learner_step.rows(case, turns, "beside TRL"))
+    rows = learner_step.rows(case, turns, "beside TRL")
+    record_rows(benchmark, rows)
+    assert all(not row["note"] for row in rows), [(row["contender"], row["note"]) for row in rows]
+    ratios = learner_step.beside_trl(rows)
+    if ratios is not None and session.kind != "toy":
+        speed, memory = ratios
+        assert speed >= learner_step.LEAST_SPEED_UP, f"only {speed:.2f} times as fast as TRL"
+        assert memory > 1, f"peak memory {1 / memory:.2f} times TRL's"
 
 
 @pytest.mark.parametrize("mode", ["packed", "packed, shared prefix"])

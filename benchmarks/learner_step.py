@@ -4,6 +4,9 @@ TRL drives: its own `train()` runs, and asks for completions once per step throu
 takes its turns, so both see the same state of the machine. TRL's time is that of its whole step less the time in which
 it asks for completions, scores them and puts them into tensors; padding, loss, backward, clipping and AdamW remain,
 which is what ours is timed for too.
+
+The gate: everyone's first step starts from the same weights, and its gradient is compared with that of plain PyTorch in
+fp32, sequence by sequence. Clipping is set so high that it computes the norm and scales nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import random
+import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -24,6 +28,10 @@ import torch
 from benchmarks.measure import peak_extra_bytes, significant
 
 MODES = ("padded", "packed", "packed, shared prefix")
+GATE = {True: 5e-2, False: 1e-3}
+"""Largest |g - truth| / |truth| that passes as right, in bf16 and in fp32."""
+LEAST_SPEED_UP = 1.5
+"""Over TRL's step, by our packed step with shared prompts, at a lower peak."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ def settings(case: Case) -> dict[str, Any]:
         "num_generations": case.group_size, "max_completion_length": case.longest, "temperature": 0.7,
         "per_device_train_batch_size": case.sequences, "gradient_accumulation_steps": 1, "learning_rate": 1e-6,
         "scale_rewards": "none", "loss_type": "grpo", "vllm_importance_sampling_correction": False, "seed": 3,
+        "max_grad_norm": 1e9,
         **case.overrides,
     }  # fmt: skip
 
@@ -159,6 +168,8 @@ class Turns:
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    """Of the first step's gradient: |g - truth| / |truth| over all weights."""
 
     def take(self, name: str, work: Callable[[], dict[str, float]], step: int) -> None:
         """Step 0 warms up, step 1 is measured for memory, the rest for time."""
@@ -183,19 +194,51 @@ def synchronize() -> None:
 def run(case: Case, folder: Path, steps: int) -> Turns:
     """`steps` timed steps of everyone, after one to warm up and one for memory."""
     path, turns = save_model(case, folder), Turns()
+    error_of = gradient_gate(case, path)
     with quiet():
         learners = {f"igrpo, {mode}": our_learner(case, path, mode) for mode in MODES}
 
         def ours(step: int) -> None:
             for name, (learner, samples) in learners.items():
+                learner.optimizer.zero_grad(set_to_none=True)  # TRL's gradients are gone between steps, too
                 turns.take(name, lambda learner=learner, samples=samples: learner.train_on(samples), step)
+                if step == 0:
+                    turns.errors[name] = error_of(learner.unwrapped)
 
         if importlib.util.find_spec("trl") is not None:
-            trl_steps(case, path, steps + 2, ours, turns)
+            trl_steps(case, path, steps + 2, ours, turns, error_of)
         else:
             for step in range(steps + 2):
                 ours(step)
     return turns
+
+
+def gradient_gate(case: Case, folder: str) -> Callable[[Any], float]:
+    """How far a model's gradients are from the truth of the first step; plain PyTorch in fp32 computes that here.
+
+    With old log-probabilities equal to the new ones, -A · ratio has the gradient of -A · log-prob; a mean over each
+    sequence's tokens, then over the sequences.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    temperature = settings(case)["temperature"]
+    for group in make_groups(case):
+        for scored, advantage in zip(group.refinements, group.advantages, strict=True):
+            completion = torch.tensor(scored.completion.token_ids, device=model.device)
+            ids = torch.cat([torch.tensor(group.prompt_ids, device=model.device), completion])[None]
+            logits = model(ids[:, :-1], logits_to_keep=len(completion)).logits[0] / temperature
+            logps = logits.log_softmax(-1).gather(-1, completion[:, None])
+            (-advantage * logps.mean() / case.sequences).backward()
+    truth = {name: p.grad.cpu() for name, p in model.named_parameters()}
+    size = torch.stack([g.norm() for g in truth.values()]).norm()
+
+    def error_of(other: Any) -> float:
+        gaps = [(p.grad.float().cpu() - truth[name]).norm() for name, p in other.named_parameters()]
+        return float(torch.stack(gaps).norm() / size)
+
+    return error_of
 
 
 def run_alone(case: Case, mode: str, steps: int) -> Turns:
@@ -207,11 +250,19 @@ def run_alone(case: Case, mode: str, steps: int) -> Turns:
     with quiet():
         learner, samples = our_learner(case, None, mode)
         for step in range(steps + 2):
+            learner.optimizer.zero_grad(set_to_none=True)
             turns.take(f"igrpo, {mode}", lambda: learner.train_on(samples), step)
     return turns
 
 
-def trl_steps(case: Case, folder: str, steps: int, ours: Callable[[int], None], turns: Turns) -> None:
+def trl_steps(
+    case: Case,
+    folder: str,
+    steps: int,
+    ours: Callable[[int], None],
+    turns: Turns,
+    error_of: Callable[[Any], float],
+) -> None:
     """TRL's train() over the same completions, ours taking its turn at the start of each step."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
@@ -246,6 +297,10 @@ def trl_steps(case: Case, folder: str, steps: int, ours: Callable[[int], None], 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             self.start = time.perf_counter()
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 0:
+                turns.errors["trl"] = error_of(trainer.accelerator.unwrap_model(trainer.model))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             synchronize()
@@ -302,17 +357,33 @@ def quiet():
 
 
 def rows(case: Case, turns: Turns, variant: str) -> list[dict]:
-    """Record rows: tokens are those of the samples without padding, the same for everyone."""
+    """Record rows: tokens are those of the samples without padding, the same for everyone.
+
+    Whose first gradient is wrong gets no figure.
+    """
     groups = make_groups(case)
     real = sum(len(g.prompt_ids) + len(s.completion.token_ids) for g in groups for s in g.refinements)
-    return [
-        {
+    limit = GATE[case.bf16]
+    made = []
+    for name, samples in sorted(turns.samples_ms.items(), key=lambda item: item[0] != "trl"):
+        error = turns.errors.get(name)
+        right = error is None or error <= limit
+        made.append({
             "op": "learner_step", "pass": "step", "impl": name.partition(",")[0], "contender": name, "shape": case.name,
             "tokens": real, "vocab": case.vocab, "hidden": case.hidden, "dtype": "bfloat16" if case.bf16 else "float32",
-            "variant": variant, "time_ms": significant(sorted(samples)[len(samples) // 2]), "floor_ms": None,
-            "peak_extra_bytes": turns.peak_bytes.get(name), "max_rel_error": None, "note": "",
+            "variant": variant, "time_ms": significant(statistics.median(samples)) if right else None,
+            "floor_ms": None, "peak_extra_bytes": turns.peak_bytes.get(name), "max_rel_error": error,
+            "note": "" if right else f"wrong: error {error:.1e} of the gradient exceeds {limit:.0e}",
             "samples": case.sequences, "computed_tokens": turns.tokens.get(name),
-            "samples_ms": [significant(x) for x in samples],
-        }
-        for name, samples in sorted(turns.samples_ms.items(), key=lambda item: item[0] != "trl")
-    ]  # fmt: skip
+            "samples_ms": [significant(x) for x in samples] if right else [],
+        })  # fmt: skip
+    return made
+
+
+def beside_trl(found: list[dict]) -> tuple[float, float] | None:
+    """How many times faster, and lower in peak memory, our packed step with shared prompts is than TRL's."""
+    by_name = {row["contender"]: row for row in found if row["op"] == "learner_step"}
+    trl, ours = by_name.get("trl"), by_name.get(f"igrpo, {MODES[-1]}")
+    if not (trl and ours and trl["time_ms"] and ours["time_ms"]):
+        return None
+    return trl["time_ms"] / ours["time_ms"], trl["peak_extra_bytes"] / ours["peak_extra_bytes"]
