@@ -323,20 +323,21 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     Raises:
         ConfigError: it cannot fit.
     """
+    from igrpo import sharding, zero3
     from igrpo.memory_plan import GIB, memory_plan, model_shape, this_machine
     from igrpo.models import model_config
-    from igrpo.sharding import asked_for, check_settings
 
-    check_settings()
+    sharding.check_settings()
+    if zero3.asked_for():
+        zero3.check_settings()
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     try:
         shape = model_shape(model_config(path, config).to_dict())
     except KeyError as error:
         print(f"no memory plan: the model's config has no {error}", flush=True)
         return
-    plan = memory_plan(
-        shape, config, this_machine(config.use_cpu, processes), context=context, sharded=asked_for() and processes > 1
-    )
+    sharded = (sharding.asked_for() or zero3.asked_for()) and processes > 1
+    plan = memory_plan(shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded)
     if rank == 0:
         print("\n".join(plan.lines()), flush=True)
     needed, there = f"{plan.certain / GIB:.1f} GiB", f"{plan.machine.memory / GIB:.1f} GiB"

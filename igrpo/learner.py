@@ -12,21 +12,19 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 
-from igrpo import batching, sharding
+from igrpo import batching, sharding, zero3
 from igrpo.adapters import Adapters
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.learner_metrics import Accumulator, Metrics, work
 from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
-from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups, raw_tokens
+from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups
 from igrpo.policy import Policy
 from igrpo.types import TrainingSample
-from igrpo_kernels import GRPOLossOutput
-
-Metrics = dict[str, float]
 
 PACKING_TOLERANCE = 0.1
 """Mean gap in nats per token that packed and padded log-probabilities may have; bf16 alone makes a few hundredths."""
@@ -63,7 +61,14 @@ class Learner:
         policy.train()
         self.reference = None if reference is None else Policy(reference, config).requires_grad_(False).eval()
         self.sharded = sharding.asked_for() and self.accelerator.num_processes > 1
-        if self.sharded:
+        self.zero3 = zero3.asked_for()
+        if self.zero3:
+            launched, device = DeepSpeedPlugin().deepspeed_config, self.accelerator.device
+            self.policy = zero3.Zero3(policy.to(device), build_optimizer(policy, config), launched, config)
+            self.optimizer = self.policy.optimizer
+            if self.reference is not None:
+                self.reference = zero3.Zero3(self.reference.to(device), None, launched, config)
+        elif self.sharded:
             self._shard(policy)
             if self.reference is not None:
                 self._shard(self.reference)
@@ -141,6 +146,8 @@ class Learner:
     @property
     def unwrapped(self) -> Any:
         """The Hugging Face model inside."""
+        if self.zero3:
+            return self.policy.model
         return (self.policy if self.sharded else self.accelerator.unwrap_model(self.policy)).model
 
     def train_on(
@@ -155,14 +162,15 @@ class Learner:
         useful = batching.contributing(everyone, self.config)
         bins = self._plan(useful)
         micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
-        micros += [self._filler()] * (math.ceil(len(bins) / processes) - len(micros))
+        # DeepSpeed's engine cannot step without a backward pass.
+        micros += [self._filler()] * (max(math.ceil(len(bins) / processes), self.zero3) - len(micros))
         old = [self._log_probs(m, self.policy) for m in micros] if self.config.num_iterations > 1 else None
         reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
-        metrics = _Accumulator()
+        metrics = Accumulator()
         for _ in range(self.config.num_iterations):
             self._step(micros, old, reference, totals, metrics, on_progress)
         return metrics.means(self.accelerator) | {
-            **_work(everyone, useful, bins),
+            **work(everyone, useful, bins),
             "learner/unique_tokens": self._sum(sum(m.input_ids.numel() for m in micros if m.scale)),
             "learning_rate": self.last_learning_rate,
         }
@@ -173,7 +181,7 @@ class Learner:
         old: list[torch.Tensor] | None,
         reference: list[torch.Tensor] | None,
         totals: Denominators,
-        metrics: _Accumulator,
+        metrics: Accumulator,
         on_progress: OnProgress,
     ) -> None:
         if self.sharded:
@@ -190,32 +198,41 @@ class Learner:
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
-                self.accelerator.backward(loss)
+                self._backward(loss, last=i == len(micros) - 1)
             loss_sum += float(out.loss.detach()) * micro.scale
             if micro.scale:
                 metrics.add(micro, out)
             on_progress(i + 1, len(micros))
         metrics.losses.append(loss_sum)
+        self.last_learning_rate = self.scheduler.get_last_lr()[0]
+        norm = self.policy.step() if self.zero3 else self._clip_and_step()
+        metrics.norms.append(norm)
+        metrics.skipped_steps += not math.isfinite(norm)
+        self.scheduler.step()
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self.zero3:
+            self.policy.backward(loss, last)
+        else:
+            self.accelerator.backward(loss)
+
+    def _clip_and_step(self) -> float:
+        """The gradient's norm. A step from a broken gradient cannot be taken back, so it is left out."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
         for p in trained:  # a step without contributing samples is a step with a zero gradient
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)
-        norm = float(sharding.whole(norm))
-        metrics.norms.append(norm)
-        self.last_learning_rate = self.scheduler.get_last_lr()[0]
+        norm = float(sharding.whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)))
         if math.isfinite(norm):
             self.optimizer.step()
-        else:  # a step from a broken gradient cannot be taken back
-            metrics.skipped_steps += 1
-        self.scheduler.step()
+        return norm
 
     @contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Processes exchange gradients once per step, with its last micro-batch."""
         if self.sharded:
             sharding.begin_micro_batch(self.policy, last)
-        with nullcontext() if last or self.sharded else self.accelerator.no_sync(self.policy):
+        with nullcontext() if last or self.sharded or self.zero3 else self.accelerator.no_sync(self.policy):
             yield
 
     def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
@@ -248,7 +265,7 @@ class Learner:
         policy.eval()
         try:
             # A sharded policy casts its own weights.
-            with nullcontext() if self.sharded else self.accelerator.autocast():
+            with nullcontext() if self.sharded or self.zero3 else self.accelerator.autocast():
                 return policy(micro, logps_only=True, temperature=temperature)
         finally:
             policy.train(training)
@@ -278,7 +295,8 @@ class Learner:
             yield name, tensor.to(dtype)
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, sharding.whole(p.detach())) for name, p in self.unwrapped.named_parameters())
+        whole = zero3.whole if self.zero3 else sharding.whole
+        return ((name, whole(p).detach()) for name, p in self.unwrapped.named_parameters())
 
     def gather(self, one: Any) -> list[Any]:
         """One plain object of each process, in the order of the processes, at every process."""
@@ -310,6 +328,8 @@ class Learner:
         self.accelerator.save_state(str(folder / "state"))
         if self.sharded:
             sharding.save(self.policy, self.optimizer, folder / "state" / "shards")
+        if self.zero3:
+            self.policy.save(folder / "state")
         main = self.accelerator.is_main_process
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
         adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
@@ -327,6 +347,8 @@ class Learner:
             self.accelerator.load_state(str(folder / "state"))
             if self.sharded:
                 sharding.load(self.policy, self.optimizer, folder / "state" / "shards")
+            if self.zero3:
+                self.policy.load(folder / "state")
             return torch.load(folder / "state" / "loop.pt", weights_only=True)
         except (OSError, RuntimeError, KeyError) as error:
             raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({error})") from error
@@ -336,53 +358,6 @@ def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What a checkpoint holds beside parameters."""
     own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
-
-
-class _Accumulator:
-    """One figure per name over the micro-batches of a rollout batch: token-weighted means, and extremes by name."""
-
-    def __init__(self) -> None:
-        self.weighted: dict[str, torch.Tensor] = {}
-        self.extremes: dict[str, torch.Tensor] = {}
-        self.tokens = 0
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.skipped_steps = 0
-
-    def add(self, micro: MicroBatch, out: GRPOLossOutput) -> None:
-        n = micro.completion_ids.numel()
-        gap = (out.per_token_logps - micro.sampling_per_token_logps).abs()
-        own = {"sampling/sampling_logp_difference/mean": gap.mean(), "sampling/sampling_logp_difference/max": gap.max()}
-        for name, value in {**out.metrics, **own}.items():
-            value = value.detach().float()
-            if name.endswith(("min", "max")):
-                pick = torch.minimum if name.endswith("min") else torch.maximum
-                self.extremes[name] = pick(self.extremes[name], value) if name in self.extremes else value
-            else:
-                self.weighted[name] = self.weighted.get(name, 0.0) + value * n
-        self.tokens += n
-
-    def means(self, accelerator: Accelerator) -> Metrics:
-        """Over this process's tokens; the loss is the sum over processes, since their shares add up to the whole."""
-        loss = torch.tensor(fmean(self.losses), device=accelerator.device)
-        result = {name: float(total) / self.tokens for name, total in self.weighted.items()}
-        result |= {name: float(value) for name, value in self.extremes.items()}
-        result["loss"] = float(accelerator.reduce(loss, reduction="sum"))
-        result["grad_norm"] = fmean(self.norms)
-        result["learner/skipped_steps"] = float(self.skipped_steps)
-        return result
-
-
-def _work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin]) -> Metrics:
-    """What the whole step asks of the learner, over all processes."""
-    prompts, trained = ({s.prompt_ids for s in some} for some in (samples, useful))
-    return {
-        "learner/sequences": float(len(useful)),
-        "learner/sequences_skipped": float(len(samples) - len(useful)),
-        "learner/groups_skipped": float(len(prompts - trained)),
-        "learner/raw_tokens": float(sum(map(raw_tokens, bins))),
-        "learner/micro_batches": float(len(bins)),
-    }
 
 
 def seed_everything(seed: int) -> None:

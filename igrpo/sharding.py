@@ -32,12 +32,8 @@ def check_settings() -> None:
     """Refuses launch settings that cannot work.
 
     Raises:
-        ConfigError: DeepSpeed, or FSDP with weights that transformers would load in the first process only.
+        ConfigError: weights that transformers would load in the first process only.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise ConfigError(
-            "distributed_type: DEEPSPEED is not supported; recipes/accelerate/fsdp2.yaml divides what ZeRO-3 divides"
-        )
     if asked_for() and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
         raise ConfigError(
             "fsdp_cpu_ram_efficient_loading: every process reads the model itself; write false in the file given to "

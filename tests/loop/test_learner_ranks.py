@@ -73,9 +73,6 @@ def test_launch_settings_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ConfigError, match=r"fsdp_cpu_ram_efficient_loading.*write false"):
         check_settings()
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ConfigError, match=r"DEEPSPEED.*fsdp2\.yaml"):
-        check_settings()
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

@@ -35,6 +35,19 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, bf16": {"fsdp": True, "bf16": True},
 }  # fmt: skip
 
+ZERO3: dict[str, dict[str, Any]] = {
+    "zero3": {"zero3": True},
+    "zero3, untied, checkpointing": {
+        "zero3": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
+    },
+    "zero3, kl": {"zero3": True, "beta": 0.01, "num_iterations": 2},
+    "zero3, adapters, kl": {"zero3": True, "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "zero3, bf16": {"zero3": True, "bf16": True},
+}  # fmt: skip
+"""DeepSpeed with several processes; one process works without it, so that the two are compared."""
+
+RESUMED = ("sharded", "sharded, adapters, kl", "zero3", "zero3, adapters, kl")
+
 
 def samples() -> list[TrainingSample]:
     """Three prompts with four ragged completions each; where the advantage is 0, a process would have less to do."""
@@ -49,11 +62,13 @@ def samples() -> list[TrainingSample]:
     return made
 
 
-def build(*, fsdp: bool = False, tied: bool = True, **settings: Any) -> Learner:
+def build(*, fsdp: bool = False, zero3: bool = False, tied: bool = True, **settings: Any) -> Learner:
     AcceleratorState._reset_state()
     GradientState._reset_state()
     os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
     os.environ["FSDP_VERSION"] = "2"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(zero3 and int(os.environ["WORLD_SIZE"]) > 1).lower()
+    os.environ |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
     options = {
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
@@ -69,6 +84,7 @@ def build(*, fsdp: bool = False, tied: bool = True, **settings: Any) -> Learner:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     learner = Learner(model, reference, config, pad_token_id=0)
+    assert learner.zero3 == (zero3 and learner.accelerator.num_processes > 1)
     assert learner.sharded == (fsdp and learner.accelerator.num_processes > 1)
     learner.set_schedule(10)
     return learner
@@ -87,15 +103,15 @@ def weights(learner: Learner) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in learner.named_tensors()}
 
 
-def main(output: str) -> None:
+def main(output: str, cases: str = "CASES") -> None:
     results: dict[str, Any] = {}
-    for name, settings in CASES.items():
+    for name, settings in {"CASES": CASES, "ZERO3": ZERO3}[cases].items():
         learner = build(**settings)
         figures = [train(learner)]
         with profile() as profiled:
             figures.append(train(learner))
         gathers = {event.key: event.count for event in profiled.key_averages()}.get("c10d::_allgather_base_", 0)
-        if name in ("sharded", "sharded, adapters, kl"):  # a checkpoint goes on as if nothing had been
+        if name in RESUMED:  # a checkpoint goes on as if nothing had been
             again = build(**settings)
             train(again)
             again.save(Path(output).parent / name, tiny_tokenizer(), {"step": 1})
