@@ -206,7 +206,7 @@ def run(case: Case, folder: Path, steps: int) -> Turns:
                     turns.errors[name] = error_of(learner.unwrapped)
 
         if importlib.util.find_spec("trl") is not None:
-            trl_steps(case, path, steps + 2, ours, turns, error_of)
+            trl_steps(case, path, trl_settings(case, path, steps + 2), ours, turns, error_of)
         else:
             for step in range(steps + 2):
                 ours(step)
@@ -255,18 +255,22 @@ def run_alone(case: Case, mode: str, steps: int) -> Turns:
     return turns
 
 
+def trl_settings(case: Case, folder: str, steps: int) -> Any:
+    from trl import GRPOConfig
+
+    return GRPOConfig(
+        output_dir=f"{folder}-trl", max_steps=steps, logging_steps=1000, save_strategy="no", report_to="none",
+        disable_tqdm=True, shuffle_dataset=False, beta=0.0, **settings(case),
+    )  # fmt: skip
+
+
 def trl_steps(
-    case: Case,
-    folder: str,
-    steps: int,
-    ours: Callable[[int], None],
-    turns: Turns,
-    error_of: Callable[[Any], float],
+    case: Case, folder: str, args: Any, ours: Callable[[int], None], turns: Turns, error_of: Callable
 ) -> None:
     """TRL's train() over the same completions, ours taking its turn at the start of each step."""
     from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     groups = {group.problem.prompt: group for group in make_groups(case)}
     rewards = {(p, s.completion.token_ids): s.reward for p, group in groups.items() for s in group.refinements}
@@ -310,10 +314,6 @@ def trl_steps(
             if state.global_step > 2:  # counted up already
                 turns.samples_ms.setdefault("trl", []).append(1e3 * seconds)
 
-    args = GRPOConfig(
-        output_dir=f"{folder}-trl", max_steps=steps, logging_steps=1000, save_strategy="no", report_to="none",
-        disable_tqdm=True, shuffle_dataset=False, beta=0.0, **settings(case),
-    )  # fmt: skip
     trainer = Timed(folder, given, args, Dataset.from_dict({"prompt": list(groups)}), rollout_func=rollout)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Clock())

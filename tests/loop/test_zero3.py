@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: two gloo processes do what one does without it, where deepspeed is installed; its settings anywhere."""
+"""DeepSpeed ZeRO-3: where it is installed, two gloo processes do what one does without it; its settings anywhere."""
 
 from __future__ import annotations
 
