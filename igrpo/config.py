@@ -185,7 +185,7 @@ class TrainConfig:
 
     # --- rewards
     reward_funcs: list[str] = field(default_factory=lambda: ["accuracy", "format"])
-    """accuracy, format, reasoning_gym_score, soft_overlong_punishment, judge, or `package.module:function`."""
+    """Names of docs/rewards.md, such as accuracy, format, cosine, length or judge, or `package.module:function`."""
     reward_weights: list[float] | None = None
     """One weight per function; null: all 1.0."""
     reward_timeout: float = 10.0
@@ -196,6 +196,20 @@ class TrainConfig:
     """Processes that score."""
     soft_punish_cache: int | None = None
     """`soft_overlong_punishment` grows from 0 to -1 over the last so many tokens before max_completion_length."""
+    cosine_min_value_wrong: float = 0.0
+    """`cosine`: a wrong answer of no length."""
+    cosine_max_value_wrong: float = -0.5
+    """`cosine`: a wrong answer of `cosine_max_len` tokens or more."""
+    cosine_min_value_correct: float = 0.5
+    """`cosine`: a right answer of `cosine_max_len` tokens or more."""
+    cosine_max_value_correct: float = 1.0
+    """`cosine`: a right answer of no length."""
+    cosine_max_len: int | None = None
+    """`cosine`: tokens after which the score no longer changes; null: max_completion_length."""
+    repetition_n_grams: int = 3
+    """`repetition_penalty`: tokens per n-gram."""
+    repetition_max_penalty: float = -1.0
+    """`repetition_penalty`: the score of an answer that only repeats itself."""
     judge_model: str | None = None
     """`judge`: name of the model that scores, as its server knows it."""
     judge_base_url: str | None = None

@@ -63,6 +63,7 @@ _AT_LEAST = {
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
     "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
     "dynamic_sampling_max_gen_batches": 2, "judge_max_tokens": 1, "judge_max_retries": 0, "judge_max_concurrency": 1,
+    "repetition_n_grams": 1,
 }  # fmt: skip
 _POSITIVE = (
     "temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance",
@@ -71,6 +72,7 @@ _POSITIVE = (
 
 _ONE_OR_NULL = (
     "draft_max_tokens", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
+    "cosine_max_len",
 )  # fmt: skip
 
 
@@ -184,6 +186,10 @@ def _check_drafts(config: TrainConfig) -> None:
 def _check_rewards(config: TrainConfig) -> None:
     if "judge" in config.reward_funcs and not (config.judge_model and config.judge_base_url):
         raise ConfigError("reward_funcs: judge needs judge_model and judge_base_url")
+    if config.repetition_max_penalty > 0:
+        raise ConfigError(
+            f"repetition_max_penalty: {config.repetition_max_penalty} rewards repetition; write 0 or less"
+        )
     cache = config.soft_punish_cache
     if "soft_overlong_punishment" in config.reward_funcs and not (cache and 0 < cache <= config.max_completion_length):
         raise ConfigError(

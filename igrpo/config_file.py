@@ -63,6 +63,14 @@ DROPPED = {
     "code_language": "no reward here runs code",
     "code_eval_test_batch_size": "no reward here runs code",
     "parallel_code_exec_per_proc": "no reward here runs code",
+    "code_provider": "no reward here runs code",
+    "code_eval_scoring_mode": "no reward here runs code",
+    "ioi_provider": "no reward here runs code",
+    "e2b_router_url": "no reward here runs code",
+    "morph_router_url": "no reward here runs code",
+    "max_completion_len": "max_completion_length decides",
+    "overwrite_hub_revision": "checkpoints stay in output_dir",
+    "push_to_hub_revision": "checkpoints stay in output_dir",
 }
 """Keys of real recipes that have no counterpart here, with the reason: one warning line each."""
 

@@ -48,8 +48,11 @@ def format(completions: Sequence[CompletionText], **_: Any) -> list[float]:
     return [float(_well_formed(completion_text(completion))) for completion in completions]
 
 
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
 def _well_formed(text: str) -> bool:
-    single = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+    single = all(text.count(tag) == 1 for tag in TAGS)
     return single and bool(re.fullmatch(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", text, re.DOTALL))
 
 
@@ -124,21 +127,44 @@ def soft_overlong_punishment(
     return [-min(max(len(ids) - free, 0) / soft_punish_cache, 1.0) for ids in completion_ids]
 
 
-HIGHEST = {"accuracy": 1.0, "format": 1.0, "reasoning_gym_score": 1.0, "soft_overlong_punishment": 0.0, "judge": 1.0}
-"""The best score of each built-in function."""
-BUILTIN = {name: f"igrpo.rewards:{name}" for name in HIGHEST} | {"judge": "igrpo.judge:Judge"}
-OPTIONS = {"soft_overlong_punishment": ("max_completion_length", "soft_punish_cache")}
+HIGHEST = {
+    "accuracy": 1.0, "format": 1.0, "reasoning_gym_score": 1.0, "soft_overlong_punishment": 0.0, "judge": 1.0,
+    "repetition_penalty": 0.0, "length": 0.5, "tag_count": 1.0, "reasoning_steps": 1.0,
+}  # fmt: skip
+"""The best score of each built-in function; that of `cosine` is a setting."""
+SHAPING = ("cosine", "repetition_penalty", "length", "tag_count", "reasoning_steps")
+COSINE_ENDS = (
+    "cosine_min_value_wrong",
+    "cosine_max_value_wrong",
+    "cosine_min_value_correct",
+    "cosine_max_value_correct",
+)
+BUILTIN = {
+    **{name: f"igrpo.rewards:{name}" for name in HIGHEST},
+    **{name: f"igrpo.shaping_rewards:{name}" for name in SHAPING},
+    "judge": "igrpo.judge:Judge",
+}
+OPTIONS = {
+    "soft_overlong_punishment": ("max_completion_length", "soft_punish_cache"),
+    "cosine": (*COSINE_ENDS, "cosine_max_len", "max_completion_length"),
+    "repetition_penalty": ("repetition_n_grams", "repetition_max_penalty"),
+}
 """Keys of the configuration that a built-in function takes as arguments."""
+TRLS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+"""Names that TRL's own training script knows."""
+RUN_CODE = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
+"""open-r1's rewards of programs."""
 
 
 def highest_reward(config: TrainConfig) -> float | None:
     """The highest reward a completion can get; None where functions of the user's leave it open."""
     if config.early_stop_reward is not None:
         return config.early_stop_reward
-    if not set(config.reward_funcs) <= set(HIGHEST):
+    highest = HIGHEST | {"cosine": max(getattr(config, key) for key in COSINE_ENDS)}
+    if not set(config.reward_funcs) <= set(highest):
         return None
     weights = config.reward_weights or [1.0] * len(config.reward_funcs)
-    return sum(max(w, 0.0) * HIGHEST[name] for w, name in zip(weights, config.reward_funcs, strict=True))
+    return sum(max(w, 0.0) * highest[name] for w, name in zip(weights, config.reward_funcs, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +198,12 @@ def load_reward_functions(names: Sequence[str], config: TrainConfig | None = Non
     """
     functions: list[RewardFunction] = []
     for name in names:
+        if name in RUN_CODE:
+            raise ValueError(
+                f"'{name}' runs programs that the model wrote, and there is no sandbox here: write one of your own "
+                "that calls one, as package.module:function"
+            )
+        name = f"trl.rewards:{name}" if name in TRLS else _as_path(name)
         if ":" in name:
             short = name.partition(":")[2]
             taken = {function.name for function in functions} | set(BUILTIN)
@@ -189,6 +221,12 @@ def load_reward_functions(names: Sequence[str], config: TrainConfig | None = Non
             raise ValueError(f"'{name}' is given twice; use reward_weights to weigh it")
         functions.append(function)
     return functions
+
+
+def _as_path(name: str) -> str:
+    """TRL writes ``package.module.function``."""
+    module, dot, function = name.rpartition(".")
+    return f"{module}:{function}" if dot and ":" not in name else name
 
 
 def _check_loads(function: RewardFunction) -> None:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,18 +139,33 @@ def equations() -> list[str]:
 
 
 def integrations() -> list[str]:
-    """Module, class and function docstrings of the adapters, read without importing what they adapt."""
+    """Docstrings and signatures of the adapters, read without importing what they adapt."""
     lines = ["## Adapters", ""]
     files = ("trl/__init__", "trl/fused", "trl/two_stage", "liger", "verl", "openrlhf", "prime_rl")
     for path in (f"{name}.py" for name in files):
-        tree = ast.parse((ROOT / "igrpo_kernels" / "integrations" / path).read_text(encoding="utf-8"))
+        source = (ROOT / "igrpo_kernels" / "integrations" / path).read_text(encoding="utf-8")
+        tree = ast.parse(source)
         module = f"igrpo_kernels.integrations.{path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
         lines += [f"### {module}", "", "```text", ast.get_docstring(tree), "```", ""]
         for node in tree.body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
             if public and (text := ast.get_docstring(node)):
-                lines += [f"**{node.name}**", "", "```text", text, "```", ""]
+                lines += [f"**{node.name}**", "", *signatures(node, source), "```text", text, "```", ""]
     return lines
+
+
+def signatures(node: ast.FunctionDef | ast.ClassDef, source: str) -> list[str]:
+    """A function's signature as written, shapes beside the arguments; of a class, those of __init__ and forward."""
+    functions = [node]
+    if isinstance(node, ast.ClassDef):
+        functions = [f for f in node.body if isinstance(f, ast.FunctionDef) and f.name in ("__init__", "forward")]
+    found = []
+    for f in functions:
+        text = "\n".join(source.splitlines()[f.lineno - 1 : f.body[0].lineno - 1]).rstrip()
+        found += ["```python", textwrap.dedent(text), "```", ""]
+        if f is not node and (doc := ast.get_docstring(f)):
+            found += ["```text", doc, "```", ""]
+    return found
 
 
 PAGES = {"docs/configuration.md": configuration, "docs/api.md": api}

@@ -58,7 +58,20 @@ def triton_grpo_loss(
 ) -> tuple:
     """GRPO loss from logits, row t predicting completion_ids[:, t]; the last row of `logits` is not used.
 
-    Args: as in Liger. fp32 log-probabilities, a mask of 0 and 1, any float dtype of logits.
+    Equations: `importance_weight`, `clipped_surrogate` (or the loss type's), `per_token_kl` and `reduce_loss` of
+    docs/api.md.
+
+    Args: as in Liger. Any float dtype of logits; fp32 log-probabilities in nats; a mask of 0 and 1.
+        old_logp: None = those of `logits`, so that every ratio is 1.
+        ref_logp: needed where beta is not 0.
+        eps_low, eps_high: the ratio is clipped to [1 - eps_low, 1 + eps_high]; cispo: to at most eps_high.
+        inplace: the gradient may take the memory of `logits`.
+        max_completion_length: tokens, the divisor of dr_grpo; None = T.
+        reduce: return the batch's loss instead of the tokens'.
+        vllm_is_ratio: multiplies each token's policy term; vespo folds it into its sequence weight.
+        delta: upper bound of the unclipped ratio; None = none.
+        use_bias_correction_kl: multiply the KL by the importance ratio.
+        num_items_in_batch: tokens of the optimiser step over all processes, the divisor of dapo, cispo and vespo.
 
     Returns:
         reduce=False: per-token loss (B, T), differentiable; per-token KL (B, T) or None; clipped (B, T), 0 or 1; all
@@ -97,7 +110,11 @@ def triton_grpo_loss(
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
-    """GRPO loss from hidden states and the lm_head, logits never whole. Arguments and defaults are Liger's."""
+    """GRPO loss from hidden states and the lm_head, logits never whole. Arguments and defaults are Liger's.
+
+    Equations and arguments: `triton_grpo_loss`, with epsilon_low and epsilon_high for eps_low and eps_high. Hidden
+    states and weight of any float dtype; gradients have their input's.
+    """
 
     def __init__(
         self,
@@ -147,7 +164,14 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         vllm_is_ratio: Tensor | None = None,  # (B, T), (B, 1) or (B,)
         num_items_in_batch: Tensor | float | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss () and (mean KL, clip ratio), without the first if beta=0."""
+        """The loss () and (mean KL in nats, clip ratio), without the first if beta=0.
+
+        The reference is `ref_per_token_logps`, or computed from `ref_input`, `ref_weight` and `ref_bias`.
+
+        Raises:
+            ValueError: `use_ref_model` without either of them, dr_grpo without `max_completion_length`, a
+            `vllm_is_ratio` of another shape, and what `triton_grpo_loss` refuses.
+        """
         head = {"lm_head_bias": bias}
         mask, ids = attention_mask, selected_token_ids
         ref = self._reference(ids, ref_per_token_logps, ref_input, ref_weight, ref_bias)

@@ -1,4 +1,6 @@
-"""OpenRLHF: `PolicyLoss` and `log_probs_from_logits` with the signatures and return values of OpenRLHF 0.11.
+"""OpenRLHF: `PolicyLoss` and `log_probs_from_logits` with the signatures and return values of OpenRLHF 0.11.2.
+
+Releases 0.11.0 and 0.11.1 have other names for the sampler's correction.
 
 from igrpo_kernels.integrations.openrlhf import PolicyLoss, log_probs_from_logits
 """
@@ -25,6 +27,19 @@ class PolicyLoss(torch.nn.Module):
     """Clipped PPO or GSPO loss on log-probabilities. Arguments and defaults are OpenRLHF's.
 
     What differs: log-ratios are not clamped to ±20, and `is_correction_gating` other than "ratio" is refused.
+    Equations: `importance_weight` and `clipped_surrogate` of docs/api.md.
+
+    Args:
+        clip_eps_low, clip_eps_high: the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high].
+        dual_clip: bound c > 1 of -A·ratio by -A·c where A < 0; None = none.
+        token_level_loss: mean over tokens; else over sequences of each one's mean, as always with gspo.
+        policy_loss_type: "ppo", or "gspo": one ratio per sequence.
+        is_correction_level: weigh with exp(old - rollout) per "token", judge it per "seq", or "off".
+        is_correction_mode: what lies outside is dropped ("mask") or, per token, clamped ("clip").
+        is_correction_threshold: the interval (low, high).
+
+    Raises:
+        ValueError: an unknown name, "clip" with "seq", and what `GRPOLossConfig` refuses.
     """
 
     def __init__(

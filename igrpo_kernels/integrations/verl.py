@@ -29,7 +29,8 @@ def policy_loss(
 
     `config` decides the policy term; how tokens are added up stays with verl (`loss_agg_mode`), and so do its clip
     keys' places: `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the actor have no effect on this loss.
-    `aggregate` replaces verl's `agg_loss`.
+    `aggregate` replaces verl's `agg_loss`. Equations: `importance_weight` and `clipped_surrogate` (or the loss type's)
+    of docs/api.md; log-probabilities in nats.
 
     Returns:
         f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
@@ -79,8 +80,8 @@ def linear_cross_entropy(
     """Log-probabilities and entropies (nats), each (n,) fp32 and differentiable; logits never whole.
 
     With `dist_process_group`, Megatron's tensor-parallel group, `weight` holds this rank's contiguous tokens, in rank
-    order, of any number; `hidden` and `labels` (ids of the whole vocabulary) are the same on every rank. As with verl's
-    kernel, the gradients of `hidden` add up to the true one over the ranks: the caller's
+    order, of any number; `hidden` and `labels` (int64 ids of the whole vocabulary) are the same on every rank. As with
+    verl's kernel, the gradients of `hidden` add up to the true one over the ranks: the caller's
     `gather_from_sequence_parallel_region` scatters their sum. One gather of 16 bytes per token forward, one sum of
     (n, H) backward.
 

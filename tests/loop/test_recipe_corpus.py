@@ -1,7 +1,6 @@
 """The keys that published TRL and open-r1 GRPO recipes are written with, each set as one file has it; keys only.
 
-Every key is known here, lives on under another name, or is dropped with one line that says why. Recipes whose keys
-belong to rewards that only open-r1 has (cosine, repetition penalty) need functions of their own and are not here.
+Every key is known here, lives on under another name, or is dropped with one line that says why.
 """
 
 from __future__ import annotations
@@ -40,6 +39,13 @@ RECIPES = {
     "open-r1 Qwen2.5-1.5B-Instruct code": f"""{OPEN_R1} dataset_configs system_prompt beta vllm_device
         vllm_gpu_memory_utilization lr_scheduler_kwargs reward_funcs reward_weights save_steps save_total_limit
         temperature""",
+    "open-r1, every argument of its script": f"""{OPEN_R1} dataset_config dataset_train_split dataset_prompt_column
+        reward_funcs cosine_min_value_wrong cosine_max_value_wrong cosine_min_value_correct cosine_max_value_correct
+        cosine_max_len repetition_n_grams repetition_max_penalty code_language code_eval_test_batch_size
+        parallel_code_exec_per_proc code_provider code_eval_scoring_mode ioi_provider e2b_router_url morph_router_url
+        max_completion_len soft_punish_cache chat_template system_prompt benchmarks callbacks hub_model_revision
+        num_completions_to_print overwrite_hub_revision push_to_hub_revision wandb_entity wandb_project wandb_run_group
+        wandb_log_unique_prompts""",
     "the iGRPO paper's table": """bf16 attn_implementation use_vllm vllm_gpu_memory_utilization
         gradient_accumulation_steps gradient_checkpointing learning_rate lr_scheduler_type lr_scheduler_kwargs
         warmup_ratio num_train_epochs per_device_train_batch_size max_completion_length num_generations temperature
