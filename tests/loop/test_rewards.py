@@ -284,10 +284,12 @@ def test_only_a_handful_of_references_cannot_be_parsed():
 
 
 def test_names_become_functions():
-    functions = load_reward_functions(["accuracy", "format", "tests.loop.bad_rewards:length"])
+    functions = load_reward_functions(["accuracy", "format", "tests.loop.bad_rewards:raises"])
     assert functions[0] == RewardFunction("accuracy", "igrpo.rewards:accuracy")
-    assert [function.name for function in functions] == ["accuracy", "format", "length"]
+    assert [function.name for function in functions] == ["accuracy", "format", "raises"]
     assert functions[2].load()(["abc"]) == [3.0]
+    (own,) = load_reward_functions(["tests.loop.bad_rewards:length"])  # the name is a built-in's, chosen here or not
+    assert own.name == own.path and own.load()(["abc"]) == [3.0]
 
 
 @pytest.mark.parametrize(
