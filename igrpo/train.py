@@ -97,9 +97,11 @@ def loop(job: Job) -> int:
                 job.log(groups, metrics)
                 if job.due(config.eval_steps) and step < job.total_steps:
                     job.evaluate(f"after step {step}")
-                if step == job.total_steps or stop.requested or job.due(config.save_steps):
+                # The signal may reach processes in different steps, and all of them save together.
+                stopping = any(job.learner.gather(stop.requested))
+                if step == job.total_steps or stopping or job.due(config.save_steps):
                     job.save()
-                if stop.requested:
+                if stopping:
                     view.say(f"stopped after step {step}; go on with --resume_from_checkpoint last")
                     return EXIT_INTERRUPTED
             job.report(before, job.evaluate("after training"))

@@ -469,17 +469,57 @@ def test_a_urls_server_that_died_in_a_push_is_awaited_and_gets_it_again(back_fro
 
 
 def test_a_trainer_killed_beside_its_server_resumes_with_it(served, model, questions, tmp_path):
-    url, secret = served.url, served.secret
+    """And so does one that its server left, which ends by itself and says how to go on."""
     folder = tmp_path / "run"
-    options = settings(vllm_server_base_url=url)
-    trainer = train(words(model, questions, folder, max_steps=200, **options), secret)
-    server = http_of(url, secret)
-    wait_until(lambda: len(logged(folder)) >= 2 and running(server) > 0)
-    trainer.kill()
-    trainer.communicate()
-    done = len(logged(folder))
-    again = words(model, questions, folder, max_steps=done + 2, resume_from_checkpoint="last", **options)
-    trainer = train(again, secret)
-    output, _ = trainer.communicate(timeout=240)
-    assert trainer.returncode == 0 and "resuming after step" in output, output
+    with Network(served.url) as network:
+        options = settings(vllm_server_base_url=network.url)
+        trainer = train(words(model, questions, folder, max_steps=200, **options), served.secret)
+        server = http_of(served.url, served.secret)
+        wait_until(lambda: len(logged(folder)) >= 2 and running(server) > 0)
+        trainer.kill()
+        trainer.communicate()
+        done = len(logged(folder))
+        options["resume_from_checkpoint"] = "last"
+        trainer = train(words(model, questions, folder, max_steps=200, **options), served.secret)
+        wait_until(lambda: len(logged(folder)) > done)
+        network.broken = {"/v1/completions": math.inf}
+        output, _ = trainer.communicate(timeout=240)
+        assert trainer.returncode == 3 and "error: no server is left: http://127" in output, output
+        done = len(logged(folder))
+        saved = folder / f"checkpoint-{done}"
+        assert f"{saved} is whole; go on with the same command and --resume_from_checkpoint last" in output
+        network.broken = {}
+        trainer = train(words(model, questions, folder, max_steps=done + 2, **options), served.secret)
+        output, _ = trainer.communicate(timeout=240)
+        network.shutdown()
+    assert trainer.returncode == 0 and f"resuming after step {done}" in output, output
     assert_whole(folder, done + 2)
+
+
+def test_two_learner_processes_of_another_node_share_a_server(served, model, questions, tmp_path):
+    """``recipes/nodes/learn.sh``: the doctor, then two ranks that shard the model; drafts come one step ahead."""
+    folder = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    own = settings(max_steps=4, save_steps=0, draft_policy_lag=1, draft_template="' [{draft}]'")
+    del own["vllm_mode"]
+    pairs = iter(words(model, questions, folder, **own))
+    recipe.write_text("".join(f"{key.removeprefix('--')}: {next(pairs)}\n" for key in pairs))
+    environment = served.environment | {
+        "GPUS_PER_NODE": "2", "SERVERS": "1", "MAIN_PORT": str(free_port("127.0.0.1")), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["recipes/nodes/learn.sh", str(recipe), "127.0.0.1"], cwd=ROOT, env=environment, capture_output=True, text=True,
+        timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = logged(folder)
+    assert [r["step"] for r in found] == [1, 2, 3, 4] and all(r["sync/version"] == r["step"] for r in found)
+    assert all(r["sync/probe_logp_gap"] < 1e-4 for r in found)
+    assert all(r["sampling/sampling_logp_difference/max"] < 1e-3 for r in found)
+    groups = records(folder, "completions.jsonl")
+    assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert len({g["row"] for g in groups}) == 16
+    for g in groups:
+        assert {one["version"] for one in g["refinements"]} == {g["step"] - 1}
+        assert {one["version"] for one in g["drafts"]} <= {max(g["step"] - 2, 0), g["step"] - 1}
+    assert found[0]["draft/policy_lag"] == 0.0 and found[-1]["draft/policy_lag"] > 0.0

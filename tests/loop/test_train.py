@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -171,20 +172,43 @@ def _equal(a: object, b: object) -> bool:
     return bool((a == b).all()) if hasattr(a, "all") else a == b
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, tmp_path):
-    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
-    command = [sys.executable, "-m", "igrpo.train", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
+    """The program, once it has done two steps."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+    metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
+    return process
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, tmp_path):
+    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
+    process = started([sys.executable, "-m", "igrpo.train", *arguments], tmp_path / "run")
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume_from_checkpoint last" in output and "Traceback" not in output
     last = steps(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(model, questions, tmp_path):
+    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = started([*torchrun, "-m", "igrpo.train", *arguments], tmp_path / "run")
+    second = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGTERM)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert output.count("stopping after this step") == 1 and "--resume_from_checkpoint last" in output
+    last = steps(tmp_path / "run")[-1]["step"]
+    assert last < 200 and (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
 
 
 def test_grpo_through_accelerate_launch(model, questions, tmp_path):
