@@ -73,6 +73,8 @@ def draw_outcome(arms: dict[str, list[dict]], baseline: str) -> Canvas:
         ax.set_title(title, loc="left")
         ax.set_yticks(range(len(arms)), [f"{arm} ({len(rs)})" for arm, rs in arms.items()])
         if key != "reward":
+            low, high = ax.get_xlim()  # an interval of few seeds may reach beyond what a share can be
+            ax.set_xlim(max(low, -0.02), min(high, 1.02))
             ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         ax.grid(axis="x")
     axes[0].invert_yaxis()

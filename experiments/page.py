@@ -50,14 +50,50 @@ mechanism works and what it costs; it says nothing about 7B models on mathematic
 to show what was asked, not because the scales compare.
 """
 
+HEADLINES = (
+    ("matched-budget", "igrpo", "8 rollouts, accuracy and format rewarded"),
+    ("accuracy-only", "igrpo", "8 rollouts, only accuracy rewarded"),
+    ("controls", "random", "a random draft in the place of the best"),
+    ("controls", "worst", "the worst draft in the place of the best"),
+    ("controls", "none", "no draft shown, so that the group of 4 is all that is left of the second stage"),
+)
+"""Plan, arm, and what is compared with the plan's baseline: the page's first lines."""
+
 
 def page(results: Path = RESULTS) -> str:
     """The whole page as Markdown."""
     paper = json.loads((FOLDER / "paper.json").read_text(encoding="utf-8"))
-    parts = [INTRO, _overview(paper, results)]
+    parts = [INTRO, *_headlines(results), _overview(paper, results)]
     for path in sorted(PLANS.glob("*.yaml")):
         parts.append(_section(path.stem, paper, results))
     return "\n".join(parts)
+
+
+def _headlines(results: Path) -> list[str]:
+    lines = []
+    for name, arm, what in HEADLINES:
+        summary = _summary(name, results)
+        if summary is None or arm not in summary["arms"] or summary["baseline"] not in summary["arms"]:
+            continue
+        base, figures = summary["arms"][summary["baseline"]], summary["arms"][arm]
+        words = [
+            f"{title} {show(figures[key], factor)} against {show(base[key], factor)} ({judged(figures[gap])})"
+            for key, gap, title, factor in (
+                ("accuracy", "minus_baseline", "accuracy", 100),
+                ("reward", "reward_minus_baseline", "reward", 1),
+            )
+        ]
+        lines.append(f"- {what}, `{arm}` against `{summary['baseline']}`: {'; '.join(words)}.")
+    return ["## In short\n\nOn the bare prompt, after training:\n", *lines, ""] if lines else []
+
+
+def judged(gap: dict[str, Any] | None) -> str:
+    """What an interval of paired differences supports."""
+    if gap is None or gap["half_width"] is None:
+        return "one seed, no claim"
+    if abs(gap["mean"]) <= gap["half_width"]:
+        return "no difference that these seeds can show"
+    return "better" if gap["mean"] > 0 else "worse"
 
 
 def _overview(paper: dict[str, Any], results: Path) -> str:
@@ -118,14 +154,12 @@ def verdict(summary: dict[str, Any]) -> str:
             gap = figures[key]
             if arm == summary["baseline"] or gap is None:
                 continue
-            if gap["half_width"] is None:
-                found.append(f"`{arm}`, {what}: one seed, no claim")
-            elif abs(gap["mean"]) <= gap["half_width"]:
-                found.append(f"`{arm}`, {what}: no difference from `{summary['baseline']}` that these seeds can show")
-            else:
-                word = "better" if gap["mean"] > 0 else "worse"
-                found.append(f"`{arm}`, {what}: {word} than `{summary['baseline']}`")
-    return "What the intervals support: " + ("; ".join(found) or "nothing to compare yet") + "."
+            found.append(f"`{arm}`, {what}: {judged(gap)}")
+    return (
+        f"What the intervals support, against `{summary['baseline']}`: "
+        + ("; ".join(found) or "nothing to compare yet")
+        + "."
+    )
 
 
 def _summary(name: str, results: Path) -> dict[str, Any] | None:

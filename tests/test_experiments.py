@@ -242,8 +242,8 @@ def test_only_an_interval_without_zero_is_called_a_difference():
         "one": gap(0.5, None),
     }
     said = verdict({"baseline": "base", "arms": arms})
-    assert "`up`, accuracy: better than `base`" in said and "`up`, reward: worse than `base`" in said
-    assert "`down`, accuracy: worse than `base`" in said and "`base`," not in said
+    assert "against `base`" in said and "`up`, accuracy: better" in said and "`up`, reward: worse" in said
+    assert "`down`, accuracy: worse" in said and "`base`," not in said
     assert "`even`, accuracy: no difference" in said and "`one`, accuracy: one seed, no claim" in said
 
 
