@@ -295,6 +295,9 @@ class Learner:
             yield name, tensor.to(dtype)
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.sharded:
+            # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
+            sharding.release(self.policy)
         whole = zero3.whole if self.zero3 else sharding.whole
         return ((name, whole(p).detach()) for name, p in self.unwrapped.named_parameters())
 
