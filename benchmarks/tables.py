@@ -35,7 +35,9 @@ def grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
 def title(contest: tuple, row: dict) -> str:
     op, shape, tokens, vocab, hidden, dtype, variant = contest
     width = f", H {hidden}" if hidden else ""
-    return f"{op}, {variant}: {shape}, {tokens:,} tokens, V {vocab:,}{width}, {dtype}"
+    size = "" if tokens is None else f", {tokens:,} tokens"  # whole steps of the loop have no one number
+    words = "" if vocab is None else f", V {vocab:,}"
+    return f"{op}, {variant}: {shape}{size}{words}{width}, {dtype}"
 
 
 def passes_of(rows: list[dict]) -> list[str]:
