@@ -9,6 +9,8 @@ ARGS ?=
 train: setup
 	$(PY) -m igrpo.train --config $(CONFIG) $(ARGS)
 
+# Engines, learners and servers of the tests share the cores: igrpo/cpu_threads.py.
+test: export GOMP_SPINCOUNT ?= 1000
 test: setup
 	$(PY) -m pytest $(ARGS)
 

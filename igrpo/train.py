@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_checks import check_trackers
 from igrpo.config_file import parse_args
+from igrpo.cpu_threads import shared_cores
 
 if TYPE_CHECKING:
     from igrpo.job import Job
@@ -33,6 +34,7 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 130 stopped by Ctrl-C after a save."""
+    os.environ.update(shared_cores(os.environ))
     try:
         return train(parse_args(sys.argv[1:] if argv is None else argv))
     except ConfigError as error:

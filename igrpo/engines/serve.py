@@ -15,6 +15,7 @@ from pathlib import Path
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import parse_args
+from igrpo.cpu_threads import shared_cores
 from igrpo.engines.control import SECRET_VARIABLE, check_bind, secret_from_environment
 from igrpo.engines.supervise import supervise
 
@@ -121,6 +122,7 @@ def server_environment(config: TrainConfig, secret: str, on_cpu: bool, devices: 
         environment["VLLM_CPU_KVCACHE_SPACE"] = os.environ.get(
             "VLLM_CPU_KVCACHE_SPACE", str(max(1, round(config.vllm_cpu_kvcache_gib)))
         )
+        environment |= shared_cores(os.environ)
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     return environment

@@ -53,13 +53,22 @@ def model(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def engine(model):
+def started(model):
     """Two servers that the engine started itself."""
     engine = start_engine(model, config(model, vllm_num_servers=2), max_model_length=256, stop_token_ids=[1], seed=0)
     yield engine
     left = [p for s in engine.servers if s.process.pid for p in psutil.Process(s.process.pid).children(recursive=True)]
     engine.close()
     wait_until(lambda: all(map(ended, left)), seconds=10)
+
+
+@pytest.fixture
+def engine(started):
+    """With nothing of a test that failed left for the next one to find."""
+    yield started
+    with started._news:
+        left = {*started._tasks, *(result.request_id for result in started._finished)}
+    started.abort(left)
 
 
 def test_servers_share_the_requests_and_sample_from_what_was_pushed(engine):
@@ -92,11 +101,13 @@ def test_prefixes_are_found_again_until_the_next_push(engine):
 
 
 def test_an_aborted_request_leaves_the_server_and_never_comes_back(engine):
+    """So many that none is near its end when both servers are seen at work, however fast they are."""
     servers = [own_http(server) for server in engine.servers]
-    for name in "abcdef":
+    aborted = ["a", *(f"a{i}" for i in range(99))]
+    for name in [*aborted, "f"]:
         engine.submit(Request(name, PROMPT, 16, LONG))
     wait_until(lambda: all(running(http) > 1 for http in servers))
-    engine.abort(["a", "b", "c", "d", "e", "never seen"])
+    engine.abort([*aborted, "never seen"])
     engine.submit(Request("a", PROMPT[:9], 1, SAMPLING))
     results = drain(engine, 2)
     assert results.keys() == {"a", "f"} and results["a"].prompt_ids == PROMPT[:9]
@@ -105,12 +116,13 @@ def test_an_aborted_request_leaves_the_server_and_never_comes_back(engine):
 
 
 def test_requests_that_run_go_on_under_new_weights(engine):
-    for name in "abcd":
-        engine.submit(Request(name, PROMPT, 16, LONG))
+    """One that ended before the push, on a fast machine, says the version it is all of."""
+    for i in range(4):
+        engine.submit(Request(f"{i}", PROMPT, 16, LONG))
     wait_until(lambda: all(s.load for s in engine.servers))
     engine.push_weights(source(4), version=4)
     results = drain(engine, 4)
-    assert {r.version for r in results.values()} == {4}
+    assert {4} <= {r.version for r in results.values()} <= {3, 4}
     assert all(len(ids) <= 180 for r in results.values() for ids in r.token_ids)
 
 
