@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -114,6 +116,20 @@ def test_the_trl_table_speaks_of_keys_that_are_accepted():
     for line in rows:
         for key in re.findall(r"`([^`]+)`", line.split(" | ")[0]):
             assert key in accepted, line
+
+
+def test_the_schedules_table_is_the_record():
+    """docs/scheduler.md against benchmarks/results/schedules/cpu.json."""
+    arms = json.loads((ROOT / "benchmarks/results/schedules/cpu.json").read_text())["arms"]
+    page = (ROOT / "docs/scheduler.md").read_text()
+    shown = [line for line in page.splitlines() if re.match(r"\| (GRPO, G|two stages)", line)]
+    grpo = median(arms["grpo"]["step"])
+    assert len(shown) == len(arms) == 4
+    for line, arm in zip(shown, arms.values(), strict=True):
+        whole, rollout, learner = (median(arm[part]) for part in ("step", "rollout", "learner"))
+        spread = f"{min(arm['step']):.2f}–{max(arm['step']):.2f}"
+        expected = [f"{whole:.2f}", spread, f"{rollout:.2f}", f"{learner:.2f}", f"{whole / grpo:.2f}"]
+        assert [cell.strip(" *") for cell in line.split("|")[2:-1]] == expected
 
 
 def test_links_between_pages_lead_somewhere():
