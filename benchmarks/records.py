@@ -12,7 +12,12 @@ the same contest, let r = median over rounds of log(ours / x), and dr its change
     noise of r        SE = 1.2533 · 1.4826 · MAD(log ratios) / sqrt(rounds), the standard error of a median
     noise of dr       sqrt(SE_now² + SE_then²)
     a ratio is lost   dr > max(ALLOWANCE, 4 · noise): more than both runs' scatter, and than what differs between runs
-    we have lost      at least half of the ratios of a contest are lost, or memory grew by more than 2 %
+    we have lost      at least half of the ratios of a contest are lost, or memory grew by more than MEMORY_ALLOWANCE
+
+Two whole CPU runs of the same code, two hours apart with nothing else on the machine, but on a shared host, gave |dr|
+of at most 9 % in half of the cases, 18 % in three quarters, 27 % in nine of ten and 41 % in 19 of 20: hence the CPU's
+allowance. The GPU's is assumed. A ratio that says 50 times faster is not judged: a backward pass that has nothing left
+to do is all overhead.
 
 One rival alone being faster or luckier than before is listed, but is no loss of ours.
 """
@@ -33,8 +38,10 @@ ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results"
 RESULTS = Path(os.environ.get("IGRPO_BENCHMARK_RESULTS") or COMMITTED)
 OURS = ("cuda", "triton", "cpu", "torch", "igrpo")
-ALLOWANCE = {"cuda": 0.05, "cpu": 0.15}
-MEMORY_ALLOWANCE = 0.02
+ALLOWANCE = {"cuda": 0.05, "cpu": 0.40}
+MEMORY_ALLOWANCE = {"rollout": 0.10, "training_step": 0.10}
+"""Beyond 2 %: elsewhere tensors are counted, here it is the peak of whole processes."""
+NEGLIGIBLE = 0.02
 CONTEST = ("op", "shape", "tokens", "vocab", "hidden", "dtype", "variant", "pass")
 
 
@@ -143,7 +150,7 @@ def changes(now: Iterable[dict], then: Iterable[dict], allowance: float) -> list
             peaks = old[name]["peak_extra_bytes"], row["peak_extra_bytes"]
             if all(peaks) and peaks[0] > 2**20:  # below a MiB it is a handful of small tensors
                 found.append(Change(contest, name, "memory", 1.0, peaks[1] / peaks[0],
-                                    peaks[1] > peaks[0] * (1 + MEMORY_ALLOWANCE)))  # fmt: skip
+                                    peaks[1] > peaks[0] * (1 + MEMORY_ALLOWANCE.get(row["op"], 0.02))))  # fmt: skip
     return found
 
 
@@ -154,7 +161,8 @@ def _ratios(contest, name, others, new, old, allowance) -> list[Change]:
         if None in runs:
             continue
         (then, se_then), (now, se_now) = runs
-        lost = now - then > max(math.log1p(allowance), 4 * math.hypot(se_then, se_now))
+        negligible = max(now, then) < math.log(NEGLIGIBLE)
+        lost = not negligible and now - then > max(math.log1p(allowance), 4 * math.hypot(se_then, se_now))
         found.append(Change(contest, name, other, math.exp(then), math.exp(now), lost))
     return found
 
