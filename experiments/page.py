@@ -56,6 +56,11 @@ HEADLINES = (
     ("controls", "random", "a random draft in the place of the best"),
     ("controls", "worst", "the worst draft in the place of the best"),
     ("controls", "none", "no draft shown, so that the group of 4 is all that is left of the second stage"),
+    ("remedies", "hide_answer", "the draft's final answer hidden"),
+    ("remedies", "resample", "groups without gradient replaced by other problems"),
+    ("train-on-drafts", "train_on_drafts", "drafts trained on as well, under the bare prompt"),
+    ("split", "n2_g6", "2 drafts and 6 refinements instead of 4 and 4"),
+    ("split", "n6_g2", "6 drafts and 2 refinements instead of 4 and 4"),
 )
 """Plan, arm, and what is compared with the plan's baseline: the page's first lines."""
 
