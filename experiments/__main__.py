@@ -83,10 +83,17 @@ def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespac
                   file=sys.stderr)  # fmt: skip
             return code
         (folder / "done").touch()
+        drop_optimizer(folder)
     record = make_record(folder, plan.name, arm, seed, fingerprint(settings))
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(record, indent=1) + "\n")
     return 0
+
+
+def drop_optimizer(folder: Path) -> None:
+    """More than half of a finished run's bytes, of no use to an evaluation; thirty runs of them fill a small disk."""
+    for path in folder.glob("checkpoint-*/state/optimizer*"):
+        path.unlink()
 
 
 def run_counted(command: list[str]) -> tuple[int, float]:

@@ -164,6 +164,8 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert 0 < record["totals"]["decoded_tokens"] <= 2 * 2 * 4 * 6
     assert record["totals"]["core_seconds"] > 1.0
     assert len(record["series"]["reward"]) == 2 and 0.0 <= record["answer_equals_draft"] <= 1.0
+    kept = {path.name for path in (tmp_path / "runs").rglob("checkpoint-2/**/*")}
+    assert "model.safetensors" in kept and not any(name.startswith("optimizer") for name in kept)
 
     never = Namespace(**{**vars(arguments), "launch": "false"})
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
