@@ -123,13 +123,13 @@ def cuda() -> bool:
 
 def peak_memory_gib() -> float:
     """As the learner counts it: of the accelerator where there is one, else of this process."""
-    import resource
-
     import torch
+
+    from igrpo.memory_plan import peak_resident
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident() / 2**30
 
 
 if __name__ == "__main__":

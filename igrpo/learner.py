@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -20,6 +19,7 @@ from igrpo.adapters import Adapters
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.learner_metrics import Accumulator, Metrics, work
+from igrpo.memory_plan import peak_resident
 from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
 from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups
@@ -324,7 +324,7 @@ class Learner:
         """Of the accelerator where there is one, else of this process."""
         if self.accelerator.device.type == "cuda":
             return torch.cuda.max_memory_allocated() / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        return peak_resident() / 2**30
 
     def save(self, folder: Path, tokenizer: Any, extra: Any) -> None:
         """Writes ``folder``: the model for everyone, and ``folder/state`` to resume from."""

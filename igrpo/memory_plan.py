@@ -108,6 +108,21 @@ class Machine:
     """Processes of the run, which share a sharded model."""
 
 
+def peak_resident() -> int:
+    """Highest resident memory of this process, in bytes.
+
+    Not ``ru_maxrss`` where the kernel says better: a process that a large one starts inherits that figure from it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def this_machine(use_cpu: bool = False, processes: int = 1) -> Machine:
     """This computer. Asks torch for the GPU, and only that; a container's memory limit counts as the memory."""
     if not use_cpu:

@@ -17,7 +17,7 @@ import torch
 
 from igrpo.config import TrainConfig
 from igrpo.learner import Learner
-from igrpo.memory_plan import GIB, memory_plan, model_shape, this_machine
+from igrpo.memory_plan import GIB, memory_plan, model_shape, peak_resident, this_machine
 from igrpo.models import load_policy, resolve_model
 from igrpo.types import TrainingSample
 
@@ -59,7 +59,7 @@ def main(name: str, *lengths: str) -> None:
         start = time.perf_counter()
         learner.train_on([sample])
         seconds = time.perf_counter() - start
-        measured = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        measured = peak_resident() - before
         plan = memory_plan(shape, config, this_machine(use_cpu=True), context=length).total
         print(
             f"| {length:,} | {measured / GIB:.2f} | {plan / GIB:.2f} | {plan / measured:.2f} | {seconds:.0f} |",

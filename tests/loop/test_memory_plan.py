@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -159,3 +161,16 @@ def test_this_machine_has_memory(monkeypatch):
     assert whole.device == "cpu" and GIB < whole.memory < 2**50
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert this_machine(use_cpu=True, processes=2).memory == whole.memory // 2
+
+
+PARENT = """
+import subprocess, sys
+ballast = b"x" * 2**29
+child = "from igrpo.memory_plan import peak_resident; y = b'x' * 2**26; print(peak_resident())"
+print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+def test_the_peak_is_the_process_own_and_not_that_of_who_started_it():
+    done = subprocess.run([sys.executable, "-c", PARENT], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < 2**28
