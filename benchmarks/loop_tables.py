@@ -34,11 +34,11 @@ def _lines(rows: list[dict]) -> Iterable[str]:
         if not row["time_ms"]:
             yield f"| {row['shape']} | {row['contender']} | {row['note']} | | | | | |"
             continue
-        seconds = row["time_ms"] / 1e3
+        seconds, tokens = row["time_ms"] / 1e3, row["tokens"] or row.get("decoded_tokens")
         cells = [
             f"{row['time_ms']:,.0f}",
             f"{row['time_ms'] / base:.2f}",
-            f"{row['tokens'] / seconds:,.0f}" if row["tokens"] else "",
+            f"{tokens / seconds:,.0f}" if tokens else "",
             f"{row['samples'] / seconds:.2f}" if row.get("samples") else "",
             f"{row['computed_tokens']:,.0f}" if row.get("computed_tokens") else "",
             f"{row['peak_extra_bytes'] / 2**20:,.0f}" if row["peak_extra_bytes"] else "",

@@ -125,15 +125,19 @@ def steps_of(run: Path) -> list[dict]:
 
 
 def rows(name: str, steps: Sequence[dict], shape: str) -> list[dict]:
-    """Rollout and whole step as record rows; samples are drafts and refinements alike, the budget of both methods."""
+    """Rollout and whole step as record rows; samples are drafts and refinements alike, the budget of both methods.
+
+    How many tokens they came to differs from run to run, so it is no part of what the contest is (`records.CONTEST`).
+    """
     used, impl = steps[WARM_UP:], "trl" if name == TRL else "igrpo"
 
     def row(op: str, seconds: str) -> dict:
         tokens = statistics.fmean(s["rollout/draft_tokens"] + s["rollout/refinement_tokens"] for s in used)
         samples = statistics.fmean(s["rollout/samples_per_second"] * s["rollout/seconds"] for s in used)
         return {
-            "op": op, "pass": "step", "impl": impl, "contender": name, "shape": shape, "tokens": round(tokens),
+            "op": op, "pass": "step", "impl": impl, "contender": name, "shape": shape, "tokens": None,
             "vocab": None, "hidden": None, "dtype": "", "variant": "budget 8", "samples": round(samples),
+            "decoded_tokens": round(tokens),
             "time_ms": round(1e3 * statistics.median(s[seconds] for s in used), 2), "floor_ms": None,
             "peak_extra_bytes": round(max(s["peak_memory_gib"] for s in steps) * 2**30), "max_rel_error": None,
             "note": "", "samples_ms": [round(1e3 * s[seconds], 2) for s in used],

@@ -309,10 +309,16 @@ def test_the_resource_table_has_the_papers_column_and_ours(tmp_path):
 def test_schedules_become_rows_of_the_record(tmp_path):
     steps = rollouts.steps_of(made_up_run(tmp_path / "run", 8.0))
     rollout, step = rollouts.rows("igrpo streaming", steps, "tiny")
-    assert (rollout["op"], rollout["time_ms"], rollout["tokens"], rollout["samples"]) == ("rollout", 4000.0, 400, 32)
+    assert (rollout["op"], rollout["time_ms"], rollout["samples"]) == ("rollout", 4000.0, 32)
+    assert (rollout["tokens"], rollout["decoded_tokens"]) == (None, 400)
     assert (step["op"], step["time_ms"], step["peak_extra_bytes"]) == ("training_step", 8000.0, 1.5 * 2**30)
     text = "\n".join(loop_tables.section([rollout, step]))
     assert "| tiny | igrpo streaming | 4,000 | 1.00 | 100 | 8.00 |  | 1,536 |" in text
+    longer = [s | {"rollout/refinement_tokens": 500.0} for s in steps]
+    for name in ("grpo", rollouts.TRL):  # one contest, however many tokens an arm happened to sample
+        assert {records.contest_key(row) for row in rollouts.rows(name, longer, "tiny")} == {
+            records.contest_key(row) for row in (rollout, step)
+        }
 
 
 def test_every_committed_record_can_be_printed_whole():

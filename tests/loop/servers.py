@@ -16,10 +16,21 @@ from pathlib import Path
 import httpx
 import psutil
 
+from igrpo.config import TrainConfig
+from igrpo.engines import Sampling
 from igrpo.engines.control import SECRET_VARIABLE
 from igrpo.engines.server_process import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+LONG = Sampling(temperature=0.7, max_tokens=180)
+REQUEST_SECONDS = 10.0
+
+
+def config(path: str, **settings) -> TrainConfig:
+    return TrainConfig(
+        model_name_or_path=path, dataset_name="d", vllm_mode="server", use_cpu=True, bf16=False,
+        vllm_request_timeout=REQUEST_SECONDS, **settings,
+    )  # fmt: skip
 
 
 def processes(server) -> tuple[psutil.Process, psutil.Process]:

@@ -45,6 +45,13 @@ def drain(engine, count: int) -> dict[str, Result]:
 
 
 @torch.no_grad()
+def log_probs(seed: int) -> list[float]:
+    """Of the prompt, under the model made with ``seed``."""
+    ids = torch.tensor([PROMPT])
+    return tiny_llama(seed)(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+
+
+@torch.no_grad()
 def logprob_gap(seed: int, result: Result, temperature: float = SAMPLING.temperature) -> float:
     """Largest |log p - log p_engine| over the sampled tokens, p being the model made with ``seed``."""
     model, gap = tiny_llama(seed), 0.0

@@ -5,46 +5,20 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import math
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import httpx
 import psutil
 import pytest
-import torch
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.engines import EngineError, Request, Sampling, start_engine
-from igrpo.engines.client import IDLE_SECONDS, ServerError
-from igrpo.engines.control import SECRET_VARIABLE
-from igrpo.engines.serve import KEEP_ALIVE_SECONDS
-from igrpo.engines.server_engine import MAX_FAILURES
-from igrpo.engines.server_process import free_port
+from igrpo.engines import EngineError, Request, start_engine
+from igrpo.engines.client import ServerError
 from igrpo.engines.transfer import publish, push_files
-from tests.loop.servers import Network, Served, http_of, is_idle, own_http, processes, running, wait_until
+from tests.loop.servers import LONG, config, is_idle, own_http, processes, running, wait_until
 from tests.loop.test_control import ended
-from tests.loop.test_engines import PROMPT, SAMPLING, drain, logprob_gap, source
-from tests.loop.test_train import records, words
-from tests.tiny import save_tiny, tiny_llama
-
-ROOT = Path(__file__).resolve().parents[2]
-LONG = Sampling(temperature=0.7, max_tokens=180)
-REQUEST_SECONDS = 10.0
-
-
-def config(path: str, **settings) -> TrainConfig:
-    return TrainConfig(
-        model_name_or_path=path, dataset_name="d", vllm_mode="server", use_cpu=True, bf16=False,
-        vllm_request_timeout=REQUEST_SECONDS, **settings,
-    )  # fmt: skip
+from tests.loop.test_engines import PROMPT, SAMPLING, drain, log_probs, logprob_gap, source
+from tests.tiny import save_tiny
 
 
 @pytest.fixture(scope="module")
@@ -116,21 +90,20 @@ def test_an_aborted_request_leaves_the_server_and_never_comes_back(engine):
 
 
 def test_requests_that_run_go_on_under_new_weights(engine):
-    """One that ended before the push, on a fast machine, says the version it is all of."""
-    for i in range(4):
+    """So many that some run through the push, however fast the servers are."""
+    for i in range(40):
         engine.submit(Request(f"{i}", PROMPT, 16, LONG))
     wait_until(lambda: all(s.load for s in engine.servers))
     engine.push_weights(source(4), version=4)
-    results = drain(engine, 4)
-    assert {4} <= {r.version for r in results.values()} <= {3, 4}
-    assert all(len(ids) <= 180 for r in results.values() for ids in r.token_ids)
-
-
-@torch.no_grad()
-def log_probs(seed: int) -> list[float]:
-    """Of the prompt, under the model made with ``seed``."""
-    ids = torch.tensor([PROMPT])
-    return tiny_llama(seed)(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].tolist()
+    still = set(engine._tasks)
+    assert still
+    wait_until(lambda: any(name not in engine._tasks for name in still))
+    engine.abort(set(engine._tasks))
+    results = engine.poll()
+    ended = {r.request_id for r in results} & still
+    assert ended and all(r.version == 4 for r in results if r.request_id in ended)
+    assert {r.version for r in results} <= {3, 4}
+    assert all(len(ids) <= 180 for r in results for ids in r.token_ids)
 
 
 def test_score_is_the_models_log_probability(engine):
@@ -173,185 +146,6 @@ def test_a_server_killed_in_a_push_is_replaced_and_gets_the_weights(engine):
     for i in range(4):
         engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
     assert max(logprob_gap(6, r) for r in drain(engine, 4).values()) < 1e-4
-
-
-# --- servers that run before the trainer and after it
-
-
-@pytest.fixture(scope="module")
-def dead_start(model):
-    """The end of an engine whose own server cannot start; comes beside the other tests."""
-    with ThreadPoolExecutor(1) as pool:
-        yield pool.submit(start_engine, "/no/such/model", config(model), 256, [1], 0)
-
-
-@pytest.fixture(scope="module")
-def served(model, dead_start, tmp_path_factory) -> Iterator[Served]:
-    folder = tmp_path_factory.mktemp("served")
-    (folder / "recipe.yaml").write_text(
-        f"{{model_name_or_path: {model}, dataset_name: d, use_cpu: true, bf16: false, vllm_max_model_length: 256}}\n"
-    )
-    server = Served(folder / "recipe.yaml", folder / "server.log")
-    server.start()
-    try:
-        wait_until(server.answers)
-        yield server
-    finally:
-        server.stop()
-
-
-def test_every_route_of_the_real_server_is_closed(served):
-    url, secret = served.url, served.secret
-    with httpx.Client(base_url=url, timeout=60) as anybody:
-        good = {"Authorization": f"Bearer {secret}"}
-        paths = anybody.get("/openapi.json", headers=good).json()["paths"]
-        assert {"/collective_rpc", "/pause", "/update_weights", "/v1/completions", "/health", "/sleep"} <= paths.keys()
-        tried = [(method.upper(), path) for path, methods in paths.items() for method in methods]
-        tried += [("GET", path) for path in ("/docs", "/redoc", "/openapi.json", "/metrics", "/metrics/", "/", "/x")]
-        for method, path in tried:
-            for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Request-Id": secret}):
-                answer = anybody.request(method, path, headers=headers, json={})
-                assert answer.status_code == 401, (method, path)
-                assert "x-igrpo-boot" not in answer.headers
-        assert anybody.post("/collective_rpc", headers=good, json={"method": "igrpo_checksums",
-                            "kwargs": {"shapes": {}}}).status_code == 200  # fmt: skip
-        assert anybody.get("/is_paused", headers=good).json() == {"is_paused": False}
-        upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13",
-                   "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}  # fmt: skip
-        assert anybody.get("/v1/realtime", headers=upgrade).status_code in (401, 403)
-    everyone = served.everyone()
-    assert len(everyone) >= 3
-    for process in everyone:
-        assert secret not in " ".join(process.cmdline())
-        for connection in process.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                assert connection.laddr.ip in ("127.0.0.1", "::1"), connection
-    assert secret not in served.log.read_text()
-
-
-def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, model, tmp_path, monkeypatch):
-    url, secret = served.url, served.secret
-    monkeypatch.setenv(SECRET_VARIABLE, secret)
-    code = (
-        "import sys, time; from tests.loop.test_servers import *;"
-        "path, url, folder = sys.argv[1:];"
-        "e = start_engine(path, config(path, vllm_server_urls=[url], vllm_weight_dir=folder), 256, [1], 0);"
-        "e.push_weights(source(3), 3);"
-        "[e.submit(Request(f'{i}', PROMPT, 64, LONG)) for i in range(40)];"
-        "time.sleep(600)"
-    )
-    old = subprocess.Popen([sys.executable, "-c", code, model, url, str(tmp_path)], cwd=ROOT)
-    server = http_of(url, secret)
-    try:
-        wait_until(lambda: running(server) > 100)
-        os.kill(old.pid, signal.SIGSTOP)  # its connections stay open, as behind a dead network
-        for phase in ("/pause?mode=keep", "/start_weight_update"):  # and so does the push it was about to make
-            assert server.post(phase).status_code == 200
-        new = start_engine(model, config(model, vllm_server_urls=[url]), 256, [1], 0)
-        try:
-            with pytest.raises(EngineError, match="push first"):
-                new.submit(Request("a", PROMPT, 1, SAMPLING))
-            new.push_weights(source(8), version=8)
-            assert is_idle(server)  # nobody waits for the old ones any more
-            new.submit(Request("a", PROMPT, 3, SAMPLING))
-            assert logprob_gap(8, drain(new, 1)["a"]) < 1e-4
-        finally:
-            new.close()
-    finally:
-        old.kill()
-        old.wait()
-    assert server.get("/health").status_code == 200  # not ours to stop
-
-
-@pytest.fixture
-def far(served, model, monkeypatch):
-    """An engine whose only server is at a URL, behind a network that can break."""
-    monkeypatch.setenv(SECRET_VARIABLE, served.secret)
-    with Network(served.url) as network:
-        engine = start_engine(model, config(model, vllm_server_urls=[network.url]), 256, [1], 0)
-        yield engine, network
-        engine.close()
-        network.shutdown()
-
-
-def test_a_push_to_a_urls_server_that_fails_half_way_is_made_again(far):
-    """Its process is not ours to replace: what it took of the push is undone, and it gets all of it again."""
-    engine, network = far
-    lost = [("broken", "/update_weights"), ("deaf", "/update_weights"), ("broken", "/finish_weight_update"),
-            ("deaf", "/finish_weight_update"), ("broken", "/collective_rpc"), ("broken", "/resume")]  # fmt: skip
-    for version, (how, path) in enumerate(lost, start=20):
-        # The first /resume is not the push's own, but of the takeover after it failed.
-        setattr(network, how, {path: 1} if path != "/resume" else {"/finish_weight_update": 1, path: 1})
-        figures = engine.push_weights(source(version), version)
-        assert network.dropped[-1] == path and figures["sync/servers"] == 1.0
-        engine.submit(Request("a", PROMPT, 3, SAMPLING))
-        result = drain(engine, 1)["a"]
-        assert result.version == version and logprob_gap(version, result) < 1e-4, (how, path)
-    assert figures["sync/restarts"] == len(lost)
-    network.broken = {"/v1/completions": 1}
-    assert engine.score(PROMPT) == pytest.approx(log_probs(version), abs=1e-4)  # so when it breaks after the push
-    assert engine._restarts == len(lost) + 1
-
-
-def test_a_connection_that_ends_is_not_a_server_that_died(far, served):
-    engine, network = far
-    engine.push_weights(source(30), version=30)
-    network.broken, network.deaf = {"/v1/completions": 2}, {"/v1/completions": 1}
-    for i in range(6):
-        engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
-    assert max(logprob_gap(30, r) for r in drain(engine, 6).values()) < 1e-4
-    assert len(network.dropped) == 3 and engine._restarts == 0
-    # The usual reason: the server closes an idle connection under a request. So it must not be the one to close it.
-    assert IDLE_SECONDS < KEEP_ALIVE_SECONDS / 2
-    (front,) = [p for p in served.everyone() if "vllm.entrypoints.openai.api_server" in p.cmdline()]
-    assert float(front.environ()["VLLM_HTTP_TIMEOUT_KEEP_ALIVE"]) == KEEP_ALIVE_SECONDS
-
-
-def test_a_server_that_comes_back_only_to_fail_again_is_given_up(far):
-    """It answers everything but requests: as one whose GPU breaks under the first real work."""
-    engine, network = far
-    engine.push_weights(source(31), version=31)
-    network.broken = {"/v1/completions": math.inf}
-    engine.submit(Request("a", PROMPT, 2, SAMPLING))
-    with pytest.raises(EngineError, match=r"no server is left: http://127.*/v1/completions"):
-        drain(engine, 1)
-    assert engine._restarts == MAX_FAILURES
-
-
-def test_what_is_wrong_with_a_server_is_said(served, dead_start, model, monkeypatch):
-    url, secret = served.url, served.secret
-    with pytest.raises(ConfigError, match=SECRET_VARIABLE):
-        start_engine(model, config(model, vllm_server_urls=[url]), 256, [1], 0)
-    monkeypatch.setenv(SECRET_VARIABLE, "another-run's-secret")
-    with pytest.raises(EngineError, match="refused the secret"):
-        start_engine(model, config(model, vllm_server_base_url=url), 256, [1], 0)
-    monkeypatch.setenv(SECRET_VARIABLE, secret)
-    with pytest.raises(EngineError, match="vllm_max_model_length: 300"):
-        start_engine(model, config(model, vllm_server_urls=[url]), 300, [1], 0)
-    nobody = f"http://127.0.0.1:{free_port('127.0.0.1')}"
-    with pytest.raises(EngineError, match=r"no vLLM server came up at .* in 1 s.*vllm_server_timeout"):
-        start_engine(model, config(model, vllm_server_urls=[url, nobody], vllm_server_timeout=1.0), 256, [1], 0)
-    with pytest.raises(ConfigError, match="vllm_weight_dir"):
-        start_engine(model, config(model, vllm_server_urls=["http://10.0.0.2:8000"]), 256, [1], 0)
-    with pytest.raises(EngineError, match="ended while starting"):
-        dead_start.result()
-
-
-@pytest.fixture(scope="module")
-def back_from_the_dead(served, model):
-    """The end of a push in which a URL's server died and somebody started it again; comes beside the next test."""
-    os.environ[SECRET_VARIABLE] = served.secret
-    far = start_engine(model, config(model, vllm_server_urls=[served.url]), 256, [1], 0)
-    del os.environ[SECRET_VARIABLE]
-
-    def it_dies():
-        yield from source(9)()
-        served.stop()
-        served.start()
-
-    with ThreadPoolExecutor(1) as pool:
-        yield far, pool.submit(far.push_weights, it_dies, 9)
-    far.close()
 
 
 def test_the_replaced_server_holds_the_weights_and_when_it_hangs_another_takes_its_requests(engine, monkeypatch):
@@ -400,138 +194,3 @@ def test_a_server_that_cannot_come_back_is_given_up_and_the_other_goes_on(engine
     engine.submit(Request("a", PROMPT, 2, SAMPLING))
     with pytest.raises(EngineError, match=r"no server is left: (?s:.)*has fallen(?s:.)*; (?s:.)*has fallen"):
         drain(engine, 1)
-
-
-# --- the whole program
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    path.write_text("".join(f'{{"question": "What is {i} + 1?", "answer": "#### {i + 1}"}}\n' for i in range(20)))
-    return str(path)
-
-
-def train(arguments: list[str], secret: str | None = None) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {SECRET_VARIABLE: secret} if secret else {}
-    command = [sys.executable, "-m", "igrpo.train", *arguments]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def settings(**more) -> dict:
-    return {
-        "vllm_mode": "server", "max_completion_length": 100, "save_steps": 1, "full_determinism": False,
-        "vllm_max_model_length": 256, **more,
-    }  # fmt: skip
-
-
-def logged(folder: Path) -> list[dict]:
-    """Steps whose line is whole: the trainer may be writing the next one."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if "reward" in r]
-
-
-def assert_whole(folder: Path, count: int) -> None:
-    """Every step once, sampled from that step's weights; every prompt of an epoch once."""
-    found = logged(folder)
-    assert [r["step"] for r in found] == list(range(1, count + 1))
-    for r in found:
-        assert r["sync/version"] == r["step"] and r["sync/probe_logp_gap"] < 1e-4
-        assert r["sampling/sampling_logp_difference/max"] < 1e-3
-    groups = records(folder, "completions.jsonl")
-    rows = [g["row"] for g in groups]
-    assert len(rows) == 2 * count and len(set(rows[:20])) == min(20, len(rows))
-    assert all(len(g["drafts"]) == 3 and len(g["refinements"]) == 4 for g in groups)
-
-
-def test_a_server_killed_under_a_learner_costs_no_prompt(model, questions, tmp_path, back_from_the_dead):
-    """Two processes, learner and server; the server is killed while it generates."""
-    folder = tmp_path / "run"
-    trainer = train(words(model, questions, folder, max_steps=8, **settings()))
-    wait_until(lambda: len(logged(folder)) >= 1 or trainer.poll() is not None)
-    (front,) = [
-        p for p in psutil.Process(trainer.pid).children(recursive=True)
-        if "vllm.entrypoints.openai.api_server" in p.cmdline() and p.ppid() != trainer.pid
-    ]  # fmt: skip
-    everyone = [front, *front.children(recursive=True)]
-    secret = front.environ()[SECRET_VARIABLE]
-    (address,) = {c.laddr for c in front.net_connections("inet") if c.status == psutil.CONN_LISTEN}
-    server = http_of(f"http://{address.ip}:{address.port}", secret)
-    wait_until(lambda: running(server) > 0)
-    front.kill()
-    output, _ = trainer.communicate(timeout=240)
-    assert trainer.returncode == 0, output
-    assert "bringing it back" in output and logged(folder)[-1]["sync/restarts"] == 1.0
-    assert_whole(folder, 8)
-    wait_until(lambda: all(map(ended, everyone)), seconds=10)
-    assert not list(Path("/dev/shm").glob(f"igrpo-weights-{trainer.pid}-*"))
-    assert secret not in output and not any(secret in f.read_text() for f in folder.glob("*.*"))
-
-
-def test_a_urls_server_that_died_in_a_push_is_awaited_and_gets_it_again(back_from_the_dead):
-    far, push = back_from_the_dead
-    figures = push.result()
-    assert figures["sync/servers"] == 1.0 and figures["sync/restarts"] == 1.0
-    far.submit(Request("a", PROMPT, 3, SAMPLING))
-    assert logprob_gap(9, drain(far, 1)["a"]) < 1e-4
-
-
-def test_a_trainer_killed_beside_its_server_resumes_with_it(served, model, questions, tmp_path):
-    """And so does one that its server left, which ends by itself and says how to go on."""
-    folder = tmp_path / "run"
-    with Network(served.url) as network:
-        options = settings(vllm_server_base_url=network.url)
-        trainer = train(words(model, questions, folder, max_steps=200, **options), served.secret)
-        server = http_of(served.url, served.secret)
-        wait_until(lambda: len(logged(folder)) >= 2 and running(server) > 0)
-        trainer.kill()
-        trainer.communicate()
-        done = len(logged(folder))
-        options["resume_from_checkpoint"] = "last"
-        trainer = train(words(model, questions, folder, max_steps=200, **options), served.secret)
-        wait_until(lambda: len(logged(folder)) > done)
-        network.broken = {"/v1/completions": math.inf}
-        output, _ = trainer.communicate(timeout=240)
-        assert trainer.returncode == 3 and "error: no server is left: http://127" in output, output
-        done = len(logged(folder))
-        saved = folder / f"checkpoint-{done}"
-        assert f"{saved} is whole; go on with the same command and --resume_from_checkpoint last" in output
-        network.broken = {}
-        trainer = train(words(model, questions, folder, max_steps=done + 2, **options), served.secret)
-        output, _ = trainer.communicate(timeout=240)
-        network.shutdown()
-    assert trainer.returncode == 0 and f"resuming after step {done}" in output, output
-    assert_whole(folder, done + 2)
-
-
-def test_two_learner_processes_of_another_node_share_a_server(served, model, questions, tmp_path):
-    """``recipes/nodes/learn.sh``: the doctor, then two ranks that shard the model; drafts come one step ahead."""
-    folder = tmp_path / "run"
-    recipe = tmp_path / "recipe.yaml"
-    own = settings(max_steps=4, save_steps=0, draft_policy_lag=1, draft_template="' [{draft}]'")
-    del own["vllm_mode"]
-    pairs = iter(words(model, questions, folder, **own))
-    recipe.write_text("".join(f"{key.removeprefix('--')}: {next(pairs)}\n" for key in pairs))
-    environment = served.environment | {
-        "GPUS_PER_NODE": "2", "SERVERS": "1", "MAIN_PORT": str(free_port("127.0.0.1")), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        ["recipes/nodes/learn.sh", str(recipe), "127.0.0.1"], cwd=ROOT, env=environment, capture_output=True, text=True,
-        timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = logged(folder)
-    assert [r["step"] for r in found] == [1, 2, 3, 4] and all(r["sync/version"] == r["step"] for r in found)
-    assert all(r["sync/probe_logp_gap"] < 1e-4 for r in found)
-    assert all(r["sampling/sampling_logp_difference/max"] < 1e-3 for r in found)
-    groups = records(folder, "completions.jsonl")
-    assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
-    assert len({g["row"] for g in groups}) == 16
-    for g in groups:
-        assert {one["version"] for one in g["refinements"]} == {g["step"] - 1}
-        assert {one["version"] for one in g["drafts"]} <= {max(g["step"] - 2, 0), g["step"] - 1}
-    assert found[0]["draft/policy_lag"] == 0.0 and found[-1]["draft/policy_lag"] > 0.0
