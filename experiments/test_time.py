@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if not (run / "done").is_file():
                     raise ConfigError(f"no finished run of {arm}, seed {seed}: python -m experiments {plan.name} first")
                 target = args.results / plan.name / "test-time" / f"{arm}-seed{seed}.json"
-                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed)):
+                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed, args.problems)):
                     return code
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,19 +50,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plan")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--problems", type=int, help="only the first of the held-out problems (default: all)")
     parser.add_argument("--base", type=Path, default=BASE_CPU)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)
 
 
-def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int) -> int:
+def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: int | None) -> int:
     """`igrpo eval` of one run on its held-out problems; returns its exit code."""
     output = run.with_name(f"{run.name}-test-time")
     command = [
         "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(SAMPLES),
         "--two_stage", "first,majority,oracle", "--output_dir", str(output),
     ]  # fmt: skip
+    command += [] if problems is None else ["--max_samples", str(problems)]
     code = subprocess.run([sys.executable, "-m", "igrpo", *command]).returncode
     if code:
         return code
@@ -71,7 +73,8 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int) -> int:
         "plan": plan,
         "arm": arm,
         "seed": seed,
-        "command": f"python -m experiments.test_time {plan} --arms {arm} --seeds {seed}",
+        "command": f"python -m experiments.test_time {plan} --arms {arm} --seeds {seed}"
+        + ("" if problems is None else f" --problems {problems}"),
         **provenance(),
         "samples": SAMPLES,
         "modes": {row["mode"]: mode_figures(row) for row in rows},
@@ -92,12 +95,13 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
     if not records:
         return []
     modes = list(records[0]["modes"])
-    lines = [f"| arm | seeds | {' | '.join(modes)} |", "|---" * (len(modes) + 2) + "|"]
+    lines = [f"| arm | seeds | problems | {' | '.join(modes)} |", "|---" * (len(modes) + 3) + "|"]
     for arm in arms:
         own = [r for r in records if r["arm"] == arm]
         if own:
             cells = [show(interval([r["modes"][mode]["accuracy"] for r in own]), 100) for mode in modes]
-            lines.append(f"| {arm} | {len(own)} | {' | '.join(cells)} |")
+            problems = own[0]["modes"][modes[0]]["problems"]
+            lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join(cells)} |")
     return lines
 
 

@@ -181,12 +181,13 @@ def test_checkpoints_of_a_plan_are_evaluated_with_a_second_stage(tiny_base, tmp_
 
     assert main(["matched-budget", *where]) == 0
     assert (tmp_path / "results" / "matched-budget" / "outcome.svg").is_file()
-    assert test_time.main(["matched-budget", *where]) == 0
+    assert test_time.main(["matched-budget", *where, "--problems", "3"]) == 0
     record = json.loads((tmp_path / "results" / "matched-budget" / "test-time" / "igrpo-seed0.json").read_text())
     assert len(record["modes"]) == 4 and "single shot" in record["modes"]
-    assert all(mode["problems"] == 4 and 0.0 <= mode["accuracy"] <= 1.0 for mode in record["modes"].values())
+    assert record["command"].endswith("--seeds 0 --problems 3")
+    assert all(mode["problems"] == 3 and 0.0 <= mode["accuracy"] <= 1.0 for mode in record["modes"].values())
     written = page(tmp_path / "results")
-    assert "| igrpo | 1 |" in written and "ORACLE best of 4 drafts" in written
+    assert "| igrpo | 1 | 3 |" in written and "ORACLE best of 4 drafts" in written
 
 
 def test_the_page_of_results_is_what_the_records_say():

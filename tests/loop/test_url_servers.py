@@ -92,7 +92,8 @@ def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, mode
     url, secret = served.url, served.secret
     monkeypatch.setenv(SECRET_VARIABLE, secret)
     code = (
-        "import sys, time; from tests.loop.test_url_servers import *;"
+        "import sys, time; from igrpo.engines import Request, start_engine;"
+        "from tests.loop.servers import LONG, config; from tests.loop.test_engines import PROMPT, source;"
         "path, url, folder = sys.argv[1:];"
         "e = start_engine(path, config(path, vllm_server_urls=[url], vllm_weight_dir=folder), 256, [1], 0);"
         "e.push_weights(source(3), 3);"
@@ -102,7 +103,8 @@ def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, mode
     old = subprocess.Popen([sys.executable, "-c", code, model, url, str(tmp_path)], cwd=ROOT)
     server = http_of(url, secret)
     try:
-        wait_until(lambda: running(server) > 100)
+        wait_until(lambda: running(server) > 100 or old.poll() is not None)
+        assert old.poll() is None
         os.kill(old.pid, signal.SIGSTOP)  # its connections stay open, as behind a dead network
         for phase in ("/pause?mode=keep", "/start_weight_update"):  # and so does the push it was about to make
             assert server.post(phase).status_code == 200
