@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-from experiments import test_time
+from experiments import starting_points, test_time
 from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
 from experiments.summary import show
 
+READING = FOLDER / "reading.md"
 PAGE = FOLDER.parent / "docs" / "results.md"
 TABLES = (
     ("accuracy_before", "accuracy", "minus_baseline", "minus_baseline_at_equal_tokens", "format", "reward",
@@ -53,12 +55,16 @@ to show what was asked, not because the scales compare.
 HEADLINES = (
     ("matched-budget", "igrpo", "8 rollouts, accuracy and format rewarded"),
     ("accuracy-only", "igrpo", "8 rollouts, only accuracy rewarded"),
+    ("harder-tasks", "igrpo", "the same on tasks that start near 20 %"),
     ("controls", "random", "a random draft in the place of the best"),
     ("controls", "worst", "the worst draft in the place of the best"),
     ("controls", "none", "no draft shown, so that the group of 4 is all that is left of the second stage"),
     ("remedies", "hide_answer", "the draft's final answer hidden"),
     ("remedies", "resample", "groups without gradient replaced by other problems"),
     ("train-on-drafts", "train_on_drafts", "drafts trained on as well, under the bare prompt"),
+    ("selection-score", "accuracy_first", "drafts ranked by correctness before format"),
+    ("schedules", "lag_1", "drafts from the weights of the step before"),
+    ("schedules", "early_stop", "drafting stopped at the first draft that cannot be beaten"),
     ("split", "n2_g6", "2 drafts and 6 refinements instead of 4 and 4"),
     ("split", "n6_g2", "6 drafts and 2 refinements instead of 4 and 4"),
 )
@@ -68,7 +74,7 @@ HEADLINES = (
 def page(results: Path = RESULTS) -> str:
     """The whole page as Markdown."""
     paper = json.loads((FOLDER / "paper.json").read_text(encoding="utf-8"))
-    parts = [INTRO, *_headlines(results), _overview(paper, results)]
+    parts = [INTRO, *reading(results), *_headlines(results), *tasks(results), _overview(paper, results)]
     for path in sorted(PLANS.glob("*.yaml")):
         parts.append(_section(path.stem, paper, results))
     return "\n".join(parts)
@@ -89,7 +95,43 @@ def _headlines(results: Path) -> list[str]:
             )
         ]
         lines.append(f"- {what}, `{arm}` against `{summary['baseline']}`: {'; '.join(words)}.")
-    return ["## In short\n\nOn the bare prompt, after training:\n", *lines, ""] if lines else []
+    return ["## One by one\n\nOn the bare prompt, after training:\n", *lines, ""] if lines else []
+
+
+def reading(results: Path, source: Path = READING) -> list[str]:
+    """`source` with its figures filled in; a paragraph that quotes a figure nobody measured yet is left out.
+
+    ``{plan/arm/key}`` stands for a figure of a summary, ``{plan/arm/key?}`` for what a difference's interval supports.
+    """
+
+    def fill(found: re.Match[str]) -> str:
+        name, arm, key, verdict = found.groups()
+        summary = _summary(name, results)
+        if summary is None or arm not in summary["arms"]:
+            raise LookupError(found.group())
+        figure = summary["arms"][arm][key]
+        return judged(figure) if verdict else show(figure, COLUMNS[key][1])
+
+    kept = []
+    for paragraph in source.read_text(encoding="utf-8").split("\n\n"):
+        try:
+            kept.append(re.sub(r"\{([\w-]+)/([\w-]+)/(\w+)(\?)?\}", fill, paragraph))
+        except LookupError:
+            continue
+    return ["\n\n".join(kept).rstrip() + "\n"]
+
+
+def tasks(results: Path) -> list[str]:
+    path = results / starting_points.RECORD.name
+    if not path.is_file():
+        return []
+    record = json.loads(path.read_text(encoding="utf-8"))
+    text = (
+        f"## Which tasks\n\nWhat {record['model']} gets right before any training, from the experiments' bare prompt "
+        f"(`{record['command']}`). In bold: between 10 % and 60 %, where there is something to learn and something to "
+        "learn from.\n"
+    )
+    return [text, *starting_points.table(record), ""]
 
 
 def judged(gap: dict[str, Any] | None) -> str:

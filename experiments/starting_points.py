@@ -33,7 +33,7 @@ GSM8K_TOKENS = 128
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: that of the evaluations."""
     args = parse(argv)
-    base, tasks = load_base(BASE_CPU), yaml.safe_load(args.tasks.read_text(encoding="utf-8"))
+    base, tasks = load_base(args.base), yaml.safe_load(args.tasks.read_text(encoding="utf-8"))
     words = [f"--problems {args.problems}"] + (["--data_dir DIR"] if args.data_dir else [])
     record: dict[str, Any] = {
         "command": " ".join(["python -m experiments.starting_points", *words]),
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.starting_points", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--base", type=Path, default=BASE_CPU, help="recipe whose prompts and engine are taken")
     parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--problems", type=int, default=200, help="per task")
     parser.add_argument("--data_dir", type=Path, help="folder with gsm8k/test.jsonl")
@@ -86,7 +87,7 @@ def evaluate(
 ) -> dict[str, dict[str, Any]]:
     """Benchmark -> accuracy with its interval over problems, one answer to each, sampled as the experiments do."""
     command = [
-        sys.executable, "-m", "igrpo", "eval", "--model", args.model, "--config", str(BASE_CPU), "--n", "1",
+        sys.executable, "-m", "igrpo", "eval", "--model", args.model, "--config", str(args.base), "--n", "1",
         "--max_samples", str(args.problems), "--max_completion_length", str(tokens), "--output_dir", str(output),
         "--benchmarks", *benchmarks, *extra,
     ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,8 @@ from igrpo.config_file import dump_yaml
 from igrpo.types import RolloutGroup, Scored
 
 _PREFIX = "checkpoint-"
+ALMOST_NOTHING = 16 * 2**20
+"""Bytes; a disk with less is full."""
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -41,6 +44,10 @@ def checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [p for p in folder.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit()]
     return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
+
+
+class DiskFullError(RuntimeError):
+    """A checkpoint that did not fit."""
 
 
 class Processes(Protocol):
@@ -84,9 +91,23 @@ class RunFolder:
         self._append("completions.jsonl", list(records))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """``write`` (in every process) fills a hidden folder, which then gets its name in one rename."""
+        """``write`` (in every process) fills a hidden folder, which then gets its name in one rename.
+
+        Raises:
+            DiskFullError: nothing of the checkpoint is left; the ones before it are whole.
+        """
         staging, target = self.path / f".{_PREFIX}{step}", self.path / f"{_PREFIX}{step}"
-        write(staging)
+        try:
+            write(staging)
+        except Exception as error:  # each library that writes has an exception of its own for a full disk
+            if not _disk_is_full(error, self.path):
+                raise
+            written = sum(f.stat().st_size for f in staging.rglob("*") if f.is_file())
+            shutil.rmtree(staging, ignore_errors=True)
+            raise DiskFullError(
+                f"the disk of {self.path} was full after {written / 2**30:.2f} GiB of checkpoint {step}; make room, or "
+                "write save_total_limit: 1 to keep only the last checkpoint"
+            ) from error
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             _sync_to_disk(staging)
@@ -114,6 +135,13 @@ def whole_lines(path: Path) -> list[str]:
     U+2028 for example."""
     with open(path, encoding="utf-8", newline="\n") as file:
         return [line for line in file if line.endswith("\n")]
+
+
+def _disk_is_full(error: Exception, path: Path) -> bool:
+    """torch and safetensors do not keep the system's error number, so what is left on the disk says it too."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(path).free < ALMOST_NOTHING
 
 
 def _set_aside(path: Path) -> Path | None:

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 # Everything heavy is imported inside functions: a mistake in a recipe is answered at once, and reward workers, which
 # import the main module again, stay light.
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 130 stopped by Ctrl-C after a save."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room for a checkpoint,
+    130 stopped by Ctrl-C after a save."""
     os.environ.update(shared_cores(os.environ))
     try:
         return train(parse_args(sys.argv[1:] if argv is None else argv))
@@ -79,6 +80,7 @@ def quiet_libraries() -> None:
 def loop(job: Job) -> int:
     from igrpo.engines import EngineError
     from igrpo.metrics import rollout_metrics
+    from igrpo.run_folder import DiskFullError
 
     config, view = job.config, job.view
     stop = StopRequest()
@@ -108,9 +110,9 @@ def loop(job: Job) -> int:
                     return EXIT_INTERRUPTED
             job.report(before, job.evaluate("after training"))
         return 0
-    except EngineError as error:
+    except (EngineError, DiskFullError) as error:
         print(f"error: {error}\n{how_to_go_on(job)}", file=sys.stderr)
-        return EXIT_ENGINE
+        return EXIT_ENGINE if isinstance(error, EngineError) else EXIT_DISK_FULL
 
 
 def how_to_go_on(job: Job) -> str:

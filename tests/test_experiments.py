@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import test_time
+from experiments import starting_points, test_time
 from experiments.__main__ import main, run_one
 from experiments.figures import as_run, digest, draw_plan
-from experiments.page import PAGE, page, verdict
+from experiments.page import PAGE, READING, page, reading, verdict
 from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import make_record
 from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, show, summarise, summarise_arm
@@ -190,8 +191,44 @@ def test_checkpoints_of_a_plan_are_evaluated_with_a_second_stage(tiny_base, tmp_
     assert "| igrpo | 1 | 3 |" in written and "ORACLE best of 4 drafts" in written
 
 
+def test_tasks_are_measured_before_anything_is_trained(tiny_base, tmp_path):
+    (tmp_path / "tasks.yaml").write_text(
+        "sums: {dataset_name: reasoning_gym:chain_sum, dataset_kwargs: {max_terms: 2}}\n"
+    )
+    (tmp_path / "gsm8k").mkdir()
+    lines = [json.dumps({"question": f"{i} + 1?", "answer": f"#### {i + 1}"}) for i in range(5)]
+    (tmp_path / "gsm8k" / "test.jsonl").write_text("\n".join(lines))
+    model = yaml.safe_load(tiny_base.read_text())["model_name_or_path"]
+    where = ["--model", model, "--base", tiny_base, "--tasks", tmp_path / "tasks.yaml", "--data_dir", tmp_path]
+    output = tmp_path / "results" / starting_points.RECORD.name
+    assert starting_points.main([*map(str, where), "--problems", "3", "--output", str(output)]) == 0
+    record = json.loads(output.read_text())
+    assert record["command"] == "python -m experiments.starting_points --problems 3 --data_dir DIR"
+    assert list(record["tasks"]) == ["sums", "GSM8K"] and str(tmp_path) not in record["command"]
+    assert all(found["problems"] == 3 and found["value"] == 0.0 for found in record["tasks"].values())
+    assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–0.0 | 3 |" in page(output.parent)
+    record["tasks"]["sums"]["value"] = 0.3
+    assert "| **sums** |" in starting_points.table(record)[2]
+
+
 def test_the_page_of_results_is_what_the_records_say():
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m experiments.page"
+
+
+def test_a_paragraph_of_the_reading_stands_on_figures_or_is_left_out(tmp_path):
+    """Its figures and verdicts are the summaries', so that no number on the page is typed by hand."""
+    figures = {"accuracy": {"mean": 0.5, "half_width": None, "n": 1}, **gap(-0.123, 0.04)}
+    (tmp_path / "matched-budget").mkdir()
+    summary = {"baseline": "grpo", "arms": {"grpo": figures, "igrpo": figures}, "missing_arms": []}
+    (text,) = reading(tmp_path)
+    assert "## What it comes to" in text and "points" not in text
+    (tmp_path / "matched-budget" / "summary.json").write_text(json.dumps(summary))
+    source = tmp_path / "reading.md"
+    source.write_text("A.\n\n{matched-budget/igrpo/minus_baseline} {matched-budget/igrpo/minus_baseline?}.\n\n"
+                      "{matched-budget/other/accuracy}\n\nB, {controls/best/accuracy}.")  # fmt: skip
+    assert reading(tmp_path, source) == ["A.\n\n-12.3 ± 4.0 worse.\n"]
+    written = re.findall(r"\d+\.\d", READING.read_text(encoding="utf-8"))
+    assert not written, f"figures typed by hand: {written}"
 
 
 def test_a_summary_is_what_its_records_say(tmp_path):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, whole_lines
+from igrpo.run_folder import DiskFullError, RunFolder, checkpoints, find_checkpoint, whole_lines
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -46,6 +49,47 @@ def test_a_killed_save_leaves_the_previous_checkpoint(tmp_path):
     assert find_checkpoint(config(tmp_path / "run", resume_from_checkpoint="last")).name == "checkpoint-2"
     RunFolder(config(tmp_path / "run"), 2, ALONE)
     assert sorted(p.name for p in run.path.iterdir()) == ["checkpoint-2", "config.yaml"]
+
+
+def by_torch(path):
+    torch.save(torch.zeros(10**6), path / "optimizer.bin")
+
+
+def by_safetensors(path):
+    save_file({"weight": torch.zeros(10**6)}, path / "model.safetensors")
+
+
+@pytest.mark.parametrize("write", [by_torch, by_safetensors])
+def test_a_full_disk_is_said_and_leaves_the_previous_checkpoint(small_disk, write):
+    """torch's own words for it are `unexpected pos 576 vs 534`."""
+    run = RunFolder(config(small_disk / "run"), None, ALONE)
+    run.save_checkpoint(2, fill)
+
+    def too_large(path):
+        fill(path)
+        write(path)
+
+    with pytest.raises(
+        DiskFullError, match=r"the disk of .*run was full after 0.00 GiB of checkpoint 4; make room, or"
+    ):
+        run.save_checkpoint(4, too_large)
+    assert sorted(p.name for p in run.path.iterdir()) == ["checkpoint-2", "config.yaml"]
+    run.save_checkpoint(6, fill)  # there is room again
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EDQUOT, "quota"), OSError(errno.ENOSPC, "full"), RuntimeError("other")]
+)
+def test_only_a_full_disk_is_called_one(tmp_path, error):
+    run = RunFolder(config(tmp_path / "run"), None, ALONE)
+
+    def fails(path):
+        fill(path)
+        raise error
+
+    with pytest.raises(DiskFullError if isinstance(error, OSError) else RuntimeError) as caught:
+        run.save_checkpoint(1, fails)
+    assert isinstance(error, OSError) == isinstance(caught.value, DiskFullError)
 
 
 def test_old_checkpoints_go_and_the_order_is_by_number(tmp_path):

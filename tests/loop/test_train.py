@@ -211,6 +211,16 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(model, 
     assert last < 200 and (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
 
 
+def test_a_full_disk_ends_the_run_with_a_sentence(model, questions, small_disk):
+    """Room for the logs, but not for the weights and two moments of each."""
+    weights = (Path(model) / "model.safetensors").stat().st_size
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - weights))
+    output = run(words(model, questions, small_disk / "run", max_steps=1, use_vllm=False), code=4)
+    assert "run was full after" in output and "of checkpoint 1; make room, or" in output and "Traceback" not in output
+    assert "nothing was saved yet (save_steps): start the run again" in output
+    assert len(steps(small_disk / "run")) == 1 and not list((small_disk / "run").glob("*checkpoint*"))
+
+
 def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     settings = {
         "algorithm": "grpo", "use_vllm": False, "max_steps": 1, "loss_type": "dapo", "beta": 0.01,
