@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import sys
 import tempfile
@@ -24,7 +23,6 @@ from statistics import median
 from typing import Any
 
 from benchmarks.rollouts import SCHEDULES
-from igrpo.cpu_threads import shared_cores
 
 PROMPTS, BUDGET, SLOTS = 16, 8, 128
 MEAN_TOKENS, SIGMA, MAX_TOKENS = 40.0, 1.0, 400
@@ -208,7 +206,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.timelines:
         args.timelines.mkdir(parents=True, exist_ok=True)
-    os.environ.update(shared_cores(os.environ))  # as a run does
     arms = measure(args.rounds, args.steps, args.timelines)
     print(table(arms))
     if args.output:

@@ -17,8 +17,8 @@ PAGE = FOLDER.parent / "docs" / "results.md"
 TABLES = (
     ("accuracy_before", "accuracy", "minus_baseline", "minus_baseline_at_equal_tokens", "format", "reward",
      "reward_minus_baseline"),
-    ("zero_variance_groups", "copy_rate", "answer_equals_draft", "entropy_last", "decoded_tokens", "core_hours",
-     "samples_per_core_second", "peak_memory_gib"),
+    ("zero_variance_groups", "copy_rate", "copy_rate_last", "answer_equals_draft", "entropy_last", "decoded_tokens",
+     "core_hours", "samples_per_core_second", "peak_memory_gib"),
 )  # fmt: skip
 """Where the arms ended; how they got there and what it cost."""
 COLUMNS = {
@@ -31,6 +31,8 @@ COLUMNS = {
     "reward_minus_baseline": ("reward minus baseline", 1),
     "zero_variance_groups": ("groups without gradient", 100),
     "copy_rate": ("copied 4-grams", 100),
+    "copy_rate_first": ("copied in the first step", 100),
+    "copy_rate_last": ("in the last step", 100),
     "answer_equals_draft": ("answer is the draft's", 100),
     "entropy_last": ("entropy, nats", 1),
     "decoded_tokens": ("decoded tokens, thousands", 1e-3),

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra = ["--data_dir", str(args.data_dir)]
             found = evaluate(folder / GSM8K, [GSM8K], args, GSM8K_TOKENS, extra)
             record["tasks"]["GSM8K"] = {"dataset_name": "openai/gsm8k"} | found[GSM8K]
+    args.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(args.output, json.dumps(record, indent=1) + "\n")
     print(f"wrote {args.output}")
     return 0

@@ -61,8 +61,10 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared]),
         "zero_variance_groups": interval([mean_of(r, "frac_reward_zero_std") for r in records]),
         "copy_rate": interval([mean_of(r, "refinement/copy_rate") for r in records]),
+        "copy_rate_first": interval([at_end(r, "refinement/copy_rate", 0) for r in records]),
+        "copy_rate_last": interval([at_end(r, "refinement/copy_rate", -1) for r in records]),
         "answer_equals_draft": interval([r["answer_equals_draft"] for r in records]),
-        "entropy_last": interval([last_of(r, "entropy") for r in records]),
+        "entropy_last": interval([at_end(r, "entropy", -1) for r in records]),
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
         "seconds_per_step": interval([mean_of(r, "step_time") for r in records]),
         "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
@@ -81,9 +83,10 @@ def mean_of(record: dict, name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def last_of(record: dict, name: str) -> float | None:
+def at_end(record: dict, name: str, end: int) -> float | None:
+    """The first (0) or last (-1) step that has the figure."""
     values = known(record, name)
-    return values[-1] if values else None
+    return values[end] if values else None
 
 
 def outcome(record: dict, key: str) -> float | None:

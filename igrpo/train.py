@@ -35,9 +35,11 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 3, 4, 130
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room for a checkpoint,
     130 stopped by Ctrl-C after a save."""
-    os.environ.update(shared_cores(os.environ))
     try:
-        return train(parse_args(sys.argv[1:] if argv is None else argv))
+        config = parse_args(sys.argv[1:] if argv is None else argv)
+        if config.vllm_mode == "server":
+            os.environ.update(shared_cores(os.environ))
+        return train(config)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG

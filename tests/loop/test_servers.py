@@ -179,7 +179,11 @@ def test_weights_are_kept_while_a_server_that_comes_back_reads_them(engine):
 def test_a_server_that_cannot_come_back_is_given_up_and_the_other_goes_on(engine):
     """As one whose GPU has gone: its process ends whenever it is started. The last test here, since it takes both."""
     gone, left = engine.servers
-    wait_until(lambda: left.holds(11))
+    wait_until(lambda: gone.holds(11) and left.holds(11))  # the one that hung is back,
+    for i in range(4):
+        engine.submit(Request(f"{i}", PROMPT, 2, SAMPLING))
+    drain(engine, 4)
+    assert gone.failures == 0  # and at work again, so that what it did before counts no more
     broken = [sys.executable, "-c", "raise SystemExit('the GPU has fallen off the bus')"]
     gone.process.command = broken
     gone.process.stop()
