@@ -1,8 +1,10 @@
 """From records to the figures that are quoted: means over seeds with intervals, and differences from the baseline.
 
-The interval of a mean over seeds is Student's t at 95 % (few seeds: wide, and honest about it). A difference from the
-baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on the same held-out
-ones.
+The interval of a mean over seeds is Student's t at 95 % (few seeds: wide, and honest about it). Three seeds can agree
+by luck, so the interval of a share of right answers is never narrower than the sampling error of the answers alone:
+1.96 · sqrt(sum over seeds of p (1 - p) / n) / seeds, for a difference with the terms of both arms. A difference from
+the baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on the same
+held-out ones.
 """
 
 from __future__ import annotations
@@ -45,20 +47,23 @@ def load_records(folder: Path) -> list[dict[str, Any]]:
 
 def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str, Any]:
     """Figures of one arm over its seeds."""
-    final = {r["seed"]: r["evaluations"][-1]["accuracy"] for r in records}
     base = {r["seed"]: r for r in baseline}
     shared = [r for r in records if r["seed"] in base]
+    others = [base[r["seed"]] for r in shared]
+    gap_noise = 0.0 if shared == others else sampling_error(answers(shared), answers(others))
     return {
-        "seeds": sorted(final),
-        "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records]),
-        "accuracy": interval(list(final.values())),
+        "seeds": sorted(r["seed"] for r in records),
+        "accuracy_before": interval(
+            [r["evaluations"][0]["accuracy"] for r in records], sampling_error(answers(records, 0))
+        ),
+        "accuracy": interval([outcome(r, "accuracy") for r in records], sampling_error(answers(records))),
         "reward": interval([outcome(r, "reward") for r in records]),
         "reward_minus_baseline": interval([outcome(r, "reward") - outcome(base[r["seed"]], "reward") for r in shared]),
         "format": interval([outcome(r, "format") for r in records]),
         "minus_baseline": interval(
-            [r["evaluations"][-1]["accuracy"] - base[r["seed"]]["evaluations"][-1]["accuracy"] for r in shared]
+            [outcome(r, "accuracy") - outcome(base[r["seed"]], "accuracy") for r in shared], gap_noise
         ),
-        "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared]),
+        "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared], gap_noise),
         "zero_variance_groups": interval([mean_of(r, "frac_reward_zero_std") for r in records]),
         "copy_rate": interval([mean_of(r, "refinement/copy_rate") for r in records]),
         "copy_rate_first": interval([at_end(r, "refinement/copy_rate", 0) for r in records]),
@@ -109,13 +114,29 @@ def accuracy_at(record: dict, tokens: float) -> float:
     return points[-1][1]
 
 
-def interval(values: Sequence[float | None]) -> dict[str, Any] | None:
-    """Mean and 95 % half width (None with one seed) of one figure per seed; None where no run has it."""
+def answers(records: Sequence[dict], end: int = -1) -> list[tuple[float, int]]:
+    """Accuracy and number of answers per seed, at the first (0) or last (-1) evaluation."""
+    return [(r["evaluations"][end]["accuracy"], r["evaluations"][end]["samples"]) for r in records]
+
+
+def sampling_error(*arms: Sequence[tuple[float, int]]) -> float:
+    """95 % half width that so many answers alone give a mean over an arm's seeds, or the difference of two such means
+    where two arms are given."""
+    terms = [p * (1 - p) / n for seeds in arms for p, n in seeds]
+    return 1.96 * math.sqrt(sum(terms)) / max(len(arms[0]), 1)
+
+
+def interval(values: Sequence[float | None], at_least: float = 0.0) -> dict[str, Any] | None:
+    """Mean and 95 % half width (None with one seed) of one figure per seed; None where no run has it.
+
+    Args:
+        at_least: half width that is not gone below.
+    """
     found = [v for v in values if v is not None and not math.isnan(v)]
     if not found:
         return None
     n = len(found)
-    half = T95.get(n - 1, 1.96) * stdev(found) / math.sqrt(n) if n > 1 else None
+    half = max(T95.get(n - 1, 1.96) * stdev(found) / math.sqrt(n), at_least) if n > 1 else None
     return {"mean": round(fmean(found), 6), "half_width": None if half is None else round(half, 6), "n": n}
 
 

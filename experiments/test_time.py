@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.plan import BASE_CPU, RESULTS, fingerprint, load_base, load_plan
 from experiments.record import provenance
-from experiments.summary import interval, show
+from experiments.summary import interval, sampling_error, show
 from igrpo.config import ConfigError
 from igrpo.run_folder import write_atomically
 
@@ -99,7 +99,8 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
     for arm in arms:
         own = [r for r in records if r["arm"] == arm]
         if own:
-            cells = [show(interval([r["modes"][mode]["accuracy"] for r in own]), 100) for mode in modes]
+            found = [[(r["modes"][mode]["accuracy"], r["modes"][mode]["problems"]) for r in own] for mode in modes]
+            cells = [show(interval([p for p, _ in seeds], sampling_error(seeds)), 100) for seeds in found]
             problems = own[0]["modes"][modes[0]]["problems"]
             lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join(cells)} |")
     return lines
