@@ -132,9 +132,13 @@ def tasks(results: Path) -> list[str]:
     text = (
         f"## Which tasks\n\nWhat {record['model']} gets right before any training, from the experiments' bare prompt "
         f"(`{record['command']}`). In bold: between 10 % and 60 %, where there is something to learn and something to "
-        "learn from.\n"
+        "learn from."
     )
-    return [text, *starting_points.table(record), ""]
+    own = _summary("matched-budget", results)
+    if own is not None and "grpo" in own["arms"]:
+        start = show(own["arms"]["grpo"]["accuracy_before"], 100)
+        text += f" The first is the experiments' own; over the held-out problems of their seeds it starts at {start}."
+    return [f"{text}\n", *starting_points.table(record), ""]
 
 
 def judged(gap: dict[str, Any] | None) -> str:
