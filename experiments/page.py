@@ -192,8 +192,7 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
         lines.append("")
     lines.append(verdict(summary))
     if at_test := test_time.table(results / name / "test-time", list(plan.arms)):
-        command = f"`python -m experiments.test_time {name}`"
-        lines += ["", f"A second stage at test time, on the same checkpoints ({command}):", "", *at_test]
+        lines += ["", *at_test]
     for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
         if (results / name / f"{picture}.svg").is_file():
             lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]

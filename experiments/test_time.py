@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -90,12 +91,15 @@ def mode_figures(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(folder: Path, arms: Sequence[str]) -> list[str]:
-    """Markdown lines: arms down, modes across, mean over seeds with its 95 % interval; empty without records."""
+    """Markdown lines: the command, then arms down, modes across, mean over seeds with its 95 % interval; empty without
+    records."""
     records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
     if not records:
         return []
     modes = list(records[0]["modes"])
-    lines = [f"| arm | seeds | problems | {' | '.join(modes)} |", "|---" * (len(modes) + 3) + "|"]
+    command = re.sub(r" --arms \S+ --seeds \S+", "", records[0]["command"])
+    lines = [f"A second stage at test time, on the same checkpoints (`{command}`):", ""]
+    lines += [f"| arm | seeds | problems | {' | '.join(modes)} |", "|---" * (len(modes) + 3) + "|"]
     for arm in arms:
         own = [r for r in records if r["arm"] == arm]
         if own:
