@@ -80,11 +80,10 @@ def test_more_memory_is_a_loss():
     assert key[1] == "cpu"
 
 
-def test_the_peak_of_whole_processes_may_scatter_more():
+def test_peaks_of_two_runs_of_the_same_code_pass():
     now, then = made_up_rows(1), made_up_rows(2)
-    now[1]["peak_extra_bytes"] = int(10.5 * 2**20)
-    assert lost(now, then)
-    assert not lost(*([row | {"op": "training_step"} for row in rows] for rows in (now, then)))
+    now[1]["peak_extra_bytes"] = int(1.013 * then[1]["peak_extra_bytes"])
+    assert not lost(now, then)
 
 
 def test_a_pass_with_nothing_left_to_do_is_not_judged():
