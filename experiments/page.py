@@ -70,6 +70,16 @@ HEADLINES = (
     ("schedules", "early_stop", "drafting stopped at the first draft that cannot be beaten"),
     ("split", "n2_g6", "2 drafts and 6 refinements instead of 4 and 4"),
     ("split", "n6_g2", "6 drafts and 2 refinements instead of 4 and 4"),
+    ("budget", "total_4", "half the rollouts"),
+    ("budget", "total_16", "twice the rollouts"),
+    ("budget", "total_32", "four times the rollouts"),
+    ("wrapper", "i_dapo", "the second stage around DAPO"),
+    ("wrapper", "i_gspo", "the second stage around GSPO"),
+    ("wrapper", "i_dr_grpo", "the second stage around Dr. GRPO"),
+    ("beta", "beta_1e-4", "a KL penalty of 0.0001"),
+    ("beta", "beta_1e-3", "a KL penalty of 0.001"),
+    ("beta", "beta_1e-2", "a KL penalty of 0.01"),
+    ("schedules", "barrier", "every draft awaited before the first refinement"),
 )
 """Plan, arm, and what is compared with the plan's baseline: the page's first lines."""
 
@@ -87,9 +97,10 @@ def _headlines(results: Path) -> list[str]:
     lines = []
     for name, arm, what in HEADLINES:
         summary = _summary(name, results)
-        if summary is None or arm not in summary["arms"] or summary["baseline"] not in summary["arms"]:
+        figures = summary["arms"].get(arm) if summary else None
+        if figures is None or figures["against"] not in summary["arms"]:
             continue
-        base, figures = summary["arms"][summary["baseline"]], summary["arms"][arm]
+        base = summary["arms"][figures["against"]]
         words = [
             f"{title} {show(figures[key], factor)} against {show(base[key], factor)} ({judged(figures[gap])})"
             for key, gap, title, factor in (
@@ -97,7 +108,7 @@ def _headlines(results: Path) -> list[str]:
                 ("reward", "reward_minus_baseline", "reward", 1),
             )
         ]
-        lines.append(f"- {what}, `{arm}` against `{summary['baseline']}`: {'; '.join(words)}.")
+        lines.append(f"- {what}, `{arm}` against `{figures['against']}`: {'; '.join(words)}.")
     return ["## One by one\n\nOn the bare prompt, after training:\n", *lines, ""] if lines else []
 
 
@@ -180,7 +191,9 @@ def _state(table: dict[str, Any], results: Path) -> str:
 
 def _section(name: str, paper: dict[str, Any], results: Path) -> str:
     plan, summary = load_plan(name), _summary(name, results)
-    lines = [f"## {name}\n", f"{plan.question}\n", f"`python -m experiments {name}`, baseline `{plan.baseline}`.\n"]
+    others = "".join(f", that of `{arm}` `{other}`" for arm, other in plan.baselines.items())
+    command = f"`python -m experiments {name}`, baseline `{plan.baseline}`{others}.\n"
+    lines = [f"## {name}\n", f"{plan.question}\n", command]
     if summary is None:
         return "\n".join([*lines, "Not run yet.\n"])
     for keys in TABLES:
@@ -207,7 +220,8 @@ def verdict(summary: dict[str, Any]) -> str:
             gap = figures[key]
             if arm == summary["baseline"] or gap is None:
                 continue
-            found.append(f"`{arm}`, {what}: {judged(gap)}")
+            other = "" if figures["against"] == summary["baseline"] else f" against `{figures['against']}`"
+            found.append(f"`{arm}`{other}, {what}: {judged(gap)}")
     return (
         f"What the intervals support, against `{summary['baseline']}`: "
         + ("; ".join(found) or "nothing to compare yet")

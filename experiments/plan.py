@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,11 @@ class Plan:
     """The arm that differences are taken against."""
     arms: dict[str, dict[str, Any]]
     """Settings that each arm changes in the base recipe."""
+    baselines: dict[str, str] = field(default_factory=dict)
+    """Arms that are compared with another arm than ``baseline``."""
+
+    def baseline_of(self, arm: str) -> str:
+        return self.baselines.get(arm, self.baseline)
 
     def settings(self, arm: str, base: dict[str, Any], processes: int = 1) -> dict[str, Any]:
         """Every setting of one arm.
@@ -59,8 +64,8 @@ def load_plan(name: str) -> Plan:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"no plan named {name!r}{hint} There are: {', '.join(known)}")
     plan = Plan(name=name, **yaml.safe_load(path.read_text(encoding="utf-8")))
-    if plan.baseline not in plan.arms:
-        raise ConfigError(f"{path.name}: baseline {plan.baseline!r} is no arm; arms: {', '.join(plan.arms)}")
+    for arm in {plan.baseline, *plan.baselines, *plan.baselines.values()} - set(plan.arms):
+        raise ConfigError(f"{path.name}: {arm!r} of its baselines is no arm; arms: {', '.join(plan.arms)}")
     for arm, settings in plan.arms.items():
         for key in set(settings) - set(field_types()):
             raise ConfigError(f"{path.name}: arm {arm} has an unknown key {key!r}")

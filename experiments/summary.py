@@ -33,7 +33,10 @@ def summarise(folder: Path, plan: Plan) -> Path:
         "plan": plan.name,
         "question": plan.question,
         "baseline": plan.baseline,
-        "arms": {arm: summarise_arm(rs, arms.get(plan.baseline, [])) for arm, rs in arms.items()},
+        "arms": {
+            arm: {"against": plan.baseline_of(arm), **summarise_arm(rs, arms.get(plan.baseline_of(arm), []))}
+            for arm, rs in arms.items()
+        },
         "missing_arms": [arm for arm in plan.arms if arm not in arms],
     }
     path = folder / "summary.json"

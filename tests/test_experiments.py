@@ -283,7 +283,7 @@ def test_a_plan_is_drawn_with_its_seeds_and_without_what_a_run_does_not_have(tmp
 
 def gap(mean: float, half_width: float | None) -> dict:
     figure = {"mean": mean, "half_width": half_width, "n": 3}
-    return {"minus_baseline": figure, "reward_minus_baseline": {**figure, "mean": -mean}}
+    return {"against": "base", "minus_baseline": figure, "reward_minus_baseline": {**figure, "mean": -mean}}
 
 
 def test_only_an_interval_without_zero_is_called_a_difference():
@@ -293,11 +293,33 @@ def test_only_an_interval_without_zero_is_called_a_difference():
         "down": gap(-0.1, 0.05),
         "even": gap(0.1, 0.2),
         "one": gap(0.5, None),
+        "paired": gap(0.1, 0.05) | {"against": "up"},
     }
     said = verdict({"baseline": "base", "arms": arms})
     assert "against `base`" in said and "`up`, accuracy: better" in said and "`up`, reward: worse" in said
     assert "`down`, accuracy: worse" in said and "`base`," not in said
     assert "`even`, accuracy: no difference" in said and "`one`, accuracy: one seed, no claim" in said
+    assert "`paired` against `up`, accuracy: better" in said
+
+
+def test_an_arm_is_compared_with_the_arm_that_its_plan_names(tmp_path):
+    """The second stage over DAPO answers to DAPO, not to GRPO."""
+    plan = Plan("x", "?", "grpo", {"grpo": {}, "dapo": {}, "i_dapo": {}}, {"i_dapo": "dapo"})
+    for arm, end in (("grpo", 0.9), ("dapo", 0.5), ("i_dapo", 0.6)):
+        run = evaluated(0, arm, [(0, 0.1), (100, end)], 0.0)
+        (tmp_path / f"{arm}-seed0.json").write_text(json.dumps(run))
+    arms = json.loads(summarise(tmp_path, plan).read_text())["arms"]
+    assert [arms[arm]["against"] for arm in plan.arms] == ["grpo", "grpo", "dapo"]
+    assert arms["dapo"]["minus_baseline"]["mean"] == pytest.approx(-0.4)
+    assert arms["i_dapo"]["minus_baseline"]["mean"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("wrong", ["baseline: dapoo", "baseline: grpo\nbaselines: {grpo: dapoo}"])
+def test_a_baseline_that_is_no_arm_is_refused(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr("experiments.plan.PLANS", tmp_path)
+    (tmp_path / "p.yaml").write_text(f"question: Q?\n{wrong}\narms:\n  grpo: {{algorithm: grpo}}\n")
+    with pytest.raises(ConfigError, match="'dapoo' of its baselines is no arm; arms: grpo"):
+        load_plan("p")
 
 
 def test_figures_are_shown_with_their_interval():
