@@ -81,7 +81,10 @@ HEADLINES = (
     ("beta", "beta_1e-2", "a KL penalty of 0.01"),
     ("schedules", "barrier", "every draft awaited before the first refinement"),
 )
-"""Plan, arm, and what is compared with the plan's baseline: the page's first lines."""
+"""Plan, arm, and what is changed between it and its baseline: a row of the page's first table."""
+NO_CLAIM, NO_DIFFERENCE = "one seed, no claim", "no difference that these seeds can show"
+SHORT = {NO_CLAIM: "(one seed)", NO_DIFFERENCE: "", "better": "**better**", "worse": "**worse**"}
+"""Verdicts as a cell has room for them."""
 
 
 def page(results: Path = RESULTS) -> str:
@@ -94,22 +97,31 @@ def page(results: Path = RESULTS) -> str:
 
 
 def _headlines(results: Path) -> list[str]:
-    lines = []
+    rows = []
     for name, arm, what in HEADLINES:
         summary = _summary(name, results)
         figures = summary["arms"].get(arm) if summary else None
         if figures is None or figures["against"] not in summary["arms"]:
             continue
-        base = summary["arms"][figures["against"]]
-        words = [
-            f"{title} {show(figures[key], factor)} against {show(base[key], factor)} ({judged(figures[gap])})"
-            for key, gap, title, factor in (
-                ("accuracy", "minus_baseline", "accuracy", 100),
-                ("reward", "reward_minus_baseline", "reward", 1),
-            )
+        other = figures["against"]
+        cells = [
+            f"[{what}](#{name}), `{arm}` against `{other}`",
+            show(figures["accuracy"], 100),
+            show(summary["arms"][other]["accuracy"], 100),
+            *(
+                f"{show(figures[key], factor)} {SHORT[judged(figures[key])]}".rstrip()
+                for key, factor in (("minus_baseline", 100), ("reward_minus_baseline", 1))
+            ),
         ]
-        lines.append(f"- {what}, `{arm}` against `{figures['against']}`: {'; '.join(words)}.")
-    return ["## One by one\n\nOn the bare prompt, after training:\n", *lines, ""] if lines else []
+        rows.append(f"| {' | '.join(cells)} |")
+    if not rows:
+        return []
+    return [
+        f"## One by one\n\nOn the bare prompt, after training. Without a word: {NO_DIFFERENCE}.\n",
+        "| what is changed | accuracy | its baseline's | difference | in reward |\n|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def reading(results: Path, source: Path = READING) -> list[str]:
@@ -155,9 +167,9 @@ def tasks(results: Path) -> list[str]:
 def judged(gap: dict[str, Any] | None) -> str:
     """What an interval of paired differences supports."""
     if gap is None or gap["half_width"] is None:
-        return "one seed, no claim"
+        return NO_CLAIM
     if abs(gap["mean"]) <= gap["half_width"]:
-        return "no difference that these seeds can show"
+        return NO_DIFFERENCE
     return "better" if gap["mean"] > 0 else "worse"
 
 
