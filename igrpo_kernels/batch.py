@@ -86,7 +86,7 @@ class TokenBatch:
 
         if cu_seqlens is None:
             num_sequences = shape[0]
-            seq_id = torch.arange(num_sequences, device=device).repeat_interleave(shape[1], output_size=n)
+            seq_id = torch.arange(num_sequences, device=device)[:, None].expand(shape).reshape(n)
             in_sequence = torch.ones(n, dtype=torch.bool, device=device)
         else:
             num_sequences, cu_seqlens = cu_seqlens.numel() - 1, cu_seqlens.to(torch.int64)

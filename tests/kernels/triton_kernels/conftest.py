@@ -39,7 +39,7 @@ def poisoned_memory(monkeypatch):
 
     def nan_filled(*args, **kwargs):
         x = empty(*args, **kwargs)
-        return x.fill_(torch.nan) if x.is_floating_point() else x
+        return x.detach().fill_(torch.nan).requires_grad_(x.requires_grad) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty", nan_filled)
 
