@@ -156,7 +156,8 @@ class Job:
                 f"bare-prompt accuracy: {before['eval/accuracy']:.1%} before, {after['eval/accuracy']:.1%} after "
                 f"({len(self.held_out)} held-out problems)"
             )
-        last = checkpoints(self.folder.path)[-1]
+        saved = checkpoints(self.folder.path)
+        last = saved[-1] if saved else self.config.resume_from_checkpoint  # resumed elsewhere with no step to go
         self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
 
 
@@ -193,16 +194,13 @@ def build(config: TrainConfig) -> Iterator[Job]:
         learner.set_schedule(total_steps * config.num_iterations)
         engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
-        sampler = ProblemSampler(len(problems), config.seed, config.shuffle_dataset)
-        rank = learner.accelerator.process_index
-        feed = ProblemFeed(problems, sampler, config, processes, rank, learner.gather)
         state = learner.load(resume_from) if resume_from else None
+        feed = _feed(config, problems, learner, state)
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
         timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
         stack.callback(timeline.flush)
-        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank)
         if state:
-            feed.load_state_dict(state["sampler"])
             rollout.load_state_dict(state.get("drafts", []))
         job = Job(
             config=config,
@@ -315,6 +313,19 @@ def _fit_context(
         print(f"warning: {len(problems) - len(fitting)} of {len(problems)} questions are too long for a context of "
               f"{length} tokens and are left out", flush=True)  # fmt: skip
     return fitting, length
+
+
+def _feed(config: TrainConfig, problems: Sequence[Problem], learner: Any, state: Any) -> ProblemFeed:
+    """The order of problems, continued from a checkpoint's ``state`` if there is one."""
+    sampler = ProblemSampler(len(problems), config.seed, config.shuffle_dataset)
+    accelerator = learner.accelerator
+    feed = ProblemFeed(problems, sampler, config, accelerator.num_processes, accelerator.process_index, learner.gather)
+    if state:
+        try:
+            feed.load_state_dict(state["sampler"])
+        except ValueError as error:
+            raise ConfigError(f"resume_from_checkpoint: {error}") from None
+    return feed
 
 
 def _plan_memory(config: TrainConfig, path: str, context: int) -> None:

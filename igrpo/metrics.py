@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 
 from igrpo.config import TrainConfig
+from igrpo.rewards import reward_names
 from igrpo.rollout import RolloutStats
 from igrpo.types import RolloutGroup, Scored
 
@@ -17,8 +18,9 @@ COPY_NGRAM = 4
 
 def judge(config: TrainConfig) -> str:
     """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
-    name = "accuracy" if "accuracy" in config.reward_funcs else config.reward_funcs[0]
-    return name.rpartition(":")[2]  # a function of the user's goes by its own name
+    if "accuracy" in config.reward_funcs:
+        return "accuracy"
+    return reward_names(config.reward_funcs)[0]
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: TrainConfig) -> Metrics:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from igrpo.config import ConfigError, TrainConfig
@@ -76,11 +76,11 @@ def attention(config: TrainConfig) -> str:
 def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, and those the model's generation settings name."""
     ids = {tokenizer.eos_token_id}
-    named_config = model_config(path, config)
-    settings = Path(path) / "generation_config.json"
-    named = [named_config.eos_token_id]
-    if settings.is_file():
-        named.append(json.loads(settings.read_text(encoding="utf-8")).get("eos_token_id"))
+    named = [model_config(path, config).eos_token_id]
+    # A model may come without generation settings; what cannot be read for another reason has failed before.
+    with contextlib.suppress(OSError):
+        settings = GenerationConfig.from_pretrained(path, revision=config.model_revision or "main")
+        named.append(settings.eos_token_id)
     for value in named:
         ids.update(value if isinstance(value, list) else [value])
     return tuple(sorted(i for i in ids if i is not None))

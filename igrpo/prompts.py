@@ -55,7 +55,9 @@ class PromptBuilder:
         self.max_model_length = max_model_length
         before, after = config.draft_template.split("{draft}")
         self.before, self.after = self._encode(before), self._encode(after)
-        self.special_ids = frozenset(tokenizer.all_special_ids)
+        # Those without a role of their own too, a chat model's turn markers for example.
+        added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+        self.special_ids = frozenset([*tokenizer.all_special_ids, *added])
 
     def parts(self, problem: Problem) -> PromptParts:
         """Raises ValueError if a conversation does not end in a user turn."""

@@ -203,11 +203,9 @@ def load_reward_functions(names: Sequence[str], config: TrainConfig | None = Non
                 f"'{name}' runs programs that the model wrote, and there is no sandbox here: write one of your own "
                 "that calls one, as package.module:function"
             )
-        name = f"trl.rewards:{name}" if name in TRLS else _as_path(name)
+        name = _as_path(name)
         if ":" in name:
-            short = name.partition(":")[2]
-            taken = {function.name for function in functions} | set(BUILTIN)
-            function = RewardFunction(name if short in taken else short, name)
+            function = RewardFunction(_logged_name(name, {function.name for function in functions}), name)
         elif name in BUILTIN:
             options = {key: getattr(config, key) for key in OPTIONS.get(name, ()) if config is not None}
             function = RewardFunction(name, BUILTIN[name], options)
@@ -223,8 +221,24 @@ def load_reward_functions(names: Sequence[str], config: TrainConfig | None = Non
     return functions
 
 
+def reward_names(names: Sequence[str]) -> list[str]:
+    """The ``<name>`` of ``rewards/<name>/…`` for each entry of ``reward_funcs``; nothing is imported."""
+    logged: list[str] = []
+    for name in map(_as_path, names):
+        logged.append(_logged_name(name, set(logged)) if ":" in name else name)
+    return logged
+
+
+def _logged_name(path: str, taken: set[str]) -> str:
+    """A function of the user's goes by its own name, unless that is taken."""
+    short = path.partition(":")[2]
+    return path if short in taken or short in BUILTIN else short
+
+
 def _as_path(name: str) -> str:
     """TRL writes ``package.module.function``."""
+    if name in TRLS:
+        return f"trl.rewards:{name}"
     module, dot, function = name.rpartition(".")
     return f"{module}:{function}" if dot and ":" not in name else name
 

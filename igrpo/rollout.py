@@ -79,6 +79,7 @@ class Rollout:
     Args:
         tokenizer: decodes completions for the reward functions.
         timeline: told when each request and each score begins and ends.
+        rank: this process's number; engines of several processes must not draw the same random numbers.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Rollout:
         tokenizer: Any,
         config: TrainConfig,
         timeline: Timeline | None = None,
+        rank: int = 0,
     ):
+        self.rank = rank
         self.engine, self.rewards, self.prompts, self.tokenizer = engine, rewards, prompts, tokenizer
         self.config, self.timeline = config, timeline or Timeline(None)
         self.sampling = Sampling(
@@ -126,7 +129,7 @@ class Rollout:
         if not self._ahead:
             self._counted_from = start
         self._on_event = on_event
-        self.engine.seed(_seed(self.config.seed, step))
+        self.engine.seed(_seed(self.config.seed, step, self.rank))
         self._flows = self._take_over(problems, step)
         self._ahead = [self._begin(problem, step + 1, i) for i, problem in enumerate(ahead)]
         self._held.extend((flow, i) for flow in self._ahead for i in sorted(flow.open_drafts))
@@ -367,5 +370,5 @@ def _scored(saved: dict[str, Any]) -> Scored:
     return Scored(Completion(**saved["completion"]), saved["rewards"], saved["reward"])
 
 
-def _seed(seed: int, step: int) -> int:
-    return random.Random(f"{seed}/{step}").getrandbits(31)
+def _seed(seed: int, step: int, rank: int) -> int:
+    return random.Random(f"{seed}/{step}" + (f"/{rank}" if rank else "")).getrandbits(31)

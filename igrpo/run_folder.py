@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,10 +60,11 @@ class Processes(Protocol):
 
 
 class RunFolder:
-    """Opens the folder: a new run sets an earlier one aside, a resumed run drops lines past its checkpoint.
+    """Opens the folder: a new run sets an earlier one aside, a resumed run drops lines past its checkpoint and keeps
+    later checkpoints under another name.
 
     Args:
-        resumed_step: the checkpoint's step, or None for a new run.
+        resumed_step: the checkpoint's step, or None for a new run. One of another folder's begins a new run here.
         processes: of the run; only the main one changes the folder.
     """
 
@@ -73,8 +75,12 @@ class RunFolder:
         self.set_aside: Path | None = None
         if not processes.is_main_process:
             return
+        if resumed_step is not None and not _is_of(self.path, find_checkpoint(config)):
+            resumed_step = None
         if resumed_step is None:
             self.set_aside = _set_aside(self.path)
+        else:
+            _abandon_after(self.path, resumed_step)
         self.path.mkdir(parents=True, exist_ok=True)
         for leftover in self.path.glob(f".{_PREFIX}*"):  # of a run that was killed while saving
             shutil.rmtree(leftover, ignore_errors=True)
@@ -115,7 +121,8 @@ class RunFolder:
             os.replace(staging, target)
             if self.limit is not None:
                 for old in checkpoints(self.path)[: -self.limit]:
-                    shutil.rmtree(old, ignore_errors=True)
+                    if old != target:
+                        shutil.rmtree(old, ignore_errors=True)
         self.processes.wait_for_everyone()  # no process goes on to look for a checkpoint that has no name yet
         return target
 
@@ -149,13 +156,25 @@ def _set_aside(path: Path) -> Path | None:
     if not (path / "config.yaml").is_file():
         return None
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime((path / "config.yaml").stat().st_mtime))
-    target = path.with_name(f"{path.name}-{stamp}")
-    for i in range(1, 1000):
-        if not target.exists():
-            break
-        target = path.with_name(f"{path.name}-{stamp}.{i}")
+    target = _free_name(path.with_name(f"{path.name}-{stamp}"))
     os.rename(path, target)
     return target
+
+
+def _is_of(folder: Path, checkpoint: Path | None) -> bool:
+    return checkpoint is None or checkpoint.resolve().parent == folder.resolve()
+
+
+def _abandon_after(folder: Path, step: int) -> None:
+    """Checkpoints of a future that this run goes another way than: kept, but neither the last one nor pruned."""
+    for checkpoint in checkpoints(folder):
+        if int(checkpoint.name[len(_PREFIX) :]) > step:
+            os.rename(checkpoint, _free_name(folder / f"abandoned-{checkpoint.name}"))
+
+
+def _free_name(wanted: Path) -> Path:
+    others = (wanted.with_name(f"{wanted.name}.{i}") for i in count(1))
+    return wanted if not wanted.exists() else next(path for path in others if not path.exists())
 
 
 def _drop_lines_after(path: Path, step: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from igrpo.config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, WeightSource
@@ -29,6 +29,8 @@ class HFEngine:
         self.model: Any = AutoModelForCausalLM.from_pretrained(
             self.path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, dtype=dtype
         ).eval()
+        # The model's own sampling defaults, a repetition penalty for example, would not be the policy's distribution.
+        self.model.generation_config = GenerationConfig()
         self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
         self.version = 0
 

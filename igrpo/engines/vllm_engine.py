@@ -74,6 +74,8 @@ class VLLMEngine:
             self.llm = LLM(**self._options())
         except (RuntimeError, ValueError, OSError) as error:
             raise EngineError(f"vLLM did not start: {error}") from error
+        if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.engine = self.llm.llm_engine
         self.version = 0
 
@@ -96,10 +98,14 @@ class VLLMEngine:
         }
         if self.on_cpu:
             return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
-        return options | {
-            "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
-            "tensor_parallel_size": config.vllm_tensor_parallel_size,
-        }
+        return (
+            options
+            | {
+                "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
+                "tensor_parallel_size": config.vllm_tensor_parallel_size,
+            }
+            | launched_with_others()
+        )
 
     def submit(self, request: Request) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -252,6 +258,12 @@ class VLLMEngine:
 
     def close(self) -> None:
         self.engine.engine_core.shutdown()
+
+
+def launched_with_others() -> dict[str, str]:
+    """Options for an engine beside those of other processes: by itself vLLM takes the first GPU it sees, and every
+    process of torchrun or accelerate sees all of them. With this it takes that of LOCAL_RANK."""
+    return {"distributed_executor_backend": "external_launcher"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
 
 
 def _among_others() -> bool:

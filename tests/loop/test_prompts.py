@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
+from transformers import AddedToken
 
 from igrpo.config import TrainConfig
 from igrpo.prompts import PromptBuilder
@@ -49,6 +52,17 @@ def test_special_tokens_inside_a_draft_cannot_end_the_users_turn(tokenizer):
     ids, trimmed = built.with_draft(parts, injected)
     assert not trimmed
     assert ids == built.with_draft(parts, (9, 10))[0]
+
+
+def test_special_tokens_without_a_role_do_not_enter_either(tokenizer):
+    """`all_special_ids` holds only tokens with a role (bos, eos, pad …); chat models have others, and stop on some."""
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens([AddedToken("<|turn|>", special=True)])
+    turn = other.convert_tokens_to_ids("<|turn|>")
+    assert turn not in other.all_special_ids
+    built = builder(other)
+    parts = built.parts(PROBLEM)
+    assert built.with_draft(parts, (9, turn, 10))[0] == built.with_draft(parts, (9, 10))[0]
 
 
 def test_a_long_draft_loses_its_beginning_and_nothing_else_is_cut(tokenizer):

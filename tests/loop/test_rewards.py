@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from igrpo import metrics
 from igrpo.answers import extract_answer, last_boxed, without_answer
 from igrpo.config import TrainConfig
 from igrpo.rewards import (
@@ -18,6 +19,7 @@ from igrpo.rewards import (
     accuracy,
     highest_reward,
     load_reward_functions,
+    reward_names,
 )
 from igrpo.rewards import format as format_reward
 
@@ -290,6 +292,21 @@ def test_names_become_functions():
     assert functions[2].load()(["abc"]) == [3.0]
     (own,) = load_reward_functions(["tests.loop.bad_rewards:length"])  # the name is a built-in's, chosen here or not
     assert own.name == own.path and own.load()(["abc"]) == [3.0]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["tests.loop.bad_rewards.raises"],  # as TRL writes it
+        ["tests.loop.bad_rewards:length", "format"],  # a built-in's name
+        ["think_format_reward"],
+    ],
+)
+def test_names_in_the_log_are_known_without_loading(names):
+    """The reward that judges right from wrong is looked up by this name; a wrong one read as accuracy 0."""
+    loaded = [function.name for function in load_reward_functions(names)]
+    assert reward_names(names) == loaded
+    assert metrics.judge(TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=names)) == loaded[0]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,17 @@ def test_each_step_samples_anew_and_repeats_on_resume():
     assert engine.seeds[0] == engine.seeds[2] != engine.seeds[1]
 
 
+def test_processes_draw_different_random_numbers():
+    """All of them once seeded their engine alike at every step, so equal prompts got equal completions."""
+    seeds = []
+    for rank in range(3):
+        rollout, engine = make()
+        rollout.rank = rank
+        rollout.run(PROBLEMS[:1], step=1)
+        seeds += engine.seeds
+    assert len(set(seeds)) == 3
+
+
 def drafts(*rewards: tuple[float, float]) -> list[Scored]:
     completion = Completion((5,), (-1.0,), "x", "stop", 0)
     return [Scored(completion, {"accuracy": acc, "format": fmt}, acc + fmt) for acc, fmt in rewards]

@@ -130,3 +130,28 @@ def test_only_the_main_process_touches_the_folder(tmp_path):
     other = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
     RunFolder(config(tmp_path / "run"), None, other)
     assert os.listdir(tmp_path) == []
+
+
+def test_going_back_keeps_the_abandoned_checkpoints_and_every_new_one(tmp_path):
+    """A run gone back to step 100 once pruned its own new checkpoint 150 in favour of the 200 it had left."""
+    run = RunFolder(config(tmp_path / "run", save_total_limit=None), None, ALONE)
+    for step in (100, 200):
+        run.save_checkpoint(step, fill)
+    settings = {"resume_from_checkpoint": str(run.path / "checkpoint-100"), "save_total_limit": 1}
+    again = RunFolder(config(tmp_path / "run", **settings), 100, ALONE)
+    saved = again.save_checkpoint(150, fill)
+    assert checkpoints(run.path) == [saved] and saved.name == "checkpoint-150"
+    assert (run.path / "abandoned-checkpoint-200" / "state" / "loop.pt").is_file()
+    assert find_checkpoint(config(tmp_path / "run", resume_from_checkpoint="last")) == saved
+
+
+def test_a_checkpoint_of_another_run_leaves_the_run_of_this_folder_alone(tmp_path):
+    source = RunFolder(config(tmp_path / "a"), None, ALONE)
+    source.save_checkpoint(10, fill)
+    here = RunFolder(config(tmp_path / "b"), None, ALONE)
+    here.log_metrics(50, {"reward": 1.0})
+    here.save_checkpoint(50, fill)
+    settings = {"resume_from_checkpoint": str(source.path / "checkpoint-10")}
+    new = RunFolder(config(tmp_path / "b", **settings), 10, ALONE)
+    assert json.loads((new.set_aside / "metrics.jsonl").read_text())["step"] == 50
+    assert [p.name for p in checkpoints(new.set_aside)] == ["checkpoint-50"] and not checkpoints(new.path)

@@ -111,6 +111,12 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     assert records(resumed, "completions.jsonl") == groups
     _same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
 
+    before = {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
+    back = {"resume_from_checkpoint": resumed / "checkpoint-2", "seed": 43}
+    refused = run(words(model, questions, resumed, **settings, **back), code=2)
+    assert "error: resume_from_checkpoint: the checkpoint was trained with seed=" in refused
+    assert before == {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
+
 
 def _same_weights(a: Path, b: Path) -> None:
     left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
