@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import math
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -70,21 +71,22 @@ def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespac
         print(f"{plan.name}: {arm}, seed {seed} -> {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         options = settings | {"output_dir": str(folder)}
+        spent, before = folder / "core_seconds", 0.0
         if checkpoints(folder):
             options["resume_from_checkpoint"] = "last"
+            before = float(spent.read_text(encoding="utf-8")) if spent.is_file() else math.nan
         recipe = folder.with_suffix(".yaml")
         write_atomically(recipe, json.dumps(options))
+        write_atomically(spent, "nan\n")  # stands if this process is killed: what the run has cost is then unknown
         code, seconds = run_counted([*args.launch.split(), "--config", str(recipe)])
-        spent = folder / "core_seconds"
-        before = float(spent.read_text(encoding="utf-8")) if spent.is_file() else 0.0
         write_atomically(spent, f"{before + seconds:.1f}\n")
         if code:
-            print(f"error: {plan.name}/{arm} seed {seed} ended with exit code {code}; its folder is {folder}",
-                  file=sys.stderr)  # fmt: skip
+            print(f"error: {plan.name}/{arm} seed {seed} ended with exit code {code}; its folder is {folder}, and the "
+                  "same command goes on from there", file=sys.stderr)  # fmt: skip
             return code
         (folder / "done").touch()
         drop_optimizer(folder)
-    record = make_record(folder, plan.name, arm, seed, fingerprint(settings))
+    record = make_record(folder, plan.name, arm, seed, fingerprint(settings), args.processes)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, json.dumps(record, indent=1) + "\n")
     return 0
@@ -97,9 +99,19 @@ def drop_optimizer(folder: Path) -> None:
 
 
 def run_counted(command: list[str]) -> tuple[int, float]:
-    """Exit code of a program, and the CPU seconds that it and its children used: a busy machine changes them little."""
+    """Exit code of a program, and the CPU seconds that it and its children used: a busy machine changes them little.
+
+    Ctrl-C and SIGTERM go on to the program, which saves and leaves; in a group of its own it gets them once.
+    """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    code = subprocess.run(command, env=os.environ).returncode
+    program = subprocess.Popen(command, process_group=0)
+    handed_on = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: program.send_signal(number)) for number in handed_on]
+    try:
+        code = program.wait()
+    finally:
+        for number, handler in zip(handed_on, previous, strict=True):
+            signal.signal(number, handler)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return code, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 

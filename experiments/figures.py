@@ -15,7 +15,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
 from experiments.plan import Plan
-from experiments.summary import answers, interval, load_records, outcome, sampling_error
+from experiments.summary import answer_variance, interval, load_records, outcome, sampling_error
 from igrpo.report.arms import Arm
 from igrpo.report.catalogue import Figure, Line, Panel, drawable
 from igrpo.report.drawing import MUTED, WIDE, colour_of, draw, styled
@@ -62,7 +62,7 @@ def draw_outcome(arms: dict[str, list[dict]], baseline: str) -> Canvas:
     for ax, (key, title) in zip(axes, OUTCOMES, strict=True):
         for row, (arm, records) in enumerate(arms.items()):
             values = [outcome(r, key) for r in records]
-            figure = interval(values, sampling_error(answers(records)) if key == "accuracy" else 0.0)
+            figure = interval(values, sampling_error([answer_variance(r, key) for r in records]))
             if figure is None:
                 continue
             colour = colour_of(row)

@@ -46,9 +46,9 @@ INTRO = """\
 
 Written by `python -m experiments.page` from the records in `experiments/results/`; a test fails when this page and the
 records differ. Accuracy is single-shot on the bare prompt, in per cent, on held-out problems, as the model would be
-deployed. `±` is the 95 % interval over seeds (Student's t), for accuracy at least that of the sampled answers; a figure
-without it stands on one seed and shows nothing. Differences are paired by seed, over the seeds that both arms have.
-Dozens are judged here, so one or two may pass for real that are not.
+deployed. `±` is the 95 % interval over seeds (Student's t), for accuracy, format and reward at least that of the
+answers alone; a figure without it stands on one seed and shows nothing. Differences are paired by seed, over the seeds
+that both arms have. Dozens are judged here, so one or two may pass for real that are not.
 
 Runs repeat: seeds 0 and 1 of iGRPO, trained again from nothing half a day of commits later, gave every figure but times
 and memory again to the last digit.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -39,7 +41,7 @@ SERIES = (
 """Curves that are kept; null where a step has no such figure (no group had a gradient), no key where no step has."""
 
 
-def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) -> dict[str, Any]:
+def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str, processes: int = 1) -> dict[str, Any]:
     """Everything the summary and the figures need, a few kilobytes."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -60,9 +62,9 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str) 
         "answer_equals_draft": answer_equals_draft(folder),
         "totals": {
             "decoded_tokens": sum(decoded(row) for row in steps),
-            "rollouts": sum(row["rollout/rollouts_per_prompt"] for row in steps) * _prompts(config),
+            "rollouts": sum(row["rollout/rollouts_per_prompt"] for row in steps) * _prompts(config) * processes,
             "step_seconds": _short(sum(row["step_time"] for row in steps)),
-            "core_seconds": float((folder / "core_seconds").read_text(encoding="utf-8")),
+            "core_seconds": core_seconds(folder),
             "peak_memory_gib": _short(max(row["peak_memory_gib"] for row in steps)),
         },
     }
@@ -107,12 +109,21 @@ def answer_equals_draft(folder: Path) -> float | None:
     return _short(fmean(equal)) if equal else None
 
 
+def core_seconds(folder: Path) -> float | None:
+    """None where a part of the run was killed before it could be counted."""
+    seconds = float((folder / "core_seconds").read_text(encoding="utf-8"))
+    return None if math.isnan(seconds) else seconds
+
+
 def provenance() -> dict[str, Any]:
     import torch
 
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = partial(subprocess.run, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    commit = git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    if git(["git", "status", "--porcelain", "igrpo", "igrpo_kernels", "csrc"]).stdout:
+        commit += " with changes"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {"commit": commit.stdout.strip(), "machine": f"{where}, {platform.machine()}", "torch": torch.__version__}
+    return {"commit": commit, "machine": f"{where}, {platform.machine()}", "torch": torch.__version__}
 
 
 def _prompts(config: dict[str, Any]) -> int:

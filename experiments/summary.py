@@ -1,10 +1,11 @@
 """From records to the figures that are quoted: means over seeds with intervals, and differences from the baseline.
 
 The interval of a mean over seeds is Student's t at 95 % (few seeds: wide, and honest about it). Three seeds can agree
-by luck, so the interval of a share of right answers is never narrower than the sampling error of the answers alone:
-1.96 · sqrt(sum over seeds of p (1 - p) / n) / seeds, for a difference with the terms of both arms. A difference from
-the baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on the same
-held-out ones.
+by luck, so the interval of a share p of n answers is never narrower than the sampling error of the answers alone:
+1.96 · sqrt(sum over seeds of p (1 - p) / n) / seeds, for a difference with the terms of both arms. For the reward, the
+sum of two such shares, the deviations are added before they are squared: the widest, whatever their correlation. A
+difference from the baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on
+the same held-out ones.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any
 from experiments.plan import Plan
 from igrpo.run_folder import write_atomically
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Two-sided 95 % quantile of Student's t by degrees of freedom."""
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantile of Student's t for 1, 2, … degrees of freedom."""
+SHARES = {"accuracy": ("accuracy",), "format": ("format",), "reward": ("accuracy", "format")}
+"""Figure of an evaluation -> the shares it is the sum of."""
 
 
 def summarise(folder: Path, plan: Plan) -> Path:
@@ -53,20 +56,31 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
     base = {r["seed"]: r for r in baseline}
     shared = [r for r in records if r["seed"] in base]
     others = [base[r["seed"]] for r in shared]
-    gap_noise = 0.0 if shared == others else sampling_error(answers(shared), answers(others))
+    counted = [r for r in records if r["totals"]["core_seconds"] is not None]
+
+    def noise(key: str, end: int = -1) -> float:
+        return sampling_error([answer_variance(r, key, end) for r in records])
+
+    def gap_noise(key: str) -> float:
+        if shared == others:
+            return 0.0
+        return sampling_error(*([answer_variance(r, key) for r in arm] for arm in (shared, others)))
+
     return {
         "seeds": sorted(r["seed"] for r in records),
-        "accuracy_before": interval(
-            [r["evaluations"][0]["accuracy"] for r in records], sampling_error(answers(records, 0))
+        "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records], noise("accuracy", 0)),
+        "accuracy": interval([outcome(r, "accuracy") for r in records], noise("accuracy")),
+        "reward": interval([outcome(r, "reward") for r in records], noise("reward")),
+        "reward_minus_baseline": interval(
+            [outcome(r, "reward") - outcome(base[r["seed"]], "reward") for r in shared], gap_noise("reward")
         ),
-        "accuracy": interval([outcome(r, "accuracy") for r in records], sampling_error(answers(records))),
-        "reward": interval([outcome(r, "reward") for r in records]),
-        "reward_minus_baseline": interval([outcome(r, "reward") - outcome(base[r["seed"]], "reward") for r in shared]),
-        "format": interval([outcome(r, "format") for r in records]),
+        "format": interval([outcome(r, "format") for r in records], noise("format")),
         "minus_baseline": interval(
-            [outcome(r, "accuracy") - outcome(base[r["seed"]], "accuracy") for r in shared], gap_noise
+            [outcome(r, "accuracy") - outcome(base[r["seed"]], "accuracy") for r in shared], gap_noise("accuracy")
         ),
-        "minus_baseline_at_equal_tokens": interval([at_equal_tokens(r, base[r["seed"]]) for r in shared], gap_noise),
+        "minus_baseline_at_equal_tokens": interval(
+            [at_equal_tokens(r, base[r["seed"]]) for r in shared], gap_noise("accuracy")
+        ),
         "zero_variance_groups": interval([mean_of(r, "frac_reward_zero_std") for r in records]),
         "copy_rate": interval([mean_of(r, "refinement/copy_rate") for r in records]),
         "copy_rate_first": interval([at_end(r, "refinement/copy_rate", 0) for r in records]),
@@ -75,8 +89,8 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "entropy_last": interval([at_end(r, "entropy", -1) for r in records]),
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
         "seconds_per_step": interval([mean_of(r, "step_time") for r in records]),
-        "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in records]),
-        "samples_per_core_second": interval([r["totals"]["rollouts"] / r["totals"]["core_seconds"] for r in records]),
+        "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in counted]),
+        "samples_per_core_second": interval([r["totals"]["rollouts"] / r["totals"]["core_seconds"] for r in counted]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
 
@@ -117,16 +131,25 @@ def accuracy_at(record: dict, tokens: float) -> float:
     return points[-1][1]
 
 
-def answers(records: Sequence[dict], end: int = -1) -> list[tuple[float, int]]:
-    """Accuracy and number of answers per seed, at the first (0) or last (-1) evaluation."""
-    return [(r["evaluations"][end]["accuracy"], r["evaluations"][end]["samples"]) for r in records]
+def answer_variance(record: dict, key: str, end: int = -1) -> float:
+    """Variance that a figure of the first (0) or last (-1) evaluation has from the choice of its answers alone."""
+    evaluation = record["evaluations"][end]
+    shares = [p for name in SHARES[key] if (p := evaluation[name]) is not None]
+    return sum(math.sqrt(p * (1 - p)) for p in shares) ** 2 / evaluation["samples"]
 
 
-def sampling_error(*arms: Sequence[tuple[float, int]]) -> float:
-    """95 % half width that so many answers alone give a mean over an arm's seeds, or the difference of two such means
-    where two arms are given."""
-    terms = [p * (1 - p) / n for seeds in arms for p, n in seeds]
-    return 1.96 * math.sqrt(sum(terms)) / max(len(arms[0]), 1)
+def sampling_error(*arms: Sequence[float]) -> float:
+    """95 % half width that the answers alone give a mean over an arm's seeds, from their variances; or the difference
+    of two such means where two arms are given."""
+    return 1.96 * math.sqrt(sum(map(sum, arms))) / max(len(arms[0]), 1)
+
+
+def student_t95(degrees: int) -> float:
+    if degrees <= len(T95):
+        return T95[degrees - 1]
+    z = 1.959964  # the normal's quantile, and the first terms of its expansion in 1 / degrees
+    series = (z, (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384)
+    return sum(term / degrees**power for power, term in enumerate(series))
 
 
 def interval(values: Sequence[float | None], at_least: float = 0.0) -> dict[str, Any] | None:
@@ -139,7 +162,7 @@ def interval(values: Sequence[float | None], at_least: float = 0.0) -> dict[str,
     if not found:
         return None
     n = len(found)
-    half = max(T95.get(n - 1, 1.96) * stdev(found) / math.sqrt(n), at_least) if n > 1 else None
+    half = max(student_t95(n - 1) * stdev(found) / math.sqrt(n), at_least) if n > 1 else None
     return {"mean": round(fmean(found), 6), "half_width": None if half is None else round(half, 6), "n": n}
 
 

@@ -104,7 +104,8 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
         own = [r for r in records if r["arm"] == arm]
         if own:
             found = [[(r["modes"][mode]["accuracy"], r["modes"][mode]["problems"]) for r in own] for mode in modes]
-            cells = [show(interval([p for p, _ in seeds], sampling_error(seeds)), 100) for seeds in found]
+            noise = [sampling_error([p * (1 - p) / n for p, n in seeds]) for seeds in found]
+            cells = [show(interval([p for p, _ in s], error), 100) for s, error in zip(found, noise, strict=True)]
             problems = own[0]["modes"][modes[0]]["problems"]
             lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join(cells)} |")
     return lines

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 
-def group_advantages(rewards_P_G: Sequence[Sequence[float]], scale: str = "group") -> list[tuple[float, ...]]:
+def group_advantages(
+    rewards_P_G: Sequence[Sequence[float]], scale: str = "group", batch: Sequence[Sequence[float]] | None = None
+) -> list[tuple[float, ...]]:
     """A_j = (R_j - mean R) / std R over the group's G refinements; 0 when all are equal.
 
     The standard deviation is the sample one (divisor G - 1). Equality is tested on the rewards themselves: a float
@@ -15,11 +17,12 @@ def group_advantages(rewards_P_G: Sequence[Sequence[float]], scale: str = "group
     Args:
         rewards_P_G: one sequence of G rewards per prompt.
         scale: ``"group"``; ``"batch"`` divides by the deviation over all rewards; ``"none"`` only centres.
+        batch: the groups whose rewards are "all rewards" where other processes have some of them; None: these.
 
     Returns:
         One tuple of G advantages per prompt.
     """
-    everything = [r for rewards in rewards_P_G for r in rewards]
+    everything = [r for rewards in (rewards_P_G if batch is None else batch) for r in rewards]
     batch_std = stdev(everything) if len(everything) > 1 else 0.0
     advantages = []
     for rewards in rewards_P_G:

@@ -6,6 +6,7 @@ Each check raises ``ConfigError`` with one line that names the key and says what
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -17,10 +18,10 @@ class ConfigError(ValueError):
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether a value has the type a key asks for; an int is a fine float, a bool is never a number."""
+    """Whether a value has the type a key asks for; an int is a fine float, a bool and NaN are never a number."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return value in args
+        return any(value == a and type(value) is type(a) for a in args)
     if origin is list:
         return isinstance(value, list) and all(matches(v, args[0]) for v in value)
     if origin is dict:
@@ -30,7 +31,7 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
@@ -63,13 +64,16 @@ _AT_LEAST = {
     "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
     "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
     "dynamic_sampling_max_gen_batches": 2, "judge_max_tokens": 1, "judge_max_retries": 0, "judge_max_concurrency": 1,
-    "repetition_n_grams": 1,
+    "repetition_n_grams": 1, "seed": 0,
 }  # fmt: skip
 _POSITIVE = (
     "temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance",
     "vllm_server_timeout", "vllm_request_timeout", "vllm_sync_timeout", "judge_timeout",
 )  # fmt: skip
 
+_FINITE = ("learning_rate", "weight_decay", "temperature", "eval_temperature", "beta", "entropy_coef")
+_LAST_SEED = 2**32 - 1
+"""numpy takes no larger one."""
 _ONE_OR_NULL = (
     "draft_max_tokens", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
     "cosine_max_len",
@@ -87,6 +91,13 @@ def check_ranges(config: TrainConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise ConfigError(f"{key}: {value} does not work; write 1 or more, or null")
+    for key in _FINITE:
+        if math.isinf(getattr(config, key)):
+            raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a finite number")
+    if not all(map(math.isfinite, config.reward_weights or ())):
+        raise ConfigError(f"reward_weights: {config.reward_weights} does not work; write finite numbers")
+    if config.seed > _LAST_SEED:
+        raise ConfigError(f"seed: {config.seed} is too large; write {_LAST_SEED} or less")
     if not 0.0 < config.vllm_gpu_memory_utilization <= 1.0:
         raise ConfigError("vllm_gpu_memory_utilization: write a share of the GPU's memory, above 0 and at most 1")
     if not 0.0 < config.top_p <= 1.0:

@@ -101,6 +101,8 @@ def build_config(values: dict[str, Any]) -> TrainConfig:
             _warn(f"{key} is ignored: {DROPPED[key]}")
         elif key in RENAMED:
             new = RENAMED[key]
+            if key == "warmup_ratio" and value == 1:  # from 1 on it would count steps
+                raise ConfigError("warmup_ratio: 1 leaves no step at the full rate; write a share below 1")
             _warn(f"{key} is now called {new}")
             if new not in values:
                 settings[new] = coerce(new, value)

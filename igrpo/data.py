@@ -117,22 +117,35 @@ def _missing_column(where: str, key: str, column: str, row: Mapping[str, Any]) -
 
 def _prompt(value: Any, where: str, column: str) -> str | tuple[dict[str, str], ...]:
     if isinstance(value, str) and value.strip():
-        return value
+        return _whole_text(value, where, column)
     if isinstance(value, Sequence) and not isinstance(value, str) and value:
         turns = tuple(value)
         if all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
             if turns[-1].get("role") == "user" and all(isinstance(turn.get("role"), str) for turn in turns):
-                return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
+                contents = [_whole_text(turn["content"], where, column) for turn in turns]
+                return tuple({"role": t["role"], "content": text} for t, text in zip(turns, contents, strict=True))
             raise ValueError(f"{where}: the conversation in '{column}' must end in a turn with role 'user'")
     raise ValueError(f"{where}: '{column}' must be text or a list of messages, not {_shown(value)}")
 
 
 def _solution(value: Any, where: str, column: str) -> str:
     if isinstance(value, str) and value.strip():
-        return value
+        return _whole_text(value, where, column)
     if isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
         return str(value)
     raise ValueError(f"{where}: '{column}' must be text or a number, not {_shown(value)}")
+
+
+def _whole_text(value: str, where: str, column: str) -> str:
+    """JSON can write half of a surrogate pair, which is no character: no tokenizer reads it, no file holds it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: '{column}' holds half a character, {value[error.start]!a} at {error.start}; the text was "
+            "cut inside one: write it again whole"
+        ) from None
+    return value
 
 
 def _shown(value: Any) -> str:
@@ -207,7 +220,7 @@ def _hub_rows(name: str, config: str | None, split: str, options: Mapping[str, A
 
 
 def _read_jsonl(path: Path) -> Iterator[_Located]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", _json_object(line, f"{path}:{number}")
@@ -225,7 +238,7 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 
 def _read_json(path: Path) -> Iterator[_Located]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}:{error.lineno}: broken JSON, {error.msg} at column {error.colno}{hint}") from error

@@ -98,7 +98,7 @@ class Job:
         probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
         pairs = zip(self.engine.score(probe), self.learner.score(probe), strict=True)
         gap = fmean(abs(theirs - ours) for theirs, ours in pairs)
-        return self.learner.mean_over_processes({"gap": gap})["gap"]
+        return self.learner.over_processes({"gap": gap})["gap"]
 
     def evaluate(self, when: str) -> dict[str, float]:
         """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
@@ -128,9 +128,8 @@ class Job:
 
     def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
         accelerator = self.learner.accelerator
-        metrics = self.learner.mean_over_processes(metrics) | {
+        metrics = self.learner.over_processes(metrics | {"peak_memory_gib": self.learner.peak_memory_gib()}) | {
             "epoch": self.feed.epoch,
-            "peak_memory_gib": self.learner.peak_memory_gib(),
             **self.learner.hours(time.monotonic() - self.started),
         }
         self.view.end_step(self.step, metrics)
@@ -173,8 +172,8 @@ def build(config: TrainConfig) -> Iterator[Job]:
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(start_rewards(config))
         problems, held_out = load_data(config)
-        tokenizer, prompts, path, stop_ids = _load_prompts(config, problems)
-        problems, length = _fit_context(config, prompts, problems, held_out, path)
+        tokenizer, prompts, path, stop_ids = _load_prompts(config)
+        problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
 
         _plan_memory(config, path, length)
 
@@ -199,7 +198,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
         timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
         stack.callback(timeline.flush)
-        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather)
         if state:
             rollout.load_state_dict(state.get("drafts", []))
         job = Job(
@@ -274,7 +273,7 @@ def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]
     return problems[: -config.eval_samples], problems[-config.eval_samples :]
 
 
-def _load_prompts(config: TrainConfig, problems: Sequence[Problem]) -> tuple[Any, Any, str, tuple[int, ...]]:
+def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.models import load_tokenizer, resolve_model, stop_token_ids
     from igrpo.policy import loss_config
     from igrpo.prompts import PromptBuilder
@@ -282,22 +281,18 @@ def _load_prompts(config: TrainConfig, problems: Sequence[Problem]) -> tuple[Any
     loss_config(config)  # refuses impossible combinations
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
-    try:
-        prompts = PromptBuilder(tokenizer, config)
-        prompts.parts(problems[0])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    prompts = PromptBuilder(tokenizer, config)
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
 
 
 def _fit_context(
     config: TrainConfig, prompts: Any, problems: Sequence[Problem], held_out: Sequence[Problem], path: str
-) -> tuple[list[Problem], int]:
-    """The engine's context, and the problems whose question fits it whole."""
+) -> tuple[list[Problem], list[Problem], int]:
+    """The problems and the held-out ones whose question fits the engine's context whole, and that context."""
     from igrpo.models import context_limit
 
-    parts = [prompts.parts(p) for p in problems]
-    longest = max(prompts.longest_refinement(p) for p in [*parts, *(prompts.parts(h) for h in held_out)])
+    parts, held_out_parts = ([prompts.parts(p) for p in some] for some in (problems, held_out))
+    longest = max(prompts.longest_refinement(p) for p in [*parts, *held_out_parts])
     limit = context_limit(path, config)
     if config.vllm_max_model_length is not None and limit is not None and config.vllm_max_model_length > limit:
         raise ConfigError(f"vllm_max_model_length: the model was made for {limit} tokens; write {limit} or less")
@@ -309,10 +304,13 @@ def _fit_context(
             f"no question fits a context of {length} tokens beside max_completion_length = "
             f"{config.max_completion_length}; lower max_completion_length or raise vllm_max_model_length"
         )
-    if len(fitting) < len(problems):
-        print(f"warning: {len(problems) - len(fitting)} of {len(problems)} questions are too long for a context of "
-              f"{length} tokens and are left out", flush=True)  # fmt: skip
-    return fitting, length
+    room = length - config.max_completion_length
+    judged = [h for h, part in zip(held_out, held_out_parts, strict=True) if len(part.bare) <= room]
+    for kind, all_of_them, kept in (("", problems, fitting), ("held-out ", held_out, judged)):
+        if len(kept) < len(all_of_them):
+            print(f"warning: {len(all_of_them) - len(kept)} of {len(all_of_them)} {kind}questions are too long for a "
+                  f"context of {length} tokens and are left out", flush=True)  # fmt: skip
+    return fitting, judged, length
 
 
 def _feed(config: TrainConfig, problems: Sequence[Problem], learner: Any, state: Any) -> ProblemFeed:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from igrpo import batching, sharding, zero3
 from igrpo.adapters import Adapters
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.learner_metrics import Accumulator, Metrics, work
+from igrpo.learner_metrics import Accumulator, Metrics, over_processes, work
 from igrpo.memory_plan import peak_resident
 from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
@@ -305,13 +304,9 @@ class Learner:
         """One plain object of each process, in the order of the processes, at every process."""
         return gather_object([one]) if self.accelerator.num_processes > 1 else [one]
 
-    def mean_over_processes(self, metrics: Metrics) -> Metrics:
-        """Plain means of the figures; one that only some processes have is averaged over those."""
-        if self.accelerator.num_processes == 1:
-            return metrics
-        everyone: list[Metrics] = gather_object([metrics])
-        names = dict.fromkeys(name for one in everyone for name in one)
-        return {name: fmean(one[name] for one in everyone if name in one) for name in names}
+    def over_processes(self, metrics: Metrics) -> Metrics:
+        """The run's figures from those of each process; equal at every process."""
+        return over_processes(self.gather(metrics)) if self.accelerator.num_processes > 1 else metrics
 
     def hours(self, seconds: float) -> Metrics:
         """What ``seconds`` of all processes cost: ``gpu_hours``, or ``core_hours`` where there is no GPU."""

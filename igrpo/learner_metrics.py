@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,13 @@ from igrpo.types import TrainingSample
 from igrpo_kernels import GRPOLossOutput
 
 Metrics = dict[str, float]
+
+SUMMED = re.compile(
+    r"rollout/(draft_tokens|refinement_tokens|tokens_per_second|samples_per_second)|draft/aborted|resample/\w+"
+    r"|rewards/.*/(not_judged|errors|timeouts)|sync/restarts"
+)
+"""Counts and rates of a process's own share, which are the run's when added up."""
+_EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
 
 
 class Accumulator:
@@ -49,6 +57,22 @@ class Accumulator:
         result["grad_norm"] = fmean(self.norms)
         result["learner/skipped_steps"] = float(self.skipped_steps)
         return result
+
+
+def over_processes(everyone: Sequence[Metrics]) -> Metrics:
+    """One figure per name from those of each process: a sum of counts and rates, extremes of extremes, else a plain
+    mean. One that only some processes have is taken over those."""
+    names = dict.fromkeys(name for one in everyone for name in one)
+    return {name: _combine(name, [one[name] for one in everyone if name in one]) for name in names}
+
+
+def _combine(name: str, values: list[float]) -> float:
+    if SUMMED.fullmatch(name):
+        return sum(values)
+    extreme = _EXTREME.fullmatch(name)
+    if extreme:
+        return max(values) if extreme[1] else min(values)
+    return fmean(values)
 
 
 def work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin]) -> Metrics:

@@ -7,6 +7,7 @@ process plans the whole step from the same samples and takes its share.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,7 +68,9 @@ def pack(samples: Sequence[TrainingSample], limits: Limits, *, shared: bool = Tr
     pieces = [piece for group in prefix_groups(samples, shared) for piece in _split(group, limits)]
     pieces.sort(key=lambda piece: piece.tokens, reverse=True)
     fewest = max(
-        sum(p.tokens for p in pieces) / limits.tokens, sum(len(p.samples) for p in pieces) / limits.completions
+        sum(p.tokens for p in pieces) / limits.tokens,
+        sum(len(p.samples) for p in pieces) / limits.completions,
+        sum(p.tokens > limits.tokens / 2 for p in pieces),  # no two of them go together
     )
     count = math.ceil(max(fewest, 1) / processes) * processes
     while (bins := _fill(pieces, count, limits)) is None:
@@ -126,16 +129,21 @@ def _split(group: PrefixGroup, limits: Limits) -> list[PrefixGroup]:
 def _fill(pieces: Sequence[PrefixGroup], count: int, limits: Limits) -> list[list[PrefixGroup]] | None:
     """``pieces``, largest first, over ``count`` micro-batches; None if they do not fit."""
     bins: list[list[PrefixGroup]] = [[] for _ in range(count)]
-    tokens, completions = [0] * count, [0] * count
+    completions = [0] * count
+    emptiest_first = [(0, i) for i in range(count)]  # (tokens, micro-batch): a heap
     for piece in pieces:
-        more = len(piece.samples)
-        room = [i for i in range(count) if limits.hold(tokens[i] + piece.tokens, completions[i] + more)]
-        if not room:
+        too_full = []
+        while emptiest_first:
+            tokens, i = heapq.heappop(emptiest_first)
+            if limits.hold(tokens + piece.tokens, completions[i] + len(piece.samples)):
+                break
+            too_full.append((tokens, i))
+        else:
             return None
-        emptiest = min(room, key=lambda i: (tokens[i], i))
-        bins[emptiest].append(piece)
-        tokens[emptiest] += piece.tokens
-        completions[emptiest] += more
+        bins[i].append(piece)
+        completions[i] += len(piece.samples)
+        for state in (*too_full, (tokens + piece.tokens, i)):
+            heapq.heappush(emptiest_first, state)
     return bins
 
 

@@ -17,8 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
+
 from igrpo.answers import without_answer
-from igrpo.config import TrainConfig
+from igrpo.config import ConfigError, TrainConfig
 from igrpo.types import Message, Problem
 
 # No chat template changes these characters, and no question contains them.
@@ -45,7 +47,8 @@ class PromptBuilder:
     """Builds prompts for one tokenizer and one configuration.
 
     Args:
-        tokenizer: a Hugging Face tokenizer; one without a chat template gets plain text.
+        tokenizer: a Hugging Face tokenizer; one without a chat template gets plain text behind its special tokens for
+            the start of any text (``<s>``); chat templates write those themselves.
         max_model_length: tokens the engine can hold for prompt + completion.
     """
 
@@ -55,15 +58,16 @@ class PromptBuilder:
         self.max_model_length = max_model_length
         before, after = config.draft_template.split("{draft}")
         self.before, self.after = self._encode(before), self._encode(after)
+        self.start = self._start() if tokenizer.chat_template is None else ()
         # Those without a role of their own too, a chat model's turn markers for example.
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = frozenset([*tokenizer.all_special_ids, *added])
 
     def parts(self, problem: Problem) -> PromptParts:
-        """Raises ValueError if a conversation does not end in a user turn."""
+        """Raises ConfigError if a conversation does not end in a user turn, or the chat template refuses it."""
         messages = self._messages(problem)
         head_text, tail_text = self._render(messages)
-        return PromptParts(messages, self._encode(head_text), self._encode(tail_text))
+        return PromptParts(messages, self.start + self._encode(head_text), self._encode(tail_text))
 
     def with_draft(self, parts: PromptParts, draft_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
         """Ids of q' and whether the draft was trimmed.
@@ -117,7 +121,7 @@ class PromptBuilder:
         else:
             turns = tuple(problem.prompt)
         if not turns or turns[-1]["role"] != "user":
-            raise ValueError(f"row {problem.index}: a conversation must end in a user turn to be answered")
+            raise ConfigError(f"row {problem.index}: a conversation must end in a user turn to be answered")
         if self.config.system_prompt and turns[0]["role"] != "system":
             turns = ({"role": "system", "content": self.config.system_prompt}, *turns)
         return turns
@@ -134,13 +138,24 @@ class PromptBuilder:
         if self.tokenizer.chat_template is None:
             text = "\n\n".join(m["content"] for m in marked) + "\n\n"
         else:
-            text = self.tokenizer.apply_chat_template(
-                marked, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
-            )
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    marked, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
+                )
+            except TemplateError as error:
+                hint = "; write system_prompt: null" if messages[0]["role"] == "system" else ""
+                raise ConfigError(f"the model's chat template refuses the conversation: {error}{hint}") from None
         head, mark, tail = text.partition(_MARK)
         if not mark or _MARK in tail:
-            raise ValueError("the chat template must write the user's text exactly once; choose another model")
+            raise ConfigError("the chat template must write the user's text exactly once; choose another model")
         return head, tail
+
+    def _start(self) -> tuple[int, ...]:
+        """Special tokens in front of any text: between none and the first of the text's own."""
+        text = "a"
+        whole, own = self.tokenizer.encode(text), self._encode(text)
+        found = next((i for i in range(len(whole)) if tuple(whole[i : i + len(own)]) == own), 0)
+        return tuple(whole[:found])
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()

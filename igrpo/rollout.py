@@ -80,6 +80,7 @@ class Rollout:
         tokenizer: decodes completions for the reward functions.
         timeline: told when each request and each score begins and ends.
         rank: this process's number; engines of several processes must not draw the same random numbers.
+        gather: one object of each process, in rank order, at every process.
     """
 
     def __init__(
@@ -91,8 +92,9 @@ class Rollout:
         config: TrainConfig,
         timeline: Timeline | None = None,
         rank: int = 0,
+        gather: Callable[[Any], list[Any]] = lambda one: [one],
     ):
-        self.rank = rank
+        self.rank, self.gather = rank, gather
         self.engine, self.rewards, self.prompts, self.tokenizer = engine, rewards, prompts, tokenizer
         self.config, self.timeline = config, timeline or Timeline(None)
         self.sampling = Sampling(
@@ -244,19 +246,23 @@ class Rollout:
             problem = next(spares, None)  # type: ignore[call-overload]
             if problem is None:
                 return
-            self._stats.discarded += self._groups([flow])
+            self._stats.discarded.append(flow.group((0.0,) * len(flow.refinements)))
             self._flows[i] = fresh = self._begin(problem, step, len(self._flows) + len(self._stats.discarded) - 1)
             for draft in sorted(fresh.open_drafts):
                 self._submit_draft(fresh, draft)
         self._refine_drafted()
 
     def _groups(self, flows: Sequence[Flow]) -> list[RolloutGroup]:
-        scale = self.config.scale_rewards
-        advantages = group_advantages([[s.reward for s in flow.refinements or ()] for flow in flows], scale)
+        advantages = self._advantages([[s.reward for s in flow.refinements or ()] for flow in flows])
         drafts: list[tuple[float, ...]] = [()] * len(flows)
         if self.config.train_on_drafts:
-            drafts = group_advantages([[s.reward for s in flow.scored_drafts] for flow in flows], scale)
+            drafts = self._advantages([[s.reward for s in flow.scored_drafts] for flow in flows])
         return [flow.group(a, d) for flow, a, d in zip(flows, advantages, drafts, strict=True)]
+
+    def _advantages(self, rewards_P_G: list[list[float]]) -> list[tuple[float, ...]]:
+        scale = self.config.scale_rewards
+        batch = [group for part in self.gather(rewards_P_G) for group in part] if scale == "batch" else None
+        return group_advantages(rewards_P_G, scale, batch)
 
     # --- requests
 

@@ -17,6 +17,8 @@ from igrpo.config_file import dump_yaml
 from igrpo.types import RolloutGroup, Scored
 
 _PREFIX = "checkpoint-"
+STOP_FILE = "stop"
+"""Whoever writes a file of this name into the folder of a run stops it after the step, with a checkpoint."""
 ALMOST_NOTHING = 16 * 2**20
 """Bytes; a disk with less is full."""
 
@@ -48,7 +50,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 class DiskFullError(RuntimeError):
-    """A checkpoint that did not fit."""
+    """What was to be written did not fit."""
 
 
 class Processes(Protocol):
@@ -87,6 +89,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "completions.jsonl", "timeline.jsonl"):
             if resumed_step is not None:
                 _drop_lines_after(self.path / name, resumed_step)
+        (self.path / STOP_FILE).unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", dump_yaml(config))
 
     def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -106,7 +109,7 @@ class RunFolder:
         try:
             write(staging)
         except Exception as error:  # each library that writes has an exception of its own for a full disk
-            if not _disk_is_full(error, self.path):
+            if not disk_is_full(error, self.path):
                 raise
             written = sum(f.stat().st_size for f in staging.rglob("*") if f.is_file())
             shutil.rmtree(staging, ignore_errors=True)
@@ -126,6 +129,14 @@ class RunFolder:
         self.processes.wait_for_everyone()  # no process goes on to look for a checkpoint that has no name yet
         return target
 
+    def asked_to_stop(self) -> bool:
+        """Whether a ``STOP_FILE`` has been written since the last call. torchrun, and so accelerate, kills
+        processes half a minute after a signal, less than a step may take; this waits for the step."""
+        if not self.processes.is_main_process or not (self.path / STOP_FILE).exists():
+            return False
+        (self.path / STOP_FILE).unlink()
+        return True
+
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
         with open(self.path / name, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
@@ -144,11 +155,12 @@ def whole_lines(path: Path) -> list[str]:
         return [line for line in file if line.endswith("\n")]
 
 
-def _disk_is_full(error: Exception, path: Path) -> bool:
+def disk_is_full(error: Exception, path: Path) -> bool:
     """torch and safetensors do not keep the system's error number, so what is left on the disk says it too."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
-    return os.strerror(errno.ENOSPC) in str(error) or shutil.disk_usage(path).free < ALMOST_NOTHING
+    said = os.strerror(errno.ENOSPC) in str(error)
+    return said or (path.exists() and shutil.disk_usage(path).free < ALMOST_NOTHING)
 
 
 def _set_aside(path: Path) -> Path | None:

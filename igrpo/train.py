@@ -16,6 +16,7 @@ import signal
 import time
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from igrpo.config import ConfigError, TrainConfig
@@ -33,8 +34,8 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 3, 4, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room for a checkpoint,
-    130 stopped by Ctrl-C after a save."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk,
+    130 stopped after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.vllm_mode == "server":
@@ -55,6 +56,7 @@ def train(config: TrainConfig) -> int:
     check_trackers(config.trackers)
     from igrpo.engines import EngineError
     from igrpo.job import build
+    from igrpo.run_folder import disk_is_full
 
     try:
         with build(config) as job:
@@ -62,6 +64,12 @@ def train(config: TrainConfig) -> int:
     except EngineError as error:  # it did not start
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ENGINE
+    except OSError as error:  # from a log; a checkpoint's would be a DiskFullError
+        folder = Path(config.output_dir).expanduser()
+        if not disk_is_full(error, folder):
+            raise
+        print(f"error: {error}\n{how_to_go_on(folder)}", file=sys.stderr)
+        return EXIT_DISK_FULL
 
 
 def quiet_libraries() -> None:
@@ -104,7 +112,7 @@ def loop(job: Job) -> int:
                 if job.due(config.eval_steps) and step < job.total_steps:
                     job.evaluate(f"after step {step}")
                 # The signal may reach processes in different steps, and all of them save together.
-                stopping = any(job.learner.gather(stop.requested))
+                stopping = any(job.learner.gather(stop.requested or job.folder.asked_to_stop()))
                 if step == job.total_steps or stopping or job.due(config.save_steps):
                     job.save()
                 if stopping:
@@ -113,14 +121,14 @@ def loop(job: Job) -> int:
             job.report(before, job.evaluate("after training"))
         return 0
     except (EngineError, DiskFullError) as error:
-        print(f"error: {error}\n{how_to_go_on(job)}", file=sys.stderr)
+        print(f"error: {error}\n{how_to_go_on(job.folder.path)}", file=sys.stderr)
         return EXIT_ENGINE if isinstance(error, EngineError) else EXIT_DISK_FULL
 
 
-def how_to_go_on(job: Job) -> str:
+def how_to_go_on(folder: Path) -> str:
     from igrpo.run_folder import checkpoints
 
-    saved = checkpoints(job.folder.path)
+    saved = checkpoints(folder)
     if not saved:
         return "nothing was saved yet (save_steps): start the run again"
     return f"{saved[-1]} is whole; go on with the same command and --resume_from_checkpoint last"

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -16,11 +20,21 @@ from experiments.__main__ import main, run_one
 from experiments.figures import as_run, digest, draw_plan
 from experiments.page import PAGE, READING, page, reading, verdict
 from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.record import make_record
-from experiments.summary import accuracy_at, at_equal_tokens, interval, load_records, show, summarise, summarise_arm
+from experiments.record import core_seconds, make_record
+from experiments.summary import (
+    accuracy_at,
+    at_equal_tokens,
+    interval,
+    load_records,
+    show,
+    student_t95,
+    summarise,
+    summarise_arm,
+)
 from igrpo.config import ConfigError, TrainConfig
 from tests.tiny import save_tiny
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in PLANS.glob("*.yaml"))
 
 
@@ -105,7 +119,14 @@ def test_seeds_that_agree_by_luck_leave_the_sampling_error_of_their_answers():
     figures = summarise_arm(arm, base)
     assert figures["accuracy"]["half_width"] == pytest.approx(1.96 * (0.25 / 300) ** 0.5, rel=1e-3)
     assert figures["minus_baseline"]["half_width"] == pytest.approx(1.96 * (0.5 / 300) ** 0.5, rel=1e-3)
-    assert figures["reward_minus_baseline"]["half_width"] < 0.003
+    assert figures["reward_minus_baseline"]["half_width"] == pytest.approx(1.96 * (0.5 / 300) ** 0.5, rel=1e-3)
+    assert figures["zero_variance_groups"]["half_width"] == 0.0
+    # Two shares in one reward: at worst their deviations add up, 0.5 + 0.4 per answer.
+    for record in arm:
+        record["evaluations"][-1] |= {"format": 0.8, "reward": 1.3}
+    figures = summarise_arm(arm, base)
+    assert figures["format"]["half_width"] == pytest.approx(1.96 * (0.16 / 300) ** 0.5, rel=1e-3)
+    assert figures["reward"]["half_width"] == pytest.approx(1.96 * (0.81 / 300) ** 0.5, rel=1e-3)
     assert summarise_arm(base, base)["minus_baseline"]["half_width"] == 0.0
     assert summarise_arm(arm[:1], base[:1])["minus_baseline"]["half_width"] is None
 
@@ -142,6 +163,19 @@ def test_an_interval_of_one_seed_has_no_width_and_missing_figures_are_left_out()
     assert interval([0.5]) == {"mean": 0.5, "half_width": None, "n": 1}
     assert interval([None, float("nan")]) is None
     assert interval([1.0, None])["n"] == 1
+    # Tables of Student's t; beyond 9 degrees of freedom the first terms of a series stand for the table.
+    assert [student_t95(n) for n in (1, 5, 9)] == [12.706, 2.571, 2.262]
+    assert [round(student_t95(n), 3) for n in (10, 12, 20, 30)] == [2.228, 2.179, 2.086, 2.042]
+
+
+def test_what_a_killed_part_of_a_run_has_cost_is_not_guessed(tmp_path):
+    """A run whose first half was killed was once said to have cost half of what it did."""
+    (tmp_path / "core_seconds").write_text("nan\n")
+    assert core_seconds(tmp_path) is None
+    run = evaluated(0, "a", [(0, 0.2), (100, 0.4)], 0.0)
+    unknown = {**run, "seed": 1, "totals": {**run["totals"], "core_seconds": None}}
+    figures = summarise_arm([run, unknown], [])
+    assert figures["core_hours"] == {"mean": 0.1, "half_width": None, "n": 1} and figures["accuracy"]["n"] == 2
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +219,30 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
     other = Plan("other", "?", "same", {"same": plan.arms["igrpo"]})
     assert run_one(other, "same", 0, load_base(tiny_base), never) == 0  # another plan, the same run
+
+
+def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tiny_base, tmp_path):
+    """The run was once killed half-way through its save, and what it had cost was forgotten."""
+    where = ["--seeds", "0", "--arms", "grpo", "--base", str(tiny_base)]
+    where += ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    command = [sys.executable, "-m", "experiments", "matched-budget", *where]
+    slow = f"{sys.executable} -m igrpo.train --max_steps 400 --save_steps 0"
+    process = subprocess.Popen([*command, "--launch", slow], start_new_session=True, cwd=ROOT)
+    deadline = time.monotonic() + 120
+    while not any(p.stat().st_size for p in tmp_path.glob("runs/*/metrics.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
+    assert process.wait(timeout=60) == 130
+    (saved,) = tmp_path.glob("runs/*/checkpoint-*")
+    assert (saved / "state" / "loop.pt").is_file()
+    spent = float((saved.parent / "core_seconds").read_text())
+    assert spent > 1.0
+    step = int(saved.name.partition("-")[2])
+    again = f"{sys.executable} -m igrpo.train --max_steps {step + 1}"
+    assert subprocess.run([*command, "--launch", again], cwd=ROOT).returncode == 0
+    record = json.loads((tmp_path / "results" / "matched-budget" / "grpo-seed0.json").read_text())
+    assert record["series"]["step"] == list(range(1, step + 2)) and record["totals"]["core_seconds"] > spent
 
 
 def test_checkpoints_of_a_plan_are_evaluated_with_a_second_stage(tiny_base, tmp_path, capsys):

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -81,3 +85,33 @@ def test_scripts_are_sound_shell_and_say_how_they_are_used(path):
     if path.suffix == ".sh":
         done = subprocess.run(["bash", str(path), "r", "a"], capture_output=True, text=True, env=environment)
         assert done.returncode != 0 and "IGRPO_SERVER_SECRET" in done.stderr
+
+
+def test_a_slurm_job_whose_time_is_up_stops_by_file(tmp_path):
+    """A signal through srun and torchrun would leave the trainer 30 seconds, less than a step of the paper's runs."""
+    programs, run = tmp_path / "bin", tmp_path / "run"
+    programs.mkdir()
+    run.mkdir()
+    for name, text in {
+        "scontrol": "printf 'one\\ntwo\\n'",
+        "srun": f"""case "$*" in
+            *hostname*) echo 10.0.0.1 ;;
+            *generate.sh*) exec sleep 60 ;;
+            *) touch {run}/learning; for i in $(seq 600); do [ -e {run}/stop ] && exit 130; sleep 0.1; done ;;
+        esac""",
+    }.items():
+        (programs / name).write_text(f"#!/bin/bash\n{text}\n")
+        (programs / name).chmod(0o755)
+    path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_NODELIST": "one,two"}
+    command = ["bash", "recipes/slurm/train.sbatch", "recipes/openmath-nemotron-7b.yaml", "--output_dir", str(run)]
+    job = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 60
+        while not (run / "learning").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        job.terminate()
+        assert job.wait(timeout=30) == 130 and (run / "stop").exists()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)

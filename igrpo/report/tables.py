@@ -76,8 +76,8 @@ def highest(points: Series) -> float | None:
 
 
 def samples_per_second(run: Run) -> float | None:
-    """Problems per second of the whole step and process, each with everything drawn for it: the reading with which the
-    rates and the hours of the paper's table both come to the 7,500 problems of its epoch.
+    """Problems per second of the whole step, each with everything drawn for it: the reading with which the rates and
+    the hours of the paper's table both come to the 7,500 problems of its epoch.
     """
     columns = [dict(run.series(f"rollout/{name}")) for name in ("samples_per_second", "seconds", "rollouts_per_prompt")]
     times = dict(run.series("step_time"))

@@ -23,3 +23,5 @@ def test_scales():
     assert group_advantages(rewards, "none") == [(-1.0, 1.0), (0.0, 0.0)]
     batch_std = math.sqrt((1 + 1 + 0 + 0) / 3)
     assert group_advantages(rewards, "batch")[0] == pytest.approx((-1 / batch_std, 1 / batch_std))
+    # The same whichever process has which group; each once divided by the deviation of its own.
+    assert group_advantages(rewards[:1], "batch", batch=rewards) == group_advantages(rewards, "batch")[:1]

@@ -154,11 +154,22 @@ def test_the_benchmark_files_load():
         ('{"prompt": " ", "solution": "b"}\n', r"rows.jsonl:1: 'prompt' must be text or a list of messages"),
         ('{"prompt": {"a": 1}, "solution": "b"}\n', r"'prompt' must be text or a list of messages, not dict"),
         ('{"prompt": [{"role": "user"}], "solution": "b"}\n', r"'prompt' must be text or a list of messages, not list"),
+        ('{"prompt": "a\\ud83d", "solution": "b"}\n', r"rows.jsonl:1: 'prompt' holds half a character, .* at 1"),
+        ('{"prompt": [{"role": "user", "content": "\\udc00"}], "solution": "b"}\n', r"'prompt' holds half a character"),
+        ('{"prompt": "a", "solution": "\\ud83d"}\n', r"rows.jsonl:1: 'solution' holds half a character"),
     ],
 )
 def test_broken_rows_are_found_by_line(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_text(content)
     assert re.search(message, complaint(ValueError, str(tmp_path / "rows.jsonl")))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_a_byte_order_mark_is_no_mistake(tmp_path, name):
+    """Windows editors write one; JSON's reader refuses it."""
+    text = '{"prompt": "a", "solution": "b"}'
+    (tmp_path / name).write_text(text if name.endswith("l") else f"[{text}]", encoding="utf-8-sig")
+    assert load_problems(str(tmp_path / name))[0].prompt == "a"
 
 
 def test_broken_files(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from igrpo.config import TrainConfig
+from igrpo.learner_metrics import over_processes
 from igrpo.metrics import copy_rate, rollout_metrics
 from igrpo.rollout import RolloutStats
 from igrpo.types import Completion, Problem, RolloutGroup, Scored
@@ -61,3 +62,27 @@ def test_copy_rate():
     assert copy_rate((1, 2, 3, 4), (1, 2, 3, 4)) == 1.0
     assert copy_rate((1, 2, 3), (3, 9)) == 0.5
     assert copy_rate((), (1, 2, 3, 4)) == 0.0
+
+
+def test_figures_of_several_processes_become_the_runs():
+    """Counts were once averaged too, so a run on 8 GPUs logged an eighth of its tokens."""
+    one = {
+        "rollout/draft_tokens": 100.0, "rollout/tokens_per_second": 50.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 0.0, "resample/replaced": 2.0,
+        "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 10.0, "reward": 1.0,
+        "sampling/sampling_logp_difference/max": 0.5, "clip_ratio/low_min": 0.25, "clip_ratio/high_max": 0.5,
+    }  # fmt: skip
+    two = {
+        "rollout/draft_tokens": 140.0, "rollout/tokens_per_second": 70.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 0.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 0.0,
+        "completions/max_length": 80.0, "completions/min_length": 5.0, "peak_memory_gib": 12.0, "reward": 0.5,
+        "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.125,
+        "entropy": 2.0,
+    }  # fmt: skip
+    assert over_processes([one, two]) == {
+        "rollout/draft_tokens": 240.0, "rollout/tokens_per_second": 120.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 2.0,
+        "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 12.0, "reward": 0.75,
+        "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.5,
+        "entropy": 2.0,
+    }  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 
-from igrpo.config import TrainConfig
+from igrpo.config import ConfigError, TrainConfig
 from igrpo.prompts import PromptBuilder
 from igrpo.types import Problem
 from tests.tiny import tiny_tokenizer
@@ -113,6 +114,32 @@ def test_conversations_keep_their_own_system_turn(tokenizer):
     assert builder(tokenizer).parts(Problem(0, turns, "")).messages == turns
     with pytest.raises(ValueError, match="row 4: a conversation must end in a user turn"):
         builder(tokenizer).parts(Problem(4, ({"role": "assistant", "content": "A"},), ""))
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_any_text(tokenizer):
+    """Llama's `<s>`, for example, which a base model without a chat template has never read a text without."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    without = builder(plain).parts(PROBLEM)
+    assert tokenizer.decode(without.bare).startswith(builder(plain).parts(PROBLEM).messages[0]["content"])
+    plain.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A <|end|>", special_tokens=[("<|system|>", 2), ("<|end|>", 1)]
+    )
+    built = builder(plain)
+    parts = built.parts(PROBLEM)
+    assert parts.bare == (2, *without.bare)
+    assert built.with_draft(parts, (9,))[0][:2] == parts.bare[:2] and built.before == builder(tokenizer).before
+
+
+def test_a_template_that_refuses_a_system_turn_says_what_to_write(tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + refusing.chat_template
+    )
+    with pytest.raises(ConfigError, match="System role not supported; write system_prompt: null"):
+        builder(refusing).parts(PROBLEM)
+    assert builder(refusing, system_prompt=None).parts(PROBLEM).bare
 
 
 def test_examples_are_earlier_turns(tokenizer):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from igrpo.advantage import group_advantages
 from igrpo.config import TrainConfig
 from igrpo.engines import EngineError, Request, Result
 from igrpo.prompts import PromptBuilder
@@ -288,3 +289,14 @@ def test_the_random_control_is_fixed_by_seed_step_and_row():
     picks = {select_draft(scored, config, step, row) for step in range(20) for row in range(5)}
     assert len(picks) > 8
     assert choose(scored, draft_selection="random") == choose(scored, draft_selection="random")
+
+
+def test_batch_scaled_advantages_count_the_rewards_of_all_processes():
+    """docs/algorithm.md: a step is the same for any split; each process once divided by its own deviation."""
+    rollout, _ = make(num_generations=2, scale_rewards="batch")
+    elsewhere = [[0.0, 100.0], [50.0, 60.0]]
+    rollout.gather = lambda mine: [mine, elsewhere]
+    groups, _ = rollout.run(PROBLEMS[:3], step=1)
+    mine = [[s.reward for s in g.refinements] for g in groups]
+    assert [g.advantages for g in groups] == group_advantages([*mine, *elsewhere], "batch")[:3]
+    assert any(g.contributes for g in groups)

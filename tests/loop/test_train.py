@@ -118,6 +118,17 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     assert before == {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
 
 
+def test_a_held_out_question_that_is_too_long_is_left_out(model, tmp_path):
+    """It once ended the run at its first evaluation, after everything had been loaded."""
+    rows = [{"question": "Q" * (400 if i == 9 else 5), "answer": "1"} for i in range(10)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"eval_samples": 4, "vllm_max_model_length": 100, "max_steps": 1, "use_vllm": False}
+    output = run(words(model, str(data), tmp_path / "run", **settings))
+    assert "warning: 1 of 4 held-out questions are too long for a context of 100 tokens and are left out" in output
+    assert "(3 held-out problems)" in output
+
+
 def _same_weights(a: Path, b: Path) -> None:
     left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
     assert left.keys() == right.keys()
@@ -202,6 +213,22 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, 
     assert (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
 
 
+def test_a_file_stops_both_processes_after_the_step(model, questions, tmp_path):
+    """torchrun kills its processes 30 seconds after a signal of its own; a file leaves them the time they need."""
+    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = started([*torchrun, "-m", "igrpo.train", *arguments], tmp_path / "run")
+    (tmp_path / "run" / "stop").touch()
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    last = steps(tmp_path / "run")[-1]["step"]
+    assert f"stopped after step {last}; go on with --resume_from_checkpoint last" in output
+    assert last < 200 and (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
+    assert not (tmp_path / "run" / "stop").exists()
+
+
 def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(model, questions, tmp_path):
     arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -225,6 +252,14 @@ def test_a_full_disk_ends_the_run_with_a_sentence(model, questions, small_disk):
     assert "run was full after" in output and "of checkpoint 1; make room, or" in output and "Traceback" not in output
     assert "nothing was saved yet (save_steps): start the run again" in output
     assert len(steps(small_disk / "run")) == 1 and not list((small_disk / "run").glob("*checkpoint*"))
+
+
+def test_a_disk_that_fills_with_logs_ends_the_run_with_a_sentence(model, questions, small_disk):
+    (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 2**16))
+    output = run(words(model, questions, small_disk / "run", max_steps=500, save_steps=0, use_vllm=False), code=4)
+    assert "error: [Errno 28]" in output and "Traceback" not in output
+    assert "nothing was saved yet (save_steps): start the run again" in output
+    assert steps(small_disk / "run")
 
 
 def test_grpo_through_accelerate_launch(model, questions, tmp_path):
