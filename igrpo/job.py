@@ -109,7 +109,9 @@ class Job:
         self.view.stage("evaluation")
         self.rollout.finish_drafts()
         with self.timeline.span("eval", self.step):
-            figures = evaluate(self.engine, self.rewards, self.prompts, self.tokenizer, self.held_out, self.config)
+            parts = (self.engine, self.rewards, self.prompts, self.tokenizer)
+            share = self.held_out[self.feed.rank :: self.feed.processes]
+            figures = evaluate(*parts, share, self.config, self.learner.gather)
         self.view.say(
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"

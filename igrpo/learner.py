@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -334,6 +335,7 @@ class Learner:
         if main:
             model = self.unwrapped
             model.save_pretrained(folder, state_dict=weights | _buffers(model))
+            _write_config(model, next(iter(weights.values())).dtype, folder)
             tokenizer.save_pretrained(folder)
             if self.adapters is not None:
                 self.adapters.save(folder / "adapter", iter(adapters))
@@ -348,8 +350,15 @@ class Learner:
             if self.zero3:
                 self.policy.load(folder / "state")
             return torch.load(folder / "state" / "loop.pt", weights_only=True)
-        except (OSError, RuntimeError, KeyError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({error})") from error
+
+
+def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """With the dtype of the weights as written; ``save_pretrained`` names that of the master weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
 
 
 def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

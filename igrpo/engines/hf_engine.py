@@ -6,10 +6,57 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from igrpo.config import TrainConfig
-from igrpo.engines.base import EngineError, Request, Result, WeightSource
+from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
+
+NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+"""generate's own truncation, switched off."""
+
+
+def _warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """Temperature and truncation in the order in which generate would apply them."""
+    if sampling.temperature == 0:
+        return []
+    return [
+        TemperatureLogitsWarper(float(sampling.temperature)),
+        *([TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []),
+        *([TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1.0 else []),
+        *([MinPLogitsWarper(sampling.min_p)] if sampling.min_p else []),
+    ]
+
+
+class _Recorder(LogitsProcessor):
+    """Comes last, so it sees the distribution that is sampled from. Keeps the tokens' own [R] log-probabilities alone:
+    generate's ``output_scores`` would keep [R, V] for each of them, gigabytes for a real vocabulary."""
+
+    def __init__(self) -> None:
+        self._columns: list[torch.Tensor] = []
+        self._distribution: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._note(input_ids)
+        self._distribution = scores.float().log_softmax(-1)  # [R, V], of the token that comes next
+        return scores
+
+    def _note(self, input_ids: torch.Tensor) -> None:
+        if self._distribution is not None:
+            self._columns.append(self._distribution.gather(-1, input_ids[:, -1:]))
+
+    def logprobs(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """[R, T], once all tokens are drawn."""
+        self._note(input_ids)
+        return torch.cat(self._columns, dim=1)
 
 
 class HFEngine:
@@ -51,27 +98,20 @@ class HFEngine:
         batch = [r for r in self._waiting if r.sampling == first.sampling and r.n == first.n]
         self._waiting = [r for r in self._waiting if r not in batch]
         ids, mask = self._left_padded([r.prompt_ids for r in batch for _ in range(r.n)])
-        sampling = first.sampling
-        greedy = sampling.temperature == 0
-        options = {} if greedy else {
-            "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k,
-            "min_p": sampling.min_p or None,
-        }  # fmt: skip
-        out = self.model.generate(
+        recorder = _Recorder()
+        whole = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=sampling.max_tokens,
-            do_sample=not greedy,
+            max_new_tokens=first.sampling.max_tokens,
+            do_sample=first.sampling.temperature > 0,
+            logits_processor=LogitsProcessorList([*_warpers(first.sampling), recorder]),
+            **NOTHING_ELSE,
             eos_token_id=self.stop_token_ids,
             pad_token_id=self.stop_token_ids[0],
-            return_dict_in_generate=True,
-            output_scores=True,  # after temperature and truncation: the distribution sampled from
             use_cache=True,
-            **options,
         )
-        tokens = out.sequences[:, ids.shape[1] :]  # [R, T]
-        logprobs = torch.stack([s.float().log_softmax(-1) for s in out.scores], dim=1)  # [R, T, V]
-        chosen = logprobs.gather(-1, tokens[..., None])[..., 0]  # [R, T]
+        tokens = whole[:, ids.shape[1] :]  # [R, T]
+        chosen = recorder.logprobs(whole)
         return [self._result(r, tokens[i * r.n : (i + 1) * r.n], chosen[i * r.n : (i + 1) * r.n])
                 for i, r in enumerate(batch)]  # fmt: skip
 

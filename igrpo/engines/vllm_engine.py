@@ -243,6 +243,15 @@ class VLLMEngine:
         return compared
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
+        while True:
+            try:
+                scores = self._score(token_ids)
+                self._restarts = 0
+                return scores
+            except Exception as error:  # as in poll
+                self._mend(error)
+
+    def _score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -110,8 +110,13 @@ def evaluate(
     tokenizer: Any,
     problems: Sequence[Problem],
     config: TrainConfig,
+    gather: Callable[[Any], list[Any]] = lambda one: [one],
 ) -> dict[str, float]:
     """One single-shot completion per problem, no draft: the figure that training is judged by.
+
+    Args:
+        problems: this process's share.
+        gather: one object of each process at every process.
 
     Returns:
         ``eval/accuracy``, ``eval/reward``, one ``eval/rewards/<name>`` per function, ``eval/clipped_ratio``.
@@ -119,11 +124,15 @@ def evaluate(
     engine.seed(config.seed)
     sampling = Sampling(config.eval_temperature, config.max_completion_length)
     tasks = [bare_task(problem, prompts, 1) for problem in problems]
-    scored = [s for _, (s,) in sample(engine, rewards, tokenizer, tasks, sampling, window(config))]
-    figures = {f"eval/rewards/{name}": fmean(s.rewards[name] or 0.0 for s in scored) for name in scored[0].rewards}
+    own = [
+        (s.rewards, s.reward, s.completion.truncated)
+        for _, (s,) in sample(engine, rewards, tokenizer, tasks, sampling, window(config))
+    ]
+    scores, totals, cut = zip(*(row for part in gather(own) for row in part), strict=True)
+    figures = {name: fmean(one[name] or 0.0 for one in scores) for name in scores[0]}
     return {
-        "eval/accuracy": fmean(s.rewards[judge(config)] or 0.0 for s in scored),
-        "eval/reward": fmean(s.reward for s in scored),
-        "eval/clipped_ratio": fmean(s.completion.truncated for s in scored),
-        **figures,
+        "eval/accuracy": figures[judge(config)],
+        "eval/reward": fmean(totals),
+        "eval/clipped_ratio": fmean(cut),
+        **{f"eval/rewards/{name}": figure for name, figure in figures.items()},
     }

@@ -35,6 +35,11 @@ def breaks_half_way(seed: int, fails: int):
     return named_tensors
 
 
+def lose_the_weights(loaded: torch.nn.Module) -> None:
+    """The engine's next step fails."""
+    loaded.to("meta")
+
+
 def drain(engine, count: int) -> dict[str, Result]:
     results = {}
     while len(results) < count:
@@ -81,6 +86,23 @@ def test_a_push_replaces_every_weight_and_version(engine):
     assert logprob_gap(1, result) < 1e-4 < logprob_gap(0, result)
 
 
+def test_log_probs_are_those_of_the_truncated_distribution(engine):
+    """Temperature, then the 5 likeliest, then those of them that hold 80 %: what is sampled from is what is told."""
+    engine.push_weights(source(1), version=5)
+    sampling = Sampling(temperature=0.7, max_tokens=8, top_k=5, top_p=0.8)
+    engine.submit(Request("a", PROMPT, 3, sampling))
+    result, model = drain(engine, 1)["a"], tiny_llama(1)
+    for ids, logprobs in zip(result.token_ids, result.logprobs, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1]
+        for token, logp, row in zip(ids, logprobs, logits / 0.7, strict=True):
+            best, order = row.topk(5)
+            p = best.softmax(-1)
+            kept = p.cumsum(-1) - p < 0.8  # up to and with the one that reaches it
+            place = order.tolist().index(token)
+            assert kept[place] and logp == pytest.approx(float((p[place] / p[kept].sum()).log()), abs=1e-3)
+
+
 def test_an_aborted_request_never_comes_back_and_its_name_may(engine):
     for name in ("a", "b", "c"):
         engine.submit(Request(name, PROMPT, 2, SAMPLING))
@@ -113,16 +135,20 @@ def test_a_push_that_breaks_half_way_is_repeated_on_a_new_engine(engine):
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_an_engine_that_dies_while_it_scores_is_replaced_too(engine):
+    """The probe after a push once ended the run where a request would have been sent again."""
+    engine.push_weights(source(3), version=9)
+    engine.llm.apply_model(lose_the_weights)
+    assert engine.score(PROMPT) == pytest.approx(log_probs(3), abs=1e-3) and engine.version == 9
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
 def test_an_engine_that_dies_among_requests_is_replaced_and_they_start_over(engine):
     model = tiny_llama(4)
     engine.push_weights(lambda: model.named_parameters(), version=10)
     for name in ("a", "b"):
         engine.submit(Request(name, PROMPT, 2, SAMPLING))
     engine.poll()
-
-    def lose_the_weights(loaded: torch.nn.Module) -> None:
-        loaded.to("meta")
-
     engine.llm.apply_model(lose_the_weights)
     results = drain(engine, 2)
     assert all(r.version == 10 and logprob_gap(4, r) < 1e-4 for r in results.values())

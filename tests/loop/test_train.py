@@ -22,7 +22,7 @@ from tests.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
 """The same number of threads everywhere: sums of another split differ in their last bits."""
 LOW_BYTES = "tests.loop.reward_functions:low_bytes"
 
@@ -53,9 +53,8 @@ def words(model: str, data: str, output: Path, **settings) -> list[str]:
 
 
 def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", "igrpo.train")) -> str:
-    done = subprocess.run(
-        [sys.executable, *launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300, env=ENVIRONMENT
-    )
+    command, environment = [sys.executable, *launcher, *arguments], {**os.environ, **ENVIRONMENT}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -152,7 +151,7 @@ def test_killed_at_any_moment_and_resumed_bit_for_bit(model, questions, tmp_path
     run(words(model, questions, tmp_path / "whole", **settings))
     arguments = words(model, questions, tmp_path / "killed", **settings)
     command = [sys.executable, "-m", "igrpo.train", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
@@ -280,6 +279,7 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch, sharded):
     settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200}
+    settings |= {"eval_samples": 5, "eval_temperature": 0.0}
     if not sharded:  # the learner's collectives then run in a thread, beside the drafts of the next step
         settings |= {"draft_policy_lag": 1}
     if sharded:
@@ -293,10 +293,20 @@ def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch
     )  # fmt: skip
     logged = steps(tmp_path / "run")
     assert [r["step"] for r in logged] == [1, 2]
+    # Each process judges its share of the held-out problems; together that is what one process finds.
+    alone = run(words(model, questions, tmp_path / "alone", **{**settings, "max_steps": 1, "save_steps": 0}))
+    assert "(5 held-out problems)" in alone
+    (before, *_), (same, *_) = (
+        [r for r in records(tmp_path / name) if "eval/reward" in r] for name in ("run", "alone")
+    )
+    assert before == pytest.approx(same)
     groups = records(tmp_path / "run", "completions.jsonl")
+    tokens = sum(c["tokens"] for g in groups if g["step"] == 1 for c in g["refinements"])
+    assert logged[0]["rollout/refinement_tokens"] == tokens
     assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 and len({g["row"] for g in groups}) == 8
     assert all(r["sync/probe_logp_gap"] < 1e-4 and r["learner/unique_tokens"] > 0 for r in logged)
     assert logged[1]["draft/policy_lag"] == float(not sharded)
+    assert (tmp_path / "run" / "checkpoint-2" / "state" / "shards").is_dir() == sharded  # the launch was what it says
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
     start = AutoModelForCausalLM.from_pretrained(model).state_dict()
     assert trained.keys() == start.keys()
@@ -361,4 +371,6 @@ def test_real_gsm8k_rows_with_vllm(model, tmp_path):
     (only,) = steps(tmp_path / "run")
     assert only["rewards/accuracy/not_judged"] == 0.0  # every `#### 72` was read as a number
     assert only["sampling/sampling_logp_difference/mean"] < 0.1
+    # What was written is bf16, whatever the master weights are.
+    assert json.loads((tmp_path / "run" / "checkpoint-1" / "config.json").read_text())["dtype"] == "bfloat16"
     assert all("####" in g["solution"] for g in records(tmp_path / "run", "completions.jsonl"))
