@@ -77,8 +77,8 @@ def liger_loss() -> Forward:
         c = p.config
         if p.variant not in losses:
             losses[p.variant] = LigerFusedLinearGRPOLoss(
-                beta=c.beta, use_ref_model=False, loss_type="grpo", epsilon_low=0.2, epsilon_high=0.2, temperature=1.0,
-                importance_sampling_level=c.importance_sampling_level, compiled=True,
+                beta=c.beta, use_ref_model=c.beta != 0, loss_type="grpo", epsilon_low=0.2, epsilon_high=0.2,
+                temperature=1.0, importance_sampling_level=c.importance_sampling_level, compiled=True,
                 use_bias_correction_kl=c.use_bias_correction_kl,
             )  # fmt: skip
         loss, _ = losses[p.variant](

@@ -75,7 +75,7 @@ class Contest:
     def _check(self, entrant: Entrant, error_of: Callable) -> None:
         contender, problem = entrant.contender, self.problem
         entrant.note = contender.missing(problem.device) or ""
-        if not entrant.note and "bwd" in self.passes and contender.forward_only:
+        if not entrant.note and self.passes != ("fwd",) and contender.forward_only:
             entrant.note = "has no backward pass"
         if entrant.note:
             return
@@ -83,7 +83,7 @@ class Contest:
         def attempt() -> None:
             entrant.forward = contender.build()
             outputs = self._turn(entrant)
-            entrant.error = error_of(self._without_extra_row(outputs), "bwd" in self.passes)
+            entrant.error = error_of(self._without_extra_row(outputs), self.passes != ("fwd",))
             limit = TOLERANCE[problem.shape.dtype]
             if not entrant.error <= limit:
                 entrant.note = f"wrong: error {entrant.error:.1e} exceeds {limit:.0e}"

@@ -25,7 +25,8 @@ CONFIGS = {
 # log 1.2 = 0.18, but further from them than bf16 is coarse: which side a token on the border falls is no error.
 CLOCK_NOISE = 0.01
 GATE_LOG_RATIOS = (-0.6, -0.35, -0.1, 0.05, 0.35, 0.6)
-REF_NOISE = 0.3
+REF_NOISE = 1.5  # large, so that a loss that leaves the KL term out is far from the truth
+GSPO_NOISE = 0.3
 TRUTH_SEQUENCES = 2
 
 Outputs = dict[str, Tensor]
@@ -130,6 +131,9 @@ def make_problem(op: str, shape: Shape, variant: str, device: torch.device) -> P
         chosen = torch.randperm(B * width, generator=generator, device=device) % len(GATE_LOG_RATIOS)
         problem.gate_old = logps - torch.tensor(GATE_LOG_RATIOS, device=device)[chosen].view(B, width)
         problem.ref = logps + REF_NOISE * randn(B, T)
+        if variant == "gspo":  # tokens differ from their sequence's mean, or a token-level loss would be right too
+            noise = GSPO_NOISE * randn(B, T)
+            problem.gate_old += noise - noise.mean(-1, keepdim=True)
     return problem
 
 

@@ -124,7 +124,7 @@ struct TokenArguments {
                                    floats(old_logps, logits, n),  floats(ref_logps, logits, n),
                                    floats(sampler, logits, n),    floats(grad_entropy, logits, n),
                                    floats(grad_logps, logits, n), objective_of(objective)};
-    IGRPO_CHECK(constants.objective.beta == 0.0f || constants.ref_logps != nullptr, "beta != 0 needs ref_logps");
+    IGRPO_CHECK(constants.objective.beta == 0.0f || ref_logps.has_value(), "beta != 0 needs ref_logps");
     return constants;
   }
 };

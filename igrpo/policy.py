@@ -16,6 +16,7 @@ from torch import nn
 from igrpo.batching import MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels.model_logits import logit_transform_of
 
 
 def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig:
@@ -25,7 +26,6 @@ def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig
         ConfigError: settings of the loss that exclude each other.
     """
     correct = config.vllm_importance_sampling_correction
-    scale = getattr(model_config, "logit_scale", None)
     try:
         return GRPOLossConfig(
             loss_type=config.loss_type,
@@ -51,8 +51,7 @@ def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig
             vespo_lambda_pos=config.vespo_lambda_pos,
             vespo_k_neg=config.vespo_k_neg,
             vespo_lambda_neg=config.vespo_lambda_neg,
-            logit_scale=1.0 if scale is None else float(scale),
-            final_logit_softcapping=getattr(model_config, "final_logit_softcapping", None),
+            **logit_transform_of(model_config),
         )
     except ValueError as error:
         raise ConfigError(str(error).replace("importance_sampling_mode", "vllm_importance_sampling_mode")) from None

@@ -64,7 +64,9 @@ def grpo_loss(
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     # A graph decides for itself what it overwrites; an expanded tensor has one memory for many rows.
     inplace = inplace and not torch.compiler.is_compiling() and _owns_its_rows(logits)
-    if differentiable and shard is None and kernels.one_launch(batch, config):
+    # fp16 lives on a loss scale, which comes with backward: a gradient made before it would have lost its small values.
+    at_once = differentiable and shard is None and logits.dtype != torch.float16
+    if at_once and kernels.one_launch(batch, config):
         with torch.no_grad():
             x = logits.detach()  # shares the storage and autograd's version counter
             rows = kernels.token_rows(batch, config, num_items_in_batch)
@@ -127,5 +129,10 @@ class SelectiveLogSoftmax(torch.autograd.Function):
 
 
 def _owns_its_rows(x: Tensor) -> bool:
-    """Whether writing one element of x changes no other: an expanded tensor repeats its memory."""
-    return all(stride != 0 or size == 1 for stride, size in zip(x.stride(), x.shape, strict=True))
+    """Whether writing one element of x changes no other: expanded and overlapping tensors repeat their memory."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True

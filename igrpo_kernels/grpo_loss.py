@@ -32,9 +32,11 @@ def grpo_loss(
 
     Args:
         logits: (B, T, V), row t predicting completion_ids[:, t] (already shifted; any strides, so a view such as
-            ``logits[:, -T-1:-1]`` is fine), or packed (n, V). fp64, fp32, bf16 or fp16.
+            ``logits[:, -T-1:-1]`` is fine), or packed (n, V). fp64, fp32, bf16, or fp16, which takes two launches
+            so that a loss scale acts before gradients are rounded.
         completion_ids: (B, T), or packed (n,) together with `cu_seqlens`. int32 or int64; masked values are ignored.
-        advantages: one per sequence, (B,) or (S,), or one per token. Float.
+        advantages: one per sequence, (B,) or (S,), or one per token. Float. Packed, with as many sequences as tokens
+            because some are empty, (S,) is meant.
         completion_mask: 0/1 (bool, int or float), None = all ones. A masked position changes nothing and gets gradient
             exactly 0, even if its logits, log-probs or ids are garbage or NaN.
         old_per_token_logps: log-probs of the policy that started the update; None = the current ones (ratio 1).
@@ -198,3 +200,5 @@ def _check_config_inputs(config: GRPOLossConfig, batch: TokenBatch, num_items_in
         )
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}")
+    if isinstance(num_items_in_batch, int | float) and not num_items_in_batch >= 0:
+        raise ValueError(f"num_items_in_batch={num_items_in_batch} must be a number of tokens, 0 or more")

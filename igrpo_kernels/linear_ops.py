@@ -45,15 +45,17 @@ def linear_grpo_loss(
     measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
     reported = measured & ~contributes
     one_launch = rows.one_launch(batch, config) and shard is None and any(needs)
-    if tracing and not one_launch:  # a graph's own autograd goes through the objective
+    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
+    # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with
+    # backward, and a gradient made before that would have lost its small values.
+    if (tracing and not one_launch) or (any(needs) and plan.matmul_dtype == torch.float16):
         logps, entropy = linear_selective_log_softmax(
             kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
-            row_mask=measured, fp32_logits=fp32_logits,
+            row_mask=measured, fp32_logits=fp32_logits, shard=shard,
         )  # fmt: skip
         used = entropy if config.needs_entropy_gradient else entropy.detach()
         loss, metrics = grpo_objective(logps, used, batch, config, num_items_in_batch)
         return loss, logps, entropy, metrics if compute_metrics else {}
-    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
     with torch.no_grad():
         detached = [None if x is None else x.detach() for x in leaves]
         if not one_launch:

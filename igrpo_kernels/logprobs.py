@@ -1,5 +1,7 @@
 """Per-token log-probabilities and entropies, from logits or straight from hidden states."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -100,6 +102,7 @@ def linear_selective_log_softmax(
     """
     check_linear_shapes(hidden_states, lm_head_weight, lm_head_bias, index)
     transform = checked_transform(temperature, logit_scale, final_logit_softcapping)
+    check_index_dtype(index)
     rows, mask = index.reshape(-1).long(), None
     if row_mask is not None:
         if row_mask.shape != index.shape:
@@ -130,8 +133,8 @@ def checked_transform(
     """A `LogitTransform`, or ValueError for a value that cannot be one."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
-    if logit_scale == 0:
-        raise ValueError("logit_scale=0 makes every logit equal; it must be different from 0")
+    if logit_scale == 0 or not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale={logit_scale} must be finite, and different from 0: 0 makes every logit equal")
     if final_logit_softcapping is not None and not final_logit_softcapping > 0:
         raise ValueError(f"final_logit_softcapping={final_logit_softcapping} must be > 0, or None for no cap")
     return LogitTransform(logit_scale, final_logit_softcapping, temperature)
@@ -166,10 +169,14 @@ def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, ind
             raise ValueError(f"{name} is on {x.device} but hidden_states is on {hidden.device}; move it there")
 
 
-def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
-    """ValueError for a wrong dtype or device, and on the CPU for a value outside the vocabulary."""
+def check_index_dtype(index: Tensor) -> None:
     if index.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"token ids must be int32 or int64, got {index.dtype}")
+
+
+def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
+    """ValueError for a wrong dtype or device, and on the CPU for a value outside the vocabulary."""
+    check_index_dtype(index)
     if index.device != device:
         raise ValueError(f"token ids are on {index.device} but the model output is on {device}; move them there")
     check_index_in_vocab(index, vocab_size)

@@ -19,6 +19,7 @@ from benchmarks.contender import Contender
 from benchmarks.measure import Contest, peak_extra_bytes
 from benchmarks.problems import make_problem
 from benchmarks.shapes import Shape, contests, minimum_bytes, minimum_flops
+from igrpo_kernels import grpo_loss, linear_grpo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -205,6 +206,30 @@ def test_in_place_contenders_do_not_spoil_the_inputs_of_the_next():
         problem.leaf.data.fill_(float("nan"))
     problem.begin()
     assert torch.equal(problem.pristine, before) and torch.equal(problem.leaf, before)
+
+
+@pytest.mark.parametrize(("op", "make"), [("grpo_loss", grpo_loss), ("linear_grpo_loss", linear_grpo_loss)])
+@pytest.mark.parametrize("variant", ["gspo", "kl"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gate_sees_a_term_that_is_left_out(op, make, variant, dtype):
+    """A token-level loss once passed for gspo, and one without its KL term for kl."""
+
+    def contender(whole: bool):
+        def forward(p):
+            inputs = (p.leaf,) if p.weight is None else (p.leaf, p.weight)
+            terms = {"config": p.config, "ref_per_token_logps": p.ref} if whole else {}
+            out = make(*inputs, p.ids, p.advantages, old_per_token_logps=p.old, impl="torch", **terms)
+            return {"loss": out.loss}
+
+        return lambda: forward
+
+    problem = make_problem(op, Shape("toy", 4, 16, 512, 32, dtype), variant, CPU)
+    entrants = [Contender("whole", "torch", contender(True)), Contender("without", "eager", contender(False))]
+    contest = Contest(problem, entrants, ("fwd+bwd",))
+    contest.prepare()
+    contest.round()
+    notes = {row["contender"]: row["note"] for row in contest.rows()}
+    assert notes["whole"] == "" and notes["without"].startswith("wrong: error")
 
 
 def test_the_gates_inputs_lie_on_both_sides_of_the_clip_range_and_the_clocks_do_not():

@@ -174,7 +174,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         """
         head = {"lm_head_bias": bias}
         mask, ids = attention_mask, selected_token_ids
-        ref = self._reference(ids, ref_per_token_logps, ref_input, ref_weight, ref_bias)
+        ref = self._reference(ids, mask, ref_per_token_logps, ref_input, ref_weight, ref_bias)
         # Without a reference Liger takes the policy itself: KL 0 with gradient 0.
         config = self._config(0.0 if ref is None else self.beta)
         batch = _batch(ids, mask, advantages, old_per_token_logps, ref)
@@ -203,7 +203,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
             raise ValueError("max_completion_length must be provided for loss_type 'dr_grpo'")
         return _config(self.loss_type, self.importance_sampling_level, beta=beta, **self.settings)
 
-    def _reference(self, ids, logps, hidden, weight, bias) -> Tensor | None:
+    def _reference(self, ids, mask, logps, hidden, weight, bias) -> Tensor | None:
         if not self.use_ref_model:
             return None
         if logps is None and hidden is None:
@@ -217,7 +217,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         with torch.no_grad():
             return linear_selective_log_softmax(
                 hidden, weight, ids, lm_head_bias=bias, temperature=self.settings["temperature"],
-                fp32_logits=self._exact_logits,
+                row_mask=None if self.loss_type == "luspo" else mask, fp32_logits=self._exact_logits,
             )  # fmt: skip
 
     @property

@@ -108,7 +108,7 @@ class PolicyLoss(torch.nn.Module):
         if self.is_correction_level == "seq":
             lengths = mask.sum(-1, keepdim=True)
             statistic = ((log_ratio * mask).sum(-1, keepdim=True) / lengths).exp()
-        outside = (statistic < low) | (statistic > high)
+        outside = ~((statistic >= low) & (statistic <= high))  # NaN, of no tokens, is not inside
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), outside
         return torch.where(outside, 0.0, ratio), outside

@@ -1,11 +1,19 @@
 """The policy term on log-probabilities that a trainer already has: what verl, OpenRLHF and prime-rl hand to a loss."""
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import importance_weight, policy_term
 from igrpo_kernels.types import GRPOLossConfig
+
+EFFECTIVE = (
+    "loss_type", "importance_sampling_level", "epsilon", "delta", "dual_clip", "sapo_", "vespo_",
+    "max_completion_length",
+)  # fmt: skip
+"""Keys, or beginnings of keys, that shape the policy term or that a loss type must be given."""
 
 
 def per_token_policy_loss(
@@ -32,6 +40,22 @@ def per_token_policy_loss(
     weight = importance_weight(log_ratio, batch, config)
     loss, _ = policy_term(rows, log_ratio, weight, None, batch, config)
     return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
+
+
+def policy_settings(config: GRPOLossConfig) -> GRPOLossConfig:
+    """`config`, or ValueError for a key that would have no effect: the rest of the loss is the other trainer's."""
+    default = GRPOLossConfig()
+    idle = [
+        name
+        for name in (f.name for f in fields(GRPOLossConfig))
+        if not name.startswith(EFFECTIVE) and getattr(config, name) != getattr(default, name)
+    ]
+    if idle:
+        raise ValueError(
+            f"{', '.join(idle)}: no effect on this trainer's policy term, which adds up tokens and penalties itself; "
+            "leave them out here and set them there"
+        )
+    return config
 
 
 def clipped(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:

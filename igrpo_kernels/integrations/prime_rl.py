@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels import GRPOLossConfig
-from igrpo_kernels.integrations.per_token import per_token_policy_loss
+from igrpo_kernels.integrations.per_token import per_token_policy_loss, policy_settings
 
 __all__ = ["policy_loss"]
 
@@ -24,6 +24,7 @@ def policy_loss(inputs: Any, **config: Any) -> Any:
         inputs: prime-rl's LossInputs of one sequence: `trainer_logprobs`, `inference_logprobs`, `advantages`,
             `loss_mask` and, in releases that have them, `loss_weights`; each (T,).
         config: keys of `GRPOLossConfig`: loss_type, importance_sampling_level, epsilon, epsilon_high, delta, …
+            A key that shapes something else than the policy term is a ValueError.
 
     Returns:
         prime-rl's LossOutputs: `loss` (), `metrics` of 0-d tensors.
@@ -35,7 +36,8 @@ def policy_loss(inputs: Any, **config: Any) -> Any:
         inputs.inference_logprobs,
         inputs.advantages,
         inputs.loss_mask,
-        GRPOLossConfig(**config),
+        policy_settings(GRPOLossConfig(**config)),
+        getattr(inputs, "loss_weights", None),
     )
     return LossOutputs(loss=loss, metrics=metrics)
 

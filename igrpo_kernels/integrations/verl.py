@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
-from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss
+from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss, policy_settings
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES
 
 __all__ = ["linear_cross_entropy", "policy_loss"]
@@ -35,6 +35,9 @@ def policy_loss(
     Returns:
         f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
         rollout_is_weights (B, T) | None) -> loss (), metrics, as verl calls it.
+
+    Raises:
+        ValueError: a key of `config` that shapes something else than the policy term, `beta` for example.
     """
 
     def compute_policy_loss(
@@ -65,7 +68,7 @@ def policy_loss(
         values = torch.stack([(clip * mask).sum(), kl.sum(), (dual * mask).sum()]) / count
         return dict(zip(names, values.tolist(), strict=True))
 
-    settings = config
+    settings = policy_settings(config)
     return compute_policy_loss
 
 

@@ -194,6 +194,18 @@ def test_a_reference_model_instead_of_its_log_probabilities():
     assert float(both[0][1][0]) > 0.1
 
 
+def test_a_reference_model_does_not_read_masked_ids():
+    """Trainers pad ids with -100; Liger never looks there, and neither must the reference's log-probabilities."""
+    x, g = Inputs(), torch.Generator().manual_seed(1)
+    ref_input, ref_weight = torch.randn(B, T, H, generator=g), torch.randn(V, H, generator=g)
+    padded, both = torch.where(x.mask != 0, x.ids, -100), []
+    for cls, ids in ((liger.LigerFusedLinearGRPOLoss, x.ids), (LigerFusedLinearGRPOLoss, padded)):
+        args = (x.hidden, x.weight, ids, x.mask, x.advantages)
+        loss_fn = cls(compiled=False)
+        both.append(loss_fn(*args, old_per_token_logps=x.old, ref_input=ref_input, ref_weight=ref_weight)[0])
+    close(both[1], both[0])
+
+
 def test_without_a_reference_the_kl_is_zero():
     x = Inputs()
     hidden = x.hidden.clone().requires_grad_()

@@ -6,6 +6,7 @@ formula written out in PyTorch here; where the library can be imported, against 
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from igrpo_kernels import GRPOLossConfig
 from igrpo_kernels.integrations import openrlhf, prime_rl, verl
+from igrpo_kernels.integrations.per_token import policy_settings
 
 B, T, H, V = 3, 7, 8, 30
 
@@ -223,6 +225,33 @@ def test_prime_rl_gets_the_sum_over_a_sequences_tokens(x):
         torch.testing.assert_close(doubled, 2.0 * loss)
         torch.testing.assert_close(metrics["importance_ratio"], ratio.detach()[mask].mean())
         torch.testing.assert_close(metrics["log_ratio"], ratio.detach().log()[mask].mean())
+
+
+def test_prime_rls_loss_weights_count(x, monkeypatch):
+    """They were named in the docstring and never read."""
+    outputs = SimpleNamespace(LossOutputs=SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "prime_rl.trainer.rl.loss", outputs)
+    for package in ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl"):
+        monkeypatch.setitem(sys.modules, package, SimpleNamespace())
+    rows = {"trainer_logprobs": x.logps[0], "inference_logprobs": x.old[0], "advantages": x.advantages[0]}
+    inputs = SimpleNamespace(**rows, loss_mask=x.mask[0].bool())
+    whole = prime_rl.policy_loss(inputs).loss
+    half = prime_rl.policy_loss(SimpleNamespace(**vars(inputs), loss_weights=torch.full((T,), 0.5))).loss
+    torch.testing.assert_close(half, 0.5 * whole)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"beta": 0.5}, {"entropy_coef": 0.1}, {"importance_sampling_mode": "token_mask"}, {"temperature": 0.5}],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_keys_without_effect_on_a_policy_term_are_refused(x, setting):
+    """They were taken and did nothing."""
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"{name}: no effect"):
+        verl.policy_loss(GRPOLossConfig(**setting))
+    with pytest.raises(ValueError, match=f"{name}: no effect"):
+        policy_settings(GRPOLossConfig(**setting))
 
 
 def test_prime_rl_calls_it_with_its_own_types(x):

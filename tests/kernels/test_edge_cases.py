@@ -303,3 +303,76 @@ def test_a_poisoned_row_shows_in_the_loss(loss_type, level, impl):
         batch = TokenBatch.build(ids, inputs.advantages, dtype=torch.float64, **inputs.keywords(config))
         loss, *_ = module.grpo_loss(inputs.logits, batch, config, None, inplace=False)
         assert loss.isnan()
+
+
+# ---- what a loss scale protects
+
+
+@pytest.mark.parametrize(("linear", "autocast"), [(False, False), (True, False), (True, True)])
+def test_an_fp16_loss_scale_acts_before_gradients_are_rounded(impl, linear, autocast):
+    """Gradients once made for an upstream gradient of 1, and scaled when most of them had become 0."""
+    generator = torch.Generator().manual_seed(0)
+    rows, V, H = 24, 4000, 32
+    hidden = torch.randn(rows, H, generator=generator)
+    weight = 0.3 * torch.randn(V, H, generator=generator)
+    ids = torch.randint(V, (rows,), generator=generator)
+    advantages, lengths = torch.randn(rows, generator=generator), torch.tensor([0, 8, 16, 24])
+    config = GRPOLossConfig(loss_type="dapo")
+
+    def gradients(dtype: torch.dtype, impl: str) -> list[torch.Tensor]:
+        leaves = [
+            x.to(dtype, copy=True).requires_grad_() for x in ((hidden, weight) if linear else (hidden @ weight.T,))
+        ]
+        function = linear_grpo_loss if linear else grpo_loss
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast and dtype != torch.float64):
+            out = function(
+                *leaves, ids, advantages, cu_seqlens=lengths, num_items_in_batch=2.0**14, config=config, impl=impl
+            )
+        (out.loss * 2.0**16).backward()
+        return [leaf.grad.double() for leaf in leaves]
+
+    found = gradients(torch.float32 if autocast else torch.float16, impl)
+    for ours, true in zip(found, gradients(torch.float64, "torch"), strict=True):
+        assert float((ours - true).norm() / true.norm()) < 5e-3
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_no_tokens_with_a_kl_term(impl, linear):
+    """An empty tensor has no address; it was once taken for a reference that had not been given."""
+    shape, none = (2, 0), torch.zeros(2, 0)
+    leaf = torch.zeros(*shape, 7, requires_grad=True)
+    head = (torch.randn(5, 7),) if linear else ()
+    out = (linear_grpo_loss if linear else grpo_loss)(
+        leaf, *head, none.long(), torch.ones(2), ref_per_token_logps=none, config=GRPOLossConfig(beta=0.1), impl=impl
+    )
+    out.loss.backward()
+    assert float(out.loss) == 0.0 and leaf.grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([0.7, 1.2]), torch.tensor([True, False])], ids=["float", "bool"])
+def test_ids_that_are_no_ids_are_refused(impl, ids):
+    with pytest.raises(ValueError, match="token ids must be int32 or int64"):
+        selective_log_softmax(torch.zeros(2, 5), ids, impl=impl)
+    with pytest.raises(ValueError, match="token ids must be int32 or int64"):
+        linear_selective_log_softmax(torch.zeros(2, 3), torch.zeros(5, 3), ids, impl=impl)
+
+
+def test_overlapping_logits_are_not_overwritten(impl):
+    """Each row begins inside the one before it, so writing one row's gradient would change the next row's logits."""
+    V, memory = 7, torch.randn(20, generator=torch.Generator().manual_seed(0))
+    args = (torch.tensor([[1, 2, 3, 4]]), torch.ones(1))
+
+    def gradient(inplace: bool) -> torch.Tensor:
+        leaf = memory.clone().as_strided((1, 4, V), (0, 2, 1)).requires_grad_()
+        out = grpo_loss(leaf, *args, config=GRPOLossConfig(), impl=impl, inplace=inplace)
+        (grad,) = torch.autograd.grad(out.loss, leaf)
+        return grad.clone()
+
+    torch.testing.assert_close(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("count", [-5, NAN])
+def test_a_number_of_tokens_that_is_none_is_refused(impl, count):
+    args = (torch.zeros(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        grpo_loss(*args, num_items_in_batch=count, config=GRPOLossConfig(loss_type="dapo"), impl=impl)

@@ -10,6 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from igrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels.model_logits import logit_transform_of
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES
 
 _GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # divided by num_items_in_batch
@@ -149,7 +150,7 @@ class FusedGRPOTrainer(GRPOTrainer):
         head = base.get_output_embeddings()
         weight, bias = _whole(head.weight), _whole(head.bias)
         hidden = hidden[:, -keep - 1 : -1].to(weight.device)
-        transform = _logit_transform(base.config.get_text_config())
+        transform = logit_transform_of(base.config.get_text_config())
         if self.args.cast_lm_head_to_fp32:
             with torch.autocast(hidden.device.type, enabled=False):
                 return function(hidden.float(), weight, bias, transform)
@@ -232,23 +233,6 @@ def _loss_config(
         vespo_lambda_neg=args.vespo_lambda_neg,
         **transform,
     )
-
-
-def _logit_transform(config: Any) -> dict[str, Any]:
-    """What a model does to its logits, by the names architectures have for it: multipliers, divisors, a soft cap."""
-    scale = next(
-        (
-            value
-            for name in ("logit_scale", "output_multiplier", "lm_head_multiplier")
-            if (value := getattr(config, name, None)) is not None
-        ),
-        None,
-    )
-    divisor = getattr(config, "logits_scaling", None)
-    if scale is None and divisor is not None:  # HyperCLOVA X multiplies by it, Granite and MiniCPM3 divide
-        scale = divisor if config.model_type == "hyperclovax" else 1.0 / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
-    return {"logit_scale": 1.0 if scale is None else scale, "final_logit_softcapping": cap}
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:
