@@ -1,7 +1,5 @@
 """Per-token log-probabilities and entropies, from logits or straight from hidden states."""
 
-import math
-
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -133,7 +131,7 @@ def checked_transform(
     """A `LogitTransform`, or ValueError for a value that cannot be one."""
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be > 0")
-    if logit_scale == 0 or not math.isfinite(logit_scale):
+    if not 0 < abs(logit_scale) < torch.inf:  # no math.isfinite, which torch.compile cannot trace
         raise ValueError(f"logit_scale={logit_scale} must be finite, and different from 0: 0 makes every logit equal")
     if final_logit_softcapping is not None and not final_logit_softcapping > 0:
         raise ValueError(f"final_logit_softcapping={final_logit_softcapping} must be > 0, or None for no cap")

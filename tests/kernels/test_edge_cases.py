@@ -371,6 +371,14 @@ def test_overlapping_logits_are_not_overwritten(impl):
     torch.testing.assert_close(gradient(True), gradient(False))
 
 
+@pytest.mark.parametrize("scale", [0.0, NAN, INF])
+def test_a_logit_scale_that_is_none_is_refused(impl, scale):
+    with pytest.raises(ValueError, match="logit_scale"):
+        linear_selective_log_softmax(
+            torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.int64), logit_scale=scale, impl=impl
+        )
+
+
 @pytest.mark.parametrize("count", [-5, NAN])
 def test_a_number_of_tokens_that_is_none_is_refused(impl, count):
     args = (torch.zeros(1, 2, 5), torch.zeros(1, 2, dtype=torch.int64), torch.ones(1))
