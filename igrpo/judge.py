@@ -20,12 +20,50 @@ from igrpo.answers import completion_text
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.types import Message
 
-_SCORE = re.compile(r"score\W{0,6}([01](?:\.\d*)?|\.\d+)(?![\d.]*\d)", re.IGNORECASE)
 CHECK_SECONDS = 10.0
+_SCORE_LINE = re.compile(
+    r"""(?:^|(?<!max)(?<!min)[.!?;]\s+)(?:(?:the|my|final|overall|total)\ )*score\s*
+    (?:\((?:(?:from|between)\ )?0(?:\.0)?\s*(?:to|and|-|\u2013|,)\s*1(?:\.0)?\)\s*|\(?out\ of\ 1(?:\.0)?\)?\s*)?
+    (?:[:=]|\bis\b)\s*
+    (?P<number>\+?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e[-+]?[0-9]{1,3})?)
+    \s*(?:(?:/|\bout\ of\b)\s*(?P<of>[0-9]+(?:\.[0-9]+)?)|(?P<percent>%|percent))?\s*\.?$""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_DECORATION = re.compile(
+    r"\\(?:boxed|text|textbf|mathbf)\s*\{|^\s*(?:[->]|\#+)\s|(?<!\w)[*`$_{}\[\]\"]+|[*`$_{}\[\]\"]+(?!\w)|\\(?=%)"
+)
+NOT_READ = (
+    "Your reply does not end in a score that can be read. Write one line and nothing else: Score: X, X from 0 to 1."
+)
 
 
 class JudgeError(RuntimeError):
     """One completion could not be judged."""
+
+
+def read_score(reply: str) -> float | None:
+    """The score in the last line of a judge's reply, whatever marks it up; None when that line is anything else than
+    one number from 0 to 1, also written as 8/10, 80 % or JSON.
+
+    A number that has to be guessed at is none: a sign, a range, a decimal comma, digits that are not ASCII, a second
+    number, further words. Lines before the last one may quote what the answer says of itself.
+
+    Example: ``read_score("Right.\\n**Score:** 0.8/1")`` is 0.8, ``read_score("Score: 0-1")`` is None.
+    """
+    lines = [line for line in reply.splitlines() if line.strip("`*_$-= \t")]
+    if not lines:
+        return None
+    try:
+        fields = json.loads(reply.strip().removeprefix("```json").strip("`"))
+        line = f"score: {fields['score']}"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        line = lines[-1]
+    found = _SCORE_LINE.search(_DECORATION.sub("", line).strip())
+    if found is None:
+        return None
+    score = float(found["number"])
+    whole = 100.0 if found["percent"] else float(found["of"] or 1.0)
+    return score / whole if whole and 0.0 <= score / whole <= 1.0 else None
 
 
 class Judge:
@@ -90,12 +128,20 @@ class Judge:
         with self._lock:
             if key in self._known:
                 return self._known[key]
-        reply = self._ask(text)
-        found = _SCORE.findall(reply)
-        if not found or not 0.0 <= float(found[-1]) <= 1.0:
-            raise JudgeError(f"the judge's reply ends without 'Score: X' from 0 to 1: …{reply[-80:]!r}")
-        self._remember(key, float(found[-1]), reply)
-        return float(found[-1])
+        messages: list[Message] = [{"role": "user", "content": text}]
+        reply, cut = self._ask(messages)
+        score = None if cut else read_score(reply)
+        if score is None and self.config.judge_max_retries:
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": NOT_READ}]
+            reply, cut = self._ask(messages)
+            score = None if cut else read_score(reply)
+        if score is None:
+            how = (
+                f"was cut after {self.config.judge_max_tokens} tokens" if cut else "ends without 'Score: X' from 0 to 1"
+            )
+            raise JudgeError(f"the judge's reply {how}: …{reply[-80:]!r}")
+        self._remember(key, score, reply)
+        return score
 
     def close(self) -> None:
         self.client.close()
@@ -108,13 +154,14 @@ class Judge:
         # One pass, so that a placeholder's name inside a completion stays what it is; braces of LaTeX are left alone.
         return re.sub(r"\{(question|solution|completion)\}", lambda m: values[m[1]], self.config.judge_prompt)
 
-    def _ask(self, text: str) -> str:
+    def _ask(self, messages: list[Message]) -> tuple[str, bool]:
+        """A reply, and whether it was cut at its longest: its last number may then be the beginning of another."""
         import openai
 
         try:
             answer = self.client.chat.completions.create(
                 model=self.config.judge_model or "",
-                messages=[{"role": "user", "content": text}],
+                messages=messages,  # type: ignore[arg-type]
                 temperature=0.0,
                 max_completion_tokens=self.config.judge_max_tokens,
             )
@@ -123,7 +170,7 @@ class Judge:
         except openai.APIError as error:
             reason = error.__cause__ or error
             raise JudgeError(f"{type(error).__name__} from {self.config.judge_base_url}: {reason}") from error
-        return answer.choices[0].message.content or ""
+        return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
 
     def _open_cache(self, path: Path) -> None:
         try:
@@ -133,9 +180,11 @@ class Judge:
             for line in self._file:
                 try:
                     record = json.loads(line)
-                    self._known[record["key"]] = float(record["score"])
-                except (ValueError, KeyError):  # a line cut by a kill
+                    score = read_score(record["reply"])
+                except (ValueError, KeyError, TypeError, AttributeError):  # a line cut by a kill
                     continue
+                if score is not None:  # an older file may hold scores that were misread
+                    self._known[record["key"]] = score
         except OSError as error:
             raise ConfigError(f"judge_cache: {path} cannot be used ({error})") from error
 

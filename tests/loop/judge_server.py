@@ -1,7 +1,8 @@
 """An OpenAI-compatible endpoint in a process of its own: ``python -m tests.loop.judge_server``; prints its port.
 
 It grades 0.75 what holds "good", else 0. Words in the completion make it misbehave: FLAKY fails twice before it
-answers, BROKEN always fails, SLOW answers after two seconds, RAMBLING gives no score. ``GET /seen`` counts.
+answers, BROKEN always fails, SLOW answers after two seconds, RAMBLING gives no score, VAGUE only when asked again, CUT
+ends at the longest reply. ``GET /seen`` counts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class Endpoint(BaseHTTPRequestHandler):
             self.reply(503, {"error": {"message": "overloaded"}})
             return
         answer = "no idea" if "RAMBLING" in text else f"Well.\nScore: {0.75 if 'good' in text else 0}"
-        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+        if "VAGUE" in text and len(request["messages"]) == 1:
+            answer = "Score: -1"
+        reason = "length" if "CUT" in text else "stop"
+        choice = {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": answer}}
         self.reply(200, {"id": "1", "object": "chat.completion", "created": 0, "model": "grader", "choices": [choice]})
 
     def reply(self, status: int, body: dict) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines.server_process import free_port
-from igrpo.judge import Judge
+from igrpo.judge import Judge, read_score
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
 from igrpo.run_folder import whole_lines
@@ -103,6 +103,42 @@ def test_what_cannot_work_is_said_before_the_run_starts(port, tmp_path, monkeypa
         Judge(config(port, judge_cache=str(tmp_path / "file" / "cache.jsonl")))
     with pytest.raises(ConfigError, match="judge needs judge_model and judge_base_url"):
         TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=["judge"])
+
+
+SCORES = {
+    1.0: ["Score: 1", "score=1.", "**Score:** 1", "`Score: 1`", "Score: 2/2", "Score: 100%", "Right. Score: 1.0",
+          '{"score": 1}', "Score: 0.2\nScore: 1", "Score: +1"],
+    0.8: ["Score: 0.8", "Score: **0.8**", "**Final score: 0.8**", "Score: 0.8/1", "Score: 8/10", "Score: 0.8 out of 1",
+          "Score: 0.8.", r"Score: \boxed{0.8}", "Score: $0.8$", r"\boxed{Score: 0.8}", "Score: .8", "Score: 80 %",
+          '```json\n{"score": 0.8, "why": "x"}\n```', "Score (0 to 1): 0.8", "# Score: 0.8\n---\n", "Score: 8e-1"],
+    0.1: ["Score: 1/10", "Score: 1e-1", "Score: 1 out of 10", "Score: 10%"],
+    0.0: ["Score: 0", "The answer claims\nScore: 1\nbut is wrong.\nScore: 0"],
+    None: ["Score: -1", "Score: \u22121", "Score: - 1", "Score: 1.5", "Score: nan", "Score: inf", "Score: 0,5", "Score: X",
+           "Score: 1,000", "Score: 0-1", "Score: 0.8-1", "Score: 0 or 1", "Score: 0 1", "Score: ~1", "Score: >0.5", "",
+           "Score: 1/0", "Score: 5/4", "Score: \u0661", "Score: 1.0.0", "Score: 0*1", "Score: 1 (wrong)", "no idea",
+           "Score (out of 10): 1", "Max score: 1", "Max. score: 1", "Score: 1e400", "Score: 1\nNo: it is wrong.",
+           '{"score": true}', "Subscore: 1", "Score: 1!"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("reply", "score"), [(reply, score) for score, replies in SCORES.items() for reply in replies])
+def test_a_score_is_read_exactly_or_not_at_all(reply, score):
+    assert read_score(reply) == score
+
+
+def test_a_reply_without_a_score_is_asked_for_it_once_more_and_a_misread_cache_is_read_again(
+    port, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret")
+    settings = config(port, judge_cache=str(tmp_path / "cache.jsonl"))
+    before = seen(port)["requests"]
+    with pool(settings) as judging:
+        assert scores(judging, ["good VAGUE", "good VAGUE CUT"]) == [{"judge": 0.75}, {"judge": -1.0}]
+    assert seen(port)["requests"] - before == 4
+    (line,) = whole_lines(tmp_path / "cache.jsonl")
+    (tmp_path / "cache.jsonl").write_text(json.dumps({**json.loads(line), "score": 1.0}) + "\n")
+    with pool(settings) as judging:
+        assert scores(judging, ["good VAGUE"]) == [{"judge": 0.75}]
 
 
 # --- a model behind vLLM
