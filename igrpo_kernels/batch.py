@@ -1,8 +1,8 @@
 """`TokenBatch`: padded (B, T) or packed (n,) + cu_seqlens input as one flat table of token rows.
 
 Everything after this file works on rows, so no equation knows how the batch was laid out. Sums over a sequence are
-deterministic: a reshape and a row sum when padded, a segmented reduction (one fixed tree per sequence, no atomics)
-when packed.
+deterministic (a row sum when padded, a segmented reduction without atomics when packed) and run in fp64: rounded once,
+they depend neither on the layout nor on the other sequences, and a sequence of 100,000 tokens loses nothing.
 """
 
 from dataclasses import dataclass
@@ -38,8 +38,8 @@ class TokenBatch:
     advantages: Tensor
     """(n,) compute dtype."""
 
-    advantages_per_sequence: bool
-    """Whether the caller gave one advantage per sequence, so that it is constant inside each."""
+    sequence_advantages: Tensor | None
+    """(S,) compute dtype, of empty sequences, too; None where the caller gave one advantage per token."""
 
     lengths: Tensor
     """(S,) compute dtype: unmasked rows per sequence."""
@@ -101,13 +101,14 @@ class TokenBatch:
         per_sequence = _advantages_are_per_sequence(advantages, completion_ids, num_sequences)
         lengths = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
         advantage_rows = advantages.detach()[seq_id] if per_sequence else advantages
+        sequence_advantages = advantages.detach().to(dtype) if per_sequence else None
         return cls(
             index=torch.where(mask, completion_ids.reshape(-1).to(torch.int64), 0),
             mask=mask,
             seq_id=seq_id,
             num_sequences=num_sequences,
             advantages=neutral(advantage_rows),
-            advantages_per_sequence=per_sequence,
+            sequence_advantages=sequence_advantages,
             lengths=lengths,
             cu_seqlens=cu_seqlens,
             shape=shape,
@@ -150,8 +151,19 @@ def check_index_in_vocab(index: Tensor, vocab_size: int) -> None:
 
 def _segment_sum(x: Tensor, cu_seqlens: Tensor | None, seq_id: Tensor, num_sequences: int) -> Tensor:
     if cu_seqlens is None:
-        return x.reshape(num_sequences, x.numel() // max(num_sequences, 1)).sum(-1)
+        return _row_sums(x, num_sequences)
     return _SumSegments.apply(x, cu_seqlens, seq_id)
+
+
+def _row_sums(x: Tensor, num_sequences: int) -> Tensor:
+    """Sums (S,) of S equally long stretches of x (n,)."""
+    return x.reshape(num_sequences, x.numel() // max(num_sequences, 1)).sum(-1, dtype=torch.float64).to(x.dtype)
+
+
+def _packed_sums(x: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Sums (S,) of packed stretches of x (n,). `segment_reduce` adds one by one on the CPU, hence fp64."""
+    # unsafe=True: `build` checked the offsets where that is free; checking again would sync the device.
+    return torch.segment_reduce(x.double().contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True).to(x.dtype)
 
 
 class _SumSegments(torch.autograd.Function):
@@ -160,8 +172,7 @@ class _SumSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, cu_seqlens: Tensor, seq_id: Tensor) -> Tensor:  # (n,), (S+1,), (n,) -> (S,)
         ctx.save_for_backward(seq_id)
-        # unsafe=True: `build` checked the offsets where that is free; checking again would sync the device.
-        return torch.segment_reduce(x.contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True)
+        return _packed_sums(x, cu_seqlens)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
@@ -180,7 +191,7 @@ class _ExpandSegments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (cu_seqlens,) = ctx.saved_tensors
-        return torch.segment_reduce(grad.contiguous(), "sum", offsets=cu_seqlens, initial=0, unsafe=True), None, None
+        return _packed_sums(grad, cu_seqlens), None, None
 
 
 def _check_layout(completion_ids: Tensor, cu_seqlens: Tensor | None) -> None:

@@ -17,10 +17,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from igrpo_kernels import vocab_parallel
 from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.gradient_handover import hand_over
 from igrpo_kernels.objective import grpo_objective
 from igrpo_kernels.row_kernels import RowStats
@@ -103,7 +103,7 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         return stats.logps, stats.entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
         logits, index, row_mask, *stats = ctx.saved_tensors
         stats, grad = RowStats(*stats), None

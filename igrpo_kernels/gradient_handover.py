@@ -4,7 +4,8 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from igrpo_kernels.first_order import first_order_only
 
 
 def hand_over(kernels: ModuleType, loss: Tensor, leaves: list[Tensor | None], gradients: list[Tensor | None]) -> Tensor:
@@ -25,7 +26,7 @@ class LossWithGradients(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, upstream: Tensor):
         if torch.compiler.is_compiling():  # a graph keeps what it saved, so the factor makes a new tensor
             gradients = [None if g is None else (g * upstream).to(g.dtype) for g in ctx.saved_tensors]

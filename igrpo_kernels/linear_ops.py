@@ -10,10 +10,10 @@ from dataclasses import fields
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from igrpo_kernels import fused_linear
 from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.gradient_handover import hand_over
 from igrpo_kernels.lm_head import HeadPlan
 from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
@@ -115,7 +115,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         return stats.logps, stats.entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
         hidden, weight, bias, index, row_mask, *stats = ctx.saved_tensors
         needs, rows = list(ctx.needs_input_grad[1:4]), (hidden, weight, bias, index, row_mask)

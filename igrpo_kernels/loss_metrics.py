@@ -3,6 +3,8 @@
 Each value covers this call's tokens only. Means over several micro-batches or ranks are the caller's to weight.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, inf, where
 
 from igrpo_kernels.batch import TokenBatch
@@ -28,12 +30,10 @@ def objective_metrics(
         metrics["kl"] = _token_mean(kl, batch)
     if config.entropy_coef != 0.0:
         metrics["policy_loss"] = policy_loss.detach().clone()
-    # One decision per sequence when neither the ratio nor the advantage varies inside it, else one per token.
-    per_sequence = config.importance_sampling_level == "sequence" and batch.advantages_per_sequence
     if config.loss_type in CLIPPED_LOSS_TYPES:
-        metrics |= _clip_metrics(weight, per_sequence, batch, config)
+        metrics |= _clip_metrics(weight, batch, config)
     elif config.loss_type == "cispo":
-        clipped = (weight > config.clip_high) & (batch.advantages > 0)
+        clipped, per_sequence = _decisions(weight, batch, config, lambda w, a: (w > config.clip_high) & (a > 0))
         metrics["cispo_clip_ratio"] = _decision_mean(clipped, per_sequence, batch)
     elif config.loss_type == "vespo":
         metrics["vespo/phi_seq_mean"] = _phi_mean(phi, batch)
@@ -42,30 +42,47 @@ def objective_metrics(
     return metrics
 
 
-def _clip_metrics(weight: Tensor, per_sequence: bool, batch: TokenBatch, config: GRPOLossConfig) -> dict[str, Tensor]:
+def _clip_metrics(weight: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> dict[str, Tensor]:
     """Shares of clipped decisions: strict inequalities, by the sign of A, after the delta clamp; A = 0 never clips."""
-    if config.delta is not None:
-        weight = weight.clamp(max=config.delta)
-    low = (weight < config.clip_low) & (batch.advantages < 0)
-    high = (weight > config.clip_high) & (batch.advantages > 0)
-    low_share, high_share = _sequence_mean(low, batch), _sequence_mean(high, batch)
-    # TRL counts empty sequences as unclipped on the sequence level and leaves them out on the token level.
-    counted = batch.lengths >= 0 if per_sequence else batch.lengths > 0
+
+    def bounded(w: Tensor) -> Tensor:
+        return w if config.delta is None else w.clamp(max=config.delta)
+
+    low, low_share = _decisions(weight, batch, config, lambda w, a: (bounded(w) < config.clip_low) & (a < 0))
+    high, high_share = _decisions(weight, batch, config, lambda w, a: (bounded(w) > config.clip_high) & (a > 0))
+    # TRL leaves empty sequences out on the token level only.
+    counted = batch.lengths > 0 if low_share is None else batch.lengths >= 0
     metrics = {
-        "clip_ratio/low_mean": _decision_mean(low, per_sequence, batch),
-        "clip_ratio/low_min": _extreme(low_share, counted, largest=False),
-        "clip_ratio/high_mean": _decision_mean(high, per_sequence, batch),
-        "clip_ratio/high_max": _extreme(high_share, counted, largest=True),
-        "clip_ratio/region_mean": _decision_mean(low | high, per_sequence, batch),
+        "clip_ratio/low_mean": _decision_mean(low, low_share, batch),
+        "clip_ratio/low_min": _extreme(_share(low, low_share, batch), counted, largest=False),
+        "clip_ratio/high_mean": _decision_mean(high, high_share, batch),
+        "clip_ratio/high_max": _extreme(_share(high, high_share, batch), counted, largest=True),
+        "clip_ratio/region_mean": _decision_mean(
+            low | high, None if low_share is None else low_share + high_share, batch
+        ),
     }
     if config.dual_clip is not None:
-        dual = (weight > config.dual_clip) & (batch.advantages < 0)
-        metrics["clip_ratio/dual_mean"] = _decision_mean(dual, per_sequence, batch)
+        dual, share = _decisions(weight, batch, config, lambda w, a: (bounded(w) > config.dual_clip) & (a < 0))
+        metrics["clip_ratio/dual_mean"] = _decision_mean(dual, share, batch)
     return metrics
 
 
+def _decisions(
+    weight: Tensor, batch: TokenBatch, config: GRPOLossConfig, clips: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Bool (n,), and where neither the ratio nor the advantage varies inside a sequence, 0 or 1 per sequence (S,).
+
+    TRL then counts sequences, empty ones with the weight 1 of no tokens.
+    """
+    rows = clips(weight, batch.advantages)
+    if config.importance_sampling_level != "sequence" or batch.sequence_advantages is None:
+        return rows, None
+    of_none = clips(batch.lengths.new_ones(()), batch.sequence_advantages).to(batch.lengths.dtype)
+    return rows, where(batch.lengths > 0, _sequence_mean(rows, batch), of_none)
+
+
 def _phi_mean(phi: Tensor, batch: TokenBatch) -> Tensor:
-    if not batch.advantages_per_sequence:
+    if batch.sequence_advantages is None:
         return _token_mean(phi, batch)
     per_sequence = where(batch.lengths > 0, _sequence_mean(phi, batch), 1.0)  # an empty sequence has phi(W=1) = 1
     return per_sequence.sum() / max(batch.num_sequences, 1)
@@ -100,10 +117,14 @@ def _sequence_mean(x: Tensor, batch: TokenBatch) -> Tensor:
     return batch.segment_sum(x.to(batch.lengths.dtype)) / batch.lengths.clamp(min=1.0)
 
 
-def _decision_mean(clipped: Tensor, per_sequence: bool, batch: TokenBatch) -> Tensor:
-    if per_sequence:
-        return _sequence_mean(clipped, batch).sum() / max(batch.num_sequences, 1)
-    return _token_mean(clipped.to(batch.lengths.dtype), batch)
+def _decision_mean(rows: Tensor, per_sequence: Tensor | None, batch: TokenBatch) -> Tensor:
+    if per_sequence is not None:
+        return per_sequence.sum() / max(batch.num_sequences, 1)
+    return _token_mean(rows.to(batch.lengths.dtype), batch)
+
+
+def _share(rows: Tensor, per_sequence: Tensor | None, batch: TokenBatch) -> Tensor:
+    return _sequence_mean(rows, batch) if per_sequence is None else per_sequence
 
 
 def _extreme(x: Tensor, keep: Tensor, *, largest: bool) -> Tensor:

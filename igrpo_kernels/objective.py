@@ -267,7 +267,7 @@ def reduce_loss(
 ) -> Tensor:
     """Token losses -> (): sum_b weight_b · (sum of L over the unmasked tokens of b)."""
     weights = sequence_weights(batch, config, num_items_in_batch)
-    return (weights * batch.segment_sum(per_token_loss)).sum()
+    return (weights * batch.segment_sum(per_token_loss)).sum(dtype=torch.float64).to(weights.dtype)
 
 
 def entropy_slope(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:

@@ -13,9 +13,9 @@ import contextlib
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.objective import grpo_objective, shapes_the_loss
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard, whole_vocabulary
@@ -170,7 +170,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         return logps, entropy
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
         hidden, weight, bias, index, row_mask, log_norm, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]

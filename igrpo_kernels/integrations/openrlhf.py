@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels import GRPOLossConfig, selective_log_softmax
-from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss
+from igrpo_kernels.integrations.per_token import LOG_RATIO_LIMIT, clipped, masked_mean, per_token_policy_loss
 
 __all__ = ["PolicyLoss", "log_probs_from_logits"]
 
@@ -26,8 +26,9 @@ def log_probs_from_logits(
 class PolicyLoss(torch.nn.Module):
     """Clipped PPO or GSPO loss on log-probabilities. Arguments and defaults are OpenRLHF's.
 
-    What differs: log-ratios are not clamped to ±20, and `is_correction_gating` other than "ratio" is refused.
-    Equations: `importance_weight` and `clipped_surrogate` of docs/api.md.
+    What differs: `is_correction_gating` other than "ratio" is refused, and what stands under the mask, NaN included,
+    changes nothing; a batch that is masked whole gives 0. Equations: `importance_weight` and `clipped_surrogate` of
+    docs/api.md.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high].
@@ -88,26 +89,27 @@ class PolicyLoss(torch.nn.Module):
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
         corrects = self.is_correction_level != "off"
         behaviour = rollout_log_probs if self.gspo and corrects else old_log_probs
-        loss, weight = per_token_policy_loss(log_probs, behaviour, advantages, mask, self.config)
-        count, vllm_kl, filtered_share = mask.sum(), None, None
+        limit = torch.inf if self.gspo else LOG_RATIO_LIMIT
+        loss, weight = per_token_policy_loss(log_probs, behaviour, advantages, mask, self.config, log_ratio_limit=limit)
+        vllm_kl, filtered_share = None, None
         if corrects and not self.gspo:
             coefficient, filtered = self._correction(old_log_probs - rollout_log_probs, mask)
             loss = loss * coefficient
-            filtered_share = filtered.float().mean() if filtered.shape[1] == 1 else (filtered * mask).sum() / count
-            vllm_kl = ((rollout_log_probs - old_log_probs) * mask).sum() / count
+            share = filtered.to(loss.dtype)
+            filtered_share = share.mean() if share.shape[1] == 1 else masked_mean(share, mask)
+            vllm_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
         loss = self._aggregate(loss, mask, dp_size, batch_num_tokens, global_batch_size)
-        clip_ratio = (clipped(weight, advantages, self.config) * mask).sum() / count
-        ppo_kl = ((old_log_probs - log_probs.detach()) * mask).sum() / count
-        return loss, clip_ratio, ppo_kl, vllm_kl, filtered_share
+        clip_ratio = masked_mean(clipped(weight, advantages, self.config).to(loss.dtype), mask)
+        return loss, clip_ratio, masked_mean(old_log_probs - log_probs, mask), vllm_kl, filtered_share
 
     def _correction(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Factor of each token's loss (B, T), and which tokens (B, T) or sequences (B, 1) lie outside the band."""
         low, high = self.is_correction_threshold
-        log_ratio = log_ratio.detach()
+        log_ratio = torch.where(mask != 0, log_ratio.detach(), 0.0)
         ratio = statistic = log_ratio.exp()
+        lengths = mask.sum(-1, keepdim=True)
         if self.is_correction_level == "seq":
-            lengths = mask.sum(-1, keepdim=True)
-            statistic = ((log_ratio * mask).sum(-1, keepdim=True) / lengths).exp()
+            statistic = (log_ratio.sum(-1, keepdim=True) / lengths).exp()
         outside = ~((statistic >= low) & (statistic <= high))  # NaN, of no tokens, is not inside
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), outside
@@ -118,7 +120,7 @@ class PolicyLoss(torch.nn.Module):
     ) -> Tensor:
         """Mean over tokens, or over sequences of each one's mean, of the whole batch where its totals are given."""
         if self.token_level_loss:
-            return loss.sum() / mask.sum() if tokens is None else loss.sum() / tokens * dp_size
+            return loss.sum() / mask.sum().clamp(min=1) if tokens is None else loss.sum() / tokens * dp_size
         lengths = mask.sum(-1)
         per_sequence = loss.sum(-1) / lengths.clamp(min=1)
-        return per_sequence.sum() / ((lengths > 0).sum() if sequences is None else sequences / dp_size)
+        return per_sequence.sum() / ((lengths > 0).sum().clamp(min=1) if sequences is None else sequences / dp_size)

@@ -1,5 +1,6 @@
 """The policy term on log-probabilities that a trainer already has: what verl, OpenRLHF and prime-rl hand to a loss."""
 
+from collections.abc import Callable
 from dataclasses import fields
 
 import torch
@@ -16,17 +17,26 @@ EFFECTIVE = (
 """Keys, or beginnings of keys, that shape the policy term or that a loss type must be given."""
 
 
+LOG_RATIO_LIMIT = 20.0
+"""verl and OpenRLHF hold a token's log-ratio inside this band, on both sides, gradient and all."""
+
+
 def per_token_policy_loss(
     logps: Tensor,  # (B, T)
     old_logps: Tensor,  # (B, T)
     advantages: Tensor,  # (B,) or (B, T)
     mask: Tensor,  # (B, T)
     config: GRPOLossConfig,
+    *,
+    log_ratio_limit: float = torch.inf,
+    sequence_weight: Callable[[Tensor, TokenBatch], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss per token (B, T), differentiable in `logps`, and the importance weights (B, T), detached; 0 where masked.
 
     The equations are `igrpo_kernels.objective`'s. Only the keys of `config` that shape the policy term have an effect:
     loss_type, importance_sampling_level, epsilon, epsilon_high, delta, dual_clip, sapo_*, vespo_*.
+    `log_ratio_limit` clamps each token's log-ratio; `sequence_weight(log_ratio (n,), batch) -> (n,)` takes the place of
+    the weight that importance_sampling_level="sequence" defines.
     """
     batch = TokenBatch.build(
         torch.zeros_like(mask, dtype=torch.int64),
@@ -36,8 +46,11 @@ def per_token_policy_loss(
         old_per_token_logps=old_logps,
     )
     rows = batch.masked(logps.reshape(-1).to(batch.advantages.dtype))
-    log_ratio = rows - batch.old_per_token_logps
-    weight = importance_weight(log_ratio, batch, config)
+    log_ratio = (rows - batch.old_per_token_logps).clamp(-log_ratio_limit, log_ratio_limit)
+    if sequence_weight is not None and config.importance_sampling_level == "sequence":
+        weight = sequence_weight(log_ratio, batch)
+    else:
+        weight = importance_weight(log_ratio, batch, config)
     loss, _ = policy_term(rows, log_ratio, weight, None, batch, config)
     return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
 
@@ -61,3 +74,8 @@ def policy_settings(config: GRPOLossConfig) -> GRPOLossConfig:
 def clipped(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
     """Bool (B, T): the clipped branch is the smaller one. `advantages` (B, T)."""
     return ((weight < config.clip_low) & (advantages < 0)) | ((weight > config.clip_high) & (advantages > 0))
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean () of x (B, T) where the mask is not 0, whatever stands elsewhere; 0 if it is nowhere."""
+    return torch.where(mask != 0, x.detach(), 0.0).sum() / mask.sum().clamp(min=1)

@@ -52,7 +52,7 @@ def sequence_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the policy terms (), and the mean importance weight and log-ratio over the sequence's tokens."""
     loss, weight = per_token_policy_loss(logps[None], old_logps[None], advantages[None], mask[None], config)
-    loss = loss if weights is None else loss * weights
+    loss = loss if weights is None else loss * torch.where(mask != 0, weights, 0.0)
     count = mask.sum().clamp(min=1)
     log_ratio = torch.where(mask != 0, logps.detach() - old_logps, 0.0)
     return loss.sum(), {"importance_ratio": weight.sum() / count, "log_ratio": log_ratio.sum() / count}

@@ -16,10 +16,19 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
-from igrpo_kernels.integrations.per_token import clipped, per_token_policy_loss, policy_settings
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.integrations.per_token import (
+    LOG_RATIO_LIMIT,
+    clipped,
+    masked_mean,
+    per_token_policy_loss,
+    policy_settings,
+)
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES
 
 __all__ = ["linear_cross_entropy", "policy_loss"]
+
+_LOG_SEQUENCE_RATIO_LIMIT = 10.0
 
 
 def policy_loss(
@@ -30,7 +39,8 @@ def policy_loss(
     `config` decides the policy term; how tokens are added up stays with verl (`loss_agg_mode`), and so do its clip
     keys' places: `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the actor have no effect on this loss.
     `aggregate` replaces verl's `agg_loss`. Equations: `importance_weight` and `clipped_surrogate` (or the loss type's)
-    of docs/api.md; log-probabilities in nats.
+    of docs/api.md; log-probabilities in nats. As in verl, a token's log-ratio is held inside ±20, and
+    importance_sampling_level="sequence" is GSPO-token: w = sg(s)·exp(l - sg(l)) with the sequence's ratio s.
 
     Returns:
         f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
@@ -52,24 +62,42 @@ def policy_loss(
         agg_loss = aggregate
         if agg_loss is None:
             from verl.trainer.ppo.core_algos import agg_loss
-        loss, weight = per_token_policy_loss(log_prob, old_log_prob, advantages, response_mask, settings)
+        loss, weight = per_token_policy_loss(
+            log_prob, old_log_prob, advantages, response_mask, settings, log_ratio_limit=limit,
+            sequence_weight=_gspo_token_weight,
+        )  # fmt: skip
         if rollout_is_weights is not None:
-            loss = loss * rollout_is_weights
+            loss = loss * torch.where(response_mask != 0, rollout_is_weights, 0.0)
         batch_info = {} if config is None else config.global_batch_info
         total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch_info)
         return total, _metrics(weight, log_prob, old_log_prob, advantages, response_mask)
 
     def _metrics(weight, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
-        count = mask.sum().clamp(min=1)
-        clip = clipped(weight, advantages, settings) if settings.loss_type in CLIPPED_LOSS_TYPES else weight < 0
+        if settings.loss_type in CLIPPED_LOSS_TYPES:
+            clip = clipped(weight, advantages, settings)
+        else:
+            clip = (weight > settings.clip_high) & (settings.loss_type == "cispo")  # whatever the advantage, as verl's
         dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
-        kl = torch.where(mask != 0, old_log_prob - log_prob.detach(), 0.0)
-        names = ("actor/pg_clipfrac", "actor/ppo_kl", "actor/pg_clipfrac_lower")
-        values = torch.stack([(clip * mask).sum(), kl.sum(), (dual * mask).sum()]) / count
-        return dict(zip(names, values.tolist(), strict=True))
+        shares = {
+            "actor/pg_clipfrac": clip.to(log_prob.dtype),
+            "actor/ppo_kl": (old_log_prob - log_prob).clamp(-limit, limit),
+            "actor/pg_clipfrac_lower": dual.to(log_prob.dtype),
+        }
+        values = torch.stack([masked_mean(x, mask) for x in shares.values()])
+        return dict(zip(shares, values.tolist(), strict=True))
 
     settings = policy_settings(config)
+    limit = LOG_RATIO_LIMIT if settings.importance_sampling_level == "token" else torch.inf
     return compute_policy_loss
+
+
+def _gspo_token_weight(log_ratio: Tensor, batch: TokenBatch) -> Tensor:
+    """verl's sequence ratio on rows (n,): sg(s)·exp(l - sg(l)), log s = mean of d over the sequence, at most 10.
+
+    Its value is GSPO's on every token, and each token's gradient carries that token's own advantage and weight.
+    """
+    mean = batch.segment_sum(log_ratio.detach()) / batch.lengths.clamp(min=1.0)
+    return (batch.expand(mean) + log_ratio - log_ratio.detach()).clamp(max=_LOG_SEQUENCE_RATIO_LIMIT).exp()
 
 
 def linear_cross_entropy(

@@ -99,6 +99,84 @@ def test_verl_policy_losses_are_verls_own(x, name):
     same(ours, theirs, x.logps)
 
 
+@pytest.mark.parametrize("per_token", ["advantages", "rollout weights"])
+def test_verl_gspo_is_gspo_token(x, per_token):
+    """w = sg(s)·exp(l - sg(l)): each token's gradient has that token's own advantage and weight (30 to 60 % off)."""
+    advantages = torch.randn(B, T, generator=torch.Generator().manual_seed(5)) if per_token == "advantages" else None
+    advantages = x.advantages if advantages is None else advantages
+    weights = x.weights if per_token == "rollout weights" else None
+    config = GRPOLossConfig(epsilon=0.3, epsilon_high=0.3, importance_sampling_level="sequence")
+    loss, _ = verl.policy_loss(config, token_mean)(
+        x.old, x.logps, advantages, x.mask, rollout_is_weights=weights
+    )  # fmt: skip
+    log_s = (((x.logps - x.old) * x.mask).sum(-1) / x.mask.sum(-1)).detach()[:, None]
+    w = (log_s + x.logps - x.logps.detach()).exp()
+    per_row = torch.maximum(-advantages * w, -advantages * w.clamp(0.7, 1.3)) * (1.0 if weights is None else weights)
+    same(loss, (per_row * x.mask).sum() / x.mask.sum(), x.logps)
+
+
+def test_verl_counts_what_cispo_clips_whatever_the_advantage(x):
+    config = GRPOLossConfig(loss_type="cispo", epsilon_high=1.1)
+    _, metrics = verl.policy_loss(config, token_mean)(x.old, x.logps, x.advantages, x.mask)
+    clips = ((x.logps - x.old).exp() > 1.1) & x.mask.bool()
+    assert clips[x.advantages < 0].any() and clips[x.advantages > 0].any()
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(float(clips.sum() / x.mask.sum()))
+
+
+def test_log_ratios_beyond_twenty_are_held_there(x):
+    """As in verl and OpenRLHF: in the loss, whose gradient is then 0, and in verl's ppo_kl."""
+    old = x.old.clone()
+    old[0, 0], old[1, 1] = old[0, 0] - 50.0, old[1, 1] + 50.0
+    held = (x.logps - old).clamp(-20.0, 20.0)
+    advantages = -torch.ones_like(x.logps)
+    wanted = torch.maximum(-advantages * held.exp(), -advantages * held.exp().clamp(0.8, 1.2))
+    wanted = (wanted * x.mask).sum() / x.mask.sum()
+    loss, metrics = verl.policy_loss(GRPOLossConfig(), token_mean)(old, x.logps, advantages, x.mask)
+    same(loss, wanted, x.logps)
+    assert metrics["actor/ppo_kl"] == pytest.approx(float(-(held * x.mask).sum() / x.mask.sum()), rel=1e-5)
+    same(openrlhf.PolicyLoss()(x.logps, old, advantages, x.mask)[0], wanted, x.logps)
+
+
+ADAPTED = {
+    **{f"verl {name}": lambda y, config=config: verl.policy_loss(config, token_sum)(
+        y.old, y.logps, y.advantages, y.mask, rollout_is_weights=y.weights) for name, config in {
+            "vanilla": GRPOLossConfig(dual_clip=1.8), "sapo": GRPOLossConfig(loss_type="sapo"),
+            "gspo": GRPOLossConfig(importance_sampling_level="sequence"), "cispo": GRPOLossConfig(loss_type="cispo"),
+        }.items()},
+    **{f"openrlhf {level} {mode} {kind} {mean}": lambda y, keys={
+        "is_correction_level": level, "is_correction_mode": mode, "policy_loss_type": kind, "token_level_loss": mean,
+    }: openrlhf.PolicyLoss(**keys)(y.logps, y.old, y.advantages, y.mask, y.sampler)
+        for level, mode in (("off", "mask"), ("token", "mask"), ("token", "clip"), ("seq", "mask"))
+        for kind in ("ppo", "gspo") for mean in (True, False)},
+    "prime-rl": lambda y: prime_rl.sequence_loss(
+        y.logps[1], y.old[1], y.advantages[1], y.mask[1], GRPOLossConfig(), y.weights[1]),
+}  # fmt: skip
+
+
+def token_sum(loss_mat: torch.Tensor, loss_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    return (loss_mat * loss_mask).sum()
+
+
+@pytest.mark.parametrize("case", ADAPTED)
+def test_what_stands_under_the_mask_changes_nothing(x, case):
+    """NaN there reached metrics, correction and loss; a batch masked whole gave NaN."""
+    clean = ADAPTED[case](x)
+    poisoned = {k: torch.where(x.mask != 0, v.detach(), torch.nan) for k, v in vars(x).items() if k != "mask"}
+    leaf = poisoned["logps"].requires_grad_()
+    dirty = ADAPTED[case](SimpleNamespace(**poisoned, mask=x.mask))
+    assert numbers(clean) == numbers(dirty)
+    assert torch.equal(torch.autograd.grad(clean[0], x.logps)[0], torch.autograd.grad(dirty[0], leaf)[0])
+    nothing = ADAPTED[case](SimpleNamespace(**{**vars(x), "mask": torch.zeros_like(x.mask)}))
+    assert float(nothing[0]) == 0.0 and all(abs(v) < float("inf") for v in numbers(nothing))
+    assert not torch.autograd.grad(nothing[0], x.logps)[0].any()
+
+
+def numbers(result: tuple) -> list[float]:
+    """Loss and metrics, in order."""
+    flat = [result[0], *(result[1].values() if isinstance(result[1], dict) else result[1:])]
+    return [float(v) for v in flat if v is not None]
+
+
 def test_verl_log_probabilities_and_entropies():
     """On one process; on tensor-parallel ranks: `verl_case` of tests/kernels/vocab_parallel_ranks.py."""
     g = torch.Generator().manual_seed(0)

@@ -206,10 +206,13 @@ def test_an_empty_sequence_counts_in_the_mean_over_sequences(grpo_trainer_class)
     mask = inputs.completion_mask.clone()
     mask[2] = False
     inputs = replace(inputs, completion_mask=mask)
-    for loss_type, level in LOSS_LEVELS:
+    # On the sequence level TRL counts the empty sequence's ratio of 1 as clipped where it lies outside the band.
+    for loss_type, level, delta in [*((*pair, None) for pair in LOSS_LEVELS), ("cispo", "sequence", None),
+                                    ("grpo", "sequence", 0.5)]:  # fmt: skip
         config = GRPOLossConfig(
             loss_type=loss_type,
             importance_sampling_level=level,
+            delta=delta,
             importance_sampling_mode="token_truncate",
             max_completion_length=MAX_COMPLETION_LENGTH,
             sapo_temperature_neg=SAPO_TEMPERATURE_NEG,

@@ -196,8 +196,9 @@ class FusedGRPOTrainer(GRPOTrainer):
             self._metrics[mode][name].append(value)
         if "clip_ratio/low_min" in metrics:
             extremes = torch.stack([metrics["clip_ratio/low_min"], -metrics["clip_ratio/high_max"]]).float()
-            # A process without a token has no extreme of its own; +inf leaves the minimum to the others.
-            alone = (tokens == 0) & (self.importance_sampling_level == "token")
+            # A process without a token has no extreme of its own; +inf leaves the minimum to the others. TRL takes
+            # completions of one token for sequences with one ratio, of which an empty one counts as unclipped.
+            alone = (tokens == 0) & (self.importance_sampling_level == "token" and mask.shape[1] > 1)
             gathered = self.accelerator.gather(torch.where(alone, torch.inf, extremes)[None]).amin(0)
             low, high = gathered.tolist()
             self._metrics[mode]["clip_ratio/low_min"].append(low if low < torch.inf else float("nan"))
