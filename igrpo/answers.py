@@ -77,6 +77,17 @@ def completion_text(completion: CompletionText) -> str:
     return (completion[-1]["content"] or "") if completion else ""
 
 
+def whole_text(completion: CompletionText, prompt_suffix: str) -> str:
+    """A completion's text behind the tags that its prompt already ended with."""
+    return prompt_suffix + completion_text(completion)
+
+
+def whole_texts(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None) -> list[str]:
+    """[n] ``whole_text`` of each; ``prompt_suffix`` is the column of that name, None where a caller has none."""
+    suffixes = prompt_suffix or [""] * len(completions)
+    return [whole_text(one, suffix) for one, suffix in zip(completions, suffixes, strict=True)]
+
+
 def last_boxed(text: str) -> str | None:
     r"""Content of the last ``\boxed{…}`` whose braces balance within MAX_ANSWER_CHARS; None when there is none."""
     start = text.rfind("\\boxed{")
@@ -96,6 +107,12 @@ def extract_answer(text: str, *, words: bool = False, lines: int = 1) -> str | N
     Args:
         words: The reference is no number or formula: without any marker, the last ``lines`` lines are the answer.
     """
+    if text.rfind("<think>") > text.rfind("</think>"):
+        return None  # still thinking
+    return _passage(text, words, lines)
+
+
+def _passage(text: str, words: bool = False, lines: int = 1) -> str | None:
     after_thinking = text.rpartition("</think>")[2]
     text = (after_thinking if after_thinking.strip() else text).strip()
     end = text.rfind("</answer>")
@@ -127,7 +144,7 @@ def without_answer(text: str) -> str:
 
     Example: ``"<think>2 + 3 = 5</think><answer>5</answer>"`` becomes ``"<think>2 + 3 = "``.
     """
-    answer = extract_answer(text)
+    answer = _passage(text)  # also of thinking that was cut: what it found is not to be shown either
     if answer is None:
         return text
     written = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text)]

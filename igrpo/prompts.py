@@ -12,6 +12,7 @@ once around a marker that stands right after the question, and cut there:
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from igrpo.types import Message, Problem
 
 # No chat template changes these characters, and no question contains them.
 _MARK = "\u2063\u2062\u2063<<end-of-question>>\u2063\u2062\u2063"
+SUFFIX_CHARS = 200
+"""Tags at a prompt's end are looked for among its last characters."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class PromptParts:
     """Ids up to the end of the question."""
     tail: tuple[int, ...]
     """Ids from the end of the user turn to where the model writes."""
+    prompt_suffix: str = ""
+    """Tags of an answer that the prompt already ends with, such as ``<think>\\n``: reward functions are told."""
 
     @property
     def bare(self) -> tuple[int, ...]:
@@ -62,12 +67,14 @@ class PromptBuilder:
         # Those without a role of their own too, a chat model's turn markers for example.
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
         self.special_ids = frozenset([*tokenizer.all_special_ids, *added])
+        self.special_tags = frozenset(map(str, tokenizer.convert_ids_to_tokens(list(self.special_ids))))
 
     def parts(self, problem: Problem) -> PromptParts:
         """Raises ConfigError if a conversation does not end in a user turn, or the chat template refuses it."""
         messages = self._messages(problem)
         head_text, tail_text = self._render(messages)
-        return PromptParts(messages, self.start + self._encode(head_text), self._encode(tail_text))
+        head, tail = self.start + self._encode(head_text), self._encode(tail_text)
+        return PromptParts(messages, head, tail, self._prompt_suffix(head_text + tail_text))
 
     def with_draft(self, parts: PromptParts, draft_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
         """Ids of q' and whether the draft was trimmed.
@@ -125,6 +132,12 @@ class PromptBuilder:
         if self.config.system_prompt and turns[0]["role"] != "system":
             turns = ({"role": "system", "content": self.config.system_prompt}, *turns)
         return turns
+
+    def _prompt_suffix(self, prompt: str) -> str:
+        written = re.search(r"(?:<think>\s*)?(?:</think>\s*)?(?:<answer>\s*)?$", prompt[-SUFFIX_CHARS:])
+        suffix = written[0].lstrip() if written is not None else ""
+        # Completions are decoded without special tokens: of a tag that is one, rewards see neither end.
+        return "" if any(tag in self.special_tags for tag in re.findall(r"<\w+>", suffix)) else suffix
 
     def _examples(self) -> list[Message]:
         return [

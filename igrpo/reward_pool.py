@@ -139,19 +139,25 @@ class RewardPool:
             threading.Thread(target=self._judge_calls, name="judge", daemon=True).start()
 
     def submit(
-        self, problem: Problem, completions: Sequence[Completion], prompt: str | Sequence[Message]
+        self,
+        problem: Problem,
+        completions: Sequence[Completion],
+        prompt: str | Sequence[Message],
+        prompt_suffix: str = "",
     ) -> PendingScores:
         """Start scoring one problem's completions.
 
         Functions receive what TRL passes: ``prompts``, ``completions``, ``completion_ids``, ``solution`` and the row's
-        columns, each repeated per completion; completions are messages when the prompt is a conversation.
+        columns, each repeated per completion; completions are messages when the prompt is a conversation. Beyond that
+        ``prompt_suffix``, where it is named: the tags which the prompt already ends with. TRL's own functions see
+        them before the text.
 
         Raises:
             ValueError: A column of the row cannot be sent to another process.
         """
         if self._closed:
             raise RuntimeError("the reward pool is closed")
-        arguments = _arguments(problem, completions, prompt)
+        arguments = _arguments(problem, completions, prompt, prompt_suffix)
         _check_picklable(arguments, problem)
         return PendingScores(self, completions, arguments)
 
@@ -286,6 +292,7 @@ class PendingScores:
 
     def _call(self, function: RewardFunction, rows: tuple[int, ...], attempt: int = 1) -> None:
         arguments = {name: [values[row] for row in rows] for name, values in self._arguments.items()}
+        arguments = function.sees(arguments)
         call = _Call(function, rows, pickle.dumps(arguments), attempt)
         self._open.append(call)
         self._pool._enqueue(call)
@@ -322,7 +329,7 @@ def _outcome(future: Future[Outcome], timeout: float) -> Outcome | TimeoutError 
 
 
 def _arguments(
-    problem: Problem, completions: Sequence[Completion], prompt: str | Sequence[Message]
+    problem: Problem, completions: Sequence[Completion], prompt: str | Sequence[Message], prompt_suffix: str
 ) -> dict[str, list[Any]]:
     row = {**problem.columns, "solution": problem.solution}
     row["prompts"] = prompt if isinstance(prompt, str) else list(prompt)
@@ -331,6 +338,7 @@ def _arguments(
         **{name: [value] * len(completions) for name, value in row.items()},
         "completions": texts if isinstance(prompt, str) else [[{"role": "assistant", "content": t}] for t in texts],
         "completion_ids": [list(completion.token_ids) for completion in completions],
+        "prompt_suffix": [prompt_suffix] * len(completions),
     }
 
 

@@ -111,11 +111,13 @@ async def _awaited(scores: Any) -> Any:
 
 
 def _accepted(function: Any, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """All arguments for a function with ``**kwargs``, else the ones it names."""
+    """All arguments for a function with ``**kwargs``, else the ones it names; ``prompt_suffix``, which TRL does not
+    pass, only where it is named."""
     parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+    named = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return named
+    return {name: values for name, values in arguments.items() if name != "prompt_suffix"} | named
 
 
 def _checked(score: Any) -> float | str | None:

@@ -22,30 +22,39 @@ from typing import TYPE_CHECKING, Any
 from igrpo.answers import (
     MATH_FUNCTIONS,
     CompletionText,
-    completion_text,
     explodes,
     extract_answer,
     judge,
     read_reference,
+    whole_texts,
 )
 
 if TYPE_CHECKING:
     from igrpo.config import TrainConfig
 
 
-def accuracy(completions: Sequence[CompletionText], solution: Sequence[str], **_: Any) -> list[float | None]:
+def accuracy(
+    completions: Sequence[CompletionText],
+    solution: Sequence[str],
+    prompts: Sequence[Any] | None = None,
+    prompt_suffix: Sequence[str] | None = None,
+    **_: Any,
+) -> list[float | None]:
     """1.0 for the right answer, 0.0 for a wrong one or none, None where the reference cannot be read."""
     scores = []
-    for completion, cell in zip(completions, solution, strict=True):
+    for text, cell in zip(whole_texts(completions, prompt_suffix), solution, strict=True):
         reference = read_reference(str(cell))
-        answer = extract_answer(completion_text(completion), words=reference.words, lines=reference.lines)
+        answer = extract_answer(text, words=reference.words, lines=reference.lines)
         scores.append(judge(reference, answer))
     return scores
 
 
-def format(completions: Sequence[CompletionText], **_: Any) -> list[float]:
-    """1.0 for exactly ``<think>…</think><answer>…</answer>``, one of each tag and only blanks around them; else 0.0."""
-    return [float(_well_formed(completion_text(completion))) for completion in completions]
+def format(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None = None, **_: Any) -> list[float]:
+    """1.0 for exactly ``<think>…</think><answer>…</answer>``, one of each tag and only blanks around them; else 0.0.
+
+    Tags that the prompt already ends with (``prompt_suffix``) count as the completion's.
+    """
+    return [float(_well_formed(text)) for text in whole_texts(completions, prompt_suffix)]
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -62,6 +71,7 @@ def reasoning_gym_score(
     answer: Sequence[str | None],
     metadata: Sequence[dict[str, Any]],
     task_options: Sequence[dict[str, Any] | None] | None = None,
+    prompt_suffix: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float]:
     """reasoning-gym's own score of the extracted answer, partial credit included.
@@ -69,10 +79,10 @@ def reasoning_gym_score(
     The columns are those of a reasoning-gym entry; ``igrpo.data`` adds ``task_options``, which some scorers consult.
     """
     scores = []
-    for i, completion in enumerate(completions):
+    for i, text in enumerate(whole_texts(completions, prompt_suffix)):
         task = metadata[i]["source_dataset"]
         reference = read_reference(answer[i] or "")
-        given = extract_answer(completion_text(completion), words=reference.number is None, lines=reference.lines)
+        given = extract_answer(text, words=reference.number is None, lines=reference.lines)
         if given is not None and not _harmless(task, given):
             given = None
         entry = {"question": question[i], "answer": answer[i], "metadata": metadata[i]}
@@ -185,6 +195,15 @@ class RewardFunction:
         module, _, name = self.path.partition(":")
         function = getattr(importlib.import_module(module), name)
         return partial(function, **self.options) if self.options else function
+
+    def sees(self, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The arguments of one call. TRL's own functions know no ``prompt_suffix``, which stands before their text, and
+        no completions but messages."""
+        if not self.path.startswith("trl.rewards:"):
+            return arguments
+        texts = whole_texts(arguments["completions"], arguments["prompt_suffix"])
+        messages = [[{"role": "assistant", "content": text}] for text in texts]
+        return {**arguments, "completions": messages}
 
 
 def load_reward_functions(names: Sequence[str], config: TrainConfig | None = None) -> list[RewardFunction]:

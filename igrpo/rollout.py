@@ -310,7 +310,8 @@ class Rollout:
         self._stats.prompt_tokens += len(result.prompt_ids)
         self._stats.cached_tokens += result.cached_tokens
         self.timeline.start("reward", sent.flow.step, result.request_id)
-        sent.pending = self.rewards.submit(sent.flow.problem, self._completions(result), list(sent.flow.parts.messages))
+        parts, completions = sent.flow.parts, self._completions(result)
+        sent.pending = self.rewards.submit(sent.flow.problem, completions, list(parts.messages), parts.prompt_suffix)
         self._scoring[result.request_id] = sent
 
     def _completions(self, result: Result) -> list[Completion]:

@@ -16,16 +16,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo.answers import CompletionText, completion_text
+from igrpo.answers import CompletionText, completion_text, whole_texts
 from igrpo.rewards import TAGS, accuracy
 
-STEP_MARK = re.compile(r"(?m)\bStep \d+:|^\s*\d+\.\s|^\s*[-*]\s|\b(?:First|Second|Third|Next|Finally),")
+STEP_MARK = re.compile(r"(?m)\bStep \d{1,9}:|^[^\S\n]*(?:\d{1,9}\.|[-*])\s|\b(?:First|Second|Third|Next|Finally),")
 
 
 def cosine(
     completions: Sequence[CompletionText],
     solution: Sequence[str],
     completion_ids: Sequence[Sequence[int]],
+    prompts: Sequence[Any] | None = None,
+    prompt_suffix: Sequence[str] | None = None,
     *,
     cosine_min_value_wrong: float,
     cosine_max_value_wrong: float,
@@ -47,7 +49,7 @@ def cosine(
     }
     longest = cosine_max_len or max_completion_length
     scores: list[float | None] = []
-    for right, ids in zip(accuracy(completions, solution), completion_ids, strict=True):
+    for right, ids in zip(accuracy(completions, solution, prompts, prompt_suffix), completion_ids, strict=True):
         if right is None:
             scores.append(None)
             continue
@@ -70,7 +72,12 @@ def repetition_penalty(
 
 
 def length(
-    completions: Sequence[CompletionText], solution: Sequence[str], completion_ids: Sequence[Sequence[int]], **_: Any
+    completions: Sequence[CompletionText],
+    solution: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    prompts: Sequence[Any] | None = None,
+    prompt_suffix: Sequence[str] | None = None,
+    **_: Any,
 ) -> list[float | None]:
     """λ for a right answer and min(0, λ) for a wrong one, λ = 1/2 - (n - n_min) / (n_max - n_min).
 
@@ -79,15 +86,19 @@ def length(
     sizes = [len(ids) for ids in completion_ids]
     spread = max(sizes) - min(sizes)
     scores: list[float | None] = []
-    for right, size in zip(accuracy(completions, solution), sizes, strict=True):
+    for right, size in zip(accuracy(completions, solution, prompts, prompt_suffix), sizes, strict=True):
         gain = 0.5 - (size - min(sizes)) / spread if spread else 0.0
         scores.append(None if right is None else gain if right else min(gain, 0.0))
     return scores
 
 
-def tag_count(completions: Sequence[CompletionText], **_: Any) -> list[float]:
-    """A quarter for each of ``<think>``, ``</think>``, ``<answer>`` and ``</answer>`` that is there exactly once."""
-    return [sum(completion_text(completion).count(tag) == 1 for tag in TAGS) / len(TAGS) for completion in completions]
+def tag_count(
+    completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None = None, **_: Any
+) -> list[float]:
+    """A quarter for each of ``<think>``, ``</think>``, ``<answer>`` and ``</answer>`` that is there exactly once, be it
+    at the prompt's end."""
+    texts = whole_texts(completions, prompt_suffix)
+    return [sum(text.count(tag) == 1 for tag in TAGS) / len(TAGS) for text in texts]
 
 
 def reasoning_steps(completions: Sequence[CompletionText], **_: Any) -> list[float]:

@@ -113,7 +113,8 @@ class EvaluationRun:
         for problem in missing:
             record = singles.by_row[problem.index]
             tasks.append(second_stage(problem, record, rule, N, judged_by, self.prompts))
-            chosen[problem.index] = [(i, record["completions"][i]) for i in chosen_drafts(record, rule, N, judged_by)]
+            drafts = chosen_drafts(record, rule, N, judged_by, tasks[-1].prompt_suffix)
+            chosen[problem.index] = [(i, record["completions"][i]) for i in drafts]
         self._sample(benchmark, tasks, records, f"{benchmark.name}, two-stage {rule}", chosen)
         return records
 

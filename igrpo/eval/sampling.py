@@ -29,6 +29,8 @@ class Task:
     """[R][P] token ids of each prompt."""
     n: int
     """Completions of each prompt."""
+    prompt_suffix: str = ""
+    """Of ``PromptParts``."""
 
 
 @dataclass
@@ -41,7 +43,7 @@ class _Open:
 def bare_task(problem: Problem, prompts: PromptBuilder, n: int) -> Task:
     """One shot from the question alone: how the model is deployed."""
     parts = prompts.parts(problem)
-    return Task(problem, parts.messages, (parts.bare,), n)
+    return Task(problem, parts.messages, (parts.bare,), n, parts.prompt_suffix)
 
 
 def sample(
@@ -95,7 +97,7 @@ def _receive(state: _Open, r: int, result: Result, rewards: RewardPool, tokenize
         if one is not None
         for ids, logprobs, reason in zip(one.token_ids, one.logprobs, one.finish_reasons, strict=True)
     ]
-    state.scores = rewards.submit(task.problem, completions, list(task.messages))
+    state.scores = rewards.submit(task.problem, completions, list(task.messages), task.prompt_suffix)
 
 
 def window(config: TrainConfig) -> int:

@@ -60,15 +60,20 @@ def second_stage(
         record: the problem's single-shot record, with token ids; gets nothing written.
     """
     parts = prompts.parts(problem)
-    ids = [record["completions"][i]["token_ids"] for i in chosen_drafts(record, rule, N, judge)]
-    return Task(problem, parts.messages, tuple(prompts.with_draft(parts, draft)[0] for draft in ids), 1)
+    ids = [record["completions"][i]["token_ids"] for i in chosen_drafts(record, rule, N, judge, parts.prompt_suffix)]
+    asked = tuple(prompts.with_draft(parts, draft)[0] for draft in ids)
+    return Task(problem, parts.messages, asked, 1, parts.prompt_suffix)
 
 
-def chosen_drafts(record: dict[str, Any], rule: str, N: int, judge: str) -> list[int]:
-    """Index of the chosen draft of each trial among the record's completions."""
+def chosen_drafts(record: dict[str, Any], rule: str, N: int, judge: str, prompt_suffix: str = "") -> list[int]:
+    """Index of the chosen draft of each trial among the record's completions.
+
+    Args:
+        prompt_suffix: of ``PromptParts``: a draft whose thinking never ended has no vote.
+    """
     completions, chosen = record["completions"], []
     for start in range(0, len(completions) - N + 1, N):
         trial = completions[start : start + N]
         scores = [draft["rewards"][judge] or 0.0 for draft in trial]
-        chosen.append(start + choose(rule, [draft["text"] for draft in trial], scores))
+        chosen.append(start + choose(rule, [prompt_suffix + draft["text"] for draft in trial], scores))
     return chosen

@@ -26,3 +26,8 @@ def raises_on_solution_14(completions, solution, **_) -> list[float]:
 def starts_low(completions, **_) -> list[float]:
     """Right or wrong, about even for a random model."""
     return [float(text[:1] < "n") for text in (c if isinstance(c, str) else c[-1]["content"] for c in completions)]
+
+
+def saw(completions, prompt_suffix) -> list[float]:
+    """How many characters of an answer the prompt had already written."""
+    return [float(len(suffix)) for suffix in prompt_suffix]

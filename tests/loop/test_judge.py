@@ -113,11 +113,11 @@ SCORES = {
           '```json\n{"score": 0.8, "why": "x"}\n```', "Score (0 to 1): 0.8", "# Score: 0.8\n---\n", "Score: 8e-1"],
     0.1: ["Score: 1/10", "Score: 1e-1", "Score: 1 out of 10", "Score: 10%"],
     0.0: ["Score: 0", "The answer claims\nScore: 1\nbut is wrong.\nScore: 0"],
-    None: ["Score: -1", "Score: \u22121", "Score: - 1", "Score: 1.5", "Score: nan", "Score: inf", "Score: 0,5", "Score: X",
-           "Score: 1,000", "Score: 0-1", "Score: 0.8-1", "Score: 0 or 1", "Score: 0 1", "Score: ~1", "Score: >0.5", "",
-           "Score: 1/0", "Score: 5/4", "Score: \u0661", "Score: 1.0.0", "Score: 0*1", "Score: 1 (wrong)", "no idea",
-           "Score (out of 10): 1", "Max score: 1", "Max. score: 1", "Score: 1e400", "Score: 1\nNo: it is wrong.",
-           '{"score": true}', "Subscore: 1", "Score: 1!"],
+    None: ["Score: -1", "Score: \u22121", "Score: - 1", "Score: 1.5", "Score: nan", "Score: inf", "Score: 0,5",
+           "Score: X", "Score: 1,000", "Score: 0-1", "Score: 0.8-1", "Score: 0 or 1", "Score: 0 1", "Score: ~1",
+           "Score: >0.5", "", "Score: 1/0", "Score: 5/4", "Score: \u0661", "Score: 1.0.0", "Score: 0*1",
+           "Score: 1 (wrong)", "no idea", "Score (out of 10): 1", "Max score: 1", "Max. score: 1", "Score: 1e400",
+           "Score: 1\nNo: it is wrong.", '{"score": true}', "Subscore: 1", "Score: 1!"],
 }  # fmt: skip
 
 
