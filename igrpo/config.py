@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from igrpo.config_checks import ConfigError, check_combinations, check_ranges, check_types
+from igrpo.config_checks import ConfigError, check_addresses, check_combinations, check_ranges, check_types
 from igrpo.default_texts import DEFAULT_DRAFT_TEMPLATE, DEFAULT_JUDGE_PROMPT, DEFAULT_SYSTEM_PROMPT
 
 __all__ = ["ConfigError", "TrainConfig", "field_types"]
@@ -331,6 +331,7 @@ class TrainConfig:
     """Name shown by the trackers; null: the folder's name."""
 
     def __post_init__(self) -> None:
+        check_addresses(self)
         check_types(self, field_types())
         check_ranges(self)
         check_combinations(self)

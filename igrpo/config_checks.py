@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message is one line that says what to change."""
+
+
+_HOLDS_KEY = re.compile(r"@|[?&][^=&]*(key|token|secret|passw|sig)[^=&]*=", re.IGNORECASE)
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -47,6 +51,23 @@ def describe_type(hint: Any) -> str:
         return " or ".join(describe_type(a) for a in args)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return names.get(hint, str(hint))
+
+
+def check_addresses(config: TrainConfig) -> None:
+    """What a setting holds is written into ``config.yaml``, to trackers and into messages: no key may be among it."""
+    for key in ("vllm_server_base_url", "vllm_server_urls", "judge_base_url"):
+        if _HOLDS_KEY.search(str(getattr(config, key))):
+            raise ConfigError(
+                f"{key}: an address must hold no user, password or key, since settings are written into logs (it is "
+                "not shown here); export IGRPO_SERVER_SECRET, or what judge_api_key_env names"
+            )
+    if isinstance(config.judge_api_key_env, str) and not re.fullmatch(
+        "[A-Za-z_][A-Za-z0-9_]*", config.judge_api_key_env
+    ):
+        raise ConfigError(
+            "judge_api_key_env: this is no name of an environment variable (it is not shown here); write the name, and "
+            "export the key under it"
+        )
 
 
 def check_types(config: TrainConfig, hints: dict[str, Any]) -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import parse_args
+from igrpo.keys import key_from_environment
 
 EXIT_PROBLEM, EXIT_BAD_CONFIG = 1, 2
 PYTHONS = ((3, 11), (3, 13))
@@ -292,7 +293,11 @@ def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Finding:
     if constants.HF_HUB_OFFLINE:
         return Finding("problem", what, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set",
                        "download it on a machine with a network, or give a folder")  # fmt: skip
-    error = _unreachable(f"{constants.ENDPOINT}/api/{kind}/{name}", token=os.environ.get("HF_TOKEN"))
+    try:
+        token = key_from_environment("HF_TOKEN")
+    except ConfigError as error:
+        return Finding("problem", what, str(error), "copy the token again")
+    error = _unreachable(f"{constants.ENDPOINT}/api/{kind}/{name}", token)
     if error is None:
         return Finding("ok", what, f"{name} on {constants.ENDPOINT}")
     fix = "check the name, log in (HF_TOKEN) if it is gated, or give a local folder"
@@ -322,13 +327,16 @@ def check_ports(config: TrainConfig) -> Iterator[Finding]:
 def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
     if not (config.use_vllm and config.vllm_mode == "server" and config.server_urls):
         return
-    from igrpo.engines.control import SECRET_VARIABLE
+    from igrpo.engines.control import SECRET_VARIABLE, secret_from_environment
 
-    secret = os.environ.get(SECRET_VARIABLE)
-    if not secret:
-        yield Finding(
-            "problem", "secret", f"{SECRET_VARIABLE} is not set", "export the value the servers were started with"
-        )
+    fix = "export the value the servers were started with"
+    if not os.environ.get(SECRET_VARIABLE, "").strip():
+        yield Finding("problem", "secret", f"{SECRET_VARIABLE} is not set", fix)
+        return
+    try:
+        secret = secret_from_environment()
+    except ConfigError as error:
+        yield Finding("problem", "secret", str(error), fix)
         return
     deadline = time.monotonic() + wait
     for url in config.server_urls:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import threading
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 from igrpo.answers import completion_text
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.keys import key_from_environment
 from igrpo.types import Message
 
 CHECK_SECONDS = 10.0
@@ -70,7 +70,7 @@ class Judge:
     """Scores one completion at a time; may be called from several threads.
 
     Raises:
-        ConfigError: the openai package is missing, or the cache file cannot be used.
+        ConfigError: the openai package is missing, or the key or the cache file cannot be used.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -79,10 +79,10 @@ class Judge:
         except ImportError as error:
             raise ConfigError(f"reward_funcs: judge needs the openai package ({error}); pip install openai") from error
         self.config = config
-        key = os.environ.get(config.judge_api_key_env) or "none"  # servers of one's own often want no key
+        self._key = key_from_environment(config.judge_api_key_env)
         self.client = OpenAI(
             base_url=config.judge_base_url,
-            api_key=key,
+            api_key=self._key or "none",  # servers of one's own often want no key
             timeout=config.judge_timeout,
             max_retries=config.judge_max_retries,
         )
@@ -112,7 +112,7 @@ class Judge:
         except openai.NotFoundError:
             return  # an endpoint without a list of models; the first call will tell
         except openai.APIError as error:
-            raise ConfigError(f"judge_base_url: {url} answers {error}") from error
+            raise ConfigError(f"judge_base_url: {url} answers {self._safe(error)}") from None
         if model not in known:
             raise ConfigError(f"judge_model: {url} has no {model}; it has {', '.join(known[:5])}")
 
@@ -168,9 +168,13 @@ class Judge:
         except openai.APITimeoutError as error:
             raise TimeoutError(f"no answer from the judge within {self.config.judge_timeout:g} s") from error
         except openai.APIError as error:
-            reason = error.__cause__ or error
-            raise JudgeError(f"{type(error).__name__} from {self.config.judge_base_url}: {reason}") from error
+            reason = self._safe(error.__cause__ or error)
+            raise JudgeError(f"{type(error).__name__} from {self.config.judge_base_url}: {reason}") from None
         return answer.choices[0].message.content or "", answer.choices[0].finish_reason == "length"
+
+    def _safe(self, error: BaseException) -> str:
+        """Its text without the key, which an endpoint's answer may repeat."""
+        return str(error).replace(self._key, "***") if self._key else str(error)
 
     def _open_cache(self, path: Path) -> None:
         try:

@@ -38,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     130 stopped after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        if config.vllm_mode == "server":
+        if config.use_vllm and config.vllm_mode == "server":
+            from igrpo.engines.control import check_access
+
+            check_access(config)
             os.environ.update(shared_cores(os.environ))
         return train(config)
     except ConfigError as error:

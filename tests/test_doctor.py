@@ -106,6 +106,21 @@ def test_what_the_recipe_names_and_is_not_there(capsys, recipe, monkeypatch, cha
     assert "->" in output
 
 
+def test_a_token_that_no_header_can_carry_is_not_shown(capsys, recipe, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for token, said in (
+        ("hf_marker\n", "cannot be had"),
+        ("hf_mar\nker", "HF_TOKEN: "),
+        ("hf_mark\u00e9r", "HF_TOKEN: "),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        code, output = examine(capsys, {**recipe, "dataset_name": "nobody/has-this"})
+        assert code == 1 and said in problems(output)[0] and "hf_mar" not in output
+
+
 def test_a_port_that_is_taken(capsys, recipe):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

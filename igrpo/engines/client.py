@@ -48,7 +48,7 @@ class Client:
     """Calls to one server. Runs inside an event loop."""
 
     def __init__(self, url: str, secret: str):
-        self.url = url.rstrip("/")
+        self.url, self._secret = url.rstrip("/"), secret
         self.boot: str | None = None
         """Of the process that gave the last answer (see ``control.BOOT_HEADER``)."""
         self.http = httpx.AsyncClient(
@@ -78,12 +78,16 @@ class Client:
             raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
         if response.status_code != 200:
             kind = RequestRefused if response.status_code in (400, 422) else ServerError
-            raise kind(f"{self.url}{path} answered {response.status_code}: {response.text[:300]}")
+            raise kind(f"{self.url}{path} answered {response.status_code}: {self._said(response)}")
         self.boot = response.headers.get(BOOT_HEADER.decode())
         try:
             return response.json() if response.content else None
-        except ValueError as error:
-            raise ServerError(f"{self.url}{path} answered something that is no JSON: {response.text[:300]}") from error
+        except ValueError:
+            raise ServerError(f"{self.url}{path} answered something that is no JSON: {self._said(response)}") from None
+
+    def _said(self, response: httpx.Response) -> str:
+        """The answer's text for a message, without the secret, which a proxy on the way may repeat."""
+        return response.text.replace(self._secret, "***")[:300]
 
     async def check(self, max_model_length: int) -> None:
         """Whether this server can do all that a run needs; asks for abilities, not for a version.

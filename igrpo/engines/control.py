@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-import os
 import secrets
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from igrpo.config import ConfigError
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.keys import key_from_environment
 
 SECRET_VARIABLE = "IGRPO_SERVER_SECRET"
 """Environment variable with the secret; never an argument, which every user of a machine can read."""
@@ -66,15 +66,28 @@ def secret_from_environment() -> str:
     """The run's secret.
 
     Raises:
-        ConfigError: none is set, or it is short enough to guess.
+        ConfigError: none is set, it is short enough to guess, or no header can carry it. The message never holds it.
     """
-    secret = os.environ.get(SECRET_VARIABLE, "")
+    secret = key_from_environment(SECRET_VARIABLE)
     if len(secret) < SHORTEST_SECRET:
         raise ConfigError(
             f"{SECRET_VARIABLE}: servers and trainer share a secret of at least {SHORTEST_SECRET} characters; on each "
             f"node: export {SECRET_VARIABLE}=... (one value for all, from `openssl rand -hex 24`)"
         )
     return secret
+
+
+def check_access(config: TrainConfig) -> None:
+    """All that can be wrong with addresses and secret, before anything heavy loads.
+
+    Raises:
+        ConfigError: one of them cannot be used.
+    """
+    if not config.server_urls:
+        return check_bind(config.vllm_server_host, config.vllm_server_allow_public)
+    for url in config.server_urls:
+        check_url(url, config.vllm_server_allow_public)
+    secret_from_environment()
 
 
 def check_bind(host: str, allow_public: bool) -> None:
@@ -97,8 +110,12 @@ def check_url(url: str, allow_public: bool) -> None:
     Raises:
         ConfigError: as ``check_bind``, or this is no URL.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
+    try:
+        parts = urlsplit(url)
+        known = parts.port is None or parts.port > 0
+    except ValueError:  # brackets that do not close, a port that is no number
+        raise ConfigError(f"vllm_server_urls: {url!r} does not fit; write http://ADDRESS:PORT") from None
+    if not known or parts.scheme not in ("http", "https") or not parts.hostname or parts.path.strip("/") or parts.query:
         raise ConfigError(f"vllm_server_urls: {url!r} does not fit; write http://ADDRESS:PORT")
     if parts.scheme == "https" or allow_public:
         return

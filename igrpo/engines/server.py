@@ -15,7 +15,7 @@ import torch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
 from igrpo.engines.client import SHORT_SECONDS, Client, SecretRefused, ServerError
-from igrpo.engines.control import check_bind, check_url, secret_from_environment
+from igrpo.engines.control import check_access, secret_from_environment
 from igrpo.engines.serve import server_command, server_environment
 from igrpo.engines.server_process import ServerProcess, free_port, log_folder
 
@@ -171,15 +171,13 @@ def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> 
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     leads = not distributed or torch.distributed.get_rank() == 0
+    check_access(config)
     if config.server_urls:
-        for url in config.server_urls:
-            check_url(url, config.vllm_server_allow_public)
         secret = secret_from_environment()
         if config.weight_backend(on_cpu) == "igrpo_file" and config.vllm_weight_dir is None:
             for url in config.server_urls:
                 _check_same_machine(url)
         return [Server(Client(url, secret), None) for url in config.server_urls], leads
-    check_bind(config.vllm_server_host, config.vllm_server_allow_public)
     known: list[tuple[list[int], str]] = [([], "")]
     if leads:
         host, first = config.vllm_server_host, config.vllm_server_port

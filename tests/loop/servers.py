@@ -78,7 +78,7 @@ class Served:
         self.port = free_port("127.0.0.1")
         self.url = f"http://127.0.0.1:{self.port}"
         self.environment = {
-            **os.environ, SECRET_VARIABLE: self.secret, "HF_HUB_OFFLINE": "1", "GPUS_PER_NODE": "1",
+            **os.environ, SECRET_VARIABLE: f"{self.secret}\n", "HF_HUB_OFFLINE": "1", "GPUS_PER_NODE": "1",
             "FIRST_PORT": str(self.port), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
         }  # fmt: skip

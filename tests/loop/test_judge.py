@@ -94,8 +94,16 @@ def test_what_cannot_work_is_said_before_the_run_starts(port, tmp_path, monkeypa
         Judge(config(port)).check()
     monkeypatch.setenv("JUDGE_TEST_KEY", "secret")
     Judge(config(port)).check()
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret\r\n")  # as a file of secrets ends
+    Judge(config(port)).check()
     with pytest.raises(ConfigError, match="has no gpt-5; it has grader"):
         Judge(config(port, judge_model="gpt-5")).check()
+    for odd in ("mar\tker", "mar\nker", "mark\u00e9r"):
+        monkeypatch.setenv("JUDGE_TEST_KEY", odd)
+        with pytest.raises(ConfigError, match=r"^JUDGE_TEST_KEY: .*not shown") as error:
+            Judge(config(port))
+        assert odd not in str(error.value)
+    monkeypatch.setenv("JUDGE_TEST_KEY", "secret")
     with pytest.raises(ConfigError, match="cannot be reached"):
         Judge(config(1)).check()
     (tmp_path / "file").write_text("")
