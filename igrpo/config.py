@@ -28,7 +28,7 @@ class TrainConfig:
     trust_remote_code: bool = False
     """Allow model code from the hub to run."""
     attn_implementation: str | None = None
-    """Attention of the learner: `sdpa`, `eager`, `flash_attention_2` (needs a GPU and the flash-attn package)."""
+    """Attention of the learner: `sdpa`, `eager`, `flash_attention_2` (on a GPU with flash-attn; else flex or sdpa)."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False

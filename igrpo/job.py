@@ -12,8 +12,10 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.config_unused import say_unused
 from igrpo.data import ProblemSampler, load_problems
 from igrpo.feed import ProblemFeed
+from igrpo.memory_plan import this_machine
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
 from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, group_record
@@ -173,6 +175,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(start_rewards(config))
+        say_unused(config, this_machine(config.use_cpu).device == "cpu", int(os.environ.get("RANK", "0")))
         problems, held_out = load_data(config)
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
@@ -335,7 +338,7 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         ConfigError: it cannot fit.
     """
     from igrpo import sharding, zero3
-    from igrpo.memory_plan import GIB, memory_plan, model_shape, this_machine
+    from igrpo.memory_plan import GIB, memory_plan, model_shape
     from igrpo.models import model_config
 
     sharding.check_settings()

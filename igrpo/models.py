@@ -60,15 +60,19 @@ def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa
 
 
 def attention(config: TrainConfig) -> str:
-    """The attention the learner can have on this machine; says so when it is not the one asked for."""
+    """The attention the learner can have on this machine; says so when it is not the one asked for.
+
+    Without flash-attn, packed sequences are as packed as with it: `packed_attention.packed_kernel` names the kernel.
+    """
     asked = config.attn_implementation or "sdpa"
     if not asked.startswith("flash_attention"):
         return asked
     if config.use_cpu or not torch.cuda.is_available():
-        print(f"warning: attn_implementation {asked} needs a GPU; using sdpa", flush=True)
+        print(f"warning: attn_implementation {asked} needs a GPU; packed sequences use sdpa, run by run", flush=True)
         return "sdpa"
     if importlib.util.find_spec("flash_attn") is None:
-        print(f"warning: attn_implementation {asked} needs the flash-attn package; using sdpa", flush=True)
+        print(f"warning: attn_implementation {asked}: the flash-attn package is not installed; packed sequences use "
+              "flex_attention instead", flush=True)  # fmt: skip
         return "sdpa"
     return asked
 

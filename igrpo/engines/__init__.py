@@ -4,7 +4,9 @@
 from collections.abc import Sequence
 
 from igrpo.config import TrainConfig
+from igrpo.config_unused import unused
 from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling, WeightSource
+from igrpo.memory_plan import this_machine
 
 __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSource", "start_engine"]
 
@@ -12,7 +14,12 @@ __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSour
 def start_engine(
     path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
 ) -> Engine:
-    """The engine the config asks for; imports only the library it needs."""
+    """The engine the config asks for; imports only the library it needs.
+
+    Raises:
+        ConfigError: the config asks for hardware that is not here.
+    """
+    list(unused(config, this_machine(config.use_cpu).device == "cpu"))
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.server_engine import ServerEngine
 

@@ -11,13 +11,16 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import parse_args
+from igrpo.config_unused import unused
 from igrpo.cpu_threads import shared_cores
 from igrpo.engines.control import SECRET_VARIABLE, check_bind, secret_from_environment
 from igrpo.engines.supervise import supervise
+from igrpo.memory_plan import this_machine
 
 DEFAULT_PORT = 8000
 SERVED_NAME = "policy"
@@ -41,11 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         length = config.vllm_max_model_length or context_limit(path, config)
         if length is None:
             raise ConfigError("vllm_max_model_length: the model names no limit; write one that fits the refinements")
-        import torch
+        on_cpu = this_machine(config.use_cpu).device == "cpu"
+        # The recipe is the trainer's: what it says about reaching servers is none of this one's business.
+        list(unused(replace(config, use_vllm=True, vllm_mode="colocate"), on_cpu))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
-    on_cpu = config.use_cpu or not torch.cuda.is_available()
     os.environ.update(server_environment(config, secret, on_cpu))
     command = server_command(config, path, length, config.vllm_server_port or DEFAULT_PORT, config.seed, on_cpu)
     while True:

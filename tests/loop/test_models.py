@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from igrpo.config import TrainConfig
 from igrpo.engines import Request, Sampling
 from igrpo.engines.hf_engine import HFEngine
 from igrpo.engines.vllm_engine import launched_with_others
-from igrpo.models import load_tokenizer, stop_token_ids
+from igrpo.models import attention, load_tokenizer, stop_token_ids
+from igrpo.packed_attention import packed_kernel
 from tests.tiny import save_tiny
 
 
@@ -70,3 +72,15 @@ def test_engines_of_several_processes_take_the_gpu_of_their_process(monkeypatch)
     assert launched_with_others() == {}
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert launched_with_others() == {"distributed_executor_backend": "external_launcher"}
+
+
+def test_without_flash_attn_a_gpu_packs_with_flex_attention_and_says_so(monkeypatch, capsys):
+    asked = TrainConfig(model_name_or_path="m", dataset_name="d", attn_implementation="flash_attention_2")
+    assert attention(asked) == "sdpa" and "needs a GPU; packed sequences use sdpa" in capsys.readouterr().out
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    loaded = attention(asked)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert packed_kernel(loaded, torch.device("cuda")) == "flex_attention"
+    assert line.startswith("warning: attn_implementation flash_attention_2: the flash-attn package is not installed")
+    assert line.endswith("packed sequences use flex_attention instead")

@@ -271,7 +271,7 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
          "igrpo/train.py", *words(model, questions, tmp_path / "run", **settings)],
         launcher=("-m", "accelerate.commands.launch"),
     )  # fmt: skip
-    assert output.count("using sdpa") == 1  # one line, though policy and reference are both loaded
+    assert output.count("packed sequences use sdpa") == 1  # one line, though policy and reference are both loaded
     (only,) = steps(tmp_path / "run")
     assert "draft/accuracy" not in only and only["rollout/rollouts_per_prompt"] == 4.0 and "kl" in only
 
