@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shutil
 import tempfile
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from igrpo.config import ConfigError
 from igrpo.engines.base import EngineError, WeightSource
 from igrpo.engines.client import Client, ServerError
 from igrpo.engines.weights import checksum
@@ -21,7 +24,8 @@ from igrpo.engines.weights import checksum
 if TYPE_CHECKING:
     from igrpo.engines.vllm_transfer import DirectTransfer
 
-SHARD_BYTES = 2 << 30
+GIB = 1 << 30
+SHARD_BYTES = 2 * GIB
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "igrpo-weights-"
 
@@ -44,27 +48,64 @@ class Published:
 
 
 def weight_folder(chosen: str | None) -> Path:
-    """A new private folder for the weights of this run: in ``chosen``, else in shared memory, else on disk."""
-    base = Path(chosen) if chosen else SHARED_MEMORY if SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir())
-    base.mkdir(parents=True, exist_ok=True)
-    if not chosen:
+    """A new private folder for the weights of this run: in ``chosen``, else in shared memory, else on disk.
+
+    Raises:
+        ConfigError: no folder can be made there.
+    """
+    in_memory = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
+    base = Path(chosen).expanduser() if chosen else SHARED_MEMORY if in_memory else Path(tempfile.gettempdir())
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        if chosen:
+            return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
         _remove_leftovers(base)
-    return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
+        # Under a name that nobody clears away until it is locked.
+        new = Path(tempfile.mkdtemp(prefix=".igrpo-new-", dir=base))
+        _lock(new)
+        return new.rename(base / f"{PREFIX}{os.getpid()}-{new.name.rpartition('-')[2]}")
+    except OSError as error:
+        raise ConfigError(
+            f"vllm_weight_dir: no folder for the weights can be made in {base} ({error.strerror}); write a folder that "
+            "trainer and servers can use"
+        ) from error
+
+
+def _lock(folder: Path) -> int:
+    """Holds the folder until this process ends, however it ends, or closes the descriptor it gets.
+
+    The kernel keeps the lock with the folder itself, so that other containers see it, to whom a process number of ours
+    says nothing. Raises OSError: somebody holds it, or it is no folder or only a link to one.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _remove_leftovers(base: Path) -> None:
     """Folders of runs of this user that were killed: memory that nobody else would free."""
     for folder in base.glob(f"{PREFIX}*"):
-        pid = folder.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not Path(f"/proc/{pid}").exists() and folder.stat().st_uid == os.getuid():
+        try:
+            descriptor = _lock(folder)
+        except OSError:
+            continue
+        if os.fstat(descriptor).st_uid == os.getuid():
             shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
 
 
 def publish(source: WeightSource, version: int, folder: Path) -> Published:
-    """Writes every tensor of ``source`` in shards of ``SHARD_BYTES`` at most, so that little is held twice."""
+    """Writes every tensor of ``source`` in shards of ``SHARD_BYTES`` at most, so that little is held twice.
+
+    Raises:
+        EngineError: there is no room, or the folder is gone.
+    """
     target = folder / f"{version}"
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir()
     files: list[str] = []
     checksums: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -76,16 +117,26 @@ def publish(source: WeightSource, version: int, folder: Path) -> Published:
         save_file(shard, target / files[-1])
         shard.clear()
 
-    for name, tensor in source():
-        tensor = tensor.detach().cpu().contiguous()
-        size = tensor.numel() * tensor.element_size()
-        if shard and held + size > SHARD_BYTES:
+    try:
+        target.mkdir()
+        for name, tensor in source():
+            tensor = tensor.detach().cpu().contiguous()
+            size = tensor.numel() * tensor.element_size()
+            if shard and held + size > SHARD_BYTES:
+                write()
+                held = 0
+            shard[name], checksums[name], shapes[name] = tensor, checksum(tensor), tuple(tensor.shape)
+            held += size
+        if shard:
             write()
-            held = 0
-        shard[name], checksums[name], shapes[name] = tensor, checksum(tensor), tuple(tensor.shape)
-        held += size
-    if shard:
-        write()
+    except (OSError, SafetensorError) as error:
+        written = sum(file.stat().st_size for file in target.glob("*")) / GIB
+        shutil.rmtree(target, ignore_errors=True)
+        raise EngineError(
+            f"the weights of version {version} could not be written to {folder.parent} (after {written:.2f} GiB: "
+            f"{error}); it needs room for two versions: enlarge it (docker run --shm-size) or write another folder as "
+            "vllm_weight_dir"
+        ) from error
     return Published(version, target, tuple(files), checksums, shapes)
 
 
