@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from igrpo.rows import content_text
+
 MAX_ANSWER_CHARS = 2000
 """A longer answer is no answer: it bounds what a parser can be made to chew on."""
 
-CompletionText = str | Sequence[dict[str, str]]
+CompletionText = str | Sequence[Mapping[str, Any]]
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
@@ -74,7 +76,7 @@ def completion_text(completion: CompletionText) -> str:
     """The text of a completion, whether it came as a string or as messages."""
     if isinstance(completion, str):
         return completion
-    return (completion[-1]["content"] or "") if completion else ""
+    return (content_text(completion[-1]["content"]) or "") if completion else ""
 
 
 def whole_text(completion: CompletionText, prompt_suffix: str) -> str:

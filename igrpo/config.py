@@ -62,7 +62,7 @@ class TrainConfig:
     dataset_prompt_column: str = "prompt"
     """Column with the question: a string, or a list of chat messages."""
     dataset_solution_column: str = "solution"
-    """Column with the reference answer."""
+    """Column with the reference answer, or a path into one, such as `reward_model.ground_truth`."""
     dataset_kwargs: dict[str, Any] = field(default_factory=dict)
     """Options of the reasoning-gym task (`size`, `seed`, `min_terms`, …)."""
     max_train_samples: int | None = None

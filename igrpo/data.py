@@ -17,15 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from igrpo.rows import Located, read_rows
 from igrpo.types import Problem
 
 GYM_PREFIX = "reasoning_gym:"
-USUAL_NAMES = {
-    "prompt": ("question", "problem", "query", "instruction", "input", "messages"),
-    "solution": ("answer", "final_answer", "expected_answer", "ground_truth", "target", "label", "output"),
-}
-_Located = tuple[str, Mapping[str, Any]]
-"""A row, and where it stands in words that find it again: ``train.jsonl:17``."""
 
 
 class ProblemSet(Sequence[Problem]):
@@ -62,9 +57,10 @@ def load_problems(
             or .csv file; a folder written by ``save_to_disk`` or holding ``<split>.jsonl`` and the like; a hub id.
         dataset_config: Configuration of a hub data set.
         dataset_split: Split to take. reasoning-gym derives another seed for any split but ``train``.
-        dataset_prompt_column: Column with the question: text, or messages that end in a user turn.
-        dataset_solution_column: Column with the reference answer. Reward functions get it as ``solution``, and all
-            columns but the prompt under their own names.
+        dataset_prompt_column: Column with the question: text, or messages that end in a user turn. A dot leads into a
+            nested field: ``extra.question``.
+        dataset_solution_column: Column with the reference answer, or with a list of those that are accepted. Reward
+            functions get it as ``solution``, and all columns but the prompt under their own names.
         dataset_kwargs: For reasoning-gym ``size`` (of the whole set), ``seed`` and the task's options, those of several
             tasks as ``{task: {option: value}}``; for the hub, further arguments of ``datasets.load_dataset``.
         max_samples: Keep only the first rows.
@@ -87,69 +83,10 @@ def load_problems(
         rows = _local_rows(path, dataset_split)
     else:
         rows = _hub_rows(dataset_name, dataset_config, dataset_split, options)
-    problems = list(_problems(rows, dataset_name, dataset_prompt_column, dataset_solution_column, max_samples))
+    problems = list(read_rows(rows, dataset_name, dataset_prompt_column, dataset_solution_column, max_samples))
     if not problems:
         raise ValueError(f"dataset_name: '{dataset_name}' has no rows")
     return ProblemSet(dataset_name, len(problems), problems.__getitem__)
-
-
-def _problems(
-    rows: Iterable[_Located], name: str, prompt_column: str, solution_column: str, max_samples: int | None
-) -> Iterator[Problem]:
-    for index, (where, row) in enumerate(rows):
-        if index == max_samples:
-            return
-        for key, column in (("prompt", prompt_column), ("solution", solution_column)):
-            if column not in row:
-                raise ValueError(_missing_column(where if index else f"'{name}'", key, column, row))
-        passed_anyway = (prompt_column, "solution") if solution_column == "solution" else (prompt_column,)
-        columns = {key: value for key, value in row.items() if key not in passed_anyway}
-        prompt = _prompt(row[prompt_column], where, prompt_column)
-        yield Problem(index, prompt, _solution(row[solution_column], where, solution_column), columns)
-
-
-def _missing_column(where: str, key: str, column: str, row: Mapping[str, Any]) -> str:
-    usual = [name for name in USUAL_NAMES[key] if name in row]
-    near = difflib.get_close_matches(column, row, n=1) or usual[:1]
-    hint = f"; set dataset_{key}_column: {near[0]}" if near else ""
-    return f"dataset_{key}_column: {where} has no column '{column}', only {', '.join(map(str, row))}{hint}"
-
-
-def _prompt(value: Any, where: str, column: str) -> str | tuple[dict[str, str], ...]:
-    if isinstance(value, str) and value.strip():
-        return _whole_text(value, where, column)
-    if isinstance(value, Sequence) and not isinstance(value, str) and value:
-        turns = tuple(value)
-        if all(isinstance(turn, Mapping) and isinstance(turn.get("content"), str) for turn in turns):
-            if turns[-1].get("role") == "user" and all(isinstance(turn.get("role"), str) for turn in turns):
-                contents = [_whole_text(turn["content"], where, column) for turn in turns]
-                return tuple({"role": t["role"], "content": text} for t, text in zip(turns, contents, strict=True))
-            raise ValueError(f"{where}: the conversation in '{column}' must end in a turn with role 'user'")
-    raise ValueError(f"{where}: '{column}' must be text or a list of messages, not {_shown(value)}")
-
-
-def _solution(value: Any, where: str, column: str) -> str:
-    if isinstance(value, str) and value.strip():
-        return _whole_text(value, where, column)
-    if isinstance(value, int | float) and not (isinstance(value, float) and math.isnan(value)):
-        return str(value)
-    raise ValueError(f"{where}: '{column}' must be text or a number, not {_shown(value)}")
-
-
-def _whole_text(value: str, where: str, column: str) -> str:
-    """JSON can write half of a surrogate pair, which is no character: no tokenizer reads it, no file holds it."""
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: '{column}' holds half a character, {value[error.start]!a} at {error.start}; the text was "
-            "cut inside one: write it again whole"
-        ) from None
-    return value
-
-
-def _shown(value: Any) -> str:
-    return repr(value) if value is None or value == "" else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _looks_local(name: str) -> bool:
@@ -157,7 +94,7 @@ def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or path.suffix in _READERS or (len(path.parts) > 1 and path.parent.is_dir())
 
 
-def _local_rows(path: Path, split: str) -> Iterable[_Located]:
+def _local_rows(path: Path, split: str) -> Iterable[Located]:
     if not path.exists():
         raise FileNotFoundError(f"dataset_name: '{path}' does not exist{_nearest_sibling(path)}")
     if path.is_dir():
@@ -182,7 +119,7 @@ def _nearest_sibling(path: Path) -> str:
     return f"; did you mean '{path.parent / near[0]}'?" if near else ""
 
 
-def _folder_rows(path: Path, split: str) -> Iterable[_Located]:
+def _folder_rows(path: Path, split: str) -> Iterable[Located]:
     for suffix in _READERS:
         if (file := path / f"{split}{suffix}").is_file():
             return _local_rows(file, split)
@@ -201,7 +138,7 @@ def _folder_rows(path: Path, split: str) -> Iterable[_Located]:
     return ((f"'{path}' row {i}", row) for i, row in enumerate(data))
 
 
-def _hub_rows(name: str, config: str | None, split: str, options: Mapping[str, Any]) -> Iterable[_Located]:
+def _hub_rows(name: str, config: str | None, split: str, options: Mapping[str, Any]) -> Iterable[Located]:
     if ":" in name:
         raise ValueError(
             f"dataset_name: no source '{name.partition(':')[0]}:'; it is '{GYM_PREFIX}<task>', a path or a hub id"
@@ -219,7 +156,7 @@ def _hub_rows(name: str, config: str | None, split: str, options: Mapping[str, A
     return ((f"'{name}' row {i}", row) for i, row in enumerate(data))
 
 
-def _read_jsonl(path: Path) -> Iterator[_Located]:
+def _read_jsonl(path: Path) -> Iterator[Located]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
@@ -228,17 +165,25 @@ def _read_jsonl(path: Path) -> Iterator[_Located]:
 
 def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(text)
+        row = _parse_json(text, where)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON, {error.msg} at column {error.colno}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: a row must be a JSON object, not {_shown(row)}")
+        raise ValueError(f"{where}: a row must be a JSON object, not {type(row).__name__} {str(row)[:40]!r}")
     return row
 
 
-def _read_json(path: Path) -> Iterator[_Located]:
+def _parse_json(text: str, where: str) -> Any:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        # Python refuses to read integers beyond 4,300 digits; a reference of that size is compared as it is written.
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) <= 4000 else digits)
+    except RecursionError as error:
+        raise ValueError(f"{where}: brackets within brackets, too deep to be a row") from error
+
+
+def _read_json(path: Path) -> Iterator[Located]:
+    try:
+        rows = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     except json.JSONDecodeError as error:
         hint = "; one object per line belongs in a .jsonl file" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}:{error.lineno}: broken JSON, {error.msg} at column {error.colno}{hint}") from error
@@ -247,7 +192,7 @@ def _read_json(path: Path) -> Iterator[_Located]:
     return ((f"'{path}' row {i}", row) for i, row in enumerate(rows))
 
 
-def _read_csv(path: Path) -> Iterator[_Located]:
+def _read_csv(path: Path) -> Iterator[Located]:
     csv.field_size_limit(sys.maxsize)  # reference solutions outgrow the default 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
@@ -255,7 +200,7 @@ def _read_csv(path: Path) -> Iterator[_Located]:
             yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if key is not None}
 
 
-def _read_parquet(path: Path) -> Iterator[_Located]:
+def _read_parquet(path: Path) -> Iterator[Located]:
     import pyarrow
     import pyarrow.parquet
 
@@ -263,10 +208,12 @@ def _read_parquet(path: Path) -> Iterator[_Located]:
         rows = pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"dataset_name: '{path}' is no parquet file ({error})") from error
+    except (ValueError, OverflowError) as error:  # a time before year 1 or after 9999
+        raise ValueError(f"dataset_name: '{path}' holds a value that Python has no type for ({error})") from error
     return ((f"'{path}' row {i}", row) for i, row in enumerate(rows))
 
 
-_READERS: dict[str, Callable[[Path], Iterator[_Located]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".parquet": _read_parquet,

@@ -16,6 +16,7 @@ from igrpo.config_unused import say_unused
 from igrpo.data import ProblemSampler, load_problems
 from igrpo.feed import ProblemFeed
 from igrpo.memory_plan import this_machine
+from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
 from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, group_record
@@ -177,6 +178,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         rewards = stack.enter_context(start_rewards(config))
         say_unused(config, this_machine(config.use_cpu).device == "cpu", int(os.environ.get("RANK", "0")))
         problems, held_out = load_data(config)
+        check_columns(rewards.functions, [*problems, *held_out])
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
 

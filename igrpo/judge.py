@@ -116,14 +116,17 @@ class Judge:
         if model not in known:
             raise ConfigError(f"judge_model: {url} has no {model}; it has {', '.join(known[:5])}")
 
-    def score(self, prompt: str | Sequence[Message], solution: str, completion: str | Sequence[Message]) -> float:
+    def score(
+        self, prompt: str | Sequence[Message], solution: str | Sequence[str], completion: str | Sequence[Message]
+    ) -> float:
         """0.0 to 1.0.
 
         Raises:
             JudgeError: the endpoint failed for good, or its reply holds no score.
         TimeoutError: no answer in time, however often it was asked.
         """
-        text = self._request(prompt, solution, completion_text(completion))
+        accepted = solution if isinstance(solution, str) else " or ".join(solution)
+        text = self._request(prompt, accepted, completion_text(completion))
         key = hashlib.sha256(f"{self.config.judge_model}\0{self.config.judge_max_tokens}\0{text}".encode()).hexdigest()
         with self._lock:
             if key in self._known:

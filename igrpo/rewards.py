@@ -35,18 +35,27 @@ if TYPE_CHECKING:
 
 def accuracy(
     completions: Sequence[CompletionText],
-    solution: Sequence[str],
+    solution: Sequence[str | Sequence[str]],
     prompts: Sequence[Any] | None = None,
     prompt_suffix: Sequence[str] | None = None,
     **_: Any,
 ) -> list[float | None]:
-    """1.0 for the right answer, 0.0 for a wrong one or none, None where the reference cannot be read."""
+    """1.0 for the right answer, 0.0 for a wrong one or none, None where the reference cannot be read.
+
+    Args:
+        solution: Reference answers; where one is a list, each of it is right.
+    """
     scores = []
     for text, cell in zip(whole_texts(completions, prompt_suffix), solution, strict=True):
-        reference = read_reference(str(cell))
-        answer = extract_answer(text, words=reference.words, lines=reference.lines)
-        scores.append(judge(reference, answer))
+        accepted = [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell
+        judged = [score for one in accepted if (score := _graded(text, str(one))) is not None]
+        scores.append(max(judged, default=None))
     return scores
+
+
+def _graded(text: str, solution: str) -> float | None:
+    reference = read_reference(solution)
+    return judge(reference, extract_answer(text, words=reference.words, lines=reference.lines))
 
 
 def format(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None = None, **_: Any) -> list[float]:

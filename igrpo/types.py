@@ -24,8 +24,8 @@ class Problem:
     """Row number in the data set, stable over epochs and restarts."""
     prompt: str | tuple[Message, ...]
     """The question: plain text, or a conversation that ends in a user turn."""
-    solution: str
-    """The reference answer as the data set writes it (``#### 72``, LaTeX, a plain number)."""
+    solution: str | list[str]
+    """The reference answer as the data set writes it (``#### 72``, LaTeX, a plain number), or those that are right."""
     columns: dict[str, Any] = field(default_factory=dict)
     """All other columns of the row; reward functions receive them by name."""
 

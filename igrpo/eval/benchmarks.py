@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.data import USUAL_NAMES, load_problems
+from igrpo.data import load_problems
+from igrpo.rows import USUAL_NAMES
 from igrpo.types import Problem
 
 HELD_OUT = "held_out"

@@ -28,6 +28,7 @@ from igrpo.job import start_rewards
 from igrpo.metrics import judge
 from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
 from igrpo.prompts import PromptBuilder
+from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
 
 KEPT_SETTINGS = (
@@ -68,6 +69,7 @@ class EvaluationRun:
         self._pools: dict[tuple[str, ...], RewardPool] = {}
         for benchmark in benchmarks:
             self._start_pool(benchmark.reward_funcs, stack)
+            check_columns(self._pools[benchmark.reward_funcs].functions, benchmark.problems)
         settings = {"model": subject.name, "weights": fingerprint(subject.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:

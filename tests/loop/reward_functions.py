@@ -31,3 +31,23 @@ def starts_low(completions, **_) -> list[float]:
 def saw(completions, prompt_suffix) -> list[float]:
     """How many characters of an answer the prompt had already written."""
     return [float(len(suffix)) for suffix in prompt_suffix]
+
+
+def wants_level(completions, level, *, weight=1.0, **_):
+    return [weight * number for number in level]
+
+
+def wants_levle(completions, levle):
+    return levle
+
+
+def wants_some(prompts, completions, completion_ids, some):
+    return some
+
+
+def wants_solution(solution, prompt_suffix):
+    return [float(len(one)) for one in solution]
+
+
+def wants_position(completions, /):
+    return [0.0] * len(completions)

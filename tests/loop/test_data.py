@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from igrpo.config import ConfigError
 from igrpo.data import ProblemSampler, load_problems
-from igrpo.rewards import accuracy, reasoning_gym_score
+from igrpo.reward_columns import check_columns
+from igrpo.rewards import accuracy, load_reward_functions, reasoning_gym_score
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -149,7 +151,11 @@ def test_the_benchmark_files_load():
         ("\n\n", "has no rows"),
         ('{"prompt": "a", "solution": "b"}\n{"prompt": "a"}\n', r"rows.jsonl:2 has no column 'solution', only prompt"),
         ('{"prompt": "a", "solution": null}\n', r"rows.jsonl:1: 'solution' must be text or a number, not None"),
-        ('{"prompt": "a", "solution": ["b"]}\n', r"rows.jsonl:1: 'solution' must be text or a number, not list"),
+        ('{"prompt": "a", "solution": []}\n', r"rows.jsonl:1: 'solution' must be text or a number, not list"),
+        ('{"prompt": "a", "solution": ["b", null]}\n', r"rows.jsonl:1: 'solution' must be text or a number, not list"),
+        ('{"prompt": "a", "solution": 1e999}\n', r"'solution' must be text or a number, not float"),
+        ('{"prompt": "a", "solution": ' + "[" * 100000 + "\n", r"rows.jsonl:1: brackets within brackets"),
+        ('{"prompt": [{"role": "user", "content": [{"type": "image"}]}], "solution": "b"}\n', "blocks of text"),
         ('{"prompt": "a", "solution": NaN}\n', r"'solution' must be text or a number, not float"),
         ('{"prompt": " ", "solution": "b"}\n', r"rows.jsonl:1: 'prompt' must be text or a list of messages"),
         ('{"prompt": {"a": 1}, "solution": "b"}\n', r"'prompt' must be text or a list of messages, not dict"),
@@ -162,6 +168,60 @@ def test_the_benchmark_files_load():
 def test_broken_rows_are_found_by_line(tmp_path, content, message):
     (tmp_path / "rows.jsonl").write_text(content)
     assert re.search(message, complaint(ValueError, str(tmp_path / "rows.jsonl")))
+
+
+def test_solutions_inside_other_fields_are_found_and_named(tmp_path):
+    row = {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, {"type": "text", "text": "2?"}]}],
+        "reward_model": {"style": "rule", "ground_truth": "4"},
+        "extra": {"info": {"question": "2 + 2?"}},
+    }
+    path = write(tmp_path / "rows.jsonl", [row])
+    for column in ("solution", "reward_model", "reward_modle.ground_truth", "reward_model.answer"):
+        message = complaint(ValueError, path, dataset_solution_column=column)
+        assert message.endswith("set dataset_solution_column: reward_model.ground_truth"), message
+    (problem,) = load_problems(path, dataset_solution_column="reward_model.ground_truth")
+    assert problem.solution == "4" and problem.prompt == ({"role": "user", "content": "2 + 2?"},)
+    assert problem.columns == {key: row[key] for key in ("reward_model", "extra")}
+    asked = {"dataset_prompt_column": "extra.info.question", "dataset_solution_column": "reward_model.ground_truth"}
+    assert load_problems(path, **asked)[0].prompt == "2 + 2?"
+    dotted = write(tmp_path / "dotted.parquet", [{"prompt": "a", "meta.x": {"answer": 3}, "meta": {"answer": 4}}])
+    assert load_problems(dotted, dataset_solution_column="meta.x.answer")[0].solution == "3"
+    assert load_problems(dotted, dataset_solution_column="meta.answer")[0].solution == "4"
+
+
+def test_each_accepted_answer_is_right(tmp_path):
+    rows = [
+        {"prompt": "Capital of the UK?", "solution": ["London", "Greater London"]},
+        {"prompt": "1/2?", "solution": [0.5]},
+    ]
+    several, one = load_problems(write(tmp_path / "rows.jsonl", rows))
+    assert several.solution == ["London", "Greater London"] and one.solution == "0.5"
+    texts = ["London", "<answer>greater london</answer>", "Paris"]
+    assert accuracy(texts, solution=[several.solution] * 3) == [1.0, 1.0, 0.0]
+    assert accuracy(["1"], solution=[["", " "]]) == [None] and accuracy(["1"], solution=[["", "1"]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("wants_level", None),
+        ("wants_solution", None),
+        ("wants_levle", "wants_levle needs 'levle', which the data set has not: .* level, some; did you mean 'level'"),
+        ("wants_some", "wants_some needs 'some', which row 1 lacks"),
+        ("wants_position", "wants_position takes 'completions' by position only"),
+        ("igrpo.rewards.reasoning_gym_score", "needs 'question', which the data set has not"),
+    ],
+)
+def test_columns_that_a_reward_function_needs_are_asked_for_before_the_start(tmp_path, function, message):
+    rows = [{"prompt": "a", "solution": "b", "level": 1, "some": 2}, {"prompt": "a", "solution": "b", "level": 1}]
+    problems = load_problems(write(tmp_path / "rows.jsonl", rows))
+    functions = load_reward_functions([function if "." in function else f"tests.loop.reward_functions:{function}"])
+    if message is None:
+        check_columns(functions, problems)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_columns(functions, problems)
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
