@@ -19,6 +19,7 @@ validated; rows as `TokenBatch` describes. Adding one is a name in NAMES, an imp
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from types import ModuleType
 
@@ -123,7 +124,7 @@ def _resolve(impl: str, device_type: str, dtype: torch.dtype | None, vocab_size:
             dtype=dtype,
             vocab_size=vocab_size,
         )
-        _log_once(device_type, impl, reason)
+        _tell_once(device_type, impl, reason)
         return impl
     if impl not in NAMES:
         raise ValueError(f"{source} is unknown; choose 'auto' or one of {', '.join(map(repr, NAMES))}")
@@ -152,17 +153,23 @@ def _module(name: str) -> ModuleType:
 
 
 @functools.cache
-def _log_once(device_type: str, impl: str, reason: str) -> None:
-    """One line the first time: plain PyTorch where kernels could have run must not be taken silently."""
-    slower = impl == "torch" and "cannot run" in reason
-    level = logging.WARNING if slower else logging.INFO
-    _logger.log(level, "impl='auto' uses %r on %s tensors: %s", impl, device_type, reason)
+def _tell_once(device_type: str, impl: str, reason: str) -> None:
+    """The first time: plain PyTorch where kernels could have run is a warning, any other choice a line in the log."""
+    if impl == "torch" and "cannot run" in reason:
+        warnings.warn(
+            f"impl='auto' computes in plain PyTorch on {device_type} tensors, several times slower than the kernels: "
+            f"{reason}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    else:
+        _logger.info("impl='auto' uses %r on %s tensors: %s", impl, device_type, reason)
 
 
 def _unavailable_reason(name: str, device_type: str | None) -> str | None:
     try:
         module = _module(name)
-    except ImportError as error:  # reported to the caller, who asked for exactly this
+    except (ImportError, OSError) as error:  # reported to the caller, who asked for exactly this
         return f"impl={name!r} cannot be imported ({error}); install what it needs or use impl='torch'"
     check = getattr(module, "unavailable_reason", None)
     return None if check is None else check(device_type)

@@ -4,13 +4,14 @@ Shared by impl="cpu" and impl="cuda": one set of schemas, one implementation per
 """
 
 import functools
+import importlib.metadata
+import json
 from pathlib import Path
 
 import torch
 
 from igrpo_kernels.source_hash import source_hash
 
-_BUILD = "`pip install --no-deps --no-build-isolation -e .` in the source folder builds it"
 _HASH_OPERATOR = {"_C_cpu": "source_hash", "_C_cuda": "cuda_source_hash"}
 
 
@@ -19,17 +20,40 @@ def missing_library(name: str) -> str | None:
     """Loads igrpo_kernels/<name>.so once; None when its operators are there, else why not and what to do."""
     path = Path(__file__).parent / f"{name}.so"
     if not path.is_file():
-        return f"{path.name} is not built (no compiler, or IGRPO_SKIP_EXT=1); {_BUILD}"
+        lacked = "no torch, no C++ compiler" if name == "_C_cpu" else "no nvcc, or a torch without CUDA,"
+        return (
+            f"{path.name} is not built ({lacked} or IGRPO_SKIP_EXT=1 at the installation); {build_command()} builds it"
+        )
     try:
         torch.ops.load_library(path)
-    except OSError as error:
-        return f"{path.name} does not load ({error.__cause__ or error}); {_BUILD} again for this torch"
-    sources, built = source_hash(name), getattr(torch.ops.igrpo, _HASH_OPERATOR[name])()
+        built = getattr(torch.ops.igrpo, _HASH_OPERATOR[name])()
+    except (OSError, AttributeError) as error:  # another processor or torch; cut short; no operators of ours
+        words = str(error.__cause__ or error).splitlines()[0]
+        return f"{path.name} does not load ({words}); {build_command()} builds it again for this torch"
+    sources = source_hash(name)
     if sources is not None and sources != built:
-        return f"{path.name} was built from other sources than the ones in csrc/; {_BUILD} again"
+        return f"{path.name} was built from other sources than the ones in csrc/; {build_command()} builds it again"
     if name == "_C_cpu":
         _register_fake_kernels()
     return None
+
+
+@functools.cache
+def build_command() -> str:
+    """What builds both libraries from where this package came, or stops and says why it cannot."""
+    if source_hash("_C_cpu") is not None:
+        return "`IGRPO_REQUIRE_EXT=1 pip install --no-deps -e .` in the source folder"
+    try:
+        noted = importlib.metadata.distribution("igrpo").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        noted = None
+    origin = json.loads(noted) if noted else {"url": "igrpo"}
+    source = origin["url"]
+    if "vcs_info" in origin:
+        source = f"{origin['vcs_info']['vcs']}+{source}@{origin['vcs_info']['commit_id']}"
+    # pip keeps the wheel without the libraries, too.
+    options = "--force-reinstall --no-deps --no-cache-dir --no-binary igrpo"
+    return f"`IGRPO_REQUIRE_EXT=1 pip install {options} '{source}'`"
 
 
 @functools.cache  # torch 2.11 refuses a second registration

@@ -9,7 +9,7 @@ _OTHER = {"_C_cpu": "cuda", "_C_cuda": "cpu"}  # the folder a library has nothin
 
 def source_hash(library: str, csrc: Path = CSRC) -> str | None:
     """Hash of the library's files under csrc/, or None where the sources are not there (an installed wheel)."""
-    if not csrc.is_dir():
+    if not (csrc / "token_objective.h").is_file():  # site-packages may hold another project's csrc/
         return None
     digest = hashlib.sha256()
     for path in sorted(p for p in csrc.rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh")):

@@ -66,7 +66,8 @@ def install() -> None:
     pip = [VENV / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
     subprocess.run([*pip, "-r", REQUIREMENTS], check=True, cwd=ROOT)
     # Isolation would download another torch to build against.
-    subprocess.run([*pip, "--no-build-isolation", "-e", ROOT], check=True, cwd=ROOT)
+    required = {"IGRPO_REQUIRE_EXT": "1", **os.environ}  # a developer must see a compile that fails
+    subprocess.run([*pip, "--no-build-isolation", "-e", ROOT], check=True, cwd=ROOT, env=required)
 
 
 def check() -> None:

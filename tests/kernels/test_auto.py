@@ -65,11 +65,11 @@ def test_every_implementation_says_what_it_needs():
 
 def test_the_decision_is_told_once(monkeypatch, caplog):
     monkeypatch.delenv(impls.ENVIRONMENT_VARIABLE, raising=False)
-    impls._log_once.cache_clear()
+    impls._tell_once.cache_clear()
     with caplog.at_level(logging.INFO, logger="igrpo_kernels"):
         for _ in range(3):
             impls.resolve_impl("auto", "cpu", torch.float64, 9)
     assert [record.message for record in caplog.records] == [
         "impl='auto' uses 'torch' on cpu tensors: fp64 asks for the reference's accuracy"
     ]
-    impls._log_once.cache_clear()
+    impls._tell_once.cache_clear()
