@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
 from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups
 from igrpo.policy import Policy
+from igrpo.saved_format import SavedFormat
 from igrpo.types import TrainingSample
 
 PACKING_TOLERANCE = 0.1
@@ -56,6 +58,7 @@ class Learner:
             project_dir=config.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
+        self.saved_format = SavedFormat(model)
         self.adapters = Adapters(model, config) if config.use_peft else None
         policy = Policy(model, config)
         policy.train()
@@ -285,21 +288,26 @@ class Learner:
         return self._log_probs(micro, self.policy, temperature=1.0).tolist()
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Weights under their checkpoint names, in the engine's dtype; a tied head is sent once, as the embedding.
+        """The tensors that ``save_pretrained`` writes, under its names, in the engine's dtype.
 
         Adapters come merged into their layers. Every process must take every tensor: shards are gathered one by one.
         """
-        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-        full = self._full_tensors()
-        for name, tensor in full if self.adapters is None else self.adapters.merged(full):
-            yield name, tensor.to(dtype)
+        compute = torch.bfloat16 if self.config.bf16 else torch.float32
+        full, saved = self._full_tensors(), self.saved_format
+        merged = full if self.adapters is None else self.adapters.merged(full)
+        return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in merged)
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model."""
         if self.sharded:
             # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
             sharding.release(self.policy)
-        whole = zero3.whole if self.zero3 else sharding.whole
-        return ((name, whole(p).detach()) for name, p in self.unwrapped.named_parameters())
+        whole, model = zero3.whole if self.zero3 else sharding.whole, self.unwrapped
+        for name, tensor in chain(
+            model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+        ):
+            if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
+                yield name, whole(tensor).detach()
 
     def gather(self, one: Any) -> list[Any]:
         """One plain object of each process, in the order of the processes, at every process."""
@@ -334,8 +342,9 @@ class Learner:
         adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
         if main:
             model = self.unwrapped
-            model.save_pretrained(folder, state_dict=weights | _buffers(model))
-            _write_config(model, next(iter(weights.values())).dtype, folder)
+            # Already as they are to be written: the rules must not be applied twice.
+            model.save_pretrained(folder, state_dict=weights, save_original_format=False)
+            _write_config(model, torch.bfloat16 if self.config.bf16 else torch.float32, folder)
             tokenizer.save_pretrained(folder)
             if self.adapters is not None:
                 self.adapters.save(folder / "adapter", iter(adapters))
@@ -359,12 +368,6 @@ def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
     config = copy.deepcopy(model.config)
     config.dtype = dtype
     config.save_pretrained(folder)
-
-
-def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds beside parameters."""
-    own = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in own}
 
 
 def seed_everything(seed: int) -> None:

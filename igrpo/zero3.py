@@ -133,7 +133,9 @@ class _Answers(torch.nn.Module):
 
 
 def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of all of a divided weight; every process must ask for it."""
+    """A copy of all of a divided weight, for which every process must ask; or of a buffer, which is never divided."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter]):

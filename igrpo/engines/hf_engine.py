@@ -142,17 +142,22 @@ class HFEngine:
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    @torch.no_grad()
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
-        own = dict(self.model.named_parameters())
-        missing = set(own)
-        for name, tensor in source():
-            if name not in own:
-                raise EngineError(f"the push brought {name}, which the engine's model does not have")
-            own[name].copy_(tensor)
-            missing.discard(name)
-        if missing:
-            raise EngineError(f"the push of version {version} left out {sorted(missing)[:3]}")
+        """By transformers' own loading, which knows how a folder's tensors become the model's."""
+        old = self.model
+        try:
+            weights = {name: tensor.detach().clone() for name, tensor in source()}  # loading would not copy them
+            model, found = type(old).from_pretrained(
+                None, config=old.config, state_dict=weights, dtype=old.dtype, output_loading_info=True
+            )
+        except Exception as error:  # a source that stopped half-way, or a tensor that does not fit
+            raise EngineError(f"the push of version {version} failed: {error}") from error
+        wrong = {kind: sorted(names) for kind, names in found.items() if names and kind.endswith("_keys")}
+        if wrong:
+            kind, names = next(iter(wrong.items()))
+            raise EngineError(f"the push of version {version}: {kind.replace('_', ' ')} {names[:3]}")
+        self.model = model.eval().to(old.device)
+        self.model.generation_config = GenerationConfig()
         self.version = version
         return {}
 

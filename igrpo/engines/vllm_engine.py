@@ -17,7 +17,7 @@ import torch
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, WeightSource
-from igrpo.engines.weights import fingerprint, repack_tied_head, twins
+from igrpo.engines.weights import fingerprint, forget_packed_experts, repack_tied_head, twins
 
 CPU_BLOCK_SIZE = 32
 """The CPU backend wants a multiple of 32; its default of 128 would cache prefixes only in steps of 128 tokens."""
@@ -212,6 +212,8 @@ class VLLMEngine:
 
     def _push(self, source: WeightSource, version: int) -> int:
         sent: dict[str, torch.Tensor] = {}
+        if self.on_cpu:
+            self.llm.apply_model(forget_packed_experts)
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _recording(source(), sent)})
         except Exception as error:  # whatever went wrong inside, the model is half loaded

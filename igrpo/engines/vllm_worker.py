@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from igrpo.engines.weights import FILE_BACKEND, checksum, repack_tied_head, twins
+from igrpo.engines.weights import FILE_BACKEND, checksum, forget_packed_experts, repack_tied_head, twins
 
 
 @dataclass
@@ -50,6 +50,7 @@ class FileWeightTransferEngine(WeightTransferEngine[FileInitInfo, FileUpdateInfo
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: FileUpdateInfo) -> None:

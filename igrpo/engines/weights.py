@@ -35,6 +35,15 @@ def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iter
             yield name, parameter.data[: sent[0]]
 
 
+def forget_packed_experts(model: torch.nn.Module) -> None:
+    """vLLM's CPU backend packs experts where it sets up their kernel, and a reload keeps the kernel that is there: plain
+    rows would be read as packed ones. Without a kernel the reload sets up a new one. To be called before it."""
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None and next(layer.parameters()).device.type == "cpu":
+            method.moe_kernel = None
+
+
 def repack_tied_head(model: torch.nn.Module) -> None:
     """vLLM's CPU backend multiplies by a repacked copy of the head. A reload renews the copies of layers that get
     tensors of their own; a head tied to the embedding gets none and would go on sampling from the old weights."""
