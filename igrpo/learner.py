@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from igrpo.optimizer import build_optimizer, build_schedule
 from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
 from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups
 from igrpo.policy import Policy
-from igrpo.saved_format import SavedFormat
+from igrpo.saved_format import SavedFormat, tensors_of
 from igrpo.types import TrainingSample
 
 PACKING_TOLERANCE = 0.1
@@ -303,9 +302,7 @@ class Learner:
             # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
             sharding.release(self.policy)
         whole, model = zero3.whole if self.zero3 else sharding.whole, self.unwrapped
-        for name, tensor in chain(
-            model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-        ):
+        for name, tensor in tensors_of(model):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
                 yield name, whole(tensor).detach()
 

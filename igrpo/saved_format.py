@@ -94,6 +94,19 @@ class SavedFormat:
             yield saved, tensor[0] if isinstance(tensor, list) else tensor
 
 
+def saved_tensors(model: Any, compute: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """What ``save_pretrained`` writes for a model that computes in ``compute``: names and tensors, one at a time."""
+    saved = SavedFormat(model)
+    kept = ((name, tensor.detach()) for name, tensor in tensors_of(model) if saved.keeps(name))
+    return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in kept)
+
+
+def tensors_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and buffers under all of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
+
+
 def _undoing(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """The rules that loading has used, turned round, last one first; of a model that was not loaded, its
     architecture's own, where a prefix that the folder may or may not have had is left as it is."""

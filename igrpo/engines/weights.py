@@ -36,7 +36,7 @@ def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iter
 
 
 def forget_packed_experts(model: torch.nn.Module) -> None:
-    """vLLM's CPU backend packs experts where it sets up their kernel, and a reload keeps the kernel that is there: plain
+    """vLLM's CPU backend packs experts when it sets up their kernel, and a reload keeps the kernel that is there: plain
     rows would be read as packed ones. Without a kernel the reload sets up a new one. To be called before it."""
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)

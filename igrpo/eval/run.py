@@ -30,6 +30,7 @@ from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
+from igrpo.saved_format import saved_tensors
 
 KEPT_SETTINGS = (
     "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
@@ -158,8 +159,7 @@ class EvaluationRun:
             if self._engine.version != 0:  # servers that were running hold the weights of whoever pushed last
                 model = load_policy(self.subject.path, self.config)
                 dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-                weights = [(name, tensor.detach().to(dtype)) for name, tensor in model.named_parameters()]
-                self._engine.push_weights(lambda: weights, 0)
+                self._engine.push_weights(lambda: saved_tensors(model, dtype), 0)
         return self._engine
 
     def _context(self) -> int:
