@@ -1,0 +1,157 @@
+"""Engines are sent what ``save_pretrained`` writes, for every architecture that transformers and vLLM share."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.learner import Learner
+from igrpo.models import load_policy
+from igrpo.saved_format import SavedFormat, saved_tensors, tensors_of
+from tests.tiny import tiny_llama, tiny_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "first_k_dense_replace": 1,
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "index_n_heads": 2, "index_head_dim": 16, "vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+"""Each config takes what it knows of them."""
+VISION = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+OWN: dict[str, dict[str, Any]] = {
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma3": {"vision_config": VISION},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "llama4": {"vision_config": VISION},
+    "mamba2": {"num_heads": 4, "head_dim": 16},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
+}
+NOT_BUILT = {
+    "dbrx": "DbrxAttentionConfig has no rope_theta in transformers 5.19",
+    "gemma3n": "its image encoder needs the timm package",
+}
+
+
+def shared() -> dict[str, str]:
+    """Model type -> class, of the causal language models that vLLM's registry names, too."""
+    spec = find_spec("vllm")
+    if spec is None or spec.origin is None:
+        return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    registry = (Path(spec.origin).parent / "model_executor/models/registry.py").read_text(encoding="utf-8")
+    known = set(re.findall(r'^    "(\w+)": \(', registry, re.MULTILINE))
+    return {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in known}
+
+
+def tiny_model(kind: str) -> Any:
+    torch.manual_seed(0)
+    made, own = CONFIG_MAPPING[kind], OWN.get(kind, {})
+    composite = "text_config" in made.sub_configs
+    settings = {"text_config": SIZES, **own} if composite else SIZES | own
+    return transformers.AutoModelForCausalLM.from_config(made(**settings)).eval()
+
+
+def written(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    assert not [n for n, w in wanted.items() if found[n].dtype != w.dtype or not torch.equal(found[n], w)]
+
+
+def test_every_architecture_sends_what_it_saves(tmp_path):
+    """Fused experts and newer names went out under the names of modules in 43 of them, which no engine knows."""
+    not_built, changed = {}, set()
+    for kind in shared():
+        try:
+            model = tiny_model(kind)
+        except Exception as error:  # whatever a config or a model raises: the list below says which may
+            not_built[kind] = f"{type(error).__name__}: {error}"
+            continue
+        sent = dict(saved_tensors(model, torch.float32))
+        assert_same(sent, written(model, tmp_path / kind))
+        changed |= {kind} if sent.keys() - dict(model.named_parameters()) else set()
+    assert not_built.keys() == NOT_BUILT.keys() & shared().keys(), not_built
+    assert {"mixtral", "qwen3_moe", "olmoe", "ernie4_5_moe", "deepseek_v3"} <= changed
+
+
+def learner_of(folder: Path, **settings: Any) -> Learner:
+    settings = {"bf16": False, "temperature": 1.0, **settings}
+    config = TrainConfig(model_name_or_path=str(folder), dataset_name="d", use_cpu=True, **settings)
+    made = Learner(load_policy(str(folder), config), None, config, pad_token_id=0)
+    made.set_schedule(10)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_a_checkpoint_is_what_was_sent_and_loads_again(kind, tmp_path):
+    """Rules undone twice would rename twice; a router's correction is a buffer in float32, whatever is computed in."""
+    wanted = written(tiny_model(kind), tmp_path / "model")
+    learner = learner_of(tmp_path / "model")
+    assert_same(dict(learner.named_tensors()), wanted)
+    learner.save(tmp_path / "saved", tiny_tokenizer(), {})
+    assert_same(load_file(tmp_path / "saved" / "model.safetensors"), wanted)
+    again = learner_of(tmp_path / "saved")
+    assert again.score(range(3, 20)) == learner.score(range(3, 20))
+    halves = dict(saved_tensors(again.unwrapped, torch.bfloat16))
+    assert halves.keys() == wanted.keys()
+    kept = {name for name, tensor in halves.items() if tensor.dtype == torch.float32}
+    assert kept == {name for name in wanted if name.endswith("e_score_correction_bias")}
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_moe"])
+def test_the_text_model_of_a_composite_folder_is_sent_under_the_folders_names(name, tmp_path):
+    text = SIZES | {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"]}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    config = CONFIG_MAPPING[name](text_config=text, vision_config=vision | {"num_position_embeddings": 4})
+    folder = written(transformers.AutoModelForImageTextToText.from_config(config), tmp_path)
+    sent = dict(learner_of(tmp_path).named_tensors())
+    assert_same(sent, {n: tensor for n, tensor in folder.items() if not n.startswith("model.visual.")})
+
+
+def test_tied_weights_go_under_the_name_that_loading_wants():
+    model = tiny_llama()
+    assert "lm_head.weight" not in dict(saved_tensors(model, torch.float32))
+    first, second = model.model.layers
+    first.mlp.up_proj.weight = second.mlp.up_proj.weight
+    with pytest.raises(ConfigError, match="LlamaForCausalLM cannot be saved"):
+        SavedFormat(model)
+
+
+def test_a_rule_waits_for_its_own_tensors_only():
+    """Experts of one layer at a time: nothing of the model is held twice."""
+    model = tiny_model("qwen3_moe")
+    saved, held = SavedFormat(model), []
+    taken: list[str] = []
+
+    def source():
+        for name, tensor in tensors_of(model):
+            if saved.keeps(name):
+                taken.append(name)
+                yield name, tensor.detach()
+
+    for _, tensor in saved.convert(source()):
+        held.append((len(taken), tensor.numel()))
+    counts = [sum(n for at, n in held if at == i + 1) for i in range(len(taken))]
+    assert counts == [model.get_parameter(name).numel() for name in taken]
