@@ -9,7 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_type_hints
 
-from igrpo.config_checks import ConfigError, check_addresses, check_combinations, check_ranges, check_types
+from igrpo.config_checks import check_addresses, check_combinations, check_types
+from igrpo.config_errors import ConfigError
+from igrpo.config_ranges import check_plain, check_ranges
 from igrpo.default_texts import DEFAULT_DRAFT_TEMPLATE, DEFAULT_JUDGE_PROMPT, DEFAULT_SYSTEM_PROMPT
 
 __all__ = ["ConfigError", "TrainConfig", "field_types"]
@@ -259,8 +261,8 @@ class TrainConfig:
     """VESPO: exponent for negative advantages."""
     vespo_lambda_neg: float = 2.0
     """VESPO: decay for negative advantages."""
-    loss_impl: str = "auto"
-    """Implementation of the fused loss: auto, torch, triton, cuda or cpu."""
+    loss_impl: Literal["auto", "torch", "triton", "cuda", "cpu"] = "auto"
+    """Implementation of the fused loss."""
 
     # --- optimisation
     learning_rate: float = 1.0e-6
@@ -333,7 +335,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_addresses(self)
         check_types(self, field_types())
-        check_ranges(self)
+        check_plain(self, field_types())
+        check_ranges(self, field_types())
         check_combinations(self)
 
     @property

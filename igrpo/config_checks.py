@@ -1,4 +1,4 @@
-"""What a setting may be: types, ranges, and combinations that cannot work.
+"""What a setting may be: types, and combinations that cannot work; ranges are in `config_ranges.py`.
 
 Each check raises ``ConfigError`` with one line that names the key and says what to write instead.
 """
@@ -6,16 +6,13 @@ Each check raises ``ConfigError`` with one line that names the key and says what
 from __future__ import annotations
 
 import importlib.util
-import math
 import re
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
+from igrpo.config_errors import ConfigError, shown
+
 if TYPE_CHECKING:
     from igrpo.config import TrainConfig
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message is one line that says what to change."""
 
 
 _HOLDS_KEY = re.compile(r"@|[?&][^=&]*(key|token|secret|passw|sig)[^=&]*=", re.IGNORECASE)
@@ -35,7 +32,7 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is type(None):
         return value is None
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and value == value
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return hint is Any or isinstance(value, hint)
@@ -56,7 +53,9 @@ def describe_type(hint: Any) -> str:
 def check_addresses(config: TrainConfig) -> None:
     """What a setting holds is written into ``config.yaml``, to trackers and into messages: no key may be among it."""
     for key in ("vllm_server_base_url", "vllm_server_urls", "judge_base_url"):
-        if _HOLDS_KEY.search(str(getattr(config, key))):
+        value = getattr(config, key)
+        addresses = value if isinstance(value, list) else [value]
+        if any(isinstance(address, str) and _HOLDS_KEY.search(address) for address in addresses):
             raise ConfigError(
                 f"{key}: an address must hold no user, password or key, since settings are written into logs (it is "
                 "not shown here); export IGRPO_SERVER_SECRET, or what judge_api_key_env names"
@@ -74,62 +73,15 @@ def check_types(config: TrainConfig, hints: dict[str, Any]) -> None:
     for key, hint in hints.items():
         value = getattr(config, key)
         if not matches(value, hint):
-            raise ConfigError(f"{key}: {value!r} does not fit; write {describe_type(hint)}")
+            raise ConfigError(f"{key}: {shown(value)} does not fit; write {describe_type(hint)}")
 
 
-_AT_LEAST = {
-    "num_drafts": 1, "num_generations": 1, "max_completion_length": 1, "per_device_train_batch_size": 1,
-    "gradient_accumulation_steps": 1, "num_iterations": 1, "save_steps": 0, "eval_samples": 0,
-    "reward_workers": 1, "vllm_max_num_seqs": 1, "vllm_num_servers": 1, "vllm_server_port": 0,
-    "vllm_tensor_parallel_size": 1, "weight_decay": 0.0,
-    "max_grad_norm": 0.0, "beta": 0.0, "learning_rate": 0.0, "warmup_steps": 0.0, "top_k": 0,
-    "eval_temperature": 0.0, "epsilon": 0.0, "lora_r": 1, "lora_alpha": 1, "lora_dropout": 0.0,
-    "dynamic_sampling_max_gen_batches": 2, "judge_max_tokens": 1, "judge_max_retries": 0, "judge_max_concurrency": 1,
-    "repetition_n_grams": 1, "seed": 0,
+_RENDER_ARGUMENTS = {
+    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
 }  # fmt: skip
-_POSITIVE = (
-    "temperature", "reward_timeout", "num_train_epochs", "vllm_cpu_kvcache_gib", "weight_sync_tolerance",
-    "vllm_server_timeout", "vllm_request_timeout", "vllm_sync_timeout", "judge_timeout",
-)  # fmt: skip
-
-_FINITE = ("learning_rate", "weight_decay", "temperature", "eval_temperature", "beta", "entropy_coef")
-_LAST_SEED = 2**32 - 1
-"""numpy takes no larger one."""
-_ONE_OR_NULL = (
-    "draft_max_tokens", "save_total_limit", "max_train_samples", "vllm_max_model_length", "token_budget",
-    "cosine_max_len",
-)  # fmt: skip
-
-
-def check_ranges(config: TrainConfig) -> None:
-    for key, low in _AT_LEAST.items():
-        if getattr(config, key) < low:
-            raise ConfigError(f"{key}: {getattr(config, key)} is too small; write {low} or more")
-    for key in _POSITIVE:
-        if getattr(config, key) <= 0:
-            raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a number above 0")
-    for key in _ONE_OR_NULL:
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise ConfigError(f"{key}: {value} does not work; write 1 or more, or null")
-    for key in _FINITE:
-        if math.isinf(getattr(config, key)):
-            raise ConfigError(f"{key}: {getattr(config, key)} does not work; write a finite number")
-    if not all(map(math.isfinite, config.reward_weights or ())):
-        raise ConfigError(f"reward_weights: {config.reward_weights} does not work; write finite numbers")
-    if config.seed > _LAST_SEED:
-        raise ConfigError(f"seed: {config.seed} is too large; write {_LAST_SEED} or less")
-    if not 0.0 < config.vllm_gpu_memory_utilization <= 1.0:
-        raise ConfigError("vllm_gpu_memory_utilization: write a share of the GPU's memory, above 0 and at most 1")
-    if not 0.0 < config.top_p <= 1.0:
-        raise ConfigError("top_p: write a number above 0 and at most 1")
-    for key, low in (("save_steps", 0), ("eval_steps", None), ("logging_steps", None)):
-        every = getattr(config, key)
-        if every is not None and every != low and (every <= 0 or (every >= 1 and every != int(every))):
-            raise ConfigError(f"{key}: {every} does not work; write a number of steps, or a share of all below 1")
-    if config.max_steps != -1 and config.max_steps < 1:
-        raise ConfigError(f"max_steps: {config.max_steps} does not work; write 1 or more, or -1 for num_train_epochs")
-
+"""Arguments of a tokenizer's `apply_chat_template` that no template gets to see."""
 
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
@@ -156,7 +108,9 @@ def check_trackers(names: list[str]) -> None:
 def check_combinations(config: TrainConfig) -> None:
     for name in config.trackers:
         if name not in TRACKERS:
-            raise ConfigError(f"report_to: there is no tracker {name!r}; write none, or some of {', '.join(TRACKERS)}")
+            raise ConfigError(
+                f"report_to: there is no tracker {shown(name)}; write none, or some of {', '.join(TRACKERS)}"
+            )
     if config.num_generations < 2:
         raise ConfigError("num_generations: a group of 1 has no group-relative advantage; write 2 or more")
     if config.completions_per_step % config.num_generations:
@@ -166,9 +120,13 @@ def check_combinations(config: TrainConfig) -> None:
         )
     if config.draft_template.count("{draft}") != 1:
         raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
+    if taken := sorted(_RENDER_ARGUMENTS & config.chat_template_kwargs.keys()):
+        raise ConfigError(f"chat_template_kwargs: {taken[0]} is set by the program itself; leave it out")
     for example in config.few_shot_examples:
         if set(example) != {"prompt", "completion"} or not all(isinstance(text, str) for text in example.values()):
-            raise ConfigError(f"few_shot_examples: {example!r} does not fit; write {{prompt: text, completion: text}}")
+            raise ConfigError(
+                f"few_shot_examples: {shown(example)} does not fit; write {{prompt: text, completion: text}}"
+            )
     if config.reward_weights is not None and len(config.reward_weights) != len(config.reward_funcs):
         raise ConfigError(
             f"reward_weights has {len(config.reward_weights)} numbers and reward_funcs {len(config.reward_funcs)} "

@@ -15,6 +15,7 @@ import yaml
 
 from igrpo.config import ConfigError, TrainConfig, field_types
 from igrpo.config_checks import describe_type
+from igrpo.config_errors import shown
 
 RENAMED = {
     "dataset_configs": "dataset_config",
@@ -109,7 +110,8 @@ def build_config(values: dict[str, Any]) -> TrainConfig:
         elif key in known:
             settings[key] = coerce(key, value)
         else:
-            raise ConfigError(f"{key}: there is no such key{_nearest(key, known)}")
+            name = key if key.isidentifier() and len(key) < 80 else shown(key)
+            raise ConfigError(f"{name}: there is no such key{_nearest(key[:80], known)}")
     if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
         _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
         del settings["eval_steps"]
@@ -120,18 +122,39 @@ def build_config(values: dict[str, Any]) -> TrainConfig:
 
 
 def read_yaml(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise ConfigError(f"--config {path}: there is no such file{_nearest(file.name, _siblings(file))}")
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" line {where.line + 1}" if where is not None else ""
-        raise ConfigError(f"--config {path}:{line} is not valid YAML ({getattr(error, 'problem', error)})") from None
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"--config {path}: there is no such file{_nearest(file.name, _siblings(file))}")
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: it is not UTF-8 text") from None
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, a home that is not there
+        raise ConfigError(f"--config {path}: it cannot be read ({getattr(error, 'strerror', error)})") from None
+    values = load_yaml(text, f"--config {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: write one `key: value` per line")
     return {str(k): v for k, v in values.items()}
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        ConfigError: none; the message begins with ``where``.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}:{line} is not valid YAML ({reason})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: its brackets are nested too deep to be read") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # a date of month 13, `!!int x`, 4,300 digits
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{where}: one value is not what it looks like ({reason}); put it in quotes") from None
 
 
 def coerce(key: str, value: Any) -> Any:
@@ -141,7 +164,7 @@ def coerce(key: str, value: Any) -> Any:
         try:
             return float(value)
         except ValueError:
-            raise ConfigError(f"{key}: {value!r} does not fit; write {describe_type(hint)}") from None
+            raise ConfigError(f"{key}: {shown(value)} does not fit; write {describe_type(hint)}") from None
     if key == "report_to" and isinstance(value, list):
         return ",".join(map(str, value))
     if key == "dataset_config" and isinstance(value, list) and len(value) == 1:  # an older open-r1 spelling
@@ -176,6 +199,20 @@ def help_text() -> str:
         lines.append(f"  --{f.name}  ({describe_type(field_types()[f.name])}; {default})")
         lines.append(f"      {docs[f.name]}")
     return "\n".join(lines)
+
+
+def key_groups() -> dict[str, tuple[str, ...]]:
+    """The keys under each `# --- title` of ``TrainConfig``'s source."""
+    import inspect
+    import re
+
+    groups: dict[str, list[str]] = {}
+    for line in inspect.getsource(TrainConfig).splitlines():
+        if title := re.match(r"    # --- (.+)", line):
+            keys = groups.setdefault(title[1], [])
+        elif groups and (key := re.match(r"    (\w+): ", line)):
+            keys.append(key[1])
+    return {title: tuple(keys) for title, keys in groups.items()}
 
 
 def field_docs() -> dict[str, str]:
@@ -232,10 +269,7 @@ def _parse_value(key: str, text: str) -> Any:
         return None
     if str in kinds:
         return text
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--{key}: {text!r} is not a value YAML can read") from None
+    return load_yaml(text, f"--{key} {shown(text)}")
 
 
 def _nearest(word: str, known: Any) -> str:

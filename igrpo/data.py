@@ -262,8 +262,10 @@ def _gym_task(task: str, options: Mapping[str, Any], size: int, seed: int) -> An
             hint = f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}"
             raise ValueError(f"dataset_kwargs: task '{task}' has no option '{option}'{hint}")
     try:
-        return reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
-    except (AssertionError, ValueError, TypeError) as error:
+        data = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)
+        data[0]  # some options show only here that they do not work
+        return data
+    except (AssertionError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise ValueError(f"dataset_kwargs: task '{task}' refuses its options: {error}") from error
 
 

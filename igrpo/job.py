@@ -282,10 +282,12 @@ def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]
 
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.models import load_tokenizer, resolve_model, stop_token_ids
+    from igrpo.optimizer import check_settings
     from igrpo.policy import loss_config
     from igrpo.prompts import PromptBuilder
 
     loss_config(config)  # refuses impossible combinations
+    check_settings(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
     prompts = PromptBuilder(tokenizer, config)

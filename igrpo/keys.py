@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from igrpo.config_checks import ConfigError
+from igrpo.config_errors import ConfigError
 
 
 def key_from_environment(variable: str) -> str:

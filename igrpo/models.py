@@ -105,7 +105,7 @@ def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:
         return loader.from_pretrained(
             path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model_name_or_path: cannot load {path} ({first})") from error
 

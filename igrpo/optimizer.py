@@ -27,6 +27,29 @@ def build_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim
     return make([group for group in groups if group["params"]], **options)
 
 
+def check_settings(config: TrainConfig) -> None:
+    """Refuses an optimiser or a schedule that cannot be had, before a model is loaded.
+
+    Raises:
+        ConfigError: an unknown name or option, or learning rates that are not numbers from 0 on.
+    """
+    _optimizer_class(config)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=config.learning_rate)
+    schedule = build_schedule(optimizer, config, total_steps=20)
+    rates = []
+    for _ in range(20):
+        optimizer.step()
+        try:
+            schedule.step()
+        except TypeError as error:  # it waits for a figure of the evaluation
+            raise ConfigError(f"lr_scheduler_type: {config.lr_scheduler_type} does not work here ({error})") from None
+        rates.append(optimizer.param_groups[0]["lr"])
+    wrong = [rate for rate in rates if not 0.0 <= rate < math.inf]
+    if wrong or (config.learning_rate > 0 and not any(rates)):  # schedules make 0 of NaN
+        rate = wrong[0] if wrong else 0.0
+        raise ConfigError(f"lr_scheduler_kwargs: {config.lr_scheduler_kwargs} leads to a learning rate of {rate}")
+
+
 def _optimizer_class(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
     if config.optim in ("adamw_torch", "adamw_torch_fused"):
         betas = (config.adam_beta1, config.adam_beta2)
@@ -62,5 +85,5 @@ def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_
             num_training_steps=total_steps,
             scheduler_specific_kwargs=options,
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(f"lr_scheduler_type / lr_scheduler_kwargs: {error}") from None

@@ -155,7 +155,7 @@ class PromptBuilder:
                 text = self.tokenizer.apply_chat_template(
                     marked, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
                 )
-            except TemplateError as error:
+            except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
                 hint = "; write system_prompt: null" if messages[0]["role"] == "system" else ""
                 raise ConfigError(f"the model's chat template refuses the conversation: {error}{hint}") from None
         head, mark, tail = text.partition(_MARK)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import igrpo_kernels  # noqa: E402
 from igrpo.config import TrainConfig, field_types  # noqa: E402
 from igrpo.config_checks import describe_type  # noqa: E402
-from igrpo.config_file import DROPPED, RENAMED, REQUIRED, field_docs  # noqa: E402
+from igrpo.config_file import DROPPED, RENAMED, REQUIRED, field_docs, key_groups  # noqa: E402
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput  # noqa: E402
 
 NOTE = "<!-- Written by scripts/write_docs.py from the source; change it there. -->\n"
@@ -39,7 +39,7 @@ def configuration() -> str:
     ]  # fmt: skip
     docs, hints = field_docs(), field_types()
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
-    for title, names in groups(inspect.getsource(TrainConfig)):
+    for title, names in key_groups().items():
         lines += [f"## {title.capitalize()}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name in names:
             default = "required" if name in REQUIRED else f"`{shown(default_of(fields[name]))}`"
@@ -51,17 +51,6 @@ def configuration() -> str:
     lines += ["| key | why |", "|---|---|"]
     lines += [f"| `{key}` | {cell(reason)} |" for key, reason in sorted(DROPPED.items())]
     return "\n".join(lines) + "\n"
-
-
-def groups(source: str) -> list[tuple[str, list[str]]]:
-    """The `# --- title` comments of a dataclass and the fields under each."""
-    found: list[tuple[str, list[str]]] = []
-    for line in source.splitlines():
-        if title := re.match(r"    # --- (.+)", line):
-            found.append((title[1], []))
-        elif found and (field := re.match(r"    (\w+): ", line)):
-            found[-1][1].append(field[1])
-    return found
 
 
 def default_of(field: dataclasses.Field) -> Any:

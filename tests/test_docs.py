@@ -152,7 +152,7 @@ def check_accelerate(words: list[str]) -> None:
 def source_texts() -> list[str]:
     """Every text in the program, adjacent pieces joined as Python joins them, with … for what f-strings fill in."""
     texts = []
-    for path in (ROOT / "igrpo").rglob("*.py"):
+    for path in (p for package in ("igrpo", "igrpo_kernels") for p in (ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 texts.append("".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values))

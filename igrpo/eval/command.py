@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import build_config, coerce, read_yaml, split_args
+from igrpo.config_file import build_config, coerce, key_groups, read_yaml, split_args
 
 if TYPE_CHECKING:
     from igrpo.eval.benchmarks import Benchmark
@@ -22,14 +22,11 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
 BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 """System prompt of a model that comes without a run."""
 DEFAULT_LENGTH = 4096
-INHERITED = (
-    "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens", "num_drafts",
-    "draft_hide_answer", "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code",
+MODEL_AND_ENGINE = (
+    "num_drafts", "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code",
     "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs",
-    "reward_timeout", "reward_workers", "soft_punish_cache", "judge_model", "judge_base_url", "judge_api_key_env",
-    "judge_prompt", "judge_max_tokens", "judge_timeout", "judge_max_retries", "judge_max_concurrency", "judge_cache",
 )  # fmt: skip
-"""What a checkpoint's run says about prompts and engine; everything else is this command's or a default."""
+"""What a checkpoint's run says about the model and the engine, beside all it says about prompts and rewards."""
 EXAMPLES = """\
 examples:
   igrpo eval --model runs/quickstart --benchmarks held_out --n 8
@@ -148,8 +145,8 @@ def _config(
     """The run's prompts and engine, the recipe's over them, the command line's over both."""
     run = asdict(subject.run_config) if subject.run_config else {}
     values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
-    values |= {key: run[key] for key in INHERITED if key in run}
-    values |= {key: recipe[key] for key in INHERITED if key in recipe}
+    for source in (run, recipe):
+        values |= {key: source[key] for key in inherited() if key in source}
     values |= overrides
     own = {
         "model_name_or_path": subject.path,
@@ -162,6 +159,13 @@ def _config(
     if taken := [key for key in values if key in own]:
         raise ConfigError(f"{taken[0]}: `igrpo eval` sets this itself; see --help")
     return build_config({**values, **own})
+
+
+def inherited() -> tuple[str, ...]:
+    """Keys whose values an evaluation takes from the run; everything else is this command's or a default."""
+    groups = key_groups()
+    own = {"reward_funcs", "reward_weights"}  # a benchmark's, or `held_out`'s, which asks the run itself
+    return MODEL_AND_ENGINE + tuple(key for key in groups["prompts"] + groups["rewards"] if key not in own)
 
 
 def _benchmarks(

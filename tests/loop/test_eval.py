@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -10,18 +11,21 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from igrpo.answers import last_boxed
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import dump_yaml
-from igrpo.eval import main
+from igrpo.config import ConfigError, TrainConfig, field_types
+from igrpo.config_file import dump_yaml, key_groups
+from igrpo.eval import command, main
 from igrpo.eval.benchmarks import BENCHMARKS, load_benchmark
+from igrpo.eval.command import Subject, inherited
 from igrpo.eval.pass_at_k import average, bootstrap, pass_at_k
 from igrpo.eval.summary import make_row, plot
 from igrpo.eval.two_stage import RULES, choose, chosen_drafts, vote_key
@@ -32,6 +36,41 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "tests" / "data" / "benchmarks"
 SHARED = ROOT.parent / "shared" / "data"
 STARTS_LOW = "tests.loop.reward_functions:starts_low"
+
+
+# --- settings
+
+
+def test_a_run_scores_its_held_out_problems_as_it_trained(tmp_path):
+    """Every key about prompts and rewards, not a list of them: cosine_* and repetition_* once came from defaults."""
+    hints, plain = field_types(), TrainConfig(model_name_or_path="m", dataset_name="d")
+    keys = set(inherited())
+    assert keys > {*key_groups()["prompts"], *key_groups()["rewards"]} - {"reward_funcs", "reward_weights"}
+    for key in keys:
+        changed = another_value(key, getattr(plain, key), hints[key])
+        run = replace(plain, **{key: changed})
+        subject = Subject("s", "m", run)
+        arguments = argparse.Namespace(temperature=0.6, top_p=1.0, seed=1)
+        assert getattr(command._config(subject, {}, {}, arguments, False), key) == changed != getattr(plain, key), key
+        bare = Subject("s", "m", None)
+        assert getattr(command._config(bare, {key: changed}, {}, arguments, False), key) == changed, key
+
+
+def another_value(key: str, value: object, hint: object) -> object:
+    special = {
+        "draft_template": "Look:\n{draft}", "few_shot_examples": [{"prompt": "p", "completion": "c"}],
+        "chat_template_kwargs": {"enable_thinking": False}, "repetition_max_penalty": -0.5,
+        "judge_base_url": "http://127.0.0.1:9", "judge_api_key_env": "OTHER",
+    }  # fmt: skip
+    if key in special:
+        return special[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 1 if isinstance(value, int) else value * 1.25 + 0.1
+    if value is None:
+        return 7 if int in get_args(hint) else 0.5 if float in get_args(hint) else "text"
+    return f"{value} and more"
 
 
 # --- estimators
