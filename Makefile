@@ -1,13 +1,19 @@
 # Two commands: `make train` and `make test`. Both set up .venv first and re-use it afterwards.
+# DEVICE=cpu or DEVICE=gpu chooses the machine; otherwise a GPU is used where an NVIDIA driver is found.
 PYTHON ?= python3
 PY := .venv/bin/python
-CONFIG ?= recipes/quickstart.yaml
+CONFIG ?=
 ARGS ?=
+DEVICE ?=
+export DEVICE
+ifeq ($(DEVICE),cpu)
+export CUDA_VISIBLE_DEVICES :=
+endif
 
 .PHONY: train test bench setup docs lint gpu-check clean
 
 train: setup
-	$(PY) -m igrpo.train --config $(CONFIG) $(ARGS)
+	$(PY) $(if $(CONFIG),-m igrpo.train --config $(CONFIG),scripts/quickstart.py) $(ARGS)
 
 # Engines, learners and servers of the tests share the cores: igrpo/cpu_threads.py.
 test: export GOMP_SPINCOUNT ?= 1000

