@@ -153,9 +153,9 @@ def policy_term(
 
 def clipped_surrogate(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
     """-min(min(w, delta)·A, clip(w, 1-eps_low, 1+eps_high)·A), floored for A < 0 by dual-clip at c·A."""
-    clipped = weight.clamp(config.clip_low, config.clip_high)
+    clipped = _bounded(weight, config.clip_low, config.clip_high)
     if config.delta is not None:
-        weight = weight.clamp(max=config.delta)
+        weight = _bounded(weight, -math.inf, config.delta)
     surrogate = torch.min(_times(advantages, weight), advantages * clipped)
     if config.dual_clip is not None:
         floored = torch.max(surrogate, config.dual_clip * advantages)
@@ -308,6 +308,11 @@ def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
 def _times(a: Tensor, x: Tensor) -> Tensor:
     """a·x for a constant a, with 0 · inf = 0 in value and in gradient. NaN stays NaN: a poisoned row must show."""
     return torch.where((a == 0) & x.isinf(), 0.0, a * x)
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp, whose gradient on a bound is 1 whatever the torch; that of ``clamp`` is 0 since 2.14 and was 1 before."""
+    return torch.where(x > high, high, torch.where(x < low, low, x))
 
 
 class _Exp(torch.autograd.Function):
