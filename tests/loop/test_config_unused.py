@@ -60,7 +60,8 @@ PARTICULAR = {
     "draft_template": "see {draft}", "vllm_server_base_url": "http://127.0.0.1:1", "lora_dropout": 0.5,
     "draft_selection": "worst", "vllm_importance_sampling_mode": "token_mask", "repetition_max_penalty": -2.0,
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
-    "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1,
+    "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
+    "adam_beta2": 0.5,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 
