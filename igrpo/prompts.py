@@ -1,17 +1,18 @@
 """Token ids of the two prompts: the question alone (q) and the question with a draft (q' = template(q, d)).
 
-A draft enters q' as the ids that were sampled. So that no text is ever tokenised twice, the chat template is rendered
-once around a marker that stands right after the question, and cut there:
+q is what the chat template and the tokenizer make of the conversation, to the id. A draft enters q' as the ids that
+were sampled: the conversation is rendered with a filler in the draft's place and tokenised whole, and the filler's ids
+are cut out. Tokenising the pieces one by one would be wrong: SentencePiece puts a space in front of any text.
 
-    head = [system turn, question]      tail = [end of the user turn, start of the assistant turn]
-    q  = head + tail
-    q' = head + before + draft ids + after + tail        (before, after: the draft template around ``{draft}``)
+    q' = before_draft [system turn, question, draft template up to {draft}]
+         + draft ids + after_draft [rest of the template, end of the user turn, start of the assistant turn]
 
-``head`` is a common prefix of q and q', so the engine's prefix cache serves Stage 2 from Stage 1.
+Both begin with the same tokens up to the end of the question, so the engine's prefix cache serves Stage 2 from Stage 1.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -25,27 +26,32 @@ from igrpo.config import ConfigError, TrainConfig
 from igrpo.types import Message, Problem
 
 # No chat template changes these characters, and no question contains them.
-_MARK = "\u2063\u2062\u2063<<end-of-question>>\u2063\u2062\u2063"
+_MARK = "\u2063\u2062\u2063<<draft>>\u2063\u2062\u2063"
+_FILLERS = (("7", "3"), ("x", "q"), (".", "!"), ("A", "M"))
+"""Pairs of texts that nearly every tokenizer keeps apart from what stands beside them."""
 SUFFIX_CHARS = 200
 """Tags at a prompt's end are looked for among its last characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptParts:
-    """Example: ``PromptParts(messages=({"role": "user", "content": "3+4?"},), head=(1, 9, 8), tail=(2, 5))``"""
+    """Example: ``PromptParts(({"role": "user", "content": "3+4?"},), (1, 9, 8, 2, 5), (1, 9, 8, 7), (6, 2, 5))``"""
 
     messages: tuple[Message, ...]
     """The conversation as reward functions see it."""
-    head: tuple[int, ...]
-    """Ids up to the end of the question."""
-    tail: tuple[int, ...]
-    """Ids from the end of the user turn to where the model writes."""
+    bare: tuple[int, ...]
+    """q."""
+    before_draft: tuple[int, ...] = ()
+    """q' up to the draft; empty where no draft is shown."""
+    after_draft: tuple[int, ...] = ()
+    """q' from the end of the draft to where the model writes."""
     prompt_suffix: str = ""
     """Tags of an answer that the prompt already ends with, such as ``<think>\\n``: reward functions are told."""
 
     @property
-    def bare(self) -> tuple[int, ...]:
-        return self.head + self.tail
+    def longest_prompt(self) -> int:
+        """Tokens of q, or of q' with an empty draft."""
+        return max(len(self.bare), len(self.before_draft) + len(self.after_draft))
 
 
 class PromptBuilder:
@@ -61,8 +67,8 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.config = config
         self.max_model_length = max_model_length
-        before, after = config.draft_template.split("{draft}")
-        self.before, self.after = self._encode(before), self._encode(after)
+        self.before, self.after = config.draft_template.split("{draft}")
+        self._after_draft: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.start = self._start() if tokenizer.chat_template is None else ()
         # Those without a role of their own too, a chat model's turn markers for example.
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -72,9 +78,16 @@ class PromptBuilder:
     def parts(self, problem: Problem) -> PromptParts:
         """Raises ConfigError if a conversation does not end in a user turn, or the chat template refuses it."""
         messages = self._messages(problem)
-        head_text, tail_text = self._render(messages)
-        head, tail = self.start + self._encode(head_text), self._encode(tail_text)
-        return PromptParts(messages, head, tail, self._prompt_suffix(head_text + tail_text))
+        text = self._render(messages)
+        bare, suffix = self.start + self._encode(text), self._prompt_suffix(text)
+        if not self.config.shows_draft:
+            return PromptParts(messages, bare, prompt_suffix=suffix)
+        asked = f"{messages[-1]['content']}{self.before}{_MARK}{self.after}"
+        head, mark, tail = self._render((*messages[:-1], {"role": "user", "content": asked})).partition(_MARK)
+        if not mark or _MARK in tail:
+            raise ConfigError("the chat template must write the user's text exactly once; choose another model")
+        before_draft, after_draft = self._around_draft(head, tail)
+        return PromptParts(messages, bare, self.start + before_draft, after_draft, suffix)
 
     def with_draft(self, parts: PromptParts, draft_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
         """Ids of q' and whether the draft was trimmed.
@@ -88,21 +101,18 @@ class PromptBuilder:
             draft = self._without_answer(draft)
         room = self._room_for_draft(parts)
         kept = draft[max(0, len(draft) - room) :] if room is not None else draft
-        ids = parts.head + self.before + kept + self.after + parts.tail
-        return ids, len(kept) < len(draft)
+        return parts.before_draft + kept + parts.after_draft, len(kept) < len(draft)
 
     def longest_refinement(self, parts: PromptParts) -> int:
         """Tokens that prompt, longest draft and completion can take together for one question."""
         draft = 0
         if self.config.shows_draft:
-            longest = self.config.draft_max_tokens or self.config.max_completion_length
-            draft = len(self.before) + min(longest, self.config.max_completion_length) + len(self.after)
-        return len(parts.bare) + draft + self.config.max_completion_length
+            draft = min(self.config.draft_max_tokens or math.inf, self.config.max_completion_length)
+        return parts.longest_prompt + draft + self.config.max_completion_length
 
     def shortest_context(self, parts: PromptParts) -> int:
         """Tokens without which not even an empty draft fits; a question that needs more is left out."""
-        draft = len(self.before) + len(self.after) if self.config.shows_draft else 0
-        return len(parts.bare) + draft + self.config.max_completion_length
+        return parts.longest_prompt + self.config.max_completion_length
 
     def _without_answer(self, draft: tuple[int, ...]) -> tuple[int, ...]:
         """The longest beginning of the draft's tokens that holds nothing of its answer."""
@@ -114,7 +124,8 @@ class PromptBuilder:
     def _room_for_draft(self, parts: PromptParts) -> int | None:
         rooms = [self.config.draft_max_tokens] if self.config.draft_max_tokens is not None else []
         if self.max_model_length is not None:
-            rooms.append(self.max_model_length - self.shortest_context(parts))
+            taken = len(parts.before_draft) + len(parts.after_draft) + self.config.max_completion_length
+            rooms.append(self.max_model_length - taken)
         if rooms and min(rooms) < 0:
             raise ValueError(
                 f"a question of {len(parts.bare)} tokens leaves no room in a context of {self.max_model_length}; "
@@ -146,22 +157,36 @@ class PromptBuilder:
             for role, key in (("user", "prompt"), ("assistant", "completion"))
         ]
 
-    def _render(self, messages: tuple[Message, ...]) -> tuple[str, str]:
-        marked = [*messages[:-1], {"role": "user", "content": messages[-1]["content"] + _MARK}]
+    def _render(self, messages: tuple[Message, ...]) -> str:
         if self.tokenizer.chat_template is None:
-            text = "\n\n".join(m["content"] for m in marked) + "\n\n"
-        else:
-            try:
-                text = self.tokenizer.apply_chat_template(
-                    marked, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
-                )
-            except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
-                hint = "; write system_prompt: null" if messages[0]["role"] == "system" else ""
-                raise ConfigError(f"the model's chat template refuses the conversation: {error}{hint}") from None
-        head, mark, tail = text.partition(_MARK)
-        if not mark or _MARK in tail:
-            raise ConfigError("the chat template must write the user's text exactly once; choose another model")
-        return head, tail
+            return "\n\n".join(m["content"] for m in messages) + "\n\n"
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
+            )
+        except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
+            hint = "; write system_prompt: null" if messages[0]["role"] == "system" else ""
+            raise ConfigError(f"the model's chat template refuses the conversation: {error}{hint}") from None
+
+    def _around_draft(self, head: str, tail: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Ids before and behind what stands between the two texts: those that two different fillers leave alike."""
+        if tail in self._after_draft:  # as for the problem before: nearly always, and then one filler is enough
+            one, after_draft = self._after_draft[tail]
+            ids = self._encode(head + one + tail)
+            cut = len(ids) - len(after_draft)
+            if ids[cut:] == after_draft and self.tokenizer.decode(ids[cut - 1 : cut]).strip() == one:
+                return ids[: cut - 1], after_draft
+        for one, two in _FILLERS:
+            a, b = self._encode(head + one + tail), self._encode(head + two + tail)
+            before = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), len(a))
+            after = next((i for i, (x, y) in enumerate(zip(a[::-1], b[::-1], strict=False)) if x != y), len(a))
+            cut = len(a) - after
+            if before < cut and self.tokenizer.decode(a[before:cut]).strip() == one:
+                self._after_draft[tail] = (one, a[cut:])
+                return a[:before], a[cut:]
+        raise ConfigError(
+            "draft_template: this tokenizer joins what stands beside {draft} with the draft; put line breaks around it"
+        )
 
     def _start(self) -> tuple[int, ...]:
         """Special tokens in front of any text: between none and the first of the text's own."""

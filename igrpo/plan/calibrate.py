@@ -70,7 +70,7 @@ def _lengths(path: Path, config: TrainConfig) -> Lengths:
         question=round(fmean(len(p.bare) for p in parts)),
         mean=fmean(refinements),
         limit=config.max_completion_length,
-        template=len(prompts.before) + len(prompts.after),
+        template=round(fmean(p.longest_prompt - len(p.bare) for p in parts)),
         observed_drafts=drafts or refinements,
         observed_refinements=refinements,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from itertools import takewhile
 
 import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
-from transformers import AddedToken
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.default_texts import DEFAULT_DRAFT_TEMPLATE
 from igrpo.prompts import PromptBuilder
 from igrpo.types import Problem
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,8 @@ def test_the_draft_goes_in_as_the_ids_that_were_sampled(tokenizer):
     draft = (*tokenizer.encode("é"), 9, tokenizer.eos_token_id)
     ids, trimmed = built.with_draft(parts, draft)
     open_, close = tokenizer.encode(" ["), tokenizer.encode("] ")
-    assert ids == (*parts.head, *open_, *draft[:-1], *close, *parts.tail)
+    assert parts.before_draft[-2:] == tuple(open_) and parts.after_draft[:2] == tuple(close)
+    assert ids == (*parts.before_draft, *draft[:-1], *parts.after_draft)
     assert not trimmed
 
 
@@ -73,14 +77,14 @@ def test_a_long_draft_loses_its_beginning_and_nothing_else_is_cut(tokenizer):
     tight = builder(tokenizer, needed + 5, max_completion_length=8)
     ids, trimmed = tight.with_draft(parts, tuple(range(100, 120)))
     assert trimmed and len(ids) + 8 == needed + 5
-    assert ids == (*parts.head, *tight.before, *range(115, 120), *tight.after, *parts.tail)
+    assert ids == (*parts.before_draft, *range(115, 120), *parts.after_draft)
 
 
 def test_draft_max_tokens(tokenizer):
     built = builder(tokenizer, draft_max_tokens=3)
     parts = built.parts(PROBLEM)
     ids, trimmed = built.with_draft(parts, (20, 21, 22, 23))
-    assert trimmed and ids == (*parts.head, *built.before, 21, 22, 23, *built.after, *parts.tail)
+    assert trimmed and ids == (*parts.before_draft, 21, 22, 23, *parts.after_draft)
 
 
 def test_a_hidden_answer_leaves_the_tokens_before_the_conclusion(tokenizer):
@@ -88,10 +92,10 @@ def test_a_hidden_answer_leaves_the_tokens_before_the_conclusion(tokenizer):
     parts = built.parts(PROBLEM)
     draft = tuple(tokenizer.encode("<think>2 + 3 = 5</think><answer>5</answer>"))
     ids, trimmed = built.with_draft(parts, draft)
-    shown = ids[len(parts.head) + len(built.before) : len(ids) - len(built.after) - len(parts.tail)]
+    shown = ids[len(parts.before_draft) : len(ids) - len(parts.after_draft)]
     assert not trimmed and shown == draft[: len(shown)]
     assert tokenizer.decode(shown) == "<think>2 + 3 = "
-    assert built.with_draft(parts, ())[0] == (*parts.head, *built.before, *built.after, *parts.tail)
+    assert built.with_draft(parts, ())[0] == (*parts.before_draft, *parts.after_draft)
 
 
 def test_a_question_that_leaves_no_room_is_an_error_not_a_cut(tokenizer):
@@ -106,7 +110,7 @@ def test_longest_refinement_is_what_the_engine_must_hold(tokenizer):
     ids, _ = built.with_draft(parts, range(100, 108))
     assert built.longest_refinement(parts) == len(ids) + 8
     bare = builder(tokenizer, max_completion_length=8, algorithm="grpo")
-    assert bare.longest_refinement(parts) == len(parts.bare) + 8
+    assert bare.longest_refinement(bare.parts(PROBLEM)) == len(parts.bare) + 8
 
 
 def test_conversations_keep_their_own_system_turn(tokenizer):
@@ -128,7 +132,7 @@ def test_plain_text_begins_as_the_tokenizer_begins_any_text(tokenizer):
     built = builder(plain)
     parts = built.parts(PROBLEM)
     assert parts.bare == (2, *without.bare)
-    assert built.with_draft(parts, (9,))[0][:2] == parts.bare[:2] and built.before == builder(tokenizer).before
+    assert built.with_draft(parts, (9,))[0][:2] == parts.bare[:2]
 
 
 def test_a_template_that_refuses_a_system_turn_says_what_to_write(tokenizer):
@@ -161,3 +165,82 @@ def test_the_default_system_prompt_states_both_tags_and_the_drafts_standing(toke
     text = TrainConfig(model_name_or_path="m", dataset_name="d").system_prompt
     for part in ("<think>", "</think>", "<answer>", "</answer>", "draft", "never as the truth"):
         assert part in text
+
+
+TEXTS = [
+    "What is 3 + 4?",
+    " leading",
+    "trailing  ",
+    "two\n\nparagraphs\n",
+    "«é» 😀\t!",
+    "",
+    "digits 12",
+    "x<draft>y",
+    "7",
+]
+TEMPLATES = {
+    "plain": CHAT_TEMPLATE,
+    "trims": CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim"),
+    "newlines": "{% for m in messages %}{{ m['role'] }}\n{{ m['content'] }}\n\n{% endfor %}assistant\n",
+    "words": "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}",
+}
+
+
+def corpus() -> list[str]:
+    words = ["user assistant system [INST] [/INST] sum?", *"0123456789abcdefghijklmnopqrstuvwxyz"]
+    return [*TEXTS * 5, DEFAULT_DRAFT_TEMPLATE, *words] * 20
+
+
+def trained(kind: str) -> PreTrainedTokenizerFast:
+    """A small tokenizer of each kind that models have, trained here."""
+    special = ["<unk>", "<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    if kind == "wordpiece":
+        core = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        core.decoder = decoders.WordPiece()
+        trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=special)
+    elif kind == "byte-level":  # merges punctuation and the line breaks behind it, as GPT-4's and Qwen's do
+        core = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{N}|\s*[\r\n]+|\s+| ?\p{L}+"), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        core.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        )
+    else:  # SentencePiece: spaces are ▁, with or without one in front of any text
+        core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        steps = [normalizers.Replace(" ", "▁")]
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), *steps] if kind == "prefix space" else steps)
+        core.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=[*special, *(f"<0x{i:02X}>" for i in range(256))])
+    core.train_from_iterator(corpus(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", pad_token="<|pad|>", eos_token="<|end|>",
+        additional_special_tokens=special[3:],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("kind", ["byte-level", "prefix space", "no prefix space", "wordpiece"])
+def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind, template):
+    """Cut into pieces, SentencePiece got a space at every cut: the bare prompt was not the chat template's."""
+    tokenizer = trained(kind)
+    tokenizer.chat_template = TEMPLATES[template]
+    for draft_template in (DEFAULT_DRAFT_TEMPLATE, " [{draft}] ", "\n{draft}"):
+        built = builder(tokenizer, system_prompt="Be brief.", draft_template=draft_template)
+        for text in TEXTS:
+            parts = built.parts(Problem(0, text, "7"))
+            whole = tokenizer.apply_chat_template(list(parts.messages), tokenize=True, add_generation_prompt=True)
+            assert list(parts.bare) == list(whole["input_ids"])
+            for draft_text in ("9", "z"):  # one token on its own in every context: then q' is a tokenised text, too
+                asked = text + draft_template.replace("{draft}", draft_text)
+                turns = [*parts.messages[:-1], {"role": "user", "content": asked}]
+                q = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)["input_ids"]
+                end = len(q) - len(parts.after_draft)
+                draft = tuple(q[len(parts.before_draft) : end])
+                assert tokenizer.decode(draft).strip() == draft_text
+                assert list(built.with_draft(parts, draft)[0]) == list(q)
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(parts.bare, parts.before_draft, strict=False))
+            assert len(list(same)) >= len(tokenizer.encode("Be brief.", add_special_tokens=False))

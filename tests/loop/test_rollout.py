@@ -64,7 +64,7 @@ class LatePool:
     def __init__(self):
         self.score = lambda number: float(number % 7)
 
-    def submit(self, problem, completions, prompt):
+    def submit(self, problem, completions, prompt, prompt_suffix=""):
         return LateScores(completions, self.score)
 
 

@@ -71,7 +71,7 @@ class RandomPool:
     def __init__(self, rng: random.Random):
         self.rng = rng
 
-    def submit(self, problem, completions, prompt):
+    def submit(self, problem, completions, prompt, prompt_suffix=""):
         return RandomScores(completions, self.rng.randint(0, 4))
 
 
