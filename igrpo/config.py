@@ -179,8 +179,14 @@ class TrainConfig:
     """Seconds after which a reward call is killed."""
     reward_error_value: float | None = 0.0
     """Score where a function raised or ran out of time; null: it counts as not judged."""
+    stop_on_reward_failure: bool = True
+    """End the run when a function has failed on every completion of a step; false: they get `reward_error_value`."""
     reward_workers: int = 1
     """Processes that score."""
+    reward_memory_gib: float = 8.0
+    """What one of them and all that it starts may hold in memory; a call that takes more is killed."""
+    reward_env: list[str] = field(default_factory=list)
+    """Environment variables that reward functions get though they look like keys (`OPENAI_API_KEY`), by name."""
     soft_punish_cache: int | None = None
     """`soft_overlong_punishment` grows from 0 to -1 over the last so many tokens before max_completion_length."""
     cosine_min_value_wrong: float = 0.0

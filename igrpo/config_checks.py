@@ -83,6 +83,7 @@ _RENDER_ARGUMENTS = {
 }  # fmt: skip
 """Arguments of a tokenizer's `apply_chat_template` that no template gets to see."""
 
+
 TRACKERS = {
     "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "trackio": ("trackio",), "mlflow": ("mlflow",),
     "comet_ml": ("comet_ml",), "aim": ("aim",), "clearml": ("clearml",), "dvclive": ("dvclive",),
@@ -174,6 +175,11 @@ def _check_drafts(config: TrainConfig) -> None:
 
 
 def _check_rewards(config: TrainConfig) -> None:
+    for name in config.reward_env:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError("reward_env: write names of environment variables; values stay out of a recipe")
+        if name == "IGRPO_SERVER_SECRET":
+            raise ConfigError(f"reward_env: {name} is for servers and trainer alone; leave it out")
     if "judge" in config.reward_funcs and not (config.judge_model and config.judge_base_url):
         raise ConfigError("reward_funcs: judge needs judge_model and judge_base_url")
     if config.repetition_max_penalty > 0:

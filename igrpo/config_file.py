@@ -16,6 +16,7 @@ import yaml
 from igrpo.config import ConfigError, TrainConfig, field_types
 from igrpo.config_checks import describe_type
 from igrpo.config_errors import shown
+from igrpo.terminal import printable
 
 RENAMED = {
     "dataset_configs": "dataset_config",
@@ -282,4 +283,4 @@ def _siblings(file: Path) -> list[str]:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    print(f"warning: {printable(line)}", file=sys.stderr)

@@ -96,7 +96,7 @@ RANGES: dict[str, Interval] = {
     ),
     "dual_clip": Interval(1.0, above=True),
     "dynamic_sampling_max_gen_batches": Interval(2, LARGEST_COUNT),
-    "vllm_cpu_kvcache_gib": Interval(0.0, 2.0**20, above=True),
+    **dict.fromkeys(("vllm_cpu_kvcache_gib", "reward_memory_gib"), Interval(0.0, 2.0**20, above=True)),
     "num_train_epochs": Interval(0.0, 1e9, above=True),
     "max_steps": Interval(-1, LARGEST_COUNT),
     "seed": Interval(0, 2**32 - 1),  # numpy takes no larger one

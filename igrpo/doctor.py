@@ -27,6 +27,7 @@ from pathlib import Path
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import parse_args
 from igrpo.keys import key_from_environment
+from igrpo.terminal import print_error, printable
 
 EXIT_PROBLEM, EXIT_BAD_CONFIG = 1, 2
 PYTHONS = ((3, 11), (3, 13))
@@ -60,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         wait = _take_wait(words)
         config = parse_args(words) if words else None
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_BAD_CONFIG
     problems = warnings = 0
     for finding in examine(config, wait):
-        print(finding, flush=True)
+        print(printable(finding, lines=True), flush=True)
         problems += finding.level == "problem"
         warnings += finding.level == "warning"
     print(f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}")

@@ -18,8 +18,10 @@ from igrpo.feed import ProblemFeed
 from igrpo.memory_plan import this_machine
 from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
-from igrpo.rewards import load_reward_functions
+from igrpo.reward_setup import start_rewards
+from igrpo.reward_tally import check_tallies
 from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, group_record
+from igrpo.terminal import Warnings
 from igrpo.types import Problem, RolloutGroup
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ class Job:
     view: Any
     total_steps: int
     step: int = 0
+    warnings: Warnings = field(default_factory=Warnings)
     started: float = field(default_factory=time.monotonic)
 
     def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
@@ -119,11 +122,23 @@ class Job:
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"
         )
+        figures |= self.check_rewards(f"the evaluation {when}")
         self.view.note(figures)
         if self.learner.accelerator.is_main_process:
             self.folder.log_metrics(self.step, figures)
             self.learner.accelerator.log(figures, step=self.step)
         return figures
+
+    def check_rewards(self, what: str) -> dict[str, float]:
+        """How many completions each function failed on, all processes together, as figures of an evaluation.
+
+        Raises:
+            RewardError: a function failed on all of them, and ``stop_on_reward_failure`` is set.
+        """
+        everyone = self.learner.gather(self.rewards.tallies())
+        if self.config.stop_on_reward_failure:
+            check_tallies(everyone, what)
+        return {f"eval/rewards/{name}/errors": float(sum(one[name].failed for one in everyone)) for name in everyone[0]}
 
     def due(self, every: float | None) -> bool:
         """Whether this step is one of every so many, or of every such share of all steps; None and 0: never."""
@@ -133,13 +148,20 @@ class Job:
 
     def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
         accelerator = self.learner.accelerator
+        written = self.due(self.config.logging_steps) or self.step == self.total_steps
+        messages: list[str] = []
+        if written:  # counts go on until they are
+            warnings = self.warnings.take()
+            metrics |= self.rewards.stats() | {"rewards/workers_replaced": float(self.rewards.replaced())}
+            metrics["warnings"] = float(len(warnings))
+            messages = [message for some in self.learner.gather(warnings) for message in some]
         metrics = self.learner.over_processes(metrics | {"peak_memory_gib": self.learner.peak_memory_gib()}) | {
             "epoch": self.feed.epoch,
             **self.learner.hours(time.monotonic() - self.started),
         }
         self.view.end_step(self.step, metrics)
-        if accelerator.is_main_process and (self.due(self.config.logging_steps) or self.step == self.total_steps):
-            self.folder.log_metrics(self.step, metrics)
+        if accelerator.is_main_process and written:
+            self.folder.log_metrics(self.step, metrics, messages)
             accelerator.log(metrics, step=self.step)
         if self.config.log_completions:
             everyone = self.learner.gather([group_record(self.step, group) for group in groups])
@@ -230,22 +252,6 @@ def build(config: TrainConfig) -> Iterator[Job]:
             job.push_weights(job.step)
         stack.enter_context(learner.trackers())
         yield job
-
-
-def start_rewards(config: TrainConfig) -> RewardPool:
-    try:
-        functions = load_reward_functions(config.reward_funcs, config)
-    except ValueError as error:
-        raise ConfigError(f"reward_funcs: {error}") from None
-    judge = None
-    if "judge" in config.reward_funcs:
-        from igrpo.judge import Judge
-
-        judge = Judge(config)
-        judge.check()
-    return RewardPool(
-        functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value, judge
-    )
 
 
 def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:

@@ -18,7 +18,7 @@ Metrics = dict[str, float]
 
 SUMMED = re.compile(
     r"rollout/(draft_tokens|refinement_tokens|tokens_per_second|samples_per_second)|draft/aborted|resample/\w+"
-    r"|rewards/.*/(not_judged|errors|timeouts)|sync/restarts"
+    r"|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
 )
 """Counts and rates of a process's own share, which are the run's when added up."""
 _EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")

@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from igrpo.terminal import printable
+
 HEARTBEAT_SECONDS = 60.0
 """Plain lines come at least this often: a log that stands still must mean that the run does."""
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -123,6 +125,7 @@ class LiveView:
     def say(self, text: str) -> None:
         if self.silent:
             return
+        text = printable(text, lines=True)
         self._spoke = time.monotonic()
         if self.live:
             self._live.console.print(text, highlight=False, markup=False)

@@ -8,29 +8,25 @@ process dies, only the third time, since others may have killed it.
 The judge is the exception: it waits for a network and runs no foreign code, so it has threads here and timeouts of its
 own.
 
-Workers are spawned, not forked: they inherit no CUDA context and no engine. Each is a pebble pool of its own with one
-call in flight: pebble gives a whole pool up when a process dies at a bad moment, and no other call is lost with it.
+Workers inherit no CUDA context, no engine and no keys. What they start ends with the call that started it
+(``reward_worker.py``, ``reward_keeper.py``), and one that was used up or spoilt is replaced (``reward_process.py``).
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import os
 import pickle
 import threading
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
-from pebble import ProcessExpired, ProcessPool
-
-from igrpo.reward_worker import LightSpawnContext, Outcome, call_function, start_worker
+from igrpo.reward_process import Died, Failure, Lost, Result, RewardProcess, worker_environment
+from igrpo.reward_tally import Tally
 from igrpo.rewards import BUILTIN, RewardFunction
+from igrpo.terminal import printable
 from igrpo.types import Completion, Message, Problem, Scored
 
 if TYPE_CHECKING:
@@ -39,20 +35,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STALL_SECONDS = 120.0
-"""A call without any outcome for this long beyond its deadline has lost its worker; imports count towards it."""
+"""A worker that has not imported its functions after so long does not start."""
 MAX_LOGGED = 20
 """Distinct error messages shown per reward function; the rest is only counted."""
+MAX_PRINTED = 20
+"""Lines shown of what a function prints in one call."""
 ATTEMPTS = 3
 """How often a call may lose its worker before that is its own fault: an earlier call may be guilty, or whoever kills
 processes on this machine."""
-
-
-class _Lost(Exception):
-    """The worker was gone before or while it ran the call."""
-
-
-class _Died(_Lost):
-    """It ended while it ran the call: one of its completions did that, or somebody killed it."""
+CONFIRMED = 3
+"""After so many failures of a function that a new worker had, too, one after the other, they are its own."""
 
 
 @dataclass(eq=False)
@@ -63,33 +55,16 @@ class _Call:
     rows: tuple[int, ...]
     payload: bytes
     attempt: int = 1
-    outcome: Outcome | TimeoutError | _Lost | None = None
+    alone: bool = False
+    """It failed once in a worker that earlier calls may have spoilt, and is repeated in a new one."""
+    outcome: Result | None = None
     """None while it waits or runs."""
 
     @property
     def again(self) -> bool:
         """Whether it is worth repeating as it is: a guilty completion is found faster among single rows."""
-        lost = isinstance(self.outcome, _Lost) and self.attempt < ATTEMPTS
-        return lost and (len(self.rows) == 1 or not isinstance(self.outcome, _Died))
-
-
-class _Worker:
-    """One process, which pebble replaces when a call outlasts its deadline."""
-
-    def __init__(self, functions: Sequence[RewardFunction]) -> None:
-        self.pool = ProcessPool(
-            1, initializer=start_worker, initargs=(os.getpid(), tuple(functions)), context=LightSpawnContext()
-        )
-        self.call: _Call | None = None
-        self.since = 0.0
-        assert self.pool.active, "pebble starts its process when first asked"
-
-    def stop(self) -> threading.Thread:
-        """In the background: a broken pool may not let itself be joined."""
-        self.pool.stop()
-        thread = threading.Thread(target=self.pool.join, daemon=True)
-        thread.start()
-        return thread
+        lost = isinstance(self.outcome, Lost) and self.attempt < ATTEMPTS
+        return lost and (len(self.rows) == 1 or not isinstance(self.outcome, Died))
 
 
 class RewardPool:
@@ -104,6 +79,8 @@ class RewardPool:
         timeout: Seconds that one call may take.
         on_error: Score of a completion on which a function fails; None leaves the function out of its reward.
         judge: What the function of that name asks, as many completions at once as its configuration says.
+        memory_gib: What a worker and all that its functions start may hold; who exceeds it is killed.
+        environment: Variables of the workers; by default all of this process but those that look like keys.
 
     Raises:
         ValueError: No functions, two of one name, or not one weight each.
@@ -117,6 +94,8 @@ class RewardPool:
         timeout: float = 10.0,
         on_error: float | None = 0.0,
         judge: Judge | None = None,
+        memory_gib: float = 8.0,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         names = [function.name for function in functions]
         if not names or len(set(names)) < len(names):
@@ -128,15 +107,26 @@ class RewardPool:
         self.functions, self.timeout, self.on_error = tuple(functions), timeout, on_error
         self.weights = dict(zip(names, weights or [1.0] * len(names), strict=True))
         self._counts = {f"rewards/{name}/{kind}": 0.0 for name in names for kind in ("errors", "timeouts")}
-        self._logged: dict[str, set[str]] = {name: set() for name in names}
-        self._changed = threading.Condition(threading.RLock())  # guards the queue and the workers' calls
-        self._queue: deque[_Call] = deque()
+        self._tallies = {name: Tally() for name in names}
+        self._replaced = 0
+        self._logged: dict[str, set[str]] = {}
+        self._confirmed = dict.fromkeys(names, 0)
+        self._changed = threading.Condition(threading.RLock())  # guards outcomes, counts and what was logged
+        self._queue = SimpleQueue[_Call | None]()
         self._closed = False
+        self._broken: BaseException | None = None
         self._local = tuple(function for function in functions if function.path != BUILTIN["judge"])
-        self._workers = [_Worker(self._local) for _ in range(num_workers if self._local else 0)]
+        variables = worker_environment(())[0] if environment is None else environment
+        self._workers = [
+            RewardProcess(self._local, timeout, STALL_SECONDS, int(memory_gib * 2**30), variables, self._told)
+            for _ in range(num_workers if self._local else 0)
+        ]
+        self._threads = [threading.Thread(target=self._work, args=(one,), daemon=True) for one in self._workers]
         self._judge, self._to_judge = judge, SimpleQueue[_Call]()
         for _ in range(judge.config.judge_max_concurrency if judge is not None else 0):
             threading.Thread(target=self._judge_calls, name="judge", daemon=True).start()
+        for thread in self._threads:
+            thread.start()
 
     def submit(
         self,
@@ -163,15 +153,35 @@ class RewardPool:
 
     def stats(self) -> dict[str, float]:
         """How many completions got ``on_error`` since the last call: ``rewards/<name>/errors`` and ``…/timeouts``."""
-        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0.0)
+        with self._changed:
+            counts, self._counts = self._counts, dict.fromkeys(self._counts, 0.0)
         return counts
+
+    def replaced(self) -> int:
+        """How many workers since the last call had to be replaced."""
+        with self._changed:
+            replaced, self._replaced = self._replaced, 0
+        return replaced
+
+    def tallies(self) -> dict[str, Tally]:
+        """What became of each function's completions since the last call."""
+        with self._changed:
+            tallies, self._tallies = self._tallies, {name: Tally() for name in self._tallies}
+        return tallies
+
+    def failing(self) -> bool:
+        """Whether a function has failed on all completions since the last ``tallies``."""
+        return any(tally.failed and not tally.scored for tally in self._tallies.values())
 
     def close(self) -> None:
         """Stop the workers; unfinished scores are lost. Calling it again does nothing."""
         if not self._closed:
             self._closed = True
-            for thread in [worker.stop() for worker in self._workers]:
-                thread.join(timeout=10)
+            for worker in self._workers:
+                self._queue.put(None)
+                worker.stop()
+            for thread in self._threads:
+                thread.join(timeout=20)
             if self._judge is not None:
                 self._judge.close()  # what its daemon threads still ask for fails, and they die with the program
 
@@ -181,74 +191,86 @@ class RewardPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _enqueue(self, call: _Call) -> None:
-        if call.function not in self._local:
-            self._to_judge.put(call)
+    def _work(self, worker: RewardProcess) -> None:
+        """A thread's life: one call after the other, in a worker that it alone speaks to."""
+        try:
+            while not self._closed:
+                with contextlib.suppress(Lost):  # a call says why
+                    worker.start()  # not only when a call has to wait for its imports
+                if (call := self._queue.get()) is None:
+                    return
+                outcome = worker.call(self._local.index(call.function), call.payload, call.alone)
+                with self._changed:
+                    call.outcome = outcome
+                    self._changed.notify_all()
+        except BaseException as error:  # told by `done`: nobody must wait for ever
+            self._broken = error
+            raise
+        finally:
+            worker.close()
+
+    def _told(self, name: str, text: str) -> None:
+        """By a worker: what a function printed, or why it is replaced."""
+        if self._closed:
             return
-        with self._changed:
-            self._queue.append(call)
-            self._dispatch()
+        if name == "replaced":
+            with self._changed:
+                self._replaced += 1
+            self._log_once("replaced workers", f"a reward worker is replaced: {printable(text, 500)}")
+            return
+        lines = text.split("\n")
+        for line in lines[:MAX_PRINTED]:
+            logger.info("%s printed: %s", name, printable(line, 500))
+        if len(lines) > MAX_PRINTED:
+            logger.info("%s printed: … and %s", name, printable(lines[-1], 500))
+
+    def _enqueue(self, call: _Call) -> None:
+        if call.function in self._local:
+            self._queue.put(call)
+        else:
+            self._to_judge.put(call)
 
     def _judge_calls(self) -> None:
         """A thread's life: one completion after the other."""
         while not self._closed:
             call = self._to_judge.get()
-            outcome: list[float | str | None] | TimeoutError | str
+            outcome: Result
             try:
                 row = {name: values[0] for name, values in pickle.loads(call.payload).items()}
                 outcome = [self._judge.score(row["prompts"], row["solution"], row["completions"])]  # type: ignore[union-attr]
             except TimeoutError as error:
                 outcome = error
             except Exception as error:  # the thread must live on, whatever the client raises
-                outcome = f"{type(error).__name__}: {error}"
+                outcome = Failure(f"{type(error).__name__}: {error}")
             with self._changed:
                 call.outcome = outcome
                 self._changed.notify_all()
 
-    def _dispatch(self) -> None:
-        for worker in self._workers:
-            if worker.call is not None or not self._queue or self._closed:
-                continue
-            call = self._queue[0]
-            try:
-                future = worker.pool.schedule(call_function, args=(call.function, call.payload), timeout=self.timeout)
-            except RuntimeError:  # died while idle: `_replace_dead_workers` sees to it
-                continue
-            self._queue.popleft()
-            worker.call, worker.since = call, time.monotonic()
-            future.add_done_callback(lambda done, worker=worker, call=call: self._finished(worker, call, done))
-
-    def _finished(self, worker: _Worker, call: _Call, future: Future[Outcome]) -> None:
-        """Runs in a thread of pebble's, so that the next call starts even while the main program is busy."""
-        with self._changed:
-            if worker.call is call:
-                worker.call, call.outcome = None, _outcome(future, self.timeout)
-                self._dispatch()
-                self._changed.notify_all()
-
-    def _replace_dead_workers(self) -> None:
-        # Only ever in the caller's thread: the kernel kills a worker with the thread that started it (`start_worker`).
-        for i, worker in enumerate(self._workers):
-            stalled = worker.call is not None and time.monotonic() - worker.since > self.timeout + STALL_SECONDS
-            if worker.pool.active and not stalled:
-                continue
-            logger.warning("a reward worker %s; it is replaced", "does not answer" if stalled else "died")
-            worker.stop()
-            if worker.call is not None and worker.call.outcome is None:
-                worker.call.outcome = _Lost("its process is gone")
-            worker.call = None
-            self._workers[i] = _Worker(self._local)
-        self._dispatch()
-
     def _count(self, function: RewardFunction, kind: Literal["errors", "timeouts"], message: str) -> float | None:
+        message = printable(message, 1000)
+        tally = self._tallies[function.name]
         self._counts[f"rewards/{function.name}/{kind}"] += 1
-        logged = self._logged[function.name]
-        if message not in logged and len(logged) < MAX_LOGGED:
-            logged.add(message)
-            last = "; its further messages are only counted" if len(logged) == MAX_LOGGED else ""
-            given = "not scored" if self.on_error is None else f"scored {self.on_error}"
-            logger.warning("reward function %s failed, completion %s: %s%s", function.name, given, message, last)
+        tally.failed, tally.error = tally.failed + 1, message
+        given = "not scored" if self.on_error is None else f"scored {self.on_error}"
+        self._log_once(function.name, f"reward function {function.name} failed, completion {given}: {message}")
         return self.on_error
+
+    def _log_once(self, about: str, message: str) -> None:
+        with self._changed:
+            logged = self._logged.setdefault(about, set())
+            if message in logged or len(logged) >= MAX_LOGGED:
+                return
+            logged.add(message)
+        last = f"; further messages about {about} are only counted" if len(logged) == MAX_LOGGED else ""
+        logger.warning("%s%s", message, last)
+
+    def _is_doubtful(self, call: _Call) -> bool:
+        """Whether a failure may be the worker's, which earlier calls may have spoilt, and a new one should try."""
+        failed_alone = isinstance(call.outcome, Failure) and len(call.rows) == 1
+        if call.alone:
+            self._confirmed[call.function.name] = self._confirmed[call.function.name] + 1 if failed_alone else 0
+            return False
+        return failed_alone and not call.outcome.fresh and self._confirmed[call.function.name] < CONFIRMED  # type: ignore[union-attr]
 
 
 class PendingScores:
@@ -271,7 +293,8 @@ class PendingScores:
         if self._pool._closed:
             raise RuntimeError("the reward pool was closed before all scores were in")
         with self._pool._changed:
-            self._pool._replace_dead_workers()
+            if self._pool._broken is not None:
+                raise RuntimeError("a thread of the reward pool ended") from self._pool._broken
             finished = [call for call in self._open if call.outcome is not None]
             for call in finished:
                 self._open.remove(call)
@@ -290,42 +313,33 @@ class PendingScores:
         weights = self._pool.weights
         return Scored(completion, rewards, sum((weights[n] * r for n, r in rewards.items() if r is not None), 0.0))
 
-    def _call(self, function: RewardFunction, rows: tuple[int, ...], attempt: int = 1) -> None:
+    def _call(self, function: RewardFunction, rows: tuple[int, ...], attempt: int = 1, alone: bool = False) -> None:
         arguments = {name: [values[row] for row in rows] for name, values in self._arguments.items()}
         arguments = function.sees(arguments)
-        call = _Call(function, rows, pickle.dumps(arguments), attempt)
+        call = _Call(function, rows, pickle.dumps(arguments), attempt, alone)
         self._open.append(call)
         self._pool._enqueue(call)
 
     def _take(self, call: _Call) -> None:
         """Keep the scores of a call that succeeded; repeat one that failed, row by row; give up on a single row."""
-        scores = self._scores[call.function.name]
-        if isinstance(call.outcome, list):
-            for row, score in zip(call.rows, call.outcome, strict=True):
+        name, outcome, pool = call.function.name, call.outcome, self._pool
+        doubtful = pool._is_doubtful(call)
+        if isinstance(outcome, list):
+            for row, score in zip(call.rows, outcome, strict=True):
                 bad = isinstance(score, str)
-                scores[row] = self._pool._count(call.function, "errors", score) if bad else score
+                pool._tallies[name].scored += not bad
+                self._scores[name][row] = pool._count(call.function, "errors", score) if bad else score
         elif call.again:
             self._call(call.function, call.rows, call.attempt + 1)
+        elif doubtful:
+            self._call(call.function, call.rows, call.attempt, alone=True)
         elif len(call.rows) > 1:
             for row in call.rows:
                 self._call(call.function, (row,))
         else:
-            kind = "timeouts" if isinstance(call.outcome, TimeoutError) else "errors"
-            scores[call.rows[0]] = self._pool._count(call.function, kind, str(call.outcome))
-
-
-def _outcome(future: Future[Outcome], timeout: float) -> Outcome | TimeoutError | _Lost:
-    # Not future.result(): what the worker died of may be a SystemExit, which must not be raised here.
-    error = future.exception()
-    if error is None:
-        return future.result()
-    if isinstance(error, TimeoutError):
-        return TimeoutError(f"killed after {timeout:g} s")
-    if isinstance(error, BrokenProcessPool):
-        return _Lost("its process is gone")
-    if isinstance(error, ProcessExpired):
-        return _Died(f"its process died (exit code {error.exitcode})")
-    return f"{type(error).__name__}: {error}"
+            kind: Literal["errors", "timeouts"] = "timeouts" if isinstance(outcome, TimeoutError) else "errors"
+            text = outcome.text if isinstance(outcome, Failure) else str(outcome)
+            self._scores[name][call.rows[0]] = pool._count(call.function, kind, text)
 
 
 def _arguments(

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -92,8 +92,12 @@ class RunFolder:
         (self.path / STOP_FILE).unlink(missing_ok=True)
         write_atomically(self.path / "config.yaml", dump_yaml(config))
 
-    def log_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        self._append("metrics.jsonl", [{"step": step, **metrics}])
+    def log_metrics(self, step: int, metrics: dict[str, float], messages: Sequence[str] = ()) -> None:
+        """Args:
+        messages: warnings since the last line, which stand beside the figures where there are any.
+        """
+        said = {"messages": list(messages)} if messages else {}
+        self._append("metrics.jsonl", [{"step": step, **metrics, **said}])
 
     def log_completions(self, records: Iterable[dict[str, Any]]) -> None:
         """One line per problem: a ``group_record``."""

@@ -14,15 +14,16 @@ if __package__ in (None, ""):  # run as a script, this folder leads the path, an
 import os
 import signal
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+from warnings import filterwarnings
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_checks import check_trackers
 from igrpo.config_file import parse_args
 from igrpo.cpu_threads import shared_cores
+from igrpo.terminal import Warnings, print_error, shown_warnings
 
 if TYPE_CHECKING:
     from igrpo.job import Job
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 # Everything heavy is imported inside functions: a mistake in a recipe is answered at once, and reward workers, which
 # import the main module again, stay light.
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 3, 4, 130
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk,
-    130 stopped after a save, by Ctrl-C or a file."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk, 5 a reward function
+    failed on everything, 130 stopped after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.use_vllm and config.vllm_mode == "server":
@@ -43,14 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             check_access(config)
             os.environ.update(shared_cores(os.environ))
-        return train(config)
+        with shown_warnings() as warnings:
+            return train(config, warnings)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_BAD_CONFIG
 
 
-def train(config: TrainConfig) -> int:
+def train(config: TrainConfig, warnings: Warnings) -> int:
     """Runs the whole job.
+
+    Args:
+        warnings: what is shown of them goes into the metrics, too.
 
     Raises:
         ConfigError: before anything is written.
@@ -63,15 +68,16 @@ def train(config: TrainConfig) -> int:
 
     try:
         with build(config) as job:
+            job.warnings = warnings
             return loop(job)
     except EngineError as error:  # it did not start
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error, lines=True)
         return EXIT_ENGINE
     except OSError as error:  # from a log; a checkpoint's would be a DiskFullError
         folder = Path(config.output_dir).expanduser()
         if not disk_is_full(error, folder):
             raise
-        print(f"error: {error}\n{how_to_go_on(folder)}", file=sys.stderr)
+        print_error(error, how_to_go_on(folder))
         return EXIT_DISK_FULL
 
 
@@ -87,12 +93,13 @@ def quiet_libraries() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
+    filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def loop(job: Job) -> int:
     from igrpo.engines import EngineError
     from igrpo.metrics import rollout_metrics
+    from igrpo.reward_tally import RewardError
     from igrpo.run_folder import DiskFullError
 
     config, view = job.config, job.view
@@ -105,7 +112,8 @@ def loop(job: Job) -> int:
                 step = job.step + 1
                 groups, stats = job.sample(step)
                 view.stage("learner")
-                metrics = rollout_metrics(groups, stats, config) | job.rewards.stats()
+                job.check_rewards(f"step {step}")
+                metrics = rollout_metrics(groups, stats, config)
                 metrics |= job.train_on(groups, step)
                 view.stage("weights to the engine")
                 metrics |= job.push_weights(step)
@@ -123,9 +131,10 @@ def loop(job: Job) -> int:
                     return EXIT_INTERRUPTED
             job.report(before, job.evaluate("after training"))
         return 0
-    except (EngineError, DiskFullError) as error:
-        print(f"error: {error}\n{how_to_go_on(job.folder.path)}", file=sys.stderr)
-        return EXIT_ENGINE if isinstance(error, EngineError) else EXIT_DISK_FULL
+    except (EngineError, DiskFullError, RewardError) as error:
+        print_error(error, how_to_go_on(job.folder.path), lines=True)
+        codes = {EngineError: EXIT_ENGINE, DiskFullError: EXIT_DISK_FULL, RewardError: EXIT_REWARD}
+        return next(code for kind, code in codes.items() if isinstance(error, kind))
 
 
 def how_to_go_on(folder: Path) -> str:

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import build_config, coerce, key_groups, read_yaml, split_args
+from igrpo.terminal import print_error, printable, shown_warnings
 
 if TYPE_CHECKING:
     from igrpo.eval.benchmarks import Benchmark
 
 # Heavy imports are inside functions: a mistake in the arguments is answered at once.
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 5, 130
 BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 """System prompt of a model that comes without a run."""
 DEFAULT_LENGTH = 4096
@@ -52,12 +53,14 @@ class Subject:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 130 stopped by Ctrl-C."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 5 a reward function failed on everything,
+    130 stopped by Ctrl-C."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        return evaluate_all(arguments, rest)
+        with shown_warnings():
+            return evaluate_all(arguments, rest)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_BAD_CONFIG
     except KeyboardInterrupt:
         print("\nstopped; finished problems are kept, and the same command goes on", file=sys.stderr)
@@ -103,6 +106,7 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from igrpo.engines import EngineError
     from igrpo.eval import summary
     from igrpo.eval.run import EvaluationRun
+    from igrpo.reward_tally import RewardError
 
     folder = Path(arguments.output_dir).expanduser()
     rows: list[dict[str, Any]] = []
@@ -111,14 +115,15 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
             with ExitStack() as stack:
                 run = EvaluationRun(subject, config, benchmarks, rules, folder, stack)
                 rows += run.rows()
-    except EngineError as error:
-        print(f"error: {error}; finished problems are kept, and the same command goes on", file=sys.stderr)
-        return EXIT_ENGINE
+    except (EngineError, RewardError) as error:
+        print_error(f"{error}; finished problems are kept, and the same command goes on", lines=True)
+        return EXIT_ENGINE if isinstance(error, EngineError) else EXIT_REWARD
     rows = summary.merge(folder, rows)
     text = f"{summary.table(rows)}\n\n{summary.pass_table(rows)}\n"
     (folder / "summary.md").write_text(text, encoding="utf-8")
     summary.plot(rows, folder)
-    print(f"\n{text}\nper cent, 95 % bootstrap intervals over problems; everything is in {folder}", flush=True)
+    shown = printable(text, len(text), lines=True)
+    print(f"\n{shown}\nper cent, 95 % bootstrap intervals over problems; everything is in {folder}", flush=True)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 import sys
@@ -24,13 +25,17 @@ from igrpo.eval.command import Subject
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
-from igrpo.job import start_rewards
 from igrpo.metrics import judge
 from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
+from igrpo.reward_setup import start_rewards
+from igrpo.reward_tally import check_tallies
 from igrpo.saved_format import saved_tensors
+from igrpo.terminal import printable
+
+logger = logging.getLogger(__name__)
 
 KEPT_SETTINGS = (
     "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
@@ -139,6 +144,8 @@ class EvaluationRun:
             self.sampling,
             sampler.window(self.config),
         )
+        pool, unsaved = self._pools[benchmark.reward_funcs], []
+        pool.tallies()
         with _Ticker(f"{self.subject.name} on {label}", len(records.by_row), len(tasks)) as ticker:
             for i, scored in done:
                 problem = tasks[i].problem
@@ -147,9 +154,22 @@ class EvaluationRun:
                     drafts = chosen[problem.index]
                     record["drafts"] = [index for index, _ in drafts]
                     record["draft_score"] = sum(d["rewards"][judged_by] or 0.0 for _, d in drafts) / len(drafts)
-                records.add(record)
+                unsaved.append(record)
+                if not (self.config.stop_on_reward_failure and pool.failing()):  # or they would count as wrong answers
+                    for record in unsaved:
+                        records.add(record)
+                    unsaved.clear()
                 ticker.step(sum(len(s.completion.token_ids) for s in scored))
         records.close()
+        tallies = pool.tallies()
+        if unsaved:
+            check_tallies([tallies], benchmark.name)
+        for name, tally in tallies.items():
+            if tally.failed:
+                logger.warning(
+                    "%s: the reward function %s failed on %d of %d completions, which count as %s", benchmark.name,
+                    name, tally.failed, tally.failed + tally.scored, self.config.reward_error_value,
+                )  # fmt: skip
 
     def _started_engine(self) -> Any:
         if self._engine is None:
@@ -207,19 +227,19 @@ class _Ticker:
     """A bar in a terminal, a plain line now and then anywhere else."""
 
     def __init__(self, label: str, done: int, total: int):
-        self.label, self.done, self.total, self.tokens = label, 0, total, 0
+        self.label, self.done, self.total, self.tokens = printable(label, 200), 0, total, 0
         self.live = sys.stdout.isatty()
         self.started = self.said = time.monotonic()
         if done:
-            print(f"{label}: {done} problems are already done", flush=True)
+            print(f"{self.label}: {done} problems are already done", flush=True)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
         )
         self.progress = Progress(*columns, console=Console(file=sys.stdout), disable=not self.live)
-        self.bar = self.progress.add_task(label, total=total)
+        self.bar = self.progress.add_task(self.label, total=total)
 
     def __enter__(self) -> _Ticker:
         self.progress.start()

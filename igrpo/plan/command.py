@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from igrpo.config import ConfigError
 from igrpo.config_file import build_config, read_yaml, split_args
 from igrpo.plan.hardware import DEVICES, GUESSED, parse_hardware
+from igrpo.terminal import print_error
 
 EXIT_BAD_CONFIG = 2
 MEAN_LENGTH = 700
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             plan(arguments, rest)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_BAD_CONFIG
     return 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from igrpo.terminal import print_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         page = write_report(args.runs, args.output, png=not args.no_png, completions=args.completions)
     except (FileNotFoundError, NotADirectoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return EXIT_USAGE
     print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import builtins
 import ctypes
+import locale
+import multiprocessing
 import os
 import re
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -145,3 +150,164 @@ def ignores_interrupt(completions, **_):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(0.05)
     return length(completions)
+
+
+# --- what a call leaves behind
+
+KEPT = []
+
+
+def starts_processes(completions, **_):
+    """A child, a grandchild in a session of its own that nobody waits for, a shell's background job that ignores
+    signals, and one of multiprocessing."""
+    if any("bad" in completion for completion in completions):
+        subprocess.Popen(["sleep", "600"])
+        subprocess.Popen("trap '' TERM INT HUP; (sleep 600 & sleep 600) & exit 0", shell=True, start_new_session=True)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                time.sleep(600)
+            os._exit(0)
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,)).start()
+    return length(completions)
+
+
+def starts_processes_and_hangs(completions, **_):
+    starts_processes(completions)
+    return sleeps(completions)
+
+
+def starts_processes_and_dies(completions, **_):
+    starts_processes(completions)
+    return kills_itself(completions)
+
+
+def forks_and_returns(completions, **_):
+    """Each process comes back to the worker's code and would answer, too."""
+    if any("bad" in completion for completion in completions):
+        for _ in range(3):
+            os.fork()
+    return length(completions)
+
+
+def leaks_files(completions, **_):
+    KEPT.append([open(os.devnull) for _ in range(100)])  # noqa: SIM115
+    return length(completions)
+
+
+def leaks_threads(completions, **_):
+    for _ in range(30):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return length(completions)
+
+
+def takes_memory(completions, **_):
+    if any("bad" in completion for completion in completions):
+        KEPT.append(b"x" * 2**30)
+        time.sleep(600)
+    return length(completions)
+
+
+def takes_memory_in_a_child(completions, **_):
+    if any("bad" in completion for completion in completions):
+        subprocess.run([sys.executable, "-c", "import time; x = b'x' * 2**30; time.sleep(600)"])
+    return length(completions)
+
+
+def keeps_memory(completions, **_):
+    if any("bad" in completion for completion in completions):
+        KEPT.append(b"x" * (300 * 2**20))
+    return length(completions)
+
+
+def prints(completions, **_):
+    if any("bad" in completion for completion in completions):
+        for _ in range(50_000):
+            print("\x1b[2Jscreen gone\rstep 9/9 reward 1.0 \u202e" * 3)
+        subprocess.run(["echo", "from a child"])
+    return length(completions)
+
+
+def raises_controls(completions, **_):
+    raise ValueError("\x1b]0;title\x07\rstep 9/9\n\u202e\ud800" + "x" * 100_000)
+
+
+def lowers_its_limits(completions, **_):
+    if any("bad" in completion for completion in completions):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+    else:
+        open(os.devnull).close()
+    return length(completions)
+
+
+def spoils_its_module(completions, **_):
+    if KEPT:
+        raise TypeError("spoilt by an earlier call")
+    if any("bad" in completion for completion in completions):
+        KEPT.append(None)
+    return length(completions)
+
+
+def closes_its_output(completions, **_):
+    if any("bad" in completion for completion in completions):
+        sys.stdout.close()
+        os.close(2)
+    return length(completions)
+
+
+def closes_everything(completions, **_):
+    if any("bad" in completion for completion in completions):
+        os.closerange(0, 100)
+    return length(completions)
+
+
+def replaces_builtins(completions, **_):
+    if any("bad" in completion for completion in completions):
+        builtins.open = None
+        builtins.id = None
+    else:
+        open(os.devnull).close()
+    return length(completions)
+
+
+def changes_its_process(completions, **_):
+    """Everything that the next call would notice; it scores 1.0 while it notices nothing."""
+    handlers = signal.SIGALRM, signal.SIGCHLD, signal.SIGINT
+    now = (os.getcwd(), sys.getrecursionlimit(), [signal.getsignal(number) for number in handlers],
+           locale.setlocale(locale.LC_ALL), signal.pthread_sigmask(signal.SIG_BLOCK, ()), sys.stdout)  # fmt: skip
+    if not KEPT:
+        KEPT.append(now)
+    os.chdir("/")
+    sys.setrecursionlimit(200)
+    for number in handlers:
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGCHLD else signal.SIG_DFL)
+    signal.alarm(1)
+    locale.setlocale(locale.LC_ALL, "C.UTF-8" if now[3] == "C" else "C")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    sys.stdout = None
+    return [float(now == KEPT[0])] * len(completions)
+
+
+def recurses(completions, **_):
+    if any("bad" in completion for completion in completions):
+        recurses(completions)
+    return length(completions)
+
+
+def pauses(completions, **_):
+    if any("bad" in completion for completion in completions):
+        signal.pause()
+    return length(completions)
+
+
+def odd_returns(completions, **_):
+    """An endless iterator, numbers beyond floats, and what cannot be sent to another process."""
+    text = completions[0]
+    if text == "bad endless":
+        return iter(int, 1)
+    return {"bad huge": [10**5000], "bad lambda": [lambda: 1], "bad list": [0.5] * 10**6}.get(text, length(completions))
+
+
+def variables(completions, **_):
+    """How many of the words in a completion are set in the environment."""
+    return [float(sum(word in os.environ for word in completion.split())) for completion in completions]

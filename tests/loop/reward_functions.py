@@ -23,6 +23,10 @@ def raises_on_solution_14(completions, solution, **_) -> list[float]:
     return [0.0] * len(completions)
 
 
+def lacks_a_column(completions, nowhere=None, **_) -> list[float]:
+    return [float(nowhere[0]["key"])] * len(completions)
+
+
 def starts_low(completions, **_) -> list[float]:
     """Right or wrong, about even for a random model."""
     return [float(text[:1] < "n") for text in (c if isinstance(c, str) else c[-1]["content"] for c in completions)]

@@ -329,6 +329,17 @@ def test_mistakes_are_answered_in_one_line(evaluated, run_folder, capsys, more, 
     assert (model_folder(evaluated) / "held_out.jsonl").read_bytes() == before
 
 
+def test_rewards_that_fail_are_told_and_never_count_in_silence(run_folder, tmp_path, capfd):
+    functions = "tests.loop.reward_functions:lacks_a_column"
+    assert main(words(run_folder, tmp_path, "--reward_funcs", f"[{functions}]")) == 5
+    error = capfd.readouterr().err
+    assert "lacks_a_column failed on all 24 completions of held_out: TypeError" in error and "[float(nowhere" in error
+    assert not (model_folder(tmp_path) / "held_out.jsonl").read_text(), "nothing counts as a wrong answer"
+    functions = "tests.loop.reward_functions:raises_on_solution_14"
+    assert main(words(run_folder, tmp_path, "--reward_funcs", f"[{functions}]", "--n", "1")) == 0
+    assert "failed" not in capfd.readouterr().err
+
+
 def test_vllm_and_a_second_model_make_a_second_row(run_folder, tmp_path):
     """Real vLLM, two models in one command, named files from a folder, one count of samples per benchmark."""
     other = save_tiny(tmp_path / "other", seed=1)

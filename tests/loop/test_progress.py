@@ -13,9 +13,10 @@ import igrpo.progress
 from igrpo.progress import LiveView, sparkline, summary
 
 SCRIPT = """
-import time
+import logging, time
 from igrpo.progress import LiveView
-with LiveView(total=3) as view:
+from igrpo.terminal import shown_warnings
+with shown_warnings(), LiveView(total=3) as view:
     for step in (1, 2):
         view.begin_step(2)
         for stage in ("drafts", "refinements", "drafts", "refinements"):
@@ -27,6 +28,8 @@ with LiveView(total=3) as view:
                              "step_time": 0.5, "peak_memory_gib": 7.25})
     view.note({"eval/accuracy": 0.5})
     view.say("saved [bold]somewhere[/bold]")
+    view.say("forged \\x1b]0;title\\x07\\rstep 9/9 \\u202e")
+    logging.getLogger("igrpo.reward_pool").warning("a reward [red]failed \\x1b[2J")
 """
 
 
@@ -58,12 +61,14 @@ def test_a_terminal_shows_bars_trends_and_figures():
                  "123 tok/s", "0.5 s/step", "7.2 GiB peak", "ETA 0:00:", "weights to the engine"):  # fmt: skip
         assert part in text, part
     assert "saved [bold]somewhere[/bold]" in text  # a path in brackets is no markup
+    assert r"forged \x1b]0;title\x07\rstep 9/9 \u202e" in text
+    assert r"warning: a reward [red]failed \x1b[2J" in text and "\x1b[2J" not in seen
 
 
 def test_ci_and_dumb_terminals_get_plain_lines():
     for variables in ({"CI": "true"}, {"TERM": "dumb"}):
         lines = terminal(**variables).replace("\r\n", "\n").splitlines()
-        assert len(lines) == 3 and lines[1].startswith("step 2/3  reward 0.50  refinement acc 50%  tok/s 123")
+        assert len(lines) == 5 and lines[1].startswith("step 2/3  reward 0.50  refinement acc 50%  tok/s 123")
         assert all(line.isprintable() for line in lines)
 
 

@@ -98,8 +98,8 @@ def test_functions_are_called_as_trl_calls_them():
 # --- misbehaviour
 
 NAMES = ("length", "raises", "raises_unpicklable", "exits", "kills_itself", "segfaults", "short_list", "odd_scores",
-         "none_instead_of_list", "numpy_scores", "awaited", "ignores_interrupt")  # fmt: skip
-HANGING = ("sleeps", "holds_the_lock", "exits_with_zero")
+         "none_instead_of_list", "numpy_scores", "awaited", "ignores_interrupt", "exits_with_zero")  # fmt: skip
+HANGING = ("sleeps", "holds_the_lock")
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,9 @@ def carnage():
         return {name: [row[name] for row in rows] for name in NAMES + HANGING}, pool.stats()
 
 
-@pytest.mark.parametrize("name", ["raises", "raises_unpicklable", "exits", "kills_itself", "segfaults", *HANGING])
+@pytest.mark.parametrize(
+    "name", ["raises", "raises_unpicklable", "exits", "kills_itself", "segfaults", "exits_with_zero", *HANGING]
+)
 def test_only_the_guilty_completion_loses_its_score(carnage, name):
     values, counts = carnage
     assert values[name] == [4.0, -1.0, 5.0]

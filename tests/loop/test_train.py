@@ -322,13 +322,32 @@ def test_rewards_that_hang_or_raise_do_not_stop_the_run(model, tmp_path):
         "reward_funcs": f"[{', '.join(names)}]", "reward_timeout": 1.0, "use_vllm": False, "max_steps": 4,
         "dataset_prompt_column": "prompt", "dataset_solution_column": "solution", "num_drafts": 2,
     }  # fmt: skip
-    run(words(model, str(data), tmp_path / "run", **settings))
+    printed = run(words(model, str(data), tmp_path / "run", **settings))
     logged = steps(tmp_path / "run")
     assert len(logged) == 4
+    raised = "reward function raises_on_solution_14 failed, completion scored 0.0: ZeroDivisionError: a user's bug"
+    assert f"warning: {raised} (reward_functions.py:" in printed
+    assert any(message.startswith(raised) for r in logged for message in r.get("messages", []))
+    assert sum(r["warnings"] for r in logged) == 3.0 and sum(r["rewards/workers_replaced"] for r in logged) >= 1.0
     # One problem hangs, one raises; each has 2 drafts and 4 refinements, and every one of them is counted.
     total = {k: sum(r.get(k, 0.0) for r in logged) for k in {key for r in logged for key in r} if "rewards/" in k}
     assert sum(v for k, v in total.items() if k.endswith("hangs_on_solution_13/timeouts")) == 6.0
     assert sum(v for k, v in total.items() if k.endswith("raises_on_solution_14/errors")) == 6.0
+
+
+def test_a_reward_that_fails_on_everything_stops_the_run(model, questions, tmp_path):
+    function = "tests.loop.reward_functions:lacks_a_column"
+    settings = {"reward_funcs": f"[{LOW_BYTES}, {function}]", "use_vllm": False, "max_steps": 2}
+    printed = run(words(model, questions, tmp_path / "run", **settings), code=5)
+    (error,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "lacks_a_column failed on all" in error and "step 1: TypeError: 'NoneType' object is not" in error
+    assert "reward_functions.py:" in error and 'return [float(nowhere[0]["key"])]' in error
+    assert "stop_on_reward_failure: false" in error and "Traceback" not in printed
+    settings |= {"stop_on_reward_failure": False, "eval_samples": 2}
+    run(words(model, questions, tmp_path / "run", **settings))
+    logged = records(tmp_path / "run")
+    assert [r.get("rewards/lacks_a_column/errors") for r in logged if "reward" in r] == [16.0, 14.0]
+    assert [r["eval/rewards/lacks_a_column/errors"] for r in logged if "eval/reward" in r] == [2.0, 2.0]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,40 @@
+"""The rewards of a run, from its config."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.reward_pool import RewardPool
+from igrpo.reward_process import worker_environment
+from igrpo.rewards import BUILTIN, load_reward_functions
+
+logger = logging.getLogger(__name__)
+
+
+def start_rewards(config: TrainConfig) -> RewardPool:
+    """
+    Raises:
+        ConfigError: a function or the judge that cannot be used.
+    """
+    try:
+        functions = load_reward_functions(config.reward_funcs, config)
+    except ValueError as error:
+        raise ConfigError(f"reward_funcs: {error}") from None
+    judge = None
+    if "judge" in config.reward_funcs:
+        from igrpo.judge import Judge
+
+        judge = Judge(config)
+        judge.check()
+    missing = [name for name in config.reward_env if name not in os.environ]
+    if missing:
+        raise ConfigError(f"reward_env: {missing[0]} is not set; export it, or leave it out")
+    environment, kept = worker_environment(config.reward_env, {config.judge_api_key_env})
+    if kept and not all(function.path in BUILTIN.values() for function in functions):
+        logger.info("reward functions do not get %s: name those they need in reward_env", ", ".join(kept))
+    return RewardPool(
+        functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value,
+        judge, config.reward_memory_gib, environment,
+    )  # fmt: skip
