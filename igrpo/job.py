@@ -349,14 +349,14 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     """
     from igrpo import sharding, zero3
     from igrpo.memory_plan import GIB, memory_plan, model_shape
-    from igrpo.models import model_config
+    from igrpo.models import model_config, model_sizes
 
     sharding.check_settings()
     if zero3.asked_for():
         zero3.check_settings()
     processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
     try:
-        shape = model_shape(model_config(path, config).to_dict())
+        shape = model_shape(model_sizes(model_config(path, config)))
     except KeyError as error:
         print(f"no memory plan: the model's config has no {error}", flush=True)
         return

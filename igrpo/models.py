@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.model_names import PACKAGED, looks_local
+from igrpo_kernels.model_logits import text_config
 
 
 def resolve_model(name: str) -> str:
@@ -80,7 +81,8 @@ def attention(config: TrainConfig) -> str:
 def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, and those the model's generation settings name."""
     ids = {tokenizer.eos_token_id}
-    named = [model_config(path, config).eos_token_id]
+    whole = model_config(path, config)
+    named = [getattr(part, "eos_token_id", None) for part in (whole, text_config(whole))]
     # A model may come without generation settings; what cannot be read for another reason has failed before.
     with contextlib.suppress(OSError):
         settings = GenerationConfig.from_pretrained(path, revision=config.model_revision or "main")
@@ -96,7 +98,14 @@ def model_config(path: str, config: TrainConfig) -> Any:
 
 def context_limit(path: str, config: TrainConfig) -> int | None:
     """Positions the model was made for, or None if its config does not say."""
-    return getattr(model_config(path, config), "max_position_embeddings", None)
+    return getattr(text_config(model_config(path, config)), "max_position_embeddings", None)
+
+
+def model_sizes(settings: Any) -> dict[str, Any]:
+    """What ``memory_plan.model_shape`` reads, of a loaded config: the language model's, under transformers' names."""
+    part = text_config(settings)
+    aliases = {name: getattr(part, name, None) for name in part.attribute_map}
+    return part.to_dict() | aliases | {"tie_word_embeddings": settings.tie_word_embeddings}
 
 
 def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:

@@ -26,6 +26,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from igrpo_kernels.model_logits import text_config
+
 KERNELS = {"sdpa": "igrpo_per_run", "flex_attention": "igrpo_block_mask", "flash_attention_2": "igrpo_varlen"}
 """Kernel -> its name in transformers' registry, where a name with "flash" in it would ask for a kernel from the hub."""
 
@@ -120,7 +122,7 @@ def use_packed_attention(model: Any, kernel: str) -> None:
 
 def why_not_packable(model: Any) -> str | None:
     """What keeps a model from reading packed sequences, in words; None if nothing does."""
-    config = model.config.get_text_config()
+    config = text_config(model.config)
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced"
     if getattr(model, "_is_stateful", False):

@@ -16,7 +16,7 @@ from torch import nn
 from igrpo.batching import MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
-from igrpo_kernels.model_logits import logit_transform_of
+from igrpo_kernels.model_logits import language_model, logit_transform_of
 
 
 def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig:
@@ -135,5 +135,5 @@ class Policy(nn.Module):
         # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
         pinned = batch.input_ids.is_cuda
         with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offloads else nullcontext():
-            out = self.model.base_model(input_ids=batch.input_ids, **inputs)
+            out = language_model(self.model)(input_ids=batch.input_ids, **inputs)
         return out.last_hidden_state.flatten(0, 1)[batch.rows]

@@ -71,6 +71,7 @@ def _from_hub(name: str) -> dict[str, Any]:
 
 
 def _shape(config: dict[str, Any], name: str) -> ModelShape:
+    config = _with_defaults(config)
     if mixed := [key for key in STATE_SPACE if key in config]:
         raise ConfigError(
             f"model_name_or_path: {name} has state-space layers ({mixed[0]}); only models with attention in every "
@@ -82,6 +83,19 @@ def _shape(config: dict[str, Any], name: str) -> ModelShape:
         raise ConfigError(
             f"model_name_or_path: the config of {name} has no {error}; only decoder-only transformers can be planned"
         ) from error
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with other names, or one inside another, as transformers reads it: Gemma 3's files leave most out."""
+    if "hidden_size" in config and "text_config" not in config:
+        return config  # without transformers, which takes seconds to import
+    from transformers import CONFIG_MAPPING
+
+    from igrpo.models import model_sizes
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return config
+    return model_sizes(CONFIG_MAPPING[config["model_type"]].from_dict(config))
 
 
 def known_rows(dataset_name: str) -> int | None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,62 +10,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.learner import Learner
 from igrpo.models import load_policy
 from igrpo.saved_format import SavedFormat, saved_tensors, tensors_of
+from tests.architectures import NOT_BUILT, SIZES, shared, tiny_config, tiny_model
 from tests.tiny import tiny_llama, tiny_tokenizer
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 48, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "first_k_dense_replace": 1,
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "index_n_heads": 2, "index_head_dim": 16, "vocab_size_per_layer_input": 48, "hidden_size_per_layer_input": 8,
-}  # fmt: skip
-"""Each config takes what it knows of them."""
-VISION = {
-    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
-    "patch_size": 14,
-}  # fmt: skip
-OWN: dict[str, dict[str, Any]] = {
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "gemma3": {"vision_config": VISION},
-    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "granitemoehybrid": {"mamba_n_heads": 4, "layer_types": ["mamba", "attention"]},
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "llama4": {"vision_config": VISION},
-    "mamba2": {"num_heads": 4, "head_dim": 16},
-    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"], "num_hidden_layers": 2},
-}
-NOT_BUILT = {
-    "dbrx": "DbrxAttentionConfig has no rope_theta in transformers 5.19",
-    "gemma3n": "its image encoder needs the timm package",
-}
-
-
-def shared() -> dict[str, str]:
-    """Model type -> class, of the causal language models that vLLM's registry names, too."""
-    spec = find_spec("vllm")
-    if spec is None or spec.origin is None:
-        return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    registry = (Path(spec.origin).parent / "model_executor/models/registry.py").read_text(encoding="utf-8")
-    known = set(re.findall(r'^    "(\w+)": \(', registry, re.MULTILINE))
-    return {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in known}
-
-
-def tiny_model(kind: str) -> Any:
-    torch.manual_seed(0)
-    made, own = CONFIG_MAPPING[kind], OWN.get(kind, {})
-    composite = "text_config" in made.sub_configs
-    settings = {"text_config": SIZES, **own} if composite else SIZES | own
-    return transformers.AutoModelForCausalLM.from_config(made(**settings)).eval()
 
 
 def written(model: Any, folder: Path) -> dict[str, torch.Tensor]:
@@ -85,7 +34,7 @@ def test_every_architecture_sends_what_it_saves(tmp_path):
     not_built, changed = {}, set()
     for kind in shared():
         try:
-            model = tiny_model(kind)
+            model = tiny_model(tiny_config(kind))
         except Exception as error:  # whatever a config or a model raises: the list below says which may
             not_built[kind] = f"{type(error).__name__}: {error}"
             continue
@@ -107,7 +56,7 @@ def learner_of(folder: Path, **settings: Any) -> Learner:
 @pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
 def test_a_checkpoint_is_what_was_sent_and_loads_again(kind, tmp_path):
     """Rules undone twice would rename twice; a router's correction is a buffer in float32, whatever is computed in."""
-    wanted = written(tiny_model(kind), tmp_path / "model")
+    wanted = written(tiny_model(tiny_config(kind)), tmp_path / "model")
     learner = learner_of(tmp_path / "model")
     assert_same(dict(learner.named_tensors()), wanted)
     learner.save(tmp_path / "saved", tiny_tokenizer(), {})
@@ -141,7 +90,7 @@ def test_tied_weights_go_under_the_name_that_loading_wants():
 
 def test_a_rule_waits_for_its_own_tensors_only():
     """Experts of one layer at a time: nothing of the model is held twice."""
-    model = tiny_model("qwen3_moe")
+    model = tiny_model(tiny_config("qwen3_moe"))
     saved, held = SavedFormat(model), []
     taken: list[str] = []
 

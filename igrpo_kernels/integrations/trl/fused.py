@@ -10,7 +10,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from igrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
-from igrpo_kernels.model_logits import logit_transform_of
+from igrpo_kernels.model_logits import language_model, logit_transform_of
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES
 
 _GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # divided by num_items_in_batch
@@ -146,11 +146,11 @@ class FusedGRPOTrainer(GRPOTrainer):
         """`function(hidden (B, T, H), lm_head weight (V, H), bias, logit transform)`: row t predicts token t."""
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # under a PEFT adapter
         with self.accelerator.autocast():
-            hidden = base.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+            hidden = language_model(base)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
         head = base.get_output_embeddings()
         weight, bias = _whole(head.weight), _whole(head.bias)
         hidden = hidden[:, -keep - 1 : -1].to(weight.device)
-        transform = logit_transform_of(base.config.get_text_config())
+        transform = logit_transform_of(base.config)
         if self.args.cast_lm_head_to_fp32:
             with torch.autocast(hidden.device.type, enabled=False):
                 return function(hidden.float(), weight, bias, transform)

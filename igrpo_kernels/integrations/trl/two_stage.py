@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from igrpo_kernels.integrations.trl.fused import FusedGRPOTrainer
+from igrpo_kernels.model_logits import text_config
 
 DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
 
@@ -179,7 +180,7 @@ class IGRPOTrainer(FusedGRPOTrainer):
 
     def _longest_prompt(self) -> float:
         limits = [self.args.vllm_max_model_length if self.use_vllm else None]
-        limits.append(getattr(self.model.config.get_text_config(), "max_position_embeddings", None))
+        limits.append(getattr(text_config(self.model.config), "max_position_embeddings", None))
         return min((limit for limit in limits if limit), default=float("inf")) - self.max_completion_length
 
     def _gather(self, local: list) -> list:
