@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from igrpo.answers import extract_answer
+from igrpo.log_lines import read_records
 
 SERIES = (
     "reward",
@@ -43,9 +44,13 @@ SERIES = (
 
 def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str, processes: int = 1) -> dict[str, Any]:
     """Everything the summary and the figures need, a few kilobytes."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    notes: list[str] = []
+    rows = list(read_records(folder / "metrics.jsonl", notes))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     steps = [row for row in rows if "reward" in row]
+    equal = answer_equals_draft(folder, notes)
+    for note in notes:  # a figure from a broken log must not look like any other
+        print(f"warning: {note}", file=sys.stderr)
     return {
         "plan": plan,
         "arm": arm,
@@ -59,7 +64,7 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str, 
             "step": [row["step"] for row in steps],
             **{name: [_short(row.get(name)) for row in steps] for name in SERIES if any(name in row for row in steps)},
         },
-        "answer_equals_draft": answer_equals_draft(folder),
+        "answer_equals_draft": equal,
         "totals": {
             "decoded_tokens": sum(decoded(row) for row in steps),
             "rollouts": sum(row["rollout/rollouts_per_prompt"] for row in steps) * _prompts(config) * processes,
@@ -94,18 +99,16 @@ def decoded(row: dict[str, float]) -> int:
     return int(row["rollout/draft_tokens"] + row["rollout/refinement_tokens"])
 
 
-def answer_equals_draft(folder: Path) -> float | None:
+def answer_equals_draft(folder: Path, notes: list[str]) -> float | None:
     """Share of refinements whose final answer is that of the draft they were shown; None where none is shown."""
     path, equal = folder / "completions.jsonl", []
     if not path.is_file():
         return None
-    with open(path, encoding="utf-8") as lines:
-        for line in lines:
-            group = json.loads(line)
-            if group["chosen"] is None:
-                continue
-            shown = extract_answer(group["drafts"][group["chosen"]]["text"])
-            equal += [shown is not None and extract_answer(r["text"]) == shown for r in group["refinements"]]
+    for group in read_records(path, notes):
+        if group["chosen"] is None:
+            continue
+        shown = extract_answer(group["drafts"][group["chosen"]]["text"])
+        equal += [shown is not None and extract_answer(r["text"]) == shown for r in group["refinements"]]
     return _short(fmean(equal)) if equal else None
 
 

@@ -329,6 +329,8 @@ class TrainConfig:
     """Keep the newest so many checkpoints; null: all."""
     resume_from_checkpoint: str | None = None
     """`last`, or the path of a checkpoint folder."""
+    trust_checkpoint: bool = False
+    """Unpickle what a checkpoint holds beyond tensors and plain data; its files can then run code on this machine."""
     logging_steps: float = 1
     """Write metrics every so many steps, or below 1 every such share of all steps."""
     log_completions: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,16 +10,18 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from igrpo.checkpoints import checkpoints, find_checkpoint, place
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_unused import say_unused
 from igrpo.data import ProblemSampler, load_problems
 from igrpo.feed import ProblemFeed
 from igrpo.memory_plan import this_machine
+from igrpo.output_folder import claimed
 from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
 from igrpo.reward_setup import start_rewards
 from igrpo.reward_tally import check_tallies
-from igrpo.run_folder import RunFolder, checkpoints, find_checkpoint, group_record
+from igrpo.run_folder import RunFolder, group_record
 from igrpo.terminal import Warnings
 from igrpo.types import Problem, RolloutGroup
 
@@ -195,10 +196,11 @@ def build(config: TrainConfig) -> Iterator[Job]:
         ConfigError: a setting that cannot work; nothing has been written.
     """
     with ExitStack() as stack:
+        stack.enter_context(claimed(config, main_process=place()[0] == 0))
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(start_rewards(config))
-        say_unused(config, this_machine(config.use_cpu).device == "cpu", int(os.environ.get("RANK", "0")))
+        say_unused(config, this_machine(config.use_cpu).device == "cpu", place()[0])
         problems, held_out = load_data(config)
         check_columns(rewards.functions, [*problems, *held_out])
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
@@ -336,7 +338,7 @@ def _feed(config: TrainConfig, problems: Sequence[Problem], learner: Any, state:
     if state:
         try:
             feed.load_state_dict(state["sampler"])
-        except ValueError as error:
+        except (ValueError, KeyError, TypeError) as error:  # another run's order, or a file that holds none
             raise ConfigError(f"resume_from_checkpoint: {error}") from None
     return feed
 
@@ -354,7 +356,7 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     sharding.check_settings()
     if zero3.asked_for():
         zero3.check_settings()
-    processes, rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    rank, processes = place()
     try:
         shape = model_shape(model_sizes(model_config(path, config)))
     except KeyError as error:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 
-from igrpo import batching, sharding, zero3
+from igrpo import batching, learner_state, sharding, zero3
 from igrpo.adapters import Adapters
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
@@ -130,12 +130,11 @@ class Learner:
         # Not prepared by accelerate, which would step it once per process.
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         self.scheduler = build_schedule(optimizer, self.config, total_steps)
-        self.accelerator.register_for_checkpointing(self.scheduler)
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
         """Those of ``report_to``, told the run's settings; closed at the end, so that nothing stays in buffers."""
-        name = self.config.run_name or Path(self.config.output_dir).name
+        name = self.config.run_name or Path(self.config.output_dir).resolve().name
         settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
         options = {tracker: {"name": name} for tracker in ("wandb", "trackio") if tracker in self.config.trackers}
         self.accelerator.init_trackers("igrpo", config=settings, init_kwargs=options)
@@ -329,12 +328,15 @@ class Learner:
 
     def save(self, folder: Path, tokenizer: Any, extra: Any) -> None:
         """Writes ``folder``: the model for everyone, and ``folder/state`` to resume from."""
-        self.accelerator.save_state(str(folder / "state"))
+        main, state = self.accelerator.is_main_process, folder / "state"
+        state.mkdir(parents=True, exist_ok=True)
+        learner_state.save_random_numbers(state, self.accelerator.process_index)
         if self.sharded:
-            sharding.save(self.policy, self.optimizer, folder / "state" / "shards")
-        if self.zero3:
-            self.policy.save(folder / "state")
-        main = self.accelerator.is_main_process
+            sharding.save(self.policy, self.optimizer, state / "shards")
+        elif self.zero3:
+            self.policy.save(state)
+        elif main:
+            learner_state.save_weights(self.accelerator.unwrap_model(self.policy), self.optimizer, state)
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
         adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
         if main:
@@ -345,19 +347,31 @@ class Learner:
             tokenizer.save_pretrained(folder)
             if self.adapters is not None:
                 self.adapters.save(folder / "adapter", iter(adapters))
-            torch.save(extra, folder / "state" / "loop.pt")
+            learner_state.save_loop(self.scheduler, extra, state)
 
     def load(self, folder: Path) -> Any:
-        """Restores weights, optimiser, schedule and random numbers; returns ``extra`` of ``save``."""
+        """Restores weights, optimiser, schedule and random numbers; returns ``extra`` of ``save``.
+
+        Raises:
+            ConfigError: the folder does not hold them, or would have to be unpickled (``trust_checkpoint``).
+        """
+        state, trust = folder / "state", self.config.trust_checkpoint
         try:
-            self.accelerator.load_state(str(folder / "state"))
             if self.sharded:
-                sharding.load(self.policy, self.optimizer, folder / "state" / "shards")
-            if self.zero3:
-                self.policy.load(folder / "state")
-            return torch.load(folder / "state" / "loop.pt", weights_only=True)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({error})") from error
+                sharding.load(self.policy, self.optimizer, state / "shards", trust)
+            elif self.zero3:
+                self.policy.load(state, trust)
+            else:
+                policy = self.accelerator.unwrap_model(self.policy)
+                learner_state.load_weights(policy, self.optimizer, state, trust)
+            extra = learner_state.load_loop(self.scheduler, state, trust)
+            learner_state.load_random_numbers(state, self.accelerator.process_index, trust)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever torch, safetensors and optimisers raise at what is not what they wrote
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({reason})") from error
+        return extra
 
 
 def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:

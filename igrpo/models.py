@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import os
+import pickle
 import shutil
 import tempfile
 from pathlib import Path
@@ -114,7 +115,7 @@ def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:
         return loader.from_pretrained(
             path, revision=config.model_revision or "main", trust_remote_code=config.trust_remote_code, **options
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, pickle.UnpicklingError) as error:  # the last: weights that are code
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"model_name_or_path: cannot load {path} ({first})") from error
 

@@ -2,55 +2,51 @@
 
 from __future__ import annotations
 
-import errno
 import json
+import logging
 import os
 import shutil
-import time
-from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
-from igrpo.config import ConfigError, TrainConfig
+from igrpo.checkpoints import (
+    HASHES,
+    PREFIX,
+    checkpoints,
+    files_of,
+    hashes,
+    locate_checkpoint,
+    place,
+    read_manifest,
+    step_of,
+    write_manifest,
+)
+from igrpo.config import TrainConfig
 from igrpo.config_file import dump_yaml
+from igrpo.log_lines import Broken, Line, read_lines
+from igrpo.output_folder import (
+    HEADER,
+    LOGS,
+    OWN,
+    STOP_FILE,
+    DiskFullError,
+    disk_is_full,
+    free_name,
+    is_in,
+    is_run,
+    set_aside,
+)
 from igrpo.types import RolloutGroup, Scored
 
-_PREFIX = "checkpoint-"
-STOP_FILE = "stop"
-"""Whoever writes a file of this name into the folder of a run stops it after the step, with a checkpoint."""
-ALMOST_NOTHING = 16 * 2**20
-"""Bytes; a disk with less is full."""
+logger = logging.getLogger(__name__)
 
-
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from.
-
-    Raises:
-        ConfigError: one was asked for and is not there.
-    """
-    asked = config.resume_from_checkpoint
-    if asked is None:
-        return None
-    if asked in ("last", "latest", "true"):
-        found = checkpoints(Path(config.output_dir))
-        if not found:
-            raise ConfigError(f"resume_from_checkpoint: {config.output_dir} has no checkpoint yet; leave the key out")
-        return found[-1]
-    folder = Path(asked).expanduser()
-    if not (folder / "state" / "loop.pt").is_file():
-        raise ConfigError(f"resume_from_checkpoint: {asked} is no checkpoint folder (no state/loop.pt inside)")
-    return folder
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in folder.glob(f"{_PREFIX}*") if p.name[len(_PREFIX) :].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[len(_PREFIX) :]))
-
-
-class DiskFullError(RuntimeError):
-    """What was to be written did not fit."""
+_SAVING, _REMOVING = f".{OWN}saving-", f".{OWN}removing-"
+"""What a checkpoint is called before it is whole, and while it goes; no reader takes these for one."""
+_UNFINISHED = f".{OWN}{{}}.tmp"
+"""What any other file is called before it is whole."""
 
 
 class Processes(Protocol):
@@ -68,6 +64,9 @@ class RunFolder:
     Args:
         resumed_step: the checkpoint's step, or None for a new run. One of another folder's begins a new run here.
         processes: of the run; only the main one changes the folder.
+
+    Raises:
+        ConfigError: an earlier run cannot be moved.
     """
 
     def __init__(self, config: TrainConfig, resumed_step: int | None, processes: Processes):
@@ -75,22 +74,30 @@ class RunFolder:
         self.limit = config.save_total_limit
         self.processes = processes
         self.set_aside: Path | None = None
+        self.run = uuid.uuid4().hex
         if not processes.is_main_process:
             return
-        if resumed_step is not None and not _is_of(self.path, find_checkpoint(config)):
+        resumed = locate_checkpoint(config) if resumed_step is not None else None
+        if resumed is not None and not is_in(self.path, resumed):
             resumed_step = None
         if resumed_step is None:
-            self.set_aside = _set_aside(self.path)
+            self.set_aside = set_aside(self.path)
         else:
+            manifest = read_manifest(resumed) if resumed is not None else None
+            self.run = manifest["run"] if manifest else self.run
             _abandon_after(self.path, resumed_step)
         self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(f".{_PREFIX}*"):  # of a run that was killed while saving
-            shutil.rmtree(leftover, ignore_errors=True)
-        for name in ("metrics.jsonl", "completions.jsonl", "timeline.jsonl"):
+        for leftover in (*self.path.glob(f"{_SAVING}*"), *self.path.glob(f"{_REMOVING}*")):
+            shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it saved or made room
+        for leftover in self.path.glob(_UNFINISHED.format("*")):
+            leftover.unlink()
+        for name in LOGS:
             if resumed_step is not None:
                 _drop_lines_after(self.path / name, resumed_step)
         (self.path / STOP_FILE).unlink(missing_ok=True)
-        write_atomically(self.path / "config.yaml", dump_yaml(config))
+        if (self.path / "config.yaml").exists() and not is_run(self.path):  # somebody's, or broken
+            os.rename(self.path / "config.yaml", free_name(self.path / "config.yaml.old"))
+        write_atomically(self.path / "config.yaml", HEADER + dump_yaml(config))
 
     def log_metrics(self, step: int, metrics: dict[str, float], messages: Sequence[str] = ()) -> None:
         """Args:
@@ -104,14 +111,15 @@ class RunFolder:
         self._append("completions.jsonl", list(records))
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None]) -> Path:
-        """``write`` (in every process) fills a hidden folder, which then gets its name in one rename.
+        """``write`` (in every process) fills a hidden folder, which gets its manifest, then its name in one rename.
 
         Raises:
             DiskFullError: nothing of the checkpoint is left; the ones before it are whole.
         """
-        staging, target = self.path / f".{_PREFIX}{step}", self.path / f"{_PREFIX}{step}"
+        staging, target = self.path / f"{_SAVING}{PREFIX}{step}", self.path / f"{PREFIX}{step}"
         try:
             write(staging)
+            self._write_manifest(staging, step)
         except Exception as error:  # each library that writes has an exception of its own for a full disk
             if not disk_is_full(error, self.path):
                 raise
@@ -121,101 +129,127 @@ class RunFolder:
                 f"the disk of {self.path} was full after {written / 2**30:.2f} GiB of checkpoint {step}; make room, or "
                 "write save_total_limit: 1 to keep only the last checkpoint"
             ) from error
-        self.processes.wait_for_everyone()
         if self.processes.is_main_process:
-            _sync_to_disk(staging)
-            shutil.rmtree(target, ignore_errors=True)
+            if os.path.lexists(target):
+                os.rename(target, free_name(self.path / f"abandoned-{target.name}"))
             os.replace(staging, target)
-            if self.limit is not None:
-                for old in checkpoints(self.path)[: -self.limit]:
-                    if old != target:
-                        shutil.rmtree(old, ignore_errors=True)
+            _sync(self.path)
+            self._make_room(target)
         self.processes.wait_for_everyone()  # no process goes on to look for a checkpoint that has no name yet
         return target
+
+    def _write_manifest(self, staging: Path, step: int) -> None:
+        """Each process reads its share of the files again, from the disk's cache, and says what they hash to."""
+        rank, processes = place()
+        self.processes.wait_for_everyone()
+        found = hashes(staging, files_of(staging)[rank::processes])
+        if rank:
+            (staging / f"{HASHES}{rank}").write_text(json.dumps(found), encoding="utf-8")
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process:
+            for other in range(1, processes):
+                part = staging / f"{HASHES}{other}"
+                found |= json.loads(part.read_text(encoding="utf-8"))
+                part.unlink()
+            _sync_to_disk(staging)
+            write_manifest(staging, self.run, step, processes, found)
+
+    def _make_room(self, newest: Path) -> None:
+        """Removes this run's oldest checkpoints. They lose their name first: what has one is whole."""
+        if self.limit is None:
+            return
+        own = [
+            c for c in checkpoints(self.path) if not c.is_symlink() and (read_manifest(c) or {}).get("run") == self.run
+        ]
+        for old in own[: -self.limit]:
+            if old != newest:
+                going = free_name(self.path / f"{_REMOVING}{old.name}")
+                os.rename(old, going)
+                shutil.rmtree(going, ignore_errors=True)
 
     def asked_to_stop(self) -> bool:
         """Whether a ``STOP_FILE`` has been written since the last call. torchrun, and so accelerate, kills
         processes half a minute after a signal, less than a step may take; this waits for the step."""
-        if not self.processes.is_main_process or not (self.path / STOP_FILE).exists():
+        if not self.processes.is_main_process or not (self.path / STOP_FILE).is_file():
             return False
         (self.path / STOP_FILE).unlink()
         return True
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        with open(self.path / name, "a", encoding="utf-8") as file:
+        # Half a character, which UTF-8 cannot hold, is written as JSON escapes it.
+        with open(self.path / name, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    os.replace(staging, path)
+    with replaced(path) as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when it is whole; one that did not become so goes."""
+    staging = path.with_name(_UNFINISHED.format(path.name))
+    try:
+        with open(staging, "wb") as file:
+            yield file
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Without one that a kill cut short. Not ``splitlines``: a completion may hold what that takes for a line's end,
-    U+2028 for example."""
-    with open(path, encoding="utf-8", newline="\n") as file:
-        return [line for line in file if line.endswith("\n")]
-
-
-def disk_is_full(error: Exception, path: Path) -> bool:
-    """torch and safetensors do not keep the system's error number, so what is left on the disk says it too."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    said = os.strerror(errno.ENOSPC) in str(error)
-    return said or (path.exists() and shutil.disk_usage(path).free < ALMOST_NOTHING)
-
-
-def _set_aside(path: Path) -> Path | None:
-    """Renames a folder that holds an earlier run; an empty or foreign folder stays."""
-    if not (path / "config.yaml").is_file():
-        return None
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime((path / "config.yaml").stat().st_mtime))
-    target = _free_name(path.with_name(f"{path.name}-{stamp}"))
-    os.rename(path, target)
-    return target
-
-
-def _is_of(folder: Path, checkpoint: Path | None) -> bool:
-    return checkpoint is None or checkpoint.resolve().parent == folder.resolve()
+    """Those that hold a record."""
+    return [line.raw.decode("utf-8-sig") for line in read_lines(path) if line.record is not None]
 
 
 def _abandon_after(folder: Path, step: int) -> None:
     """Checkpoints of a future that this run goes another way than: kept, but neither the last one nor pruned."""
     for checkpoint in checkpoints(folder):
-        if int(checkpoint.name[len(_PREFIX) :]) > step:
-            os.rename(checkpoint, _free_name(folder / f"abandoned-{checkpoint.name}"))
-
-
-def _free_name(wanted: Path) -> Path:
-    others = (wanted.with_name(f"{wanted.name}.{i}") for i in count(1))
-    return wanted if not wanted.exists() else next(path for path in others if not path.exists())
+        if (step_of(checkpoint) or 0) > step:
+            os.rename(checkpoint, free_name(folder / f"abandoned-{checkpoint.name}"))
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """The steps after the checkpoint will run again; a line cut by a kill goes too."""
+    """The steps after the checkpoint will run again. A cut end goes too; a broken line among those that stay is named
+    and stays, since whoever reads the log leaves it out."""
     if not path.is_file():
         return
-    kept = []
-    for line in whole_lines(path):
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    write_atomically(path, "".join(kept))
+    broken, unsure = Broken(path), []
+    with replaced(path) as file:
+        for line in read_lines(path):
+            if line.step is None:
+                unsure.append(line)
+            elif line.step <= step:
+                file.writelines(map(_ended, (*unsure, line)))
+                for one in unsure:
+                    broken.add(one)
+                unsure.clear()
+    for sentence in broken.sentences():
+        logger.warning(sentence)
+
+
+def _ended(line: Line) -> bytes:
+    return line.raw if line.whole else line.raw + b"\n"
 
 
 def _sync_to_disk(folder: Path) -> None:
     """Contents before the name: after a power cut the renamed folder must not hold empty files."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+    for path in (*folder.rglob("*"), folder):
+        if path.is_file() or path.is_dir():
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:  # not every file system can do that with a folder
+        if not path.is_dir():
+            raise error
+    finally:
+        os.close(descriptor)
 
 
 def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:

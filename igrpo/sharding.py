@@ -9,18 +9,27 @@ Each decoder layer is one unit, gathered when it computes. The root unit holds w
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from igrpo.config import ConfigError
+
+FILE_BYTES = 2**31
+"""Of whole tensors; each process writes its share."""
+PLAIN = "plain.json"
+"""Learning rates and the like of the optimiser."""
 
 
 def asked_for() -> bool:
@@ -81,14 +90,85 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def save(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Every process writes its shards."""
-    model, moments = get_state_dict(policy, optimizer)
-    dcp.save({"model": model, "optimizer": moments}, checkpoint_id=folder)
+    """Every process writes its shards, as safetensors; the first one what is no tensor, as JSON."""
+    state = _state(policy, optimizer)
+    tensors, plain = _once(state, policy), {k: v for k, v in state.items() if not isinstance(v, torch.Tensor)}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), _files(tensors), save_distributed=True)
+    with _one_error():
+        dcp.save(tensors, storage_writer=writer)
+    if torch.distributed.get_rank() == 0:
+        (folder / PLAIN).write_text(json.dumps(plain), encoding="utf-8")
 
 
-def load(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    """Reads what ``save`` wrote."""
+def load(policy: Any, optimizer: torch.optim.Optimizer, folder: Path, trust: bool) -> None:
+    """Reads what ``save`` wrote.
+
+    Args:
+        trust: also read what a version wrote that pickled.
+
+    Raises:
+        ConfigError: that version wrote it, and nobody said that it can be trusted.
+    """
     release(policy)
+    if (folder / ".metadata").is_file():
+        if not trust:
+            raise ConfigError(
+                f"resume_from_checkpoint: {folder} was pickled by an older version, and loading it may run code; only "
+                "if you trust whoever wrote it, write trust_checkpoint: true"
+            )
+        _load_pickled(policy, optimizer, folder)
+        return
+    state = _state(policy, optimizer)
+    plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
+    with _one_error():
+        dcp.load(_once(state, policy), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))  # in place
+    parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
+    for name, value in (state | plain).items():
+        part, _, key = name.partition("/")
+        parts[part][key] = value
+    set_state_dict(
+        policy,
+        optimizer,
+        model_state_dict=parts["model"],
+        optim_state_dict=parts["optimizer"],
+        options=StateDictOptions(flatten_optimizer_state_dict=True),
+    )
+
+
+def _state(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Tensors and plain values by ``model/NAME`` and ``optimizer/NAME``."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    model, moments = get_state_dict(policy, optimizer, options=options)
+    return {f"model/{k}": v for k, v in model.items()} | {f"optimizer/{k}": v for k, v in moments.items()}
+
+
+def _once(state: dict[str, Any], policy: Any) -> dict[str, torch.Tensor]:
+    """The tensors, a tied one under one of its names."""
+    named = policy.named_parameters
+    tied = {f"model/{name}" for name, _ in named(remove_duplicate=False)} - {f"model/{name}" for name, _ in named()}
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and name not in tied}
+
+
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Name -> number of the file, from 1. A file is put together in memory, so there are many of them."""
+    numbers, written = {}, 0
+    for name, tensor in tensors.items():
+        numbers[name] = 1 + written // FILE_BYTES
+        written += tensor.numel() * tensor.element_size()
+    return numbers
+
+
+@contextmanager
+def _one_error() -> Iterator[None]:
+    """torch collects the errors of all processes in one that is no ``Exception``; one of them says enough."""
+    try:
+        yield
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))
+        raise RuntimeError(str(first)) from error
+
+
+def _load_pickled(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     model, moments = get_state_dict(policy, optimizer)
     state = {"model": model, "optimizer": moments}
     dcp.load(state, checkpoint_id=folder)

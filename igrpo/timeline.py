@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from igrpo.log_lines import read_records
 
 ENGINE_STAGES = ("draft", "refinement", "eval")
 COLORS = {
@@ -81,8 +84,7 @@ class Span:
 
 def read_spans(path: Path) -> list[Span]:
     """Finished spans by their start; what a killed run left open, and a line cut by the kill, is left out."""
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        return sorted(finished(filter(None, map(_event, lines))), key=lambda span: span.start)
+    return sorted(finished(read_records(path, [])), key=lambda span: span.start)
 
 
 def finished(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
@@ -90,12 +92,14 @@ def finished(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
     running: dict[tuple[str, int, str], float] = {}
     for e in events:
         stage, step, name, t = e.get("stage"), e.get("step"), e.get("id"), e.get("t")
-        if stage not in ROWS or not isinstance(step, int) or not isinstance(t, int | float):
+        if stage not in ROWS or not isinstance(step, int) or not _is_time(t) or not isinstance(name, str):
             continue
         if e.get("event") == "start":
             running[stage, step, name] = t
         elif (stage, step, name) in running:
-            yield Span(stage, step, name, running.pop((stage, step, name)), t, e.get("tokens", 0))
+            tokens = e.get("tokens", 0)
+            begun = running.pop((stage, step, name))
+            yield Span(stage, step, name, begun, t, tokens if isinstance(tokens, int) else 0)
 
 
 def engine_idle(spans: Sequence[Span]) -> list[tuple[float, float]]:
@@ -171,18 +175,11 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _last_time(path: Path) -> float:
-    if not path.is_file():
-        return 0.0
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        return max((e["t"] for e in map(_event, lines) if e is not None and "t" in e), default=0.0)
+    return max((e["t"] for e in read_records(path, []) if _is_time(e.get("t"))), default=0.0)
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    try:
-        event = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return event if isinstance(event, dict) else None
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

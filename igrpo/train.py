@@ -35,8 +35,8 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2,
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk, 5 a reward function
-    failed on everything, 130 stopped after a save, by Ctrl-C or a file."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk or no folder any
+    more, 5 a reward function failed on everything, 130 stopped after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.use_vllm and config.vllm_mode == "server":
@@ -64,7 +64,7 @@ def train(config: TrainConfig, warnings: Warnings) -> int:
     check_trackers(config.trackers)
     from igrpo.engines import EngineError
     from igrpo.job import build
-    from igrpo.run_folder import disk_is_full
+    from igrpo.output_folder import DiskFullError, disk_is_full
 
     try:
         with build(config) as job:
@@ -73,9 +73,13 @@ def train(config: TrainConfig, warnings: Warnings) -> int:
     except EngineError as error:  # it did not start
         print_error(error, lines=True)
         return EXIT_ENGINE
+    except DiskFullError as error:  # before the first step
+        print_error(error)
+        return EXIT_DISK_FULL
     except OSError as error:  # from a log; a checkpoint's would be a DiskFullError
         folder = Path(config.output_dir).expanduser()
-        if not disk_is_full(error, folder):
+        of_folder = os.path.realpath(str(error.filename)).startswith(os.path.realpath(folder))
+        if not of_folder and not disk_is_full(error, folder):
             raise
         print_error(error, how_to_go_on(folder))
         return EXIT_DISK_FULL
@@ -99,8 +103,8 @@ def quiet_libraries() -> None:
 def loop(job: Job) -> int:
     from igrpo.engines import EngineError
     from igrpo.metrics import rollout_metrics
+    from igrpo.output_folder import DiskFullError
     from igrpo.reward_tally import RewardError
-    from igrpo.run_folder import DiskFullError
 
     config, view = job.config, job.view
     stop = StopRequest()
@@ -138,7 +142,7 @@ def loop(job: Job) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    from igrpo.run_folder import checkpoints
+    from igrpo.checkpoints import checkpoints
 
     saved = checkpoints(folder)
     if not saved:

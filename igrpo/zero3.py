@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from igrpo import learner_state
 from igrpo.config import ConfigError, TrainConfig
 from igrpo_kernels import GRPOLossOutput
 
@@ -108,15 +109,37 @@ class Zero3:
         """Every process writes its share of weights and optimiser."""
         self.engine.save_checkpoint(str(folder), tag="zero3")
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, trust: bool) -> None:
         """Reads what ``save`` wrote, with the same number of processes.
 
         Raises:
             OSError: it is not there.
+            ConfigError: it holds objects of which some may run code, and ``trust`` is not given.
         """
-        path, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
+        own = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = _Reader(own, trust)
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
+        finally:
+            self.engine.checkpoint_engine = own
         if path is None:
             raise OSError(f"no ZeRO-3 state in {folder}")
+
+
+class _Reader:
+    """DeepSpeed's reader of files, which unpickles whatever they hold, with ours in its place."""
+
+    def __init__(self, own: Any, trust: bool):
+        self._own, self._trust = own, trust
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return learner_state.read(Path(path), self._trust, [LossScaler, ZeroStageEnum])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
 
 
 class _Answers(torch.nn.Module):

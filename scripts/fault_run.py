@@ -172,9 +172,9 @@ def alive(process: psutil.Process) -> bool:
 
 def records(folder: Path, name: str) -> list[dict]:
     """Whole lines; the trainer may be writing the next one."""
-    path = folder / name
-    *lines, _ = path.read_text().split("\n") if path.is_file() else [""]
-    return [json.loads(line) for line in lines]
+    from igrpo.log_lines import read_records
+
+    return list(read_records(folder / name, []))
 
 
 def complaints(steps: list[dict], groups: list[dict], settings: dict) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import build_config, coerce, key_groups, read_yaml, split_args
+from igrpo.output_folder import DiskFullError, disk_is_full, refused, usable
 from igrpo.terminal import print_error, printable, shown_warnings
 
 if TYPE_CHECKING:
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 # Heavy imports are inside functions: a mistake in the arguments is answered at once.
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 5, 130
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 """System prompt of a model that comes without a run."""
 DEFAULT_LENGTH = 4096
 MODEL_AND_ENGINE = (
-    "num_drafts", "max_completion_length", "bf16", "use_cpu", "use_vllm", "trust_remote_code",
+    "num_drafts", "max_completion_length", "bf16", "use_cpu", "use_vllm",
     "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs",
 )  # fmt: skip
 """What a checkpoint's run says about the model and the engine, beside all it says about prompts and rewards."""
@@ -53,8 +54,8 @@ class Subject:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 5 a reward function failed on everything,
-    130 stopped by Ctrl-C."""
+    """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk, 5 a reward function
+    failed on everything, 130 stopped by Ctrl-C."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
         with shown_warnings():
@@ -62,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print_error(error)
         return EXIT_BAD_CONFIG
+    except (DiskFullError, OSError) as error:
+        if not isinstance(error, DiskFullError) and not disk_is_full(error, Path(arguments.output_dir)):
+            raise
+        print_error(f"{error}; finished problems are kept, and the same command goes on")
+        return EXIT_DISK_FULL
     except KeyboardInterrupt:
         print("\nstopped; finished problems are kept, and the same command goes on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -95,6 +101,8 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     quiet_libraries()
     _, overrides = split_args(list(rest))
     recipe = read_yaml(arguments.config) if arguments.config else {}
+    with refused(arguments.output_dir):
+        folder = usable(arguments.output_dir)
     rules = _rules(arguments.two_stage)
     asked = [name for word in arguments.benchmarks for name in word.split(",") if name]
     # Every mistake in names and files is found before the first model is loaded.
@@ -108,7 +116,6 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from igrpo.eval.run import EvaluationRun
     from igrpo.reward_tally import RewardError
 
-    folder = Path(arguments.output_dir).expanduser()
     rows: list[dict[str, Any]] = []
     try:
         for subject, config, benchmarks in plans:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from igrpo.config import ConfigError
-from igrpo.run_folder import scored_record, whole_lines, write_atomically
+from igrpo.log_lines import read_records
+from igrpo.run_folder import scored_record, write_atomically
 from igrpo.types import Problem, Scored
+
+logger = logging.getLogger(__name__)
 
 SETTINGS = "settings.yaml"
 
@@ -35,7 +39,7 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     """
     path = folder / SETTINGS
     if path.is_file():
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        earlier = _settings(path)
         if changed := [key for key in settings if earlier.get(key) != settings[key]]:
             what = ", ".join(f"{key} ({earlier.get(key)!r}, now {settings[key]!r})"[:200] for key in changed)
             raise ConfigError(
@@ -45,6 +49,16 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"output_dir: {path} cannot be read; remove {path.parent}, or write another --output_dir")
+    return found
 
 
 class Records:
@@ -61,16 +75,28 @@ class Records:
     def __init__(self, path: Path, problems: Sequence[Problem], n: int, rewards: Sequence[str]):
         self.path, self.n, self.rewards = path, n, list(rewards)
         self.by_row: dict[int, dict[str, Any]] = {}
-        for line in whole_lines(path) if path.is_file() else ():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for record in self._read():
             self.by_row.setdefault(record["row"], record)
         for problem in problems:
             self._check(problem)
         if path.is_file():
             self._rewrite()
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """Whole records; problems of those that are broken, which are named, are sampled again."""
+        notes: list[str] = []
+        if os.path.lexists(self.path) and not self.path.is_file():
+            raise ConfigError(f"output_dir: {self.path} is no file; move it away, or write another --output_dir")
+        odd = 0
+        for record in read_records(self.path, notes):
+            if _fits(record):
+                yield record
+            else:
+                odd += 1
+        if odd:
+            notes.append(f"{self.path}: {odd} records of another shape were left out")
+        for note in notes:
+            logger.warning(note)
 
     def missing(self, problems: Sequence[Problem]) -> list[Problem]:
         return [problem for problem in problems if problem.index not in self.by_row]
@@ -128,6 +154,16 @@ def make_record(problem: Problem, scored: Sequence[Scored], judge: str, with_ids
         "score": None if None in scores else sum(score for score in scores if score is not None) / len(scores),
         "completions": completions,
     }
+
+
+def _fits(record: dict[str, Any]) -> bool:
+    """Whether it has what is read of one."""
+    completions = record.get("completions")
+    if type(record.get("row")) is not int or not {"prompt", "solution", "correct", "score"} <= record.keys():
+        return False
+    if not isinstance(completions, list) or not completions:
+        return False
+    return all(isinstance(c, dict) and isinstance(c.get("rewards"), dict) and "text" in c for c in completions)
 
 
 def _plain(prompt: Any) -> Any:

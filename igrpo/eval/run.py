@@ -27,11 +27,13 @@ from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
 from igrpo.metrics import judge
 from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
+from igrpo.output_folder import refused
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_columns import check_columns
 from igrpo.reward_pool import RewardPool
 from igrpo.reward_setup import start_rewards
 from igrpo.reward_tally import check_tallies
+from igrpo.run_lock import locked
 from igrpo.saved_format import saved_tensors
 from igrpo.terminal import printable
 
@@ -80,7 +82,9 @@ class EvaluationRun:
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:
             settings["num_drafts"] = config.num_drafts
-        open_folder(self.folder, settings)
+        with refused(str(self.folder)):
+            open_folder(self.folder, settings)
+            stack.enter_context(locked(self.folder))
         self._stack = stack
         self._engine: Any = None
 

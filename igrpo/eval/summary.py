@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -11,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from igrpo.eval.pass_at_k import Estimate, average, bootstrap, pass_at_k
+from igrpo.output_folder import free_name
 from igrpo.run_folder import write_atomically
 
 Row = dict[str, Any]
 """One model in one mode: name, mode, benchmarks {name: figures}, average."""
 
+
+logger = logging.getLogger(__name__)
 
 SINGLE_SHOT = "single shot"
 LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority": "--", "two-stage,": ":"}
@@ -69,7 +73,15 @@ def merge(folder: Path, rows: Sequence[Row]) -> list[Row]:
 
 
 def _read(path: Path) -> list[Row]:
-    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        kept = free_name(path.with_name(f"{path.name}.broken"))
+        path.rename(kept)
+        logger.warning("%s cannot be read; it is kept as %s", path, kept.name)
+        return []
 
 
 def table(rows: Sequence[Row]) -> str:

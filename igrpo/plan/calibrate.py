@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import StatisticsError, fmean, median
 from typing import Any
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import build_config, read_yaml
+from igrpo.log_lines import read_records
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 from igrpo.plan.models import find_shape
 from igrpo.plan.workload import StepTime, Workload
-from igrpo.run_folder import whole_lines
 from igrpo.types import Problem
 
 PROMPTS_COUNTED = 64
@@ -39,6 +39,13 @@ class Measured:
 
 def read_run(folder: str) -> Measured:
     """Raises ConfigError if the folder is no run with at least two steps and logged completions."""
+    try:
+        return _read_run(folder)
+    except (KeyError, TypeError, StatisticsError) as error:
+        raise ConfigError(f"calibrate: the logs of {folder} lack figures ({error}); give another run") from error
+
+
+def _read_run(folder: str) -> Measured:
     path = Path(folder).expanduser()
     for name in ("config.yaml", "metrics.jsonl", "completions.jsonl"):
         if not (path / name).is_file():
@@ -99,4 +106,9 @@ def calibrate(measured: Measured, hardware: Hardware, rates: Rates = GUESSED) ->
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in whole_lines(path)]
+    """Without what is no record, which is said."""
+    notes: list[str] = []
+    records = list(read_records(path, notes))
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    return records

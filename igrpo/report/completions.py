@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from igrpo.log_lines import MOST_BYTES, parse
 from igrpo.report.arms import Arm
-from igrpo.report.runs import parse_line
 
 MOST_GROUPS = 300
 """Groups on a page, over all runs."""
@@ -101,7 +101,7 @@ def _read(path: Path, offsets: Sequence[int]) -> tuple[list[Group], int]:
     with open(path, "rb") as file:
         for offset in offsets:
             file.seek(offset)
-            record = parse_line(file.readline().decode("utf-8", errors="replace"))
+            record = parse(file.readline(MOST_BYTES))
             group = _group(record) if record is not None else None
             if group is None:
                 broken += 1

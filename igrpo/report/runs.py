@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from igrpo.log_lines import read_records, step_of
 
 Series = list[tuple[float, float]]
 """(step, value) pairs, steps ascending, values finite."""
@@ -64,7 +64,9 @@ def read_run(folder: Path) -> Run:
     if not (folder / "metrics.jsonl").is_file() and not (folder / "completions.jsonl").is_file():
         raise FileNotFoundError(f"{folder}: no metrics.jsonl and no completions.jsonl; give the output_dir of a run")
     notes: list[str] = []
-    records = list(read_lines(folder / "metrics.jsonl", notes))
+    if not (folder / "metrics.jsonl").exists():
+        notes.append("metrics.jsonl is missing")
+    records = list(read_records(folder / "metrics.jsonl", notes))
     metrics = _metrics(records, notes)
     for name, (whole, *parts) in DERIVED.items():
         if whole in metrics and parts[0] in metrics:
@@ -79,43 +81,14 @@ def read_run(folder: Path) -> Run:
     return Run(folder, _config(folder / "config.yaml", notes), metrics, notes)
 
 
-def read_lines(path: Path, notes: list[str], required: bool = True) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a .jsonl file; lines that are none are counted in ``notes``."""
-    if not path.is_file():
-        if required:
-            notes.append(f"{path.name} is missing")
-        return
-    broken, number = [], 0
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            record = parse_line(line)
-            if record is not None:
-                yield record
-            elif line.strip():
-                broken.append(number)
-    if broken == [number]:
-        notes.append(f"{path.name}: the last line is cut off and was left out (the run was killed, or is still going)")
-    elif broken:
-        which = ", ".join(map(str, broken[:5])) + (", …" if len(broken) > 5 else "")
-        notes.append(f"{path.name}: {len(broken)} of {number} lines are no JSON objects and were left out: {which}")
-
-
-def parse_line(line: str) -> dict[str, Any] | None:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return record if isinstance(record, dict) else None
-
-
 def _metrics(records: list[dict[str, Any]], notes: list[str]) -> dict[str, Series]:
     """One series per key; of several lines of one step the last counts."""
     columns: dict[str, dict[float, float]] = {}
     not_finite: dict[str, list[float]] = {}
     without_step = 0
     for record in records:
-        step = record.get("step")
-        if not _is_number(step):
+        step = step_of(record)
+        if step is None:
             without_step += 1
             continue
         for key, value in record.items():

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure as Canvas
 
+from igrpo.log_lines import read_records
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import HEIGHT, WIDE, colour_of
-from igrpo.report.runs import read_lines
 from igrpo.timeline import ROWS, Span, finished
 
 SHOWN_STEPS = 3
@@ -18,7 +18,7 @@ SHOWN_STEPS = 3
 def last_spans(path: Path, notes: list[str]) -> tuple[list[int], list[Span]]:
     """Finished spans of the last few steps, streamed: the file of a long run is large."""
     recent: dict[int, list[Span]] = {}
-    for span in finished(read_lines(path, notes, required=False)):
+    for span in finished(read_records(path, notes)):
         recent.setdefault(span.step, []).append(span)
         for old in sorted(recent)[:-SHOWN_STEPS]:
             del recent[old]

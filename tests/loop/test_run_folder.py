@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from igrpo.checkpoints import checkpoints, find_checkpoint
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.run_folder import DiskFullError, RunFolder, checkpoints, find_checkpoint, whole_lines
+from igrpo.run_folder import DiskFullError, RunFolder, whole_lines
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 

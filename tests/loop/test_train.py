@@ -202,9 +202,11 @@ def started(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(model, questions, tmp_path):
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on_and_no_run_comes_between(model, questions, tmp_path):
     arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
     process = started([sys.executable, "-m", "igrpo.train", *arguments], tmp_path / "run")
+    refused = run(arguments, code=2)
+    assert f"output_dir: {tmp_path}/run is in use by process {process.pid} on " in refused
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume_from_checkpoint last" in output and "Traceback" not in output
