@@ -118,6 +118,7 @@ def test_prime_rl_settings_name_a_function_and_keys_that_exist():
     GRPOLossConfig(**loss["kwargs"])
 
 
+@pytest.mark.needs_package("verl")
 def test_verl_registers_its_loss():
     core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
     load("verl_policy_loss")

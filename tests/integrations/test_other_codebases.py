@@ -82,6 +82,7 @@ VERL = {
 }  # fmt: skip
 
 
+@pytest.mark.needs_package("verl")
 @pytest.mark.parametrize("name", VERL)
 def test_verl_policy_losses_are_verls_own(x, name):
     core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
@@ -332,6 +333,7 @@ def test_keys_without_effect_on_a_policy_term_are_refused(x, setting):
         policy_settings(GRPOLossConfig(**setting))
 
 
+@pytest.mark.needs_package("prime_rl")
 def test_prime_rl_calls_it_with_its_own_types(x):
     library = pytest.importorskip("prime_rl.trainer.rl.loss", exc_type=ImportError)
     inputs = library.LossInputs(x.logps[0], x.old[0], None, x.advantages[0], x.mask[0].bool())

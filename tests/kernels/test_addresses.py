@@ -48,10 +48,10 @@ def test_rows_more_than_2_to_the_31_elements_apart(impl, inplace):
     assert resident_bytes() - before < 2**30  # of 4 GiB of addresses
 
 
+# Interpreted, 70,000 programs take minutes; test_triton_compile.py looks at the grid.
+@pytest.mark.applies(lambda x: x["impl"] != "triton", otherwise="minutes")
 def test_more_rows_than_a_grid_dimension_holds(impl):
     """70,000 rows; those that are masked are not read, so their pages never exist."""
-    if impl == "triton":
-        pytest.skip("interpreted, 70,000 programs take minutes; test_triton_compile.py looks at the grid")
     count = 70_000
     logits, kept = distant_rows(count, torch.bfloat16), torch.tensor([0, 65_535, 65_536, 69_999])
     if impl == "torch":  # it widens all rows

@@ -127,7 +127,7 @@ def test_architectures_that_nvcc_does_not_know_are_left_out(monkeypatch, capsys,
             plan["known_archs"](str(nvcc))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.applies(not torch.cuda.is_available(), otherwise="there is a CUDA device")
 def test_without_a_device_the_reason_is_given():
     assert "CUDA" in available_impls()["cuda"]
     with pytest.raises(RuntimeError, match=r"impl='cuda' is not available: .*CUDA"):

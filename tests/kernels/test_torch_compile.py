@@ -75,14 +75,18 @@ def device():
     return "cpu"
 
 
+CASES_OF = {
+    "cpu": CASES,
+    # The one with autograd functions of its own; the fused linear compacts rows in plain PyTorch: not one graph.
+    "torch": ["packed_sequence"],
+    # The rest of the Python is impl="cpu"'s, and test_autograd.py compiles the operators.
+    "triton": ["token", "linear_log_probs", "linear_token"],
+}
+
+
+@pytest.mark.applies(lambda x: x["case"] in CASES_OF[x["impl"]], otherwise="CASES_OF says why")
 @pytest.mark.parametrize("case", CASES)
 def test_one_graph_for_every_length(case, impl, device):
-    if impl == "torch" and "linear" in case:
-        pytest.skip("the reference's fused linear compacts rows in plain PyTorch, which is not one graph")
-    if impl == "torch" and case != "packed_sequence":
-        pytest.skip("plain PyTorch: the case with autograd functions of its own is enough")
-    if impl == "triton" and case in ("log_probs", "packed_sequence"):
-        pytest.skip("the Python is impl='cpu''s, and test_autograd.py compiles the operators")
     torch._dynamo.reset()
     compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (5, 3, 8):
@@ -98,10 +102,9 @@ def test_one_graph_for_every_length(case, impl, device):
         torch.testing.assert_close(results[1], results[0], rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.applies(lambda x: x["impl"] != "torch", otherwise="the reference has no operators")
 def test_opcheck_of_the_linear_operators(impl, device):
     """Schemas, fake kernels and dynamic shapes of what a graph calls instead of the chunked functions."""
-    if impl == "torch":
-        pytest.skip("the reference has no operators")
     kernels, x = "triton" if impl == "triton" else "native", tensors(4, device)
     batch = TokenBatch.build(
         x["ids"], x["advantages"], dtype=torch.float32, completion_mask=x["mask"], old_per_token_logps=x["old"]

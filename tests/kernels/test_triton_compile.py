@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.slow  # all wait for the compilations that `reports` starts
 
 
 CAPABILITIES = (80, 90, 100)

@@ -29,8 +29,11 @@ def runs():
         yield {name: pool.submit(run, name) for name in NAMES}
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the folder itself is collected and runs on the device")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the folder itself is collected")
+@pytest.mark.slow
+@pytest.mark.applies(
+    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
+    otherwise="the folder tests/kernels/triton_kernels itself is collected",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_under_the_interpreter(runs, name):
     done = runs[name].result()

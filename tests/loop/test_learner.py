@@ -184,7 +184,7 @@ def test_other_optimisers_by_their_names():
         learner(optim="adamw_9bit")
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.applies(find_spec("bitsandbytes") is None, otherwise="bitsandbytes is installed")
 def test_an_optimiser_whose_package_is_missing_says_so():
     with pytest.raises(ConfigError, match=r"optim: paged_adamw_8bit cannot be had here.*bitsandbytes"):
         learner(optim="paged_adamw_8bit")

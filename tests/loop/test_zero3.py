@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -19,13 +18,10 @@ from igrpo.config import ConfigError, TrainConfig
 from tests.loop.train_on_ranks import ZERO3
 
 ROOT = Path(__file__).resolve().parents[2]
-INSTALLED = importlib.util.find_spec("deepspeed") is not None
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory) -> tuple[dict, dict, Path]:
-    if not INSTALLED:
-        pytest.skip("deepspeed is not installed (pip install deepspeed)")
     folder = tmp_path_factory.mktemp("zero3")
     # By default DeepSpeed leaves small weights whole, and of a tiny model that is all of them.
     divide_all = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
@@ -47,6 +43,7 @@ def launched(tmp_path_factory) -> tuple[dict, dict, Path]:
     return results[0], results[1], folder
 
 
+@pytest.mark.needs_package("deepspeed")
 @pytest.mark.timeout(1800)  # DeepSpeed compiles its shared-memory communication on first use
 @pytest.mark.parametrize("case", ZERO3)
 def test_two_processes_equal_one_without_deepspeed(launched, case):

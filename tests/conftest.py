@@ -1,0 +1,117 @@
+"""Which tests are slow, which apply here, and at the end of a run what did not run and why.
+
+`slow_tests.json` has the measured seconds of every test function (all its parameters together) and of every fixture
+that takes more than SLOW_SECONDS. Those functions, and all tests that use such a fixture, carry the mark `slow`, as do
+tests that were marked by hand. `make test ARGS=--measure` writes the file anew for what ran.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = Path(__file__).with_name("slow_tests.json")
+SLOW_SECONDS = 2.0
+TOGETHER = "quick tests together"
+fixture_seconds: dict[str, float] = {}
+test_seconds: dict[str, float] = {}
+missing_packages: Counter[str] = Counter()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--measure", action="store_true", help="write tests/slow_tests.json for the tests that run")
+
+
+def record() -> dict[str, float]:
+    return json.loads(RECORD.read_text(encoding="utf-8"))
+
+
+def function_of(nodeid: str) -> str:
+    return nodeid.partition("[")[0]
+
+
+def fixture_name(definition: pytest.FixtureDef) -> str:
+    """As a test function's: the file that has it, and its name."""
+    return f"{getattr(definition.func, '__module__', '').replace('.', '/')}.py::{definition.argname}"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = set(record())
+    kept, left = [], []
+    for item in items:
+        fixtures = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
+        if function_of(item.nodeid) in slow or any(fixture_name(fixture) in slow for fixture in fixtures):
+            item.add_marker("slow")
+        (kept if applies(item) else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)
+
+
+def applies(item: pytest.Item) -> bool:
+    """A test that can never run here is not there: a skip is for what somebody should mend."""
+    for mark in item.iter_markers("applies"):
+        condition = mark.args[0]
+        if not (condition(item.callspec.params) if callable(condition) else condition):
+            return False
+    for mark in item.iter_markers("needs_package"):
+        if importlib.util.find_spec(mark.args[0]) is None:
+            missing_packages[mark.args[0]] += 1
+            return False
+    return True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
+    start = time.perf_counter()
+    try:
+        return (yield)
+    finally:
+        name = fixture_name(fixturedef)
+        fixture_seconds[name] = max(fixture_seconds.get(name, 0.0), time.perf_counter() - start)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call":
+        name = function_of(report.nodeid)
+        test_seconds[name] = test_seconds.get(name, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not session.config.getoption("--measure"):
+        return
+    before, measured = record(), fixture_seconds | test_seconds
+    slow = {name: round(seconds, 1) for name, seconds in measured.items() if seconds > SLOW_SECONDS}
+    after = {name: seconds for name, seconds in before.items() if name not in measured} | slow
+    # What lies elsewhere, or was renamed or taken away, goes.
+    after = {name: seconds for name, seconds in after.items() if (ROOT / name.partition("::")[0]).is_file()}
+    whole = session.config.args == [str(ROOT / "tests")] or session.config.args == ["tests"]
+    together = sum(seconds for name, seconds in test_seconds.items() if name not in after)
+    after[TOGETHER] = round(together, 1) if whole else before.get(TOGETHER, 0.0)
+    RECORD.write_text(json.dumps(dict(sorted(after.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line on what did not run, and one on tests that have become slow."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    others = [report for report in skipped if "gpu" not in report.keywords]
+    if skipped or missing_packages:
+        words = [f"{len(skipped) - len(others)} skipped tests need a GPU, {len(others)} need something else"]
+        # Not in requirements/, each for its reason: CONTRIBUTING.md.
+        words += [f"{count} were left out without {package}" for package, count in missing_packages.items()]
+        terminalreporter.write_line("; ".join(words))
+    left = sum("slow" in item.keywords for item in terminalreporter.stats.get("deselected", []))
+    if left:
+        terminalreporter.write_line(f"{left} slow tests were left out")
+    for report in others:
+        terminalreporter.write_line(f"  {report.nodeid}: {report.longrepr[2]}")
+    known = record()
+    grown = sorted(name for name, seconds in test_seconds.items() if seconds > 2 * SLOW_SECONDS and name not in known)
+    if grown and not terminalreporter.config.getoption("--measure"):
+        terminalreporter.write_line(f"slow, and not marked so (make test ARGS=--measure): {', '.join(grown)}")
