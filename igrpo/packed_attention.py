@@ -31,6 +31,9 @@ from igrpo_kernels.model_logits import text_config
 KERNELS = {"sdpa": "igrpo_per_run", "flex_attention": "igrpo_block_mask", "flash_attention_2": "igrpo_varlen"}
 """Kernel -> its name in transformers' registry, where a name with "flash" in it would ask for a kernel from the hub."""
 
+BLOCK = 128
+"""Tokens of a block of flex_attention's mask."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -81,10 +84,14 @@ class Layout:
         return self._once(("index", device), build)
 
     def block_mask(self, device: torch.device, window: int | None) -> Any:
-        """flex_attention's mask: same sequence, not later, and less than ``window`` positions back."""
+        """flex_attention's mask: same sequence, not later, and less than ``window`` positions back.
+
+        Which blocks are read at all follows from the runs: create_block_mask would look at every pair of tokens, 20 GiB
+        for 85,000 of them.
+        """
 
         def build() -> Any:
-            from torch.nn.attention.flex_attention import create_block_mask
+            from torch.nn.attention.flex_attention import BlockMask
 
             runs = torch.repeat_interleave(torch.tensor(self.lengths)).to(device)  # (L,) run of each token
             roots = torch.tensor([i if p is None else p for i, p in enumerate(self.parents)], device=device)[runs]
@@ -95,16 +102,56 @@ class Layout:
                 near = True if window is None else positions[q] - positions[k] < window
                 return same & (q >= k) & near
 
+            some, whole = (_listed(x.to(device)) for x in self._blocks(window))
             total = sum(self.lengths)
-            return create_block_mask(allowed, None, None, total, total, device=str(device))
+            return BlockMask.from_kv_blocks(
+                *some, *whole, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(total, total)
+            )
 
         return self._once(("mask", device, window), build)
+
+    def _blocks(self, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(L/128, L/128) bool, on the CPU: pairs of blocks of which some tokens, and all tokens, may be read."""
+        count = -(-sum(self.lengths) // BLOCK)
+        some = torch.zeros(count, count, dtype=torch.bool)
+        pairs = torch.zeros(count, count, dtype=torch.int64)  # of tokens that surely may be read
+        spans = [self._span(run, start) for run, start in enumerate(self.starts)]
+        for run, parent in enumerate(self.parents):
+            queries, first_query, last_query = spans[run]
+            for read in (run,) if parent is None else (parent, run):
+                keys, first_key, last_key = spans[read]
+                near = torch.ones(len(first_query), len(first_key), dtype=torch.bool)
+                surely = (last_query - first_query + 1)[:, None] * (last_key - first_key + 1)
+                if read == run:
+                    near, surely = near.tril(), surely.tril(-1)
+                if window is not None:
+                    near &= first_query[:, None] - last_key < window
+                    surely *= last_query[:, None] - first_key < window
+                some[queries, keys] |= near
+                pairs[queries, keys] += surely
+        whole = pairs == BLOCK**2
+        return some & ~whole, whole
+
+    def _span(self, run: int, start: int) -> tuple[slice, torch.Tensor, torch.Tensor]:
+        """The blocks in which a run stands, and its first and last position in each."""
+        parent = self.parents[run]
+        end = start + self.lengths[run]
+        blocks = slice(start // BLOCK, -(-end // BLOCK))
+        edges = (BLOCK * torch.arange(blocks.start, blocks.stop + 1)).clamp(start, end)
+        edges += (0 if parent is None else self.lengths[parent]) - start
+        return blocks, edges[:-1], edges[1:] - 1
 
     def _once(self, key: Any, build: Callable[[], Any]) -> Any:
         """Every layer of the model asks for the same tensors."""
         if key not in self._cache:
             self._cache[key] = build()
         return self._cache[key]
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As flex_attention reads a mask, int32: per row how many blocks are set, and the columns with those in front."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32)[None, None], order.int()[None, None]
 
 
 def packed_kernel(asked: str, device: torch.device) -> str:

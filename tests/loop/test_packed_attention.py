@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -135,6 +136,33 @@ def test_flex_attention_computes_the_same_forward(name, bf16):
     tolerance = 0.05 if bf16 else 1e-5
     with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", enabled=bf16):
         torch.testing.assert_close(hidden("flex_attention"), hidden("sdpa"), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 40, 200, 5000])
+@pytest.mark.parametrize(
+    ("lengths", "parents"),
+    [
+        ((5,), (None,)), ((128,), (None,)), ((1000,), (None,)), ((256, 128, 384), (None, 0, 0)),
+        ((300, 70, 1, 500, 129, 640, 3, 200), (None, 0, 0, 0, None, 4, 4, None)),
+    ],
+)  # fmt: skip
+def test_the_block_mask_reads_the_blocks_that_looking_at_every_pair_finds(lengths, parents, window):
+    mask = Layout(lengths, parents).block_mask(torch.device("cpu"), window)
+    total = sum(lengths)
+    exact = create_block_mask(mask.mask_mod, None, None, total, total, device="cpu")
+
+    def sets(listed, counts):
+        return [set(row[:n].tolist()) for row, n in zip(listed[0, 0], counts[0, 0].tolist(), strict=True)]
+
+    partial, whole = sets(mask.kv_indices, mask.kv_num_blocks), sets(mask.full_kv_indices, mask.full_kv_num_blocks)
+    needed, full = sets(exact.kv_indices, exact.kv_num_blocks), sets(exact.full_kv_indices, exact.full_kv_num_blocks)
+    for ours, ours_whole, theirs, theirs_whole in zip(partial, whole, needed, full, strict=True):
+        if window is None:
+            assert (ours, ours_whole) == (theirs, theirs_whole)
+        assert ours_whole <= theirs_whole and not ours & ours_whole
+        assert (ours | ours_whole) >= (theirs | theirs_whole)
+    assert (mask.seq_lengths, mask.BLOCK_SIZE) == (exact.seq_lengths, exact.BLOCK_SIZE)
+    assert mask.kv_indices.dtype == exact.kv_indices.dtype and mask.q_indices.shape == exact.q_indices.shape
 
 
 @pytest.mark.gpu
