@@ -241,7 +241,7 @@ def _reasoning_gym(name: str, options: dict[str, Any], split: str, max_samples: 
         entry = generators[turn][row]
         columns = {key: entry[key] for key in ("question", "answer", "metadata")}
         columns["task_options"] = per_task.get(tasks[turn], {})
-        return Problem(index, entry["question"], entry["answer"] or "", columns)
+        return Problem(index, entry["question"], entry["answer"] or "", columns, f"'{name}' row {index}")
 
     make(0)
     return ProblemSet(name, size, make)

@@ -61,6 +61,13 @@ def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa
     return model
 
 
+def skeleton(path: str, config: TrainConfig) -> Any:
+    """The causal LM without weights, on the meta device: names and shapes in a moment, whatever its size."""
+    settings = model_config(path, config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+
+
 def attention(config: TrainConfig) -> str:
     """The attention the learner can have on this machine; says so when it is not the one asked for.
 
@@ -107,6 +114,11 @@ def model_sizes(settings: Any) -> dict[str, Any]:
     part = text_config(settings)
     aliases = {name: getattr(part, name, None) for name in part.attribute_map}
     return part.to_dict() | aliases | {"tie_word_embeddings": settings.tie_word_embeddings}
+
+
+def vocabulary(path: str, config: TrainConfig) -> int | None:
+    """Token ids that the model has an embedding for are below this; None if its config does not say."""
+    return getattr(text_config(model_config(path, config)), "vocab_size", None)
 
 
 def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:

@@ -61,12 +61,16 @@ class PromptBuilder:
         tokenizer: a Hugging Face tokenizer; one without a chat template gets plain text behind its special tokens for
             the start of any text (``<s>``); chat templates write those themselves.
         max_model_length: tokens the engine can hold for prompt + completion.
+        vocab_size: of the model; None: not known.
     """
 
-    def __init__(self, tokenizer: Any, config: TrainConfig, max_model_length: int | None = None):
+    def __init__(
+        self, tokenizer: Any, config: TrainConfig, max_model_length: int | None = None, vocab_size: int | None = None
+    ):
         self.tokenizer = tokenizer
         self.config = config
         self.max_model_length = max_model_length
+        self.vocab_size = vocab_size
         self.before, self.after = config.draft_template.split("{draft}")
         self._after_draft: dict[str, tuple[str, tuple[int, ...]]] = {}
         self.start = self._start() if tokenizer.chat_template is None else ()
@@ -76,8 +80,18 @@ class PromptBuilder:
         self.special_tags = frozenset(map(str, tokenizer.convert_ids_to_tokens(list(self.special_ids))))
 
     def parts(self, problem: Problem) -> PromptParts:
-        """Raises ConfigError if a conversation does not end in a user turn, or the chat template refuses it."""
+        """Raises ConfigError if a conversation does not end in a user turn, the chat template refuses it, or the model
+        has no embedding for one of its tokens."""
         messages = self._messages(problem)
+        made = self._tokenised(messages)
+        if self.vocab_size is not None:
+            for token_id in made.bare + made.before_draft + made.after_draft:
+                if token_id >= self.vocab_size:
+                    where = problem.where or f"row {problem.index}"
+                    raise ConfigError(f"{where}: {self._no_embedding(token_id, messages)}")
+        return made
+
+    def _tokenised(self, messages: tuple[Message, ...]) -> PromptParts:
         text = self._render(messages)
         bare, suffix = self.start + self._encode(text), self._prompt_suffix(text)
         if not self.config.shows_draft:
@@ -194,6 +208,19 @@ class PromptBuilder:
         whole, own = self.tokenizer.encode(text), self._encode(text)
         found = next((i for i in range(len(whole)) if tuple(whole[i : i + len(own)]) == own), 0)
         return tuple(whole[:found])
+
+    def _no_embedding(self, token_id: int, messages: tuple[Message, ...]) -> str:
+        """About an id beyond the model's vocabulary, and which text brought it into the prompt."""
+        named = {"system": "the system prompt"}
+        texts = [("the question", messages[-1]["content"]), ("draft_template", self.before + self.after)]
+        texts += [(named.get(turn["role"], "an earlier turn"), turn["content"]) for turn in messages[:-1]]
+        origin = next((name for name, text in texts if token_id in self._encode(text)), "the chat template")
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return (
+            f"the token {token!r} of {origin} has the id {token_id}, and the model knows ids below "
+            f"{self.vocab_size} only; tokens were added to its tokenizer, not to its embedding: resize that, or "
+            "take the tokenizer it came with"
+        )
 
     def _encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(text, add_special_tokens=False)) if text else ()

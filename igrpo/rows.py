@@ -37,7 +37,7 @@ def read_rows(
         passed_anyway = (prompt_column, "solution") if solution_column == "solution" else (prompt_column,)
         columns = {key: value for key, value in row.items() if key not in passed_anyway}
         prompt = _prompt(values["prompt"], where, prompt_column)
-        yield Problem(index, prompt, _solution(values["solution"], where, solution_column), columns)
+        yield Problem(index, prompt, _solution(values["solution"], where, solution_column), columns, where)
 
 
 def _at(row: Mapping[str, Any], path: str) -> tuple[Any] | None:

@@ -28,6 +28,8 @@ class Problem:
     """The reference answer as the data set writes it (``#### 72``, LaTeX, a plain number), or those that are right."""
     columns: dict[str, Any] = field(default_factory=dict)
     """All other columns of the row; reward functions receive them by name."""
+    where: str = ""
+    """Where the row stands, in words that find it again: ``train.jsonl:17``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
 from igrpo.metrics import judge
-from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids
+from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
 from igrpo.output_folder import refused
 from igrpo.prompts import PromptBuilder
 from igrpo.reward_columns import check_columns
@@ -67,7 +67,7 @@ class EvaluationRun:
         self.subject, self.config, self.benchmarks, self.rules = subject, config, benchmarks, rules
         self.folder = folder / re.sub(r"[^\w.-]+", "--", subject.name.strip("./~"))
         self.tokenizer = load_tokenizer(subject.path, config)
-        self.prompts = PromptBuilder(self.tokenizer, config)
+        self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(subject.path, config))
         self.length = self._context()
         self.prompts.max_model_length = self.length
         self.sampling = Sampling(

@@ -244,3 +244,31 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind, template):
                 assert list(built.with_draft(parts, draft)[0]) == list(q)
             same = takewhile(lambda pair: pair[0] == pair[1], zip(parts.bare, parts.before_draft, strict=False))
             assert len(list(same)) >= len(tokenizer.encode("Be brief.", add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("settings", "question", "sentence"),
+    [
+        ({}, "<tool> 3?", r"data\.jsonl:17: the token '<tool>' of the question has the id 261, and .* below 261 "),
+        ({"system_prompt": "<tool>"}, "3?", r"data\.jsonl:17: the token '<tool>' of the system prompt has the id 261"),
+        (
+            {"few_shot_examples": [{"prompt": "1?", "completion": "<tool>"}]}, "3?",
+            r"data\.jsonl:17: the token '<tool>' of an earlier turn has the id 261",
+        ),
+        (
+            {"chat_template": "{% for m in messages %}<tool>{{ m['content'] }}{% endfor %}"}, "3?",
+            r"data\.jsonl:17: the token '<tool>' of the chat template has the id 261",
+        ),
+        ({"draft_template": "<tool>{draft}"}, "3?", r"data\.jsonl:17: the token '<tool>' of draft_template has"),
+    ],
+)  # fmt: skip
+def test_a_token_that_the_model_has_no_embedding_for_is_told_with_its_row(tokenizer, settings, question, sentence):
+    grown = copy.deepcopy(tokenizer)
+    assert len(grown) == 261 and grown.add_tokens(["<tool>"]) == 1
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+    grown.chat_template = config.chat_template or grown.chat_template
+    problem = Problem(0, question, "7", where="data.jsonl:17")
+    with pytest.raises(ConfigError, match=sentence):
+        PromptBuilder(grown, config, vocab_size=261).parts(problem)
+    PromptBuilder(grown, config, vocab_size=262).parts(problem)
+    PromptBuilder(grown, config).parts(problem)
