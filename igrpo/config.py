@@ -50,7 +50,7 @@ class TrainConfig:
     lora_dropout: float = 0.05
     """Dropout before the adapters while training."""
     lora_target_modules: list[str] | None = None
-    """Names of the layers that get one; null: every linear layer of the decoder."""
+    """Layers that get one: names or their ends, a regular expression, `all-linear`; null: the same as `all-linear`."""
 
     # --- data
     dataset_name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,3 +77,10 @@ class ProblemFeed:
 
     def _own(self, rows: Sequence[int]) -> tuple[Problem, ...]:
         return tuple(self.problems[row] for row in rows[self.rank :: self.processes])
+
+
+def steps_of(config: TrainConfig, problems: int, processes: int) -> int:
+    """Rollout batches of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * problems / (config.prompts_per_step * processes)))

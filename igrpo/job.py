@@ -14,7 +14,7 @@ from igrpo.checkpoints import checkpoints, find_checkpoint, place
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_unused import say_unused
 from igrpo.data import ProblemSampler, load_problems
-from igrpo.feed import ProblemFeed
+from igrpo.feed import ProblemFeed, steps_of
 from igrpo.memory_plan import this_machine
 from igrpo.output_folder import claimed
 from igrpo.reward_columns import check_columns
@@ -218,9 +218,9 @@ def build(config: TrainConfig) -> Iterator[Job]:
         seed_everything(config.seed)
         attn = attention(config)
         reference = load_policy(path, config, attn) if config.beta > 0 and not config.use_peft else None
-        learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id)
+        learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id, length)
         processes = learner.accelerator.num_processes
-        total_steps = _total_steps(config, len(problems), processes)
+        total_steps = steps_of(config, len(problems), processes)
         learner.set_schedule(total_steps * config.num_iterations)
         engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
@@ -289,7 +289,8 @@ def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]
 
 
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
-    from igrpo.models import load_tokenizer, resolve_model, stop_token_ids
+    from igrpo.adapters import Adapters
+    from igrpo.models import load_tokenizer, resolve_model, skeleton, stop_token_ids, vocabulary
     from igrpo.optimizer import check_settings
     from igrpo.policy import loss_config
     from igrpo.prompts import PromptBuilder
@@ -298,7 +299,9 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     check_settings(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
-    prompts = PromptBuilder(tokenizer, config)
+    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
+    if config.use_peft:
+        Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
 
 
@@ -373,12 +376,6 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         )
     if plan.tight and rank == 0:
         print(f"warning: activations may not fit beside it in {there}; if they do not: {plan.advice()}", flush=True)
-
-
-def _total_steps(config: TrainConfig, problems: int, processes: int) -> int:
-    if config.max_steps > 0:
-        return config.max_steps
-    return max(1, math.ceil(config.num_train_epochs * problems / (config.prompts_per_step * processes)))
 
 
 def _announce(job: Job) -> None:

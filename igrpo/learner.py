@@ -16,19 +16,18 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_s
 
 from igrpo import batching, learner_state, sharding, zero3
 from igrpo.adapters import Adapters
+from igrpo.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.batching import Denominators, MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.learner_metrics import Accumulator, Metrics, over_processes, work
 from igrpo.memory_plan import peak_resident
 from igrpo.optimizer import build_optimizer, build_schedule
-from igrpo.packed_attention import packed_kernel, use_packed_attention, why_not_packable
-from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad, prefix_groups
+from igrpo.packed_attention import packed_kernel
+from igrpo.packing import Bin, Limits, PrefixGroup, pack, pad
 from igrpo.policy import Policy
+from igrpo.rotary import pin_rotary
 from igrpo.saved_format import SavedFormat, tensors_of
 from igrpo.types import TrainingSample
-
-PACKING_TOLERANCE = 0.1
-"""Mean gap in nats per token that packed and padded log-probabilities may have; bf16 alone makes a few hundredths."""
 
 OnProgress = Callable[[int, int], None]
 """Told after each micro-batch how many of the step's are done."""
@@ -42,14 +41,16 @@ class Learner:
         reference: frozen causal LM for the KL term, or None; needed when ``beta > 0``, except with ``use_peft``, where
             the model without its adapters is the reference.
         pad_token_id: fills micro-batches of models that cannot be packed; never seen by a real token.
+        context: of the engine in tokens, which decides rotary factors that depend on length; None: not known.
 
     Raises:
-        ConfigError: an optimiser or adapter that cannot be had.
+        ConfigError: an optimiser or adapter that cannot be had, or a model whose log-probabilities cannot be computed.
     """
 
-    def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int):
+    def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int, context: int | None = None):
         self.config = config
-        self.pad_token_id = pad_token_id
+        # A padding token may have been added to the tokenizer alone; any other fills as well.
+        self.pad_token_id = pad_token_id if pad_token_id < len(model.get_input_embeddings().weight) else 0
         self.accelerator = Accelerator(
             mixed_precision="bf16" if config.bf16 else "no",
             cpu=config.use_cpu,
@@ -62,6 +63,9 @@ class Learner:
         policy = Policy(model, config)
         policy.train()
         self.reference = None if reference is None else Policy(reference, config).requires_grad_(False).eval()
+        models = [m for m in (model, reference) if m is not None]
+        for one in models:
+            pin_rotary(one, context)
         self.sharded = sharding.asked_for() and self.accelerator.num_processes > 1
         self.zero3 = zero3.asked_for()
         if self.zero3:
@@ -70,52 +74,39 @@ class Learner:
             self.optimizer = self.policy.optimizer
             if self.reference is not None:
                 self.reference = zero3.Zero3(self.reference.to(device), None, launched, config)
+            form = self._find_form(self.policy, models, context)
         elif self.sharded:
             self._shard(policy)
             if self.reference is not None:
                 self._shard(self.reference)
             self.policy, self.optimizer = policy, build_optimizer(policy, config)
+            form = self._find_form(policy, models, context)
         else:
+            # Before accelerate makes its forward pass one in 16 bits.
+            form = self._find_form(policy.to(self.accelerator.device), models, context)
             self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
             if self.reference is not None:
                 self.reference.to(self.accelerator.device)
         self.scheduler: Any = None
-        self.packs = self._packs([m for m in (model, reference) if m is not None])
+        self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
 
     def _shard(self, policy: Policy) -> None:
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         device, processes = self.accelerator.device, self.accelerator.num_processes
         sharding.shard(policy, device, processes, self.config.bf16, plugin)
 
-    def _packs(self, models: Sequence[Any]) -> bool:
-        """Makes the models read packed sequences; False, with one line, where that cannot be."""
-        asked = models[0].config._attn_implementation
-        reason = why_not_packable(models[0])
-        if reason is None:
-            for kernel in dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")):
-                reason = self._packing_error(models, kernel)
-                if reason is None:
-                    return True
-                self._say(f"packed attention does without {kernel}: {reason}")
-            for model in models:
-                model.set_attn_implementation(asked)
-        self._say(f"micro-batches are padded, not packed: {type(models[0]).__name__} cannot be packed, {reason}")
-        return False
+    def _find_form(self, policy: Any, models: Sequence[Any], context: int | None) -> Form:
+        nothing, config = Denominators(1.0, 1.0), self.config
+        in_float32 = not config.bf16 or not (self.sharded or self.zero3 or config.use_peft)
 
-    def _packing_error(self, models: Sequence[Any], kernel: str) -> str | None:
-        """Sets the kernel. What is wrong with its log-probabilities, which must be those of the padded sequences."""
-        made = [TrainingSample((p, 3, 5), (7, c, 9, 4), (0.0,) * 4, 0.0) for p in (2, 6) for c in (8, 10)]
-        groups, nothing = tuple(prefix_groups(made)), Denominators(1.0, 1.0)
-        try:
-            for model in models:
-                use_packed_attention(model, kernel)
-            packed, padded = (
-                self._log_probs(self._micro_batch(groups, nothing, packed), self.policy) for packed in (True, False)
-            )
-        except Exception as error:  # whatever a kernel or a model's own code raises: there is another way
-            return str(error).strip().partition("\n")[0] or type(error).__name__
-        gap = float((packed - padded).abs().mean())
-        return None if gap <= PACKING_TOLERANCE else f"its log-probabilities are off by {gap:.2f} nats"
+        def log_probs(groups: Bin, form: Form) -> torch.Tensor:
+            micro = self._micro_batch(groups, nothing, form is Form.PACKED)
+            exact = in_float32 and not rounds(models[0].config._attn_implementation)
+            return self._log_probs(micro, policy, 1.0, own=form is Form.OWN, exact=exact)
+
+        asked = models[0].config._attn_implementation
+        kernels = list(dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")))
+        return find_form(models, log_probs, kernels, context, EXACT if in_float32 else ROUNDED, self._say)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -242,7 +233,7 @@ class Learner:
         if not samples:
             return []
         if not self.packs:
-            return pad(samples, limits)
+            return pad(samples, limits if self.pads else Limits(completions=1))
         return pack(samples, limits, shared=self.config.shared_prefix, processes=self.accelerator.num_processes)
 
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
@@ -260,14 +251,21 @@ class Learner:
         return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)))
 
     @torch.no_grad()
-    def _log_probs(self, micro: MicroBatch, policy: Any, temperature: float | None = None) -> torch.Tensor:
-        """(n,) without dropout, at the sampling temperature unless another is given."""
+    def _log_probs(
+        self, micro: MicroBatch, policy: Any, temperature: float | None = None, own: bool = False, exact: bool = False
+    ) -> torch.Tensor:
+        """(n,) without dropout, at the sampling temperature unless another is given.
+
+        Args:
+            own: from the model's whole logits.
+            exact: in the weights' dtype, whatever training computes in.
+        """
         training = policy.training
         policy.eval()
         try:
             # A sharded policy casts its own weights.
-            with nullcontext() if self.sharded or self.zero3 else self.accelerator.autocast():
-                return policy(micro, logps_only=True, temperature=temperature)
+            with nullcontext() if exact or self.sharded or self.zero3 else self.accelerator.autocast():
+                return policy(micro, logps_only=True, temperature=temperature, own=own)
         finally:
             policy.train(training)
 

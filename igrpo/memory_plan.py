@@ -223,9 +223,11 @@ def trained_parameters(shape: ModelShape, config: TrainConfig) -> int:
         "q_proj": h + q, "k_proj": h + kv, "v_proj": h + kv, "o_proj": q + h,
         "gate_proj": h + i, "up_proj": h + i, "down_proj": i + h,
     }  # fmt: skip
-    named = config.lora_target_modules or ["all-linear"]
-    chosen = sides if "all-linear" in named else {name: sides[name] for name in named if name in sides}
-    return config.lora_r * shape.num_layers * sum(chosen.values())
+    named = {name.rpartition(".")[2] for name in config.lora_target_modules or ["all-linear"]}
+    every = not all(name.replace("_", "").isalnum() for name in named)  # all-linear, or an expression
+    decoder = sum(side for name, side in sides.items() if every or name in named)
+    outside = len(named & {"lm_head", "embed_tokens"}) * (h + shape.vocab_size)
+    return config.lora_r * (shape.num_layers * decoder + outside)
 
 
 def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: bool) -> list[Item]:
@@ -266,7 +268,8 @@ def _activations(shape: ModelShape, config: TrainConfig, machine: Machine, conte
         kept = layer if config.activation_offloading else shape.num_layers * layer
         total, note = tokens * (kept + layer), "of every layer"
     chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * 4)
-    head = 0 if config.use_peft else 4 * shape.vocab_size * shape.hidden_size
+    frozen = config.use_peft and "lm_head" not in (config.lora_target_modules or ())
+    head = 0 if frozen else 4 * shape.vocab_size * shape.hidden_size
     return [
         Item("activations", total, False, f"{tokens} tokens: {note}"),
         Item("logits chunk", chunk, False, "one chunk, then its gradient in place; logits never exist whole"),

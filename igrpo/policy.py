@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from igrpo.adapters import head_product
 from igrpo.batching import MicroBatch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
@@ -79,21 +80,26 @@ class Policy(nn.Module):
         num_items_in_batch: float | None = None,
         logps_only: bool = False,
         temperature: float | None = None,
+        own: bool = False,
     ) -> GRPOLossOutput | torch.Tensor:
         """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities instead.
 
         Args:
             temperature: of those log-probabilities; None: the sampling temperature.
+            own: those of the model's whole logits, of sequences that are not padded: what all others must agree with.
         """
-        hidden = self.hidden_states(batch)
-        head = self.model.get_output_embeddings()
+        if own:
+            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.rows]
+            logps = (logits.float() / (temperature or self.loss_config.temperature)).log_softmax(-1)
+            return logps.gather(-1, batch.completion_ids[:, None])[:, 0]
+        hidden, weight, bias = head_product(self.model.get_output_embeddings(), self.hidden_states(batch))
         if logps_only:
             settings = self.loss_config
             return linear_selective_log_softmax(
                 hidden,
-                head.weight,
+                weight,
                 batch.completion_ids,
-                lm_head_bias=head.bias,
+                lm_head_bias=bias,
                 temperature=settings.temperature if temperature is None else temperature,
                 logit_scale=settings.logit_scale,
                 final_logit_softcapping=settings.final_logit_softcapping,
@@ -101,10 +107,10 @@ class Policy(nn.Module):
             )
         return linear_grpo_loss(
             hidden,
-            head.weight,
+            weight,
             batch.completion_ids,
             batch.advantages,
-            lm_head_bias=head.bias,
+            lm_head_bias=bias,
             old_per_token_logps=old_per_token_logps,
             ref_per_token_logps=ref_per_token_logps,
             sampling_per_token_logps=batch.sampling_per_token_logps,

@@ -65,7 +65,8 @@ class Zero3:
         import deepspeed
 
         answers = _Answers(policy)
-        deepspeed.zero.register_external_parameter(answers, policy.model.get_output_embeddings().weight)
+        for weight in policy.model.get_output_embeddings().parameters():  # an adapter's among them
+            deepspeed.zero.register_external_parameter(answers, weight)
         self.policy = policy
         self.engine, *_ = deepspeed.initialize(model=answers, optimizer=optimizer, config=settings(launched, config))
         self.optimizer = self.engine.optimizer

@@ -19,6 +19,7 @@ from transformers import (
 
 from igrpo.config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
+from igrpo.rotary import pin_rotary
 
 NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """generate's own truncation, switched off."""
@@ -78,6 +79,7 @@ class HFEngine:
         ).eval()
         # The model's own sampling defaults, a repetition penalty for example, would not be the policy's distribution.
         self.model.generation_config = GenerationConfig()
+        pin_rotary(self.model, self.max_model_length)
         self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
         self.version = 0
 

@@ -24,7 +24,7 @@ def fresh_accelerate():
     PartialState._reset_state()
 
 
-def learner(model=None, reference=None, **settings) -> Learner:
+def learner(model=None, reference=None, context=None, **settings) -> Learner:
     AcceleratorState._reset_state(True)
     options = {
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2, "num_generations": 4,
@@ -32,7 +32,7 @@ def learner(model=None, reference=None, **settings) -> Learner:
         "max_completion_length": 16, "vllm_importance_sampling_correction": False, **settings,
     }  # fmt: skip
     config = TrainConfig(model_name_or_path="m", dataset_name="d", **options)
-    made = Learner(copy.deepcopy(model or tiny_llama()), reference, config, pad_token_id=0)
+    made = Learner(copy.deepcopy(model or tiny_llama()), reference, config, pad_token_id=0, context=context)
     made.set_schedule(10)
     return made
 
@@ -224,3 +224,10 @@ def test_settings_that_exclude_each_other_name_both_keys():
         loss_config(config)
     with pytest.raises(ConfigError, match="lr_scheduler"):
         learner(lr_scheduler_type="sawtooth")
+
+
+def test_a_padding_token_outside_the_vocabulary_pads_all_the_same():
+    made = Learner(tiny_llama(), None, learner().config, pad_token_id=9_999)
+    made.set_schedule(10)
+    made.packs = False
+    assert made.train_on(some_samples())["grad_norm"] == pytest.approx(learner().train_on(some_samples())["grad_norm"])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from igrpo.run_folder import whole_lines
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
@@ -365,6 +365,7 @@ def test_a_reward_that_fails_on_everything_stops_the_run(model, questions, tmp_p
         ({"eval_samples": 20}, ("eval_samples", "dataset_test_split")),
         ({"resume_from_checkpoint": "last"}, ("resume_from_checkpoint", "no checkpoint yet")),
         ({"lr_scheduler_type": "sawtooth"}, ("lr_scheduler_type",)),
+        ({"use_peft": True, "lora_target_modules": "lm_head"}, ("lora_target_modules: lm_head", "tie_word_embeddings")),
         ({"use_vllm": True, "vllm_cpu_kvcache_gib": 1e6}, ("1000000", "GiB", "token_budget")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -395,3 +396,21 @@ def test_real_gsm8k_rows_with_vllm(model, tmp_path):
     # What was written is bf16, whatever the master weights are.
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "config.json").read_text())["dtype"] == "bfloat16"
     assert all("####" in g["solution"] for g in records(tmp_path / "run", "completions.jsonl"))
+
+
+def test_a_token_outside_the_vocabulary_is_told_with_its_row_before_the_model_loads(tmp_path, capsys):
+    """A tokenizer that grew beside a model that did not: the padding token alone does no harm."""
+    from igrpo.train import main
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama().config.save_pretrained(tmp_path / "model")  # no weights
+    rows = [{"question": f"{i} + 1?", "answer": "1"} for i in range(5)] + [{"question": "2 + <30>?", "answer": "1"}]
+    (tmp_path / "q.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    arguments = words(str(tmp_path / "model"), str(tmp_path / "q.jsonl"), tmp_path / "run", use_vllm=False)
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"q.jsonl:11: the token '<30>' of the question has the id {tokenizer.convert_tokens_to_ids('<30>')}" in line
+    assert not (tmp_path / "run").exists()

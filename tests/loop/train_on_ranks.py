@@ -20,6 +20,10 @@ from igrpo.learner import Learner
 from igrpo.types import TrainingSample
 from tests.tiny import tiny_llama, tiny_tokenizer
 
+EVERYWHERE: dict[str, Any] = {
+    "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2, "tied": False,
+    "lora_target_modules": ["all-linear", "lm_head", "embed_tokens"],
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "grpo": {},
     "dapo": {"loss_type": "dapo"},
@@ -31,7 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
         "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
     },
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
-    "sharded, adapters, kl": {"fsdp": True, "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
 }  # fmt: skip
 
@@ -41,7 +45,7 @@ ZERO3: dict[str, dict[str, Any]] = {
         "zero3": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
     },
     "zero3, kl": {"zero3": True, "beta": 0.01, "num_iterations": 2},
-    "zero3, adapters, kl": {"zero3": True, "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "zero3, adapters, kl": {"zero3": True, **EVERYWHERE},
     "zero3, bf16": {"zero3": True, "bf16": True},
 }  # fmt: skip
 """DeepSpeed with several processes; one process works without it, so that the two are compared."""
