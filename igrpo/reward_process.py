@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -32,15 +33,20 @@ GONE_SECONDS = 10.0
 """How long a keeper may take to end what a worker has started."""
 WATCH_SECONDS = 0.2
 """Between two looks at the memory of a call."""
-CALLS = 1000
-"""A worker is replaced after so many calls, whatever it looks like: what leaks slowly never adds up."""
+CALLS = 10_000
+"""A worker is replaced after so many calls, whatever it looks like: what nobody measures never adds up. A new one takes
+as long as a few hundred of the quickest calls."""
 MOST_PATIENCE = 8
 PRINTED = 2000
 """Bytes of one call's output that are shown."""
 LONGEST_REPLY = 2**26
-WITHHELD = re.compile(r"SECRET|PASSW|CREDENTIAL|API_?KEY|TOKEN$|KEY$|(?:^|_)(?:KEY|TOKEN|PAT)_", re.IGNORECASE)
+WITHHELD = re.compile(
+    r"SECRET|PASSW|PASSPHRASE|CREDENTIAL|API_?KEY|TOKEN$|KEYS?$|(?:^|_)(?:KEY|TOKEN|PASS|PAT)(?:_|$)", re.IGNORECASE
+)
 """Names of environment variables that hold keys."""
 THREADS = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+MARK = "IGRPO_REWARD_KEEPER"
+"""Variable that tells what belongs to a keeper, for the case that the keeper itself is killed."""
 START = "import sys; sys.path[:] = sys.argv[3:]; from igrpo.reward_keeper import main; main()"
 
 
@@ -105,6 +111,7 @@ class RewardProcess:
         self._patience, self._doubt = 1, 10
         self._number, self._stopped = 0, False
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._mark = ""
         self._control: socket.socket | None = None
         self._channel: socket.socket | None = None
         self._output = -1
@@ -295,23 +302,24 @@ class RewardProcess:
             self._drain()
         if len(data) == STATUS.size:
             return STATUS.unpack(data)[0]
-        self._close_keeper()
+        self._close_keeper(in_order=False)
         return None
 
     def _start_keeper(self) -> None:
         if self._keeper is not None and self._keeper.poll() is None:
             return
         if self._keeper is not None:
-            self._close_keeper()
+            self._close_keeper(in_order=False)
         self._control, theirs = socket.socketpair()
         self._output, written = os.pipe()
         os.set_blocking(self._output, False)
+        self._mark = uuid.uuid4().hex
         command = [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(os.getpid())]
         try:
             self._keeper = subprocess.Popen(
                 [*command, *(path or os.getcwd() for path in sys.path)],
                 stdin=subprocess.DEVNULL, stdout=written, stderr=written, pass_fds=[theirs.fileno()],
-                env=dict(self.environment),
+                env={**self.environment, MARK: self._mark},
             )  # fmt: skip
         except OSError:  # no room for another process
             self._control.close()
@@ -325,19 +333,29 @@ class RewardProcess:
         setup = pickle.dumps((tuple(self.functions), self.limit))
         self._control.sendall(SETUP.pack(len(setup)) + setup)
 
-    def _close_keeper(self) -> None:
+    def _close_keeper(self, in_order: bool = True) -> None:
         self._control.close()  # type: ignore[union-attr]
         keeper, self._keeper = self._keeper, None
         try:
-            keeper.wait(GONE_SECONDS)  # type: ignore[union-attr]
+            keeper.wait(GONE_SECONDS if in_order else 1.0)  # type: ignore[union-attr]
         except subprocess.TimeoutExpired:
             keeper.kill()  # type: ignore[union-attr]
             keeper.wait()  # type: ignore[union-attr]
+            in_order = False
+        if not in_order:
+            self._kill_marked()
         self._drain()
         if self._output >= 0:
             self._poll.unregister(self._output)
             os.close(self._output)
             self._output = -1
+
+    def _kill_marked(self) -> None:
+        """What the keeper has not seen to the end, as far as it kept its environment."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark:
+                    process.kill()
 
     def _drain(self) -> None:
         """Reads what the worker has printed; keeps its beginning."""

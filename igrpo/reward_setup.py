@@ -28,11 +28,11 @@ def start_rewards(config: TrainConfig) -> RewardPool:
 
         judge = Judge(config)
         judge.check()
-    missing = [name for name in config.reward_env if name not in os.environ]
-    if missing:
+    users = not all(function.path in BUILTIN.values() for function in functions)
+    if users and (missing := [name for name in config.reward_env if name not in os.environ]):
         raise ConfigError(f"reward_env: {missing[0]} is not set; export it, or leave it out")
     environment, kept = worker_environment(config.reward_env, {config.judge_api_key_env})
-    if kept and not all(function.path in BUILTIN.values() for function in functions):
+    if kept and users and os.environ.get("RANK", "0") == "0":
         logger.info("reward functions do not get %s: name those they need in reward_env", ", ".join(kept))
     return RewardPool(
         functions, config.reward_weights, config.reward_workers, config.reward_timeout, config.reward_error_value,

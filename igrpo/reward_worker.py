@@ -54,6 +54,17 @@ def process_control(option: int, value: int) -> None:
         ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
+def has_children() -> bool:
+    """Quickly: for a subreaper it says whether any process is left below it."""
+    if not hasattr(os, "waitid"):
+        return True
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
 def end_descendants(keep: Sequence[int] = ()) -> bool:
     """Kills every process below this one but those in ``keep`` and what is below them; whether there were any.
 
@@ -61,14 +72,14 @@ def end_descendants(keep: Sequence[int] = ()) -> bool:
     has ended becomes its child.
     """
     found_any = False
-    while True:
+    while has_children():
         kept = set(keep)
         for pid in keep:
             with contextlib.suppress(psutil.Error):
                 kept |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
         found = [child for child in psutil.Process().children(recursive=True) if child.pid not in kept]
         if not found:
-            return found_any
+            break
         found_any = True
         for act in (psutil.Process.suspend, psutil.Process.kill):  # first none may start another one
             for child in found:
@@ -77,6 +88,7 @@ def end_descendants(keep: Sequence[int] = ()) -> bool:
         for child in found:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(child.pid, os.WNOHANG)
+    return found_any
 
 
 def memory_held(pid: int) -> int:
@@ -103,7 +115,7 @@ class Health:
     def __init__(self, limit: int, patience: int) -> None:
         self._limit, self._patience = limit, patience
         self._pid = os.getpid()
-        self._helpers = [child.pid for child in psutil.Process().children(recursive=True)]
+        self._helpers = [child.pid for child in psutil.Process().children(recursive=True)] if has_children() else []
         self._builtins = dict(vars(builtins))
         self._streams = sys.stdout, sys.stderr
         self._output = os.fstat(1).st_ino
@@ -122,10 +134,7 @@ class Health:
 
     def after_call(self, function: int) -> str | None:
         """Undoes what the call of a function did; says what could not be undone."""
-        if _has_children() and not self._helpers:
-            end_descendants()
-        elif self._helpers:
-            end_descendants(self._helpers)
+        end_descendants(self._helpers)
         self._put_back()
         if self._builtins != vars(builtins) and not self._builtins.items() <= vars(builtins).items():
             return "a call replaced built-in functions"
@@ -174,14 +183,6 @@ def _folder() -> str | None:
         return os.getcwd()
     except FileNotFoundError:
         return None
-
-
-def _has_children() -> bool:
-    try:
-        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return True
 
 
 def serve(channel: socket.socket, functions: Sequence[RewardFunction], limit: int, patience: int) -> None:

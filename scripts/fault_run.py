@@ -146,7 +146,7 @@ def processes(
     for process in found:
         try:
             words, above = " ".join(process.cmdline()), " ".join(process.parent().cmdline())
-            if "spawn_main" in words and "igrpo" in above and "vllm.entrypoints" not in above:
+            if "reward_keeper" in words and "igrpo" in above and "vllm.entrypoints" not in above:
                 workers.append(process)
             elif "vllm.entrypoints" in words and "igrpo.engines.supervise" in above:
                 listens = any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))

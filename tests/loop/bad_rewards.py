@@ -182,6 +182,14 @@ def starts_processes_and_dies(completions, **_):
     return kills_itself(completions)
 
 
+def kills_its_parent(completions, **_):
+    starts_processes(completions)
+    if any("bad" in completion for completion in completions):
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(600)
+    return length(completions)
+
+
 def forks_and_returns(completions, **_):
     """Each process comes back to the worker's code and would answer, too."""
     if any("bad" in completion for completion in completions):

@@ -42,7 +42,7 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def run(names: tuple[str, ...], texts: list[str], **settings) -> tuple[dict[str, list[float | None]], RewardPool]:
-    pool = RewardPool(bad(*names), **{"timeout": 2.0, "on_error": -1.0, **settings})
+    pool = RewardPool(bad(*names), **{"timeout": 3.0, "on_error": -1.0, **settings})
     rows = scores(pool, texts)
     return {name: [row[name] for row in rows] for name in names}, pool
 
@@ -52,7 +52,7 @@ def run(names: tuple[str, ...], texts: list[str], **settings) -> tuple[dict[str,
 
 def test_no_process_outlives_the_call_that_started_it(mark):
     alive = ("starts_processes", "forks_and_returns")
-    dying = ("starts_processes_and_hangs", "starts_processes_and_dies", "pauses")
+    dying = ("starts_processes_and_hangs", "starts_processes_and_dies", "pauses", "kills_its_parent")
     values, pool = run((*alive, *dying), ["good", "bad", "fine!"], num_workers=2)
     with pool:
         assert values == {name: [4.0, -1.0 if name in dying else 3.0, 5.0] for name in (*alive, *dying)}
