@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 
 # Verb -> what it does. Each is a module igrpo.VERB with main(argv) -> exit code, imported only when it is asked for:
-# `igrpo report` must not wait for torch, and a reward worker, which imports the main module again, must stay light.
+# `igrpo report` must not wait for torch.
 VERBS = {
     "train": "train with iGRPO or GRPO from a recipe",
     "eval": "avg@n and pass@k of a model on benchmarks, on the bare prompt or two-stage",

@@ -30,7 +30,8 @@ from igrpo.reward_worker import (
 from igrpo.rewards import BUILTIN, RewardFunction
 
 SETUP = struct.Struct(">I")
-"""Bytes of the pickled ``(functions, bytes of memory that a worker may take)`` that follow, the first message."""
+"""Bytes of the pickled ``(functions, bytes of memory that a worker may take, sys.argv)`` that follow, the first
+message."""
 STATUS = struct.Struct(">i")
 """Exit code of a worker, or minus the signal, once nothing that it started is left."""
 
@@ -54,7 +55,7 @@ class Keeper:
         setup = receive(self.control, SETUP.unpack(header)[0]) if header is not None else None
         if setup is None:
             return
-        functions, limit = pickle.loads(setup)
+        functions, limit, sys.argv = pickle.loads(setup)
         _warm_up(functions)
         while os.getppid() == self.trainer:
             try:

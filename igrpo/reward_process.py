@@ -330,7 +330,7 @@ class RewardProcess:
             theirs.close()
             os.close(written)
         self._poll.register(self._output, select.POLLIN)
-        setup = pickle.dumps((tuple(self.functions), self.limit))
+        setup = pickle.dumps((tuple(self.functions), self.limit, sys.argv))
         self._control.sendall(SETUP.pack(len(setup)) + setup)
 
     def _close_keeper(self, in_order: bool = True) -> None:

@@ -45,7 +45,8 @@ SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBADF)
 """Errors of a process that has run out of something or lost its files: later calls would fail with them, too."""
 FILES_LEFT, THREADS_LEFT, BYTES_LEFT = 32, 8, 2**29
-"""How much more than after each function's first call a worker may hold, times its patience."""
+"""How much more than after each function's first call a worker may hold, times its patience; a first call may load
+twice as many bytes."""
 
 
 def process_control(option: int, value: int) -> None:
@@ -126,6 +127,7 @@ class Health:
         self._statm = os.open("/proc/self/statm", os.O_RDONLY) if sys.platform == "linux" else None
         self._seen: set[int] = set()
         self._usual = self._holdings()
+        self._at_first = self._usual[2]
 
     def leave_forks(self) -> None:
         """A process that a reward function forked, and that came back from it, ends here."""
@@ -149,9 +151,11 @@ class Health:
             return f"calls left {files} files open"
         if threads > THREADS_LEFT * self._patience:
             return f"calls left {threads} threads running"
-        if size > BYTES_LEFT * self._patience or 2 * held[2] > self._limit:
+        room = BYTES_LEFT * self._patience
+        grown = size > room or held[2] - self._at_first > 2 * room
+        if grown or 2 * held[2] > self._limit:
             kept = memory_held(self._pid)
-            if size > BYTES_LEFT * self._patience or 2 * kept > self._limit:
+            if grown or 2 * kept > self._limit:
                 return f"it kept {kept / 2**30:.1f} GiB of memory after a call"
         return None
 

@@ -55,7 +55,7 @@ class Warnings(logging.Handler):
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
         text = printable(self.format(record), lines=True)
         if record.levelno >= logging.WARNING:
-            self._texts.append(text)
+            self._texts.append(f"{self.prefix}{text}")
         print(f"{self.prefix}{level}{text}", file=sys.stderr, flush=True)
 
     def take(self) -> list[str]:

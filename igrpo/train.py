@@ -28,8 +28,7 @@ from igrpo.terminal import Warnings, print_error, shown_warnings
 if TYPE_CHECKING:
     from igrpo.job import Job
 
-# Everything heavy is imported inside functions: a mistake in a recipe is answered at once, and reward workers, which
-# import the main module again, stay light.
+# Everything heavy is imported inside functions: a mistake in a recipe is answered at once.
 
 EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 

@@ -211,20 +211,27 @@ def leaks_threads(completions, **_):
 
 def takes_memory(completions, **_):
     if any("bad" in completion for completion in completions):
-        KEPT.append(b"x" * 2**30)
+        KEPT.append(b"x" * (400 * 2**20))
         time.sleep(600)
     return length(completions)
 
 
 def takes_memory_in_a_child(completions, **_):
     if any("bad" in completion for completion in completions):
-        subprocess.run([sys.executable, "-c", "import time; x = b'x' * 2**30; time.sleep(600)"])
+        subprocess.run([sys.executable, "-c", "import time; x = b'x' * (400 * 2**20); time.sleep(600)"])
     return length(completions)
 
 
 def keeps_memory(completions, **_):
     if any("bad" in completion for completion in completions):
-        KEPT.append(b"x" * (300 * 2**20))
+        KEPT.append(b"x" * (150 * 2**20))
+    return length(completions)
+
+
+def hoards(completions, **_):
+    """Keeps 1.1 GiB of its first call."""
+    if not KEPT:
+        KEPT.append(b"x" * (1150 * 2**20))
     return length(completions)
 
 

@@ -145,12 +145,19 @@ def test_a_worker_is_replaced_after_so_many_calls(monkeypatch):
 
 def test_a_call_that_takes_too_much_memory_is_killed_and_what_it_held_is_free(mark):
     names = ("takes_memory", "takes_memory_in_a_child", "keeps_memory")
-    values, pool = run(names, ["good", "bad"], timeout=30.0, memory_gib=0.5)
+    values, pool = run(names, ["good", "bad"], timeout=30.0, memory_gib=0.25)
     with pool:
         assert values == {name: [4.0, 3.0 if name == "keeps_memory" else -1.0] for name in names}
         assert pool.stats()["rewards/takes_memory/timeouts"] == 0.0
         assert "reward_memory_gib" in pool.tallies()["takes_memory"].error
         assert sum(process.memory_info().rss for process in marked(mark)) < 200 * 2**20
+
+
+def test_what_a_first_call_keeps_is_not_kept_for_ever_and_not_loaded_at_every_call(mark):
+    with RewardPool(bad("hoards", "worker_pid"), timeout=30.0) as pool:
+        rows = [scores(pool, ["good"])[0] for _ in range(6)]
+        assert all(row["hoards"] == 4.0 for row in rows) and pool.replaced() == 1
+        assert len({row["worker_pid"] for row in rows[1:]}) <= 2, "a model that is loaded late is kept the second time"
 
 
 # --- text
