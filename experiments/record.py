@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from igrpo.answers import extract_answer
 from igrpo.log_lines import read_records
+from igrpo.passages import extract_answer
 
 SERIES = (
     "reward",

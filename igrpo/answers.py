@@ -1,287 +1,86 @@
-r"""Reading the answer out of a completion, and comparing it with the reference answer of a data set.
+r"""Comparing the answer of a completion with the reference answer of a data set.
 
-Reading (``extract_answer``). Exactly one passage of a completion counts, the first of these that is there: the last
-``<answer>…</answer>``, the last ``\boxed{…}``, what follows the last ``####``, what follows the last "answer is" or
-"answer:", the whole completion if it is one line without words, and otherwise the last number or formula (for a
-reference in words: the last line). Text before ``</think>`` is not searched when anything follows it. Naming the right
-answer along the way, or several answers in the place of one, earns nothing.
-
-Comparing (``judge``). Equal texts are equal. A reference that is a number accepts that number in any notation
-(thousands, units, currency, per cent, fractions, powers of ten) but no unevaluated arithmetic, so that repeating the
-question's "3 + 4" is not an answer. A reference in words accepts only equal text. Everything else goes to math-verify,
-which compares values, not forms: where the task is to factor or to expand, the question itself passes as its answer.
+``extract_answer`` reads the one passage that counts (``igrpo.passages``), ``judge`` compares it. Equal texts are
+equal. Numbers and constants are worked out by ``igrpo.arithmetic``, exactly or to 50 digits; a decimal may round an
+exact value (``rounds``). An answer in several values must give those of the reference and no more. A reference in words
+accepts only equal text. Formulas with variables go to math-verify, which compares values, not forms. Whether an
+expression is an answer or the question repeated, the question's text decides (``igrpo.repetition``). docs/rewards.md
+holds the table of accepted and refused forms.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from igrpo.rows import content_text
-
-MAX_ANSWER_CHARS = 2000
-"""A longer answer is no answer: it bounds what a parser can be made to chew on."""
-
-CompletionText = str | Sequence[Mapping[str, Any]]
-
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
-_NUMBER = re.compile(
-    rf"""(?P<sign>[-+])?(?:[$€£¥]\s*)?
-    (?:(?P<whole>\d+)(?:\s*(?=\\frac)|\s+(?=\d+/\d)))?
-    (?:\\frac\s*(?:\{{\s*(?P<top>-?{_DECIMAL})\s*\}}|(?P<top1>\d))\s*(?:\{{\s*(?P<bottom>{_DECIMAL})\s*\}}|(?P<bottom1>\d))
-      |10\s*\^\s*(?:\{{\s*(?P<power>[-+]?\d+)\s*\}}|(?P<power1>\d+))
-      |(?P<decimal>{_DECIMAL})
-       (?:[eE](?P<exponent>[-+]?\d+)
-         |\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{{\s*(?P<exponent1>[-+]?\d+)\s*\}}|(?P<exponent2>-?\d+))
-         |\s*/\s*(?P<denominator>{_DECIMAL}))?
-    )
-    (?P<percent>\s*(?:%|percent\b))?""",
-    re.VERBOSE,
+from igrpo.arithmetic import Value, decimal_of, evaluate, explodes, same_value
+from igrpo.forms import Choice, Claims, Interval, Part, read_choice, read_claims, read_intervals
+from igrpo.notation import DENIAL, MATH_FUNCTIONS, NUMBER, Number, normal_text, plain_words, read_number, tidy
+from igrpo.passages import (
+    MAX_ANSWER_CHARS,
+    CompletionText,
+    completion_text,
+    extract_answer,
+    last_boxed,
+    whole_text,
+    whole_texts,
+    without_answer,
 )
-_MATH_SPAN = r"\$\$?(?P<a>(?:[^$\\]|\\.)+)\$\$?|\\\((?P<b>.+?)\\\)|\\\[(?P<c>.+?)\\\]"
-_LAST_EXPRESSION = re.compile(rf"{_MATH_SPAN}|(?<![\w.^])(?P<number>{_NUMBER.pattern})", re.VERBOSE | re.DOTALL)
-_ANSWER_IS = re.compile(r"answer(?:\s+is|\W{0,4}[:=])(?:\s+is\b)?[\s:*]*", re.IGNORECASE)
-_UNICODE = str.maketrans(
-    {
-        "\u2212": "-",  # minus sign
-        "\u2013": "-",  # en dash
-        "\u00d7": r"\times ",
-        "\u00b7": r"\cdot ",
-        "\u00f7": "/",
-        "\u03c0": r"\pi ",
-        "\u221e": r"\infty ",
-        "\u221a": "sqrt",
-        "\u00b0": r"^\circ ",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
-        "\u222a": r"\cup ",
-        "\u2264": r"\le ",
-        "\u2265": r"\ge ",
-        "\u2019": "'",
-        "\u00a0": " ",
-        "\0": "",
-    }
-)
-_TEXT_COMMAND = r"\\(?:text|mbox|textbf|textit|textrm|mathrm|mathbf|mathit|operatorname)"
-MATH_FUNCTIONS = frozenset({"cos", "cot", "csc", "exp", "ln", "log", "pi", "sec", "sin", "sqrt", "tan"}) | frozenset(
-    {"arccos", "arcsin", "arctan", "cosh", "sinh", "tanh"}
-)
+from igrpo.repetition import repeats
 
-
-def completion_text(completion: CompletionText) -> str:
-    """The text of a completion, whether it came as a string or as messages."""
-    if isinstance(completion, str):
-        return completion
-    return (content_text(completion[-1]["content"]) or "") if completion else ""
-
-
-def whole_text(completion: CompletionText, prompt_suffix: str) -> str:
-    """A completion's text behind the tags that its prompt already ended with."""
-    return prompt_suffix + completion_text(completion)
-
-
-def whole_texts(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None) -> list[str]:
-    """[n] ``whole_text`` of each; ``prompt_suffix`` is the column of that name, None where a caller has none."""
-    suffixes = prompt_suffix or [""] * len(completions)
-    return [whole_text(one, suffix) for one, suffix in zip(completions, suffixes, strict=True)]
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last ``\boxed{…}`` whose braces balance within MAX_ANSWER_CHARS; None when there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start, depth = start + len("\\boxed{"), 1
-    for end in range(start, min(len(text), start + MAX_ANSWER_CHARS)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[start:end]
-    return None
-
-
-def extract_answer(text: str, *, words: bool = False, lines: int = 1) -> str | None:
-    """The one passage of a completion that counts as its answer (order: the module's docstring); None without one.
-
-    Args:
-        words: The reference is no number or formula: without any marker, the last ``lines`` lines are the answer.
-    """
-    if text.rfind("<think>") > text.rfind("</think>"):
-        return None  # still thinking
-    return _passage(text, words, lines)
-
-
-def _passage(text: str, words: bool = False, lines: int = 1) -> str | None:
-    after_thinking = text.rpartition("</think>")[2]
-    text = (after_thinking if after_thinking.strip() else text).strip()
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
-    if start >= 0:
-        tagged = text[start + len("<answer>") : end].strip()
-        return _limited(last_boxed(tagged) or tagged)
-    if (boxed := last_boxed(text)) is not None:
-        return _limited(boxed)
-    if "####" in text:
-        return _limited(_first_line(text.rpartition("####")[2]))
-    tail = text[-MAX_ANSWER_CHARS:]
-    if announced := list(_ANSWER_IS.finditer(tail)):
-        return _limited(_stated(tail[announced[-1].end() :]))
-    if words:
-        return _limited("\n".join([line for line in tail.splitlines() if line.strip()][-lines:]))
-    if "\n" not in tail and _only_notation(tail):
-        return _limited(tail)
-    if not (found := list(_LAST_EXPRESSION.finditer(tail))):
-        return None
-    last = found[-1]
-    glued = re.match(r"[A-Za-z](?![A-Za-z])|[\^_]\S*", tail[last.end() :])  # 72x is not 72
-    return _limited(last["a"] or last["b"] or last["c"] or last["number"] + (glued[0] if glued else ""))
-
-
-def without_answer(text: str) -> str:
-    """The beginning of a completion, up to its conclusion: where the final answer is written, or, if the text states
-    it before that, the last such place. The whole text if it has no answer.
-
-    Example: ``"<think>2 + 3 = 5</think><answer>5</answer>"`` becomes ``"<think>2 + 3 = "``.
-    """
-    answer = _passage(text)  # also of thinking that was cut: what it found is not to be shown either
-    if answer is None:
-        return text
-    written = [m.start() for m in re.finditer(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text)]
-    final = text.rfind("<answer>") if "</answer>" in text else -1
-    if final < 0:
-        final = written.pop() if written else len(text)
-    return text[: max((start for start in written if start < final), default=final)]
-
-
-def _only_notation(line: str) -> bool:
-    return MATH_FUNCTIONS.issuperset(re.findall(r"[A-Za-z]{2,}", re.sub(r"\\[A-Za-z]+", " ", line)))
-
-
-def _limited(answer: str) -> str | None:
-    answer = answer.strip()
-    return answer if 0 < len(answer) <= MAX_ANSWER_CHARS else None
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0]
-
-
-def _stated(rest: str) -> str:
-    """What "the answer is" introduces: a leading formula, or the rest of the sentence without its justification."""
-    rest = _first_line(rest)
-    if formula := re.match(_MATH_SPAN, rest, re.DOTALL):
-        return formula["a"] or formula["b"] or formula["c"]
-    return re.split(r"\.(?:\s|$)|,?\s(?:because|since|which|where|as)\s", rest, maxsplit=1)[0]
-
-
-def _tidy(text: str) -> str:
-    """LaTeX and Unicode notation brought to one spelling; layout, markup, degree signs and trailing units removed."""
-    text = re.sub(r"\s+", " ", text.translate(_UNICODE)).strip().strip("`*\"'").strip()
-    text = re.sub(r"(?<!\\)(?:\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!\s*|\\[,;:()\[\]])", "", text)
-    text = re.sub(r"\\[dtc]frac", r"\\frac", re.sub(r"(?<!\\)\\ |~", " ", text.replace("{,}", ",")))
-    text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?|\\degree", "", text.replace("\\%", "%"))
-    text = re.sub(r"(?<!\\)\$((?:[^$\\]|\\.)+)\$", r"\1", text).replace("\\$", "$").replace("**", "^").strip()
-    if wrapped := re.fullmatch(rf"{_TEXT_COMMAND}\{{([^{{}}]*)\}}\.?", text):
-        text = wrapped[1]
-    elif re.search(r"\d", text):
-        text = re.sub(rf"(?:\s*{_TEXT_COMMAND}\{{[^{{}}]*\}}(?:\^\{{?-?\d\}}?)?)+\.?$", "", text)
-    text = re.sub(r"(?<=\d)_\{(\d+)\}", r"_\1", text)  # a number's base
-    text = re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip())
-    return text.rstrip(".").rstrip()
-
-
-def _normal_text(text: str) -> str:
-    """What two equal texts have in common: no spaces around punctuation, no case, no parentheses around one letter."""
-    text = re.sub(r"\s*([^\w\s])\s*", r"\1", _tidy(text)).casefold()
-    return text[1:-1] if re.fullmatch(r"\([a-z]\)", text) else text
-
-
-class _Number(NamedTuple):
-    value: Fraction
-    places: int | None
-    """Decimal places as written; None for a fraction."""
-    percent: bool
-
-
-def _number(text: str) -> _Number | None:
-    """The number that a tidy text is, in whatever notation; None when it is anything else."""
-    match = _NUMBER.fullmatch(text)
-    if match is None:
-        return None
-    part = match.groupdict()
-    whole, percent = Fraction(part["whole"] or 0), bool(part["percent"])
-    exponent = int(next((e for k in ("exponent", "exponent1", "exponent2", "power", "power1") if (e := part[k])), 0))
-    if abs(exponent) > 400:
-        return None
-    bottom = part["bottom"] or part["bottom1"] or part["denominator"]
-    top = part["top"] or part["top1"] or part["decimal"] or "1"
-    value, places = _fraction(top), len(top.partition(".")[2])
-    if bottom:
-        if not (divisor := _fraction(bottom)):
-            return None
-        value, places = whole + value / divisor, None
-    value *= Fraction(10) ** exponent
-    return _Number(-value if part["sign"] == "-" else value, places, percent)
-
-
-def _fraction(decimal: str) -> Fraction:
-    return Fraction(decimal.replace(",", "").removesuffix("."))
-
-
-def _number_in_prose(text: str) -> _Number | None:
-    """The only number in a phrase such as "72 apples" or "about $72 a day"; None for several, or for formulas."""
-    text = re.sub(r"([A-Za-z])\^\{?-?\d\}?", r"\1", text)  # square metres
-    found = _NUMBER.search(text)
-    if found is None:
-        return None
-    before, after = text[: found.start()], text[found.end() :]
-    # A letter that touches the number makes it a formula (2x, x_2), unless it begins a unit (72km).
-    if re.search(r"[\w^_]$", before) or re.match(r"[A-Za-z](?![A-Za-z])|[\^_\d]", after):
-        return None
-    rest = f"{before} {after}"
-    wording = re.fullmatch(r"[A-Za-z\s.,;:'()/%-]*", rest) and not re.search(r"\b[b-zB-Z]\b(?<![mgslhLJVNWKCFI])", rest)
-    return _number(found.group()) if wording else None
-
-
-def _same_number(reference: _Number, answer: _Number) -> bool:
-    """Equal values, the answer being evaluated; a decimal may round a fraction at its fourth place or later."""
-    if reference.places is not None and answer.places is None and reference.value.denominator == 1:
-        return False  # 128/2 for 64: the division that was asked for, not its result
-    readings = {answer.value, answer.value / 100} if answer.percent else {answer.value}
-    if reference.percent:
-        readings |= {value * 100 for value in readings}
-    if reference.value in readings:
-        return True
-    places = {reference.places, answer.places} - {None}
-    if len(places) != 1 or None not in (reference.places, answer.places) or (digits := places.pop()) < 4:
-        return False
-    return any(abs(value - reference.value) <= Fraction(1, 10**digits) for value in readings)
+__all__ = [
+    "CompletionText", "completion_text", "extract_answer", "judge", "last_boxed", "read_reference", "whole_text",
+    "whole_texts", "without_answer",
+]  # fmt: skip
 
 
 class Reference(NamedTuple):
     text: str
     """Tidy, without a leading ``x =``."""
     normal: str
-    number: _Number | None
+    number: Number | None
     words: bool
     lines: int
+    value: Value | None = None
+    """Where it has no variables."""
+    claims: Claims | None = None
+    intervals: tuple[Interval, ...] | None = None
+    choice: Choice | None = None
 
 
 @lru_cache(maxsize=4096)
 def read_reference(solution: str) -> Reference:
     r"""The reference answer in a data set's cell: after ``####``, in the last ``\boxed{}``, or the whole cell."""
-    answer = (solution.rpartition("####")[2] if "####" in solution else last_boxed(solution) or solution).strip()
-    text = re.sub(r"^[A-Za-z]\s*(?:=|\\in(?![a-z]))\s*", "", _tidy(answer))
-    number = _number(text)
-    return Reference(text, _normal_text(answer), number, number is None and _in_words(answer), answer.count("\n") + 1)
+    boxed = last_boxed(solution, len(solution))
+    answer = (solution.rpartition("####")[2] if "####" in solution else boxed or solution).strip()
+    reference, choice = _read(tidy(answer)), None
+    if reference.number is None:
+        choice = read_choice(answer) if len(answer) < 200 else None
+        reference = _read(tidy(answer), _in_words(answer))
+    return reference._replace(normal=normal_text(answer), lines=answer.count("\n") + 1, choice=choice)
+
+
+@lru_cache(maxsize=4096)
+def _read(text: str, words: bool = False) -> Reference:
+    text = re.sub(r"^[A-Za-z]\s*(?:=|\\in(?![a-z]))\s*|\s*=\s*[A-Za-z]$", "", text) if text.count("=") < 2 else text
+    number = read_number(text)
+    reference = Reference(text, text, number, number is None and words, 1)
+    if number is not None:
+        return reference._replace(value=Value(number.value, None), claims=Claims((Part("", (text,)),), False))
+    if words or len(text) > MAX_ANSWER_CHARS:
+        return reference
+    return reference._replace(value=evaluate(text), claims=read_claims(text), intervals=read_intervals(text))
 
 
 def _in_words(answer: str) -> bool:
     """Whether a reference is words, codes, dates or grids rather than a formula."""
-    text = _tidy(answer)
+    text = tidy(answer)
+    listed = plain_words(text)
+    text = re.sub(r"(?:,\s*)?\b(?:and|or)\b", ",", listed) if re.search(r"[\d}]\s*,?\s*(?:and|or)\b", listed) else text
     bare = re.sub(r"_\{\\text.*?\}|\\(?:begin|end)\{\w+\}|\\[A-Za-z]+", " ", text)
     names = re.findall(r"[A-Za-z]{2,}", bare)
     if "\n" in answer or any(len(name) > 2 and name not in MATH_FUNCTIONS for name in names):
@@ -291,25 +90,222 @@ def _in_words(answer: str) -> bool:
     return "\\" not in text and bool(re.search(r"\d \d", text) or (names and not re.search(r"[\d+*/^=()-]", text)))
 
 
-def judge(reference: Reference, answer: str | None) -> float | None:
-    """1.0 or 0.0 for an extracted answer; None where the reference is empty or is a formula that cannot be parsed."""
+def judge(reference: Reference, answer: str | None, question: str = "") -> float | None:
+    """1.0 or 0.0 for an extracted answer; None where the reference is empty or is a formula that cannot be parsed.
+
+    Args:
+        question: what was asked; tells an answer from the question repeated.
+    """
     if not reference.normal:
         return None
     if answer is None:
         return 0.0
-    if _normal_text(answer) == reference.normal:
+    if normal_text(answer) == reference.normal:
         return 1.0
-    if reference.words:
+    if reference.choice is not None:
+        return _same_choice(reference.choice, answer, question)
+    text = tidy(answer)
+    if reference.words or ("?" in text and "?" not in reference.text) or DENIAL.search(plain_words(text)):
         return 0.0
-    tidy = _tidy(answer)
-    if "=" not in reference.text:
-        tidy = re.sub(r"^[A-Za-z]\s*\\in(?![a-z])\s*", "", tidy.rpartition("=")[2].strip())
-    if reference.number is not None:
-        number = _number(tidy) or _number_in_prose(tidy)
-        return float(number is not None and _same_number(reference.number, number))
     if based := re.fullmatch(r"(\d+)_\d+", reference.text):
-        return float(tidy == based[1])
-    return _same_formula(reference.text, tidy)
+        return float(text == based[1])
+    if not _readable(reference):
+        return None
+    if reference.intervals is not None and (given := read_intervals(text)) is not None:
+        return float(_same_intervals(reference.intervals, given, question))
+    closed = reference.intervals is not None and not re.fullmatch(r"\([^()\[\]]*\)", reference.text)
+    if closed or reference.claims is None or ("=" in reference.text and "=" in text):
+        return _same_formula(reference.text, text)
+    claims = read_claims(text)
+    if claims is None:
+        return 0.0
+    return _same_claims(reference, claims, text, question)
+
+
+def _readable(reference: Reference) -> bool:
+    if reference.value is not None or reference.intervals is not None:
+        return True
+    parts = reference.claims.parts if reference.claims is not None else ()
+    if len(parts) > 1 and all(_read(part.sides[-1]).value is not None for part in parts):
+        return True
+    return bool(_parse_reference(reference.text))
+
+
+def _same_choice(choice: Choice, answer: str, question: str) -> float:
+    given = read_choice(re.sub(r"^[A-Za-z]\s*=\s*", "", answer))
+    if given is not None:
+        same_value = not (choice.value and given.value) or judge(read_reference(choice.value), given.value, question)
+        return float(given.letter == choice.letter and bool(same_value))
+    return float(bool(choice.value) and bool(judge(read_reference(choice.value), answer, question)))
+
+
+def _same_intervals(reference: Iterable[Interval], given: Iterable[Interval], question: str) -> bool:
+    left, right = list(reference), list(given)
+    if len(left) != len(right):
+        return False
+    for one in left:
+        for other in right:
+            closed = (one.low_closed, one.high_closed) == (other.low_closed, other.high_closed)
+            if closed and _same_end(one.low, other.low, question) and _same_end(one.high, other.high, question):
+                right.remove(other)
+                break
+        else:
+            return False
+    return True
+
+
+def _same_end(reference: str, given: str, question: str) -> bool:
+    if r"\infty" in reference or r"\infty" in given:
+        return reference == given
+    return bool(_same_part(_read(reference), Part("", (given,)), question))
+
+
+def _same_claims(reference: Reference, claims: Claims, text: str, question: str) -> float | None:
+    wanted, given = reference.claims.parts, list(claims.parts)  # type: ignore[union-attr]
+    if len(wanted) == 1 == len(given):
+        return _same_part(reference, given[0], question)
+    if len(wanted) != len(given):
+        return _same_formula(reference.text, text) if r"\begin" in reference.text + text else 0.0
+    names = [[part.name for part in parts] for parts in (wanted, given)]
+    named = [all(those) and len(set(those)) == len(those) for those in names]
+    if all(named):
+        if sorted(names[0]) != sorted(names[1]):
+            return 0.0
+        given.sort(key=lambda part: names[0].index(part.name))
+    elif named[1] and reference.claims.ordered:  # type: ignore[union-attr]
+        given.sort(key=lambda part: part.name)
+    ordered = any(named) or (reference.claims.ordered and claims.ordered)  # type: ignore[union-attr]
+    if reference.claims.ordered != claims.ordered and not any(named):  # type: ignore[union-attr]
+        return 0.0  # (1, 2) is a point, and 1, 2 are two numbers
+    for part in wanted:
+        own = _read(part.sides[-1])
+        found = next((one for one in given[: 1 if ordered else None] if _same_part(own, one, question)), None)
+        if found is None:
+            return 0.0
+        given.remove(found)
+    return 1.0
+
+
+class _Given(NamedTuple):
+    """What a side of an answer comes to."""
+
+    text: str
+    number: Number | None
+    value: Value
+
+
+def _same_part(reference: Reference, part: Part, question: str) -> float | None:
+    """One value against one: all sides that can be worked out must agree, and the last is the answer."""
+    if reference.value is None:
+        side = _core(part.sides[-1] if "=" not in reference.text else " = ".join(part.sides), shortest=3)
+        same = _same_formula(reference.text, side)
+        return 0.0 if same and repeats(side, question, reference.text) else same
+    sides = [_given(side) for side in part.sides]
+    last = sides[-1]
+    if last is None or not all(_agree(side, last) for side in sides if side is not None):
+        return 0.0
+    exact = [side for side in sides[:-1] if side is not None and side.number is None]
+    return float(any(_same_number_or_value(reference, side, question) for side in [last, *exact]))
+
+
+def _given(side: str) -> _Given | None:
+    core = _core(side)
+    for text in (side, core):
+        if (number := read_number(text)) is not None:
+            return _Given(text, number, Value(number.value, None))
+        if (value := evaluate(text)) is not None:
+            return _Given(text, None, value)
+    number = _number_in_prose(side)
+    return _Given(side, number, Value(number.value, None)) if number is not None else None
+
+
+def _core(text: str, shortest: int = 2) -> str:
+    """A passage without the words around its number or formula: "The distance is 2 sqrt(3) units".
+
+    Args:
+        shortest: letters of a word; fewer may be a product of variables.
+    """
+    tokens = plain_words(text).split(" ")
+    while len(tokens) > 1 and _is_word(tokens[0], shortest):
+        del tokens[0]
+    while len(tokens) > 1 and _is_word(tokens[-1], shortest):
+        del tokens[-1]
+    return " ".join(tokens).rstrip(".,;:")
+
+
+def _is_word(token: str, shortest: int) -> bool:
+    letters = token.strip(".,:;'()").replace("-", "")
+    if not (letters.isascii() and letters.isalpha()) or letters in MATH_FUNCTIONS:
+        return False
+    return len(letters) >= shortest or letters in ("is", "to", "of")
+
+
+def _agree(side: _Given, last: _Given) -> bool:
+    """Whether the left of "= 72" says the same as its right, up to rounding."""
+    if same_value(side.value, last.value) or side is last:
+        return True
+    exact = decimal_of(side.value)
+    return exact is not None and last.number is not None and rounds(exact, last.number, digits=1)
+
+
+def _same_number_or_value(reference: Reference, given: _Given, question: str) -> bool:
+    number = reference.number
+    if number is not None and given.number is not None:
+        same = _same_number(number, given.number)
+    else:
+        value = reference.value
+        same = same_value(value, given.value)  # type: ignore[arg-type]
+        if not same and "log" in reference.text + given.text:  # written without a base: 10 or e
+            pair = evaluate(reference.text, 0) or value, evaluate(given.text, 0)
+            same = pair[1] is not None and same_value(*pair)  # type: ignore[arg-type]
+        for exact, decimal in ((value, given.number), (given.value, number)):
+            if not same and decimal is not None and (point := decimal_of(exact)) is not None:  # type: ignore[arg-type]
+                same = rounds(point, decimal)
+        if number is not None and number.percent and given.value.exact is not None:
+            same = same or given.value.exact * 100 == number.value
+    return same and not repeats(given.text, question, reference.text)
+
+
+def _same_number(reference: Number, answer: Number) -> bool:
+    """Equal values, or an exact one and a decimal that rounds it."""
+    readings = {answer.value, answer.value / 100} if answer.percent else {answer.value}
+    if reference.percent:
+        readings |= {value * 100 for value in readings}
+    if reference.value in readings:
+        return True
+    if reference.places is None:
+        return rounds(reference.value, answer) or (answer.percent and rounds(reference.value * 100, answer))
+    return answer.places is None and rounds(answer.value, reference)
+
+
+def rounds(exact: Fraction, decimal: Number, digits: int = 3) -> bool:
+    """The one rule for decimals: rounded or cut correctly, to at least three digits, not all before the point.
+
+    0.333 and 0.3333 are right for 1/3, 0.33 and 0.3334 are not; 0.667 and 0.666 are right for 2/3.
+    """
+    if decimal.places is None or (digits > 1 and not decimal.point) or (exact < 0) != (decimal.value < 0):
+        return False
+    written, scaled = abs(decimal.value) * Fraction(10) ** decimal.places, abs(exact) * Fraction(10) ** decimal.places
+    return written >= 10 ** (digits - 1) and written in (scaled // 1, (scaled + Fraction(1, 2)) // 1)
+
+
+def _number_in_prose(text: str) -> Number | None:
+    """The only number in a phrase such as "72 apples" or "about $72 a day"; None for several, or for formulas."""
+    text = re.sub(r"([A-Za-z])\^\{?-?\d\}?", r"\1", plain_words(text))  # square metres
+    found = NUMBER.search(text)
+    if found is None:
+        return None
+    before, after = text[: found.start()], text[found.end() :]
+    # A letter that touches the number makes it a formula (2x, x_2), unless it begins a unit (72km).
+    if re.search(r"[\w^_]$", before) or re.match(r"[A-Za-z](?![A-Za-z])|[\^_\d]", after):
+        return None
+    rest = f"{before} {after}"
+    if MATH_FUNCTIONS.intersection(re.findall(r"[A-Za-z]+", rest)):
+        return None
+    wording = re.fullmatch(r"[A-Za-z\s.,;:'()/%€£¥-]*", rest) and not re.search(
+        r"\b[b-zB-Z]\b(?<![mgslhLJVNWKCFI])", rest
+    )
+    return read_number(found.group()) if wording else None
 
 
 def _same_formula(reference: str, answer: str) -> float | None:
@@ -350,8 +346,3 @@ def _postpones_work(reference: str, answer: str) -> bool:
     if len(answer) > 200 + 4 * len(reference) or deepest > 20 or explodes(answer):
         return True
     return not commands <= set(re.findall(r"\\[a-z]+|!", reference))
-
-
-def explodes(text: str) -> bool:
-    """Towers of powers and five-digit exponents: a short text that evaluates to more digits than memory holds."""
-    return bool(re.search(r"(?:\^|\*\*)[\s({+-]*\d{5}|(?:\^|\*\*)[\s({+-]*\d[\d.]*[\s)]*(?:\^|\*\*)", text))

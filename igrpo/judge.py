@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igrpo.answers import completion_text
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.keys import key_from_environment
+from igrpo.passages import completion_text
 from igrpo.types import Message
 
 CHECK_SECONDS = 10.0

@@ -21,8 +21,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from igrpo.answers import without_answer
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.passages import without_answer
 from igrpo.types import Message, Problem
 
 # No chat template changes these characters, and no question contains them.

@@ -13,21 +13,17 @@ import ast
 import difflib
 import importlib
 import json
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from igrpo.answers import (
-    MATH_FUNCTIONS,
-    CompletionText,
-    explodes,
-    extract_answer,
-    judge,
-    read_reference,
-    whole_texts,
-)
+from igrpo.answers import judge, read_reference
+from igrpo.arithmetic import explodes
+from igrpo.notation import MATH_FUNCTIONS
+from igrpo.passages import MAX_ANSWER_CHARS, CompletionText, completion_text, extract_answer, whole_texts
 
 if TYPE_CHECKING:
     from igrpo.config import TrainConfig
@@ -46,16 +42,25 @@ def accuracy(
         solution: Reference answers; where one is a list, each of it is right.
     """
     scores = []
-    for text, cell in zip(whole_texts(completions, prompt_suffix), solution, strict=True):
+    questions = [_question(prompt) for prompt in prompts or [""] * len(completions)]
+    for text, cell, question in zip(whole_texts(completions, prompt_suffix), solution, questions, strict=True):
         accepted = [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell
-        judged = [score for one in accepted if (score := _graded(text, str(one))) is not None]
+        judged = [score for one in accepted if (score := _graded(text, str(one), question)) is not None]
         scores.append(max(judged, default=None))
     return scores
 
 
-def _graded(text: str, solution: str) -> float | None:
+@lru_cache(maxsize=256)
+def _graded(text: str, solution: str, question: str) -> float | None:
+    """Once for all rewards of a completion that ask for it in this process."""
     reference = read_reference(solution)
-    return judge(reference, extract_answer(text, words=reference.words, lines=reference.lines))
+    longest = max(MAX_ANSWER_CHARS, len(reference.text) + 100)
+    answer = extract_answer(text, words=reference.words, lines=reference.lines, longest=longest)
+    return judge(reference, answer, question)
+
+
+def _question(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    return prompt if isinstance(prompt, str) else completion_text(prompt)
 
 
 def format(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None = None, **_: Any) -> list[float]:
@@ -92,7 +97,7 @@ def reasoning_gym_score(
         task = metadata[i]["source_dataset"]
         reference = read_reference(answer[i] or "")
         given = extract_answer(text, words=reference.number is None, lines=reference.lines)
-        if given is not None and not _harmless(task, given):
+        if given is not None and not (_harmless(task, given) and _numbers_as_written(given, answer[i] or "")):
             given = None
         entry = {"question": question[i], "answer": answer[i], "metadata": metadata[i]}
         options = json.dumps((task_options and task_options[i]) or {}, sort_keys=True)
@@ -117,6 +122,29 @@ EVALUATING_TASKS = {
 
 
 _SYMPY_NAMES = MATH_FUNCTIONS | {"asin", "acos", "atan", "Abs"}
+
+
+_ODD_NUMBER = re.compile(
+    r"(?<![A-Za-z])(?:nan|inf|infinity)j?(?![A-Za-z])|\d_\d|(?![0-9])\d|\d{301}|(?P<float>[\d.]*\d\.?e[-+]?\d+)",
+    re.IGNORECASE,
+)
+
+
+def _numbers_as_written(answer: str, reference: str) -> bool:
+    """Whether Python reads the numbers of an answer as a person does: scorers call ``float`` and ``int``, which take
+    ``nan`` (as near to everything as anything), ``1e999``, ``1_0`` and digits of other scripts."""
+    for found in _ODD_NUMBER.finditer(answer):
+        if found[0] in reference:
+            continue
+        if found["float"] is None or len(found["float"]) > 300:
+            return False
+        try:
+            value = float(found["float"])
+        except ValueError:
+            return False
+        if math.isinf(value) or (value == 0.0 and re.search(r"[1-9]", re.split("[eE]", found["float"])[0])):
+            return False
+    return True
 
 
 def _harmless(task: str, answer: str) -> bool:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo.answers import CompletionText, completion_text, whole_texts
+from igrpo.passages import CompletionText, completion_text, whole_texts
 from igrpo.rewards import TAGS, accuracy
 
 STEP_MARK = re.compile(r"(?m)\bStep \d{1,9}:|^[^\S\n]*(?:\d{1,9}\.|[-*])\s|\b(?:First|Second|Third|Next|Finally),")

@@ -15,8 +15,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo.answers import extract_answer, read_reference
+from igrpo.answers import read_reference
 from igrpo.eval.sampling import Task
+from igrpo.passages import extract_answer
 from igrpo.prompts import PromptBuilder
 from igrpo.types import Problem
 

@@ -49,6 +49,42 @@ def test_answers_score_as_reasoning_gym_scores_them():
     assert judged >= 95
 
 
+ODD = [
+    "nan",
+    "NaN",
+    "-inf",
+    "Infinity",
+    "1e999",
+    "nan+nanj",
+    "[nan]",
+    "(nan, nan)",
+    "nan nan",
+    '{"a": NaN}',
+    "9" * 1900,
+    "1e-999",
+]
+
+
+def test_numbers_that_are_none_are_never_right():
+    """Python's ``float`` takes them, and a distance that is nan was worth min(1, nan) = 1."""
+    for task in gym_tasks():
+        entry = gym_rows(task, 1)[0]
+        for answer in ODD:
+            try:
+                assert gym_score(entry, f"<answer>{answer}</answer>") <= 0.1, (task, answer)
+            except (ValueError, TypeError, KeyError, AttributeError):  # a scorer's own: the pool counts it as an error
+                continue
+
+
+def test_digits_that_only_python_reads_are_no_answer():
+    entry = gym_rows("rectangle_count", 1)[0]
+    right = entry["answer"]
+    assert gym_score(entry, f"<answer>{right}</answer>") == 1.0
+    entry = {**entry, "answer": "10"}
+    assert gym_score(entry, "<answer>10</answer>") == 1.0
+    assert [gym_score(entry, f"<answer>{odd}</answer>") < 0.5 for odd in ("1_0", "\uff11\uff10", "1e999")] == [True] * 3
+
+
 def test_partial_credit_is_kept():
     entry = gym_rows("countdown", 1)[0]
     numbers = "+".join(map(str, entry["metadata"]["numbers"]))

@@ -14,6 +14,7 @@ import pytest
 from igrpo import metrics
 from igrpo.answers import extract_answer, last_boxed, without_answer
 from igrpo.config import TrainConfig
+from igrpo.data import load_problems
 from igrpo.rewards import (
     RewardFunction,
     accuracy,
@@ -169,12 +170,30 @@ def test_messages_are_read_like_text():
 
 
 HOSTILE = {
-    "tower": r"\boxed{9^{9^{9^9}}}", "python tower": "<answer>9**9**9**9</answer>", "power": r"\boxed{10^{1000000000}}",
-    "factorial": r"\boxed{100000000!}", "sum": r"\boxed{\sum_{k=1}^{1000000000} \frac{1}{k^2}}",
-    "binomial": r"\boxed{\binom{10000000}{5000000}}", "nested": r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}",
-    "null": "\\boxed{\0}", "digits": "1" * 1_000_000, "open boxes": "\\boxed{" * 150_000, "tags": "<answer>" * 100_000,
-    "answers": "answer is " * 100_000, "dollars": "$" * 1_000_001, "nulls": "\0" * 1_000_000, "hashes": "#" * 800_000,
-    "numbers": "7 " * 500_000, "fractions": "\\frac{" * 200_000, "blanks": "x" + " " * 1_000_000 + "y",
+    "tower": r"\boxed{9^{9^{9^9}}}", "python tower": "<answer>9**9**9**9</answer>",
+    "power": r"\boxed{10^{1000000000}}", "factorial": r"\boxed{100000000!}",
+    "sum": r"\boxed{\sum_{k=1}^{1000000000} \frac{1}{k^2}}", "binomial": r"\boxed{\binom{10000000}{5000000}}",
+    "nested": r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}", "null": "\\boxed{\0}", "digits": "1" * 1_000_000,
+    "open boxes": "\\boxed{" * 150_000, "tags": "<answer>" * 100_000, "answers": "answer is " * 100_000,
+    "dollars": "$" * 1_000_001, "nulls": "\0" * 1_000_000, "hashes": "#" * 800_000, "numbers": "7 " * 500_000,
+    "fractions": "\\frac{" * 200_000, "blanks": "x" + " " * 1_000_000 + "y",
+    "tower over 1": r"\boxed{\frac{9^{9^{9^9}}}{1}}", "product": r"\boxed{9 \cdot 9^{9 \cdot 9^{9}}}",
+    "factorials": r"\boxed{9!!!!!!}", "root": r"\boxed{\sqrt{9^{9^{99}}}}",
+    "sum of powers": r"\boxed{1 + 9^{99999999} + x}", "root as power": r"\boxed{9^{\sqrt{9^{40}}}}",
+    "braces": r"\boxed{{{{{9}}}^{{{{99999999}}}}}}", "matrix": r"\boxed{\begin{pmatrix} 9^{9^{9}} \\ 2 \end{pmatrix}}",
+    "exponential": r"\boxed{e^{e^{e^{e^{9}}}}}", "binomial power": r"\boxed{(x+1)^{99999}}",
+    "exponent": "<answer>1e" + "9" * 1900 + "</answer>",
+    "powers of powers": r"\boxed{((((x+1)^{50})^{50})^{50})^{50}}",
+    "many powers": r"\boxed{" + "9^{999} \\cdot " * 90 + "1}",
+    "fractions in fractions": r"\boxed{" + r"\frac{1}{" * 150 + "9" + "}" * 150 + "}",
+    "commas": "<answer>" + "7," * 900 + "7</answer>", "signs": "<answer>" + "-" * 1900 + "7</answer>",
+    "relations": "<answer>" + "7<" * 900 + "7</answer>", "stars": "<answer>" + "*a " * 600 + "</answer>",
+    "equals": "<answer>" + "7=" * 900 + "</answer>", "words": "<answer>" + "or " * 600 + "</answer>",
+    "bars": "<answer>" + "|" * 1900 + "</answer>", "logarithm": r"\boxed{\log_{1}{5}}",
+    "nothing to divide": r"\boxed{\frac{1}{0}}", "sines": r"\boxed{" + r"\sin " * 300 + "1}",
+    "tangent": r"\boxed{\tan(10^{400})}", "roots": r"\boxed{" + r"\sqrt{" * 200 + "2" + "}" * 200 + "}",
+    "plus minus": r"\boxed{" + r"\pm 1 " * 300 + "}", "subscripts": r"\boxed{" + "x_" * 600 + "1}",
+    "emphasis": "<answer>" + "**a" * 600 + "</answer>", "superscripts": "<answer>" + "9\u2079" * 900 + "</answer>",
     "blanks in the answer": "<answer>" + " 1" * 900 + "</answer>", "unit": f"<answer>72 {'a' * 1900}#</answer>",
 }  # fmt: skip
 
@@ -185,6 +204,22 @@ def test_hostile_text_is_wrong_and_quick(name, reference):
     started = time.monotonic()
     assert score(HOSTILE[name], reference) == 0.0
     assert time.monotonic() - started < 3.0  # normally milliseconds; a shared machine may be slow
+
+
+def test_references_longer_than_pythons_integers_are_judged(tmp_path):
+    digits = "7" * 5000
+    (tmp_path / "rows.jsonl").write_text(
+        f'{{"prompt": "a", "solution": {digits}}}\n{{"prompt": "a", "solution": "{digits}"}}'
+    )
+    for problem in load_problems(str(tmp_path / "rows.jsonl")):
+        texts = [
+            rf"\boxed{{{digits}}}",
+            rf"\boxed{{{digits}.0}}",
+            rf"\boxed{{{digits[:-1]}8}}",
+            "7",
+            r"\boxed{10^{4999}}",
+        ]
+        assert accuracy(texts, solution=[problem.solution] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
 PIECES = re.findall(
