@@ -7,6 +7,7 @@ a key is idle; whoever adds a key that matters in some situations only adds it t
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -56,6 +57,10 @@ TABLE = (
         and _starts_engine(c), ("vllm_server_devices",), "write null"),
     Row("nccl and ipc carry weights between GPUs", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "server"
         and c.vllm_weight_transfer in ("nccl", "ipc"), ("vllm_weight_transfer",), "write auto or file"),
+    Row("on the CPU the loss is cpu or torch", lambda c, cpu: cpu and (c.loss_impl == "cuda" or (c.loss_impl == "triton"
+        and os.environ.get("TRITON_INTERPRET") != "1")), ("loss_impl",), "write auto"),
+    Row("on a GPU the loss is triton, cuda or torch", lambda c, cpu: not cpu and c.loss_impl == "cpu",
+        ("loss_impl",), "write auto"),
     Row("there is no GPU", lambda c, cpu: cpu and _starts_engine(c), ("vllm_gpu_memory_utilization",)),
     Row("on the CPU activations are in the computer's memory already", lambda c, cpu: cpu, ("activation_offloading",)),
     Row("vLLM runs on the GPU", lambda c, cpu: not cpu and _starts_engine(c), ("vllm_cpu_kvcache_gib",)),
