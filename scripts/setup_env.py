@@ -152,7 +152,7 @@ def noted() -> dict | None:
 def fingerprint(choice: Choice) -> dict:
     """Changes when the device, the interpreter, the pinned lists, the project's metadata or its C++ sources do."""
     on_gpu = choice.device == "gpu"
-    digest = hashlib.sha256(f"{ROOT}{shutil.which(compiler()) is None}".encode())
+    digest = hashlib.sha256(str(ROOT).encode())
     lists = [LISTS / "gpu.txt"] if on_gpu else [LISTS / "cpu.txt", LISTS / "cuda-libraries.txt"]
     for path in (*lists, ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))):
         digest.update(path.read_bytes())
@@ -169,10 +169,12 @@ def compiler() -> str:
 
 def create(choice: Choice) -> None:
     """The empty environment, where there is room for what comes into it."""
-    if choice.device == "gpu" and (shutil.which("cc") or shutil.which("gcc")) is None:
-        raise SetupError("Triton needs a C compiler to start its kernels; install one (Debian: apt install g++)")
-    if choice.device == "gpu" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        raise SetupError(f"Triton needs {python()}'s headers; install them (Debian: apt install python3-dev)")
+    if shutil.which(compiler()) is None:
+        raise SetupError(f"there is no C++ compiler ({compiler()}), which this project, packages of the list, vLLM on the "
+                         "CPU and Triton on a GPU compile with; install one (Debian: apt install g++)")  # fmt: skip
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise SetupError(f"{python()} has no headers here, which packages of the list and Triton compile with; install "
+                         "them (Debian: apt install python3-dev)")  # fmt: skip
     if VENV.exists():
         return
     enough_room(NEEDED_GB[choice.device])
@@ -250,16 +252,11 @@ def needs_cuda_libraries(venv: Path) -> bool:
 
 
 def install_project(choice: Choice) -> None:
-    """Builds the compiled losses where a compiler is found; without them everything works, slower."""
+    """Builds the compiled losses and makes the project importable."""
     # Isolation would download another torch to build against.
     project = ("this project, with its C++", "--no-build-isolation", "-e", ROOT)
     # A developer must see a compile that fails.
     strict = {"IGRPO_REQUIRE_EXT": os.environ.get("IGRPO_REQUIRE_EXT", "1")}
-    if shutil.which(compiler()) is None:
-        print(f"no C++ compiler ({compiler()}) was found, so the losses run in PyTorch, several times slower; install "
-              "one (Debian: apt install g++) and run make again", flush=True)  # fmt: skip
-        run_pip(VENV, *project, environment={"IGRPO_SKIP_EXT": "1"})
-        return
     if choice.device == "gpu":
         try:
             run_pip(VENV, *project, environment=strict | own_nvcc())

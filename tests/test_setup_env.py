@@ -232,6 +232,15 @@ def test_a_python_without_its_parts(checkout, tmp_path, missing, said):
     assert len(done.stderr.splitlines()) == 1 and not (checkout / ".venv").exists()
 
 
+def test_a_machine_without_compiler_or_headers(checkout, tmp_path):
+    done = run(checkout, DEVICE="cpu", CXX=str(tmp_path / "nowhere"))
+    assert done.returncode == 1 and "there is no C++ compiler" in done.stderr and "apt install g++" in done.stderr
+    (tmp_path / "sitecustomize.py").write_text("import sysconfig\nsysconfig.get_path = lambda name: '/nowhere'\n")
+    done = run(checkout, DEVICE="cpu", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "has no headers here" in done.stderr and "apt install python3-dev" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (checkout / ".venv").exists()
+
+
 def test_a_full_disk_is_told_before_anything_is_written(checkout, monkeypatch):
     monkeypatch.setattr(setup_env, "ROOT", checkout)
     monkeypatch.setitem(setup_env.NEEDED_GB, "cpu", 10**9)
