@@ -107,6 +107,7 @@ def set_up() -> None:
         return
     if VENV.is_symlink():
         raise SetupError(f"{VENV} is a link to an environment that is out of date; set that one up, or remove the link")
+    need_compilers()
     rebuilt = VENV.exists() and (before is None or any(before[key] != note[key] for key in ("device", "python")))
     if rebuilt:
         was = "an unfinished .venv" if before is None else f".venv ({before['python']}, {before['device']})"
@@ -167,14 +168,16 @@ def compiler() -> str:
     return (os.environ.get("CXX") or "c++").split()[0]
 
 
+def need_compilers() -> None:
+    """Packages of the lists, vLLM's CPU build and Triton compile as well, at their installation or as they run."""
+    if shutil.which(compiler()) is None:
+        raise SetupError(f"there is no C++ compiler ({compiler()}); install one (Debian: apt install g++)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise SetupError(f"{python()} has no headers here; install them (Debian: apt install python3-dev)")
+
+
 def create(choice: Choice) -> None:
     """The empty environment, where there is room for what comes into it."""
-    if shutil.which(compiler()) is None:
-        raise SetupError(f"there is no C++ compiler ({compiler()}), which this project, packages of the list, vLLM on the "
-                         "CPU and Triton on a GPU compile with; install one (Debian: apt install g++)")  # fmt: skip
-    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-        raise SetupError(f"{python()} has no headers here, which packages of the list and Triton compile with; install "
-                         "them (Debian: apt install python3-dev)")  # fmt: skip
     if VENV.exists():
         return
     enough_room(NEEDED_GB[choice.device])
