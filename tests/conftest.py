@@ -100,7 +100,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line on what did not run, and one on tests that have become slow."""
     skipped = terminalreporter.stats.get("skipped", [])
-    others = [report for report in skipped if "gpu" not in report.keywords]
+    # A file that skips as a whole has no keywords.
+    others = [report for report in skipped if "gpu" not in getattr(report, "keywords", ())]
     if skipped or missing_packages:
         words = [f"{len(skipped) - len(others)} skipped tests need a GPU, {len(others)} need something else"]
         # Not in requirements/, each for its reason: CONTRIBUTING.md.
