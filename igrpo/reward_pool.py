@@ -18,6 +18,7 @@ import contextlib
 import logging
 import pickle
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -38,8 +39,8 @@ STALL_SECONDS = 120.0
 """A worker that has not imported its functions after so long does not start."""
 MAX_LOGGED = 20
 """Distinct error messages shown per reward function; the rest is only counted."""
-MAX_PRINTED = 20
-"""Lines shown of what a function prints in one call."""
+MAX_PRINTED, PRINTED_A_MINUTE = 20, 200
+"""Lines shown of what a function prints in one call, and in all calls of a minute."""
 ATTEMPTS = 3
 """How often a call may lose its worker before that is its own fault: an earlier call may be guilty, or whoever kills
 processes on this machine."""
@@ -110,6 +111,7 @@ class RewardPool:
         self._tallies = {name: Tally() for name in names}
         self._replaced = 0
         self._logged: dict[str, set[str]] = {}
+        self._printed: dict[str, tuple[int, int]] = {}
         self._confirmed = dict.fromkeys(names, 0)
         self._changed = threading.Condition(threading.RLock())  # guards outcomes, counts and what was logged
         self._queue = SimpleQueue[_Call | None]()
@@ -200,6 +202,8 @@ class RewardPool:
                 if (call := self._queue.get()) is None:
                     return
                 outcome = worker.call(self._local.index(call.function), call.payload, call.alone)
+                if isinstance(outcome, list) and len(outcome) != len(call.rows):
+                    outcome = Failure("its process sent what is no reply")
                 with self._changed:
                     call.outcome = outcome
                     self._changed.notify_all()
@@ -218,11 +222,16 @@ class RewardPool:
                 self._replaced += 1
             self._log_once("replaced workers", f"a reward worker is replaced: {printable(text, 500)}")
             return
-        lines = text.split("\n")
-        for line in lines[:MAX_PRINTED]:
+        lines, minute = text.split("\n"), int(time.monotonic() // 60)
+        with self._changed:
+            begun, printed = self._printed.get(name, (minute, 0))
+            printed = printed if begun == minute else 0
+            self._printed[name] = minute, printed + len(lines)
+        shown = max(0, min(MAX_PRINTED, PRINTED_A_MINUTE - printed))
+        for line in lines[:shown]:
             logger.info("%s printed: %s", name, printable(line, 500))
-        if len(lines) > MAX_PRINTED:
-            logger.info("%s printed: … and %s", name, printable(lines[-1], 500))
+        if shown < len(lines) and printed < PRINTED_A_MINUTE:
+            logger.info("%s printed: … %s", name, printable(lines[-1], 500))
 
     def _enqueue(self, call: _Call) -> None:
         if call.function in self._local:

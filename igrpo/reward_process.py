@@ -211,12 +211,10 @@ class RewardProcess:
         """
         data, looked = bytearray(), time.monotonic()
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TimeoutError
             if self._stopped:
                 raise Died("it was stopped")
-            ready = dict(self._poll.poll(1000 * min(left, WATCH_SECONDS)))
+            left = deadline - time.monotonic()
+            ready = dict(self._poll.poll(1000 * min(max(left, 0.0), WATCH_SECONDS)))
             if self._output in ready:
                 self._drain()
             if self._channel.fileno() in ready:  # type: ignore[union-attr]
@@ -229,14 +227,22 @@ class RewardProcess:
                     raise Died("it sent what is no reply")
                 if size and len(data) >= REPLY.size + size:
                     break
+            if left <= 0:  # only now: a reply may have come in time, and this thread late
+                raise TimeoutError
             if time.monotonic() - looked > WATCH_SECONDS:
                 self._look_at_memory()
                 looked = time.monotonic()
         try:
             answered, outcome, worn = json.loads(data[REPLY.size :])
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             answered, outcome, worn = None, None, None
-        if answered != number or not isinstance(outcome, str | list):
+        scores = outcome if isinstance(outcome, list) else []
+        if (
+            answered != number
+            or not isinstance(outcome, str | list)
+            or not isinstance(worn, str | None)
+            or not all(isinstance(score, float | str | None) for score in scores)
+        ):
             raise Died("it sent what is no reply")
         return outcome, worn
 

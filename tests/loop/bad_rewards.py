@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import contextlib
 import ctypes
 import locale
 import multiprocessing
@@ -182,6 +183,17 @@ def starts_processes_and_dies(completions, **_):
     return kills_itself(completions)
 
 
+def forges_replies(completions, **_):
+    """Writes into every open socket before it returns."""
+    if any("bad" in completion for completion in completions):
+        kind = completions[0].split()[-1]
+        text = {"bad": b"nonsense", "deep": b"[" * 100_000, "short": b'[1, "x"]', "other": b"[1, [{}], null]"}[kind]
+        for number in range(3, 100):
+            with contextlib.suppress(OSError):
+                os.write(number, len(text).to_bytes(4, "big") + text)
+    return length(completions)
+
+
 def kills_its_parent(completions, **_):
     starts_processes(completions)
     if any("bad" in completion for completion in completions):
@@ -240,6 +252,11 @@ def prints(completions, **_):
         for _ in range(50_000):
             print("\x1b[2Jscreen gone\rstep 9/9 reward 1.0 \u202e" * 3)
         subprocess.run(["echo", "from a child"])
+    return length(completions)
+
+
+def prints_little(completions, **_):
+    print("hello")
     return length(completions)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import igrpo.reward_pool
 import igrpo.reward_process
 from igrpo.reward_pool import RewardPool
 from igrpo.reward_process import worker_environment
@@ -118,6 +119,13 @@ def test_a_worker_that_a_call_spoilt_costs_no_other_call_its_score():
         assert scores(pool, ["good"])[0]["odd_returns"] == 4.0
 
 
+def test_a_reply_that_is_none_costs_its_own_call_its_score():
+    with RewardPool(bad("forges_replies"), on_error=-1.0) as pool:
+        for text in ("bad", "bad deep", "bad short", "bad other"):
+            assert scores(pool, [text]) == [{"forges_replies": -1.0}]
+            assert scores(pool, ["good"]) == [{"forges_replies": 4.0}]
+
+
 def test_a_call_finds_its_process_as_the_first_one_did():
     with RewardPool(bad("changes_its_process"), on_error=-1.0) as pool:
         assert scores(pool, ["a"]) + scores(pool, ["b"]) == [{"changes_its_process": 1.0}] * 2
@@ -170,6 +178,11 @@ def test_what_a_function_prints_is_cut_and_made_safe(caplog):
         (failed,) = (r.getMessage() for r in caplog.records if r.levelno == logging.WARNING)
     assert 2 <= len(printed) < 30 and sum(map(len, printed)) < 8000 and "bytes more" in printed[-1]
     assert all(line.startswith("prints printed: ") and line.isprintable() for line in printed)
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "igrpo.reward_pool"), RewardPool(bad("prints_little")) as pool:
+        for _ in range(1000):
+            scores(pool, ["good"])
+        assert 20 < len(caplog.records) <= 2 * igrpo.reward_pool.PRINTED_A_MINUTE + 2
     assert failed.isprintable() and len(failed) < 1500 and r"\x1b]0;title\x07\rstep 9/9\n\u202e\ud800" in failed
     assert "bad_rewards.py:" in failed and "raise ValueError" in failed, "the user's own line is not cut off"
 
