@@ -19,17 +19,17 @@ from igrpo.config_file import parse_args
 from igrpo.config_unused import unused
 from igrpo.cpu_threads import shared_cores
 from igrpo.engines.control import SECRET_VARIABLE, check_bind, secret_from_environment
-from igrpo.engines.supervise import supervise
+from igrpo.engines.supervise import Health, supervise
 from igrpo.memory_plan import this_machine
 
 DEFAULT_PORT = 8000
 SERVED_NAME = "policy"
 CPU_BATCHED_TOKENS = 2048
-EXIT_BAD_CONFIG = 2
+EXIT_BAD_CONFIG, EXIT_SERVER = 2, 1
 KEEP_ALIVE_SECONDS = 60
 """Until the server closes an idle connection."""
-TOO_SOON_SECONDS = 60.0
-"""A server that ends earlier than this after its start would do so again."""
+MAX_RESTARTS, OFTEN_SECONDS = 5, 1800.0
+"""A server that ends more often than this in so many seconds would do so again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,14 +51,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG
     os.environ.update(server_environment(config, secret, on_cpu))
-    command = server_command(config, path, length, config.vllm_server_port or DEFAULT_PORT, config.seed, on_cpu)
+    port = config.vllm_server_port or DEFAULT_PORT
+    return keep_up(
+        server_command(config, path, length, port, config.seed, on_cpu), config.vllm_server_host, port, secret
+    )
+
+
+def keep_up(command: Sequence[str], host: str, port: int, secret: str) -> int:
+    """Runs the server, and starts it again when it ends or hangs after it came up; the exit code of the last one."""
+    ends: list[float] = []
     while True:
-        start = time.monotonic()
-        code, asked = supervise(command, parent=None)
-        if asked or time.monotonic() - start < TOO_SOON_SECONDS:
-            return code
+        end = supervise(command, None, Health(host, port, secret))
+        if end.asked:
+            return end.code
+        how = f"did not answer any more ({end.hung})" if end.hung else f"ended with code {end.code}"
+        if not end.came_up:
+            return _say(f"the server {how} before it came up; what it said stands above", end.code or EXIT_SERVER)
+        ends = [*(moment for moment in ends if time.monotonic() - moment < OFTEN_SECONDS), time.monotonic()]
+        if len(ends) > MAX_RESTARTS:
+            often = f"for the {len(ends)}th time in {OFTEN_SECONDS / 60:g} minutes"
+            return _say(f"the server {how}, {often}; starting it again would not help", end.code or EXIT_SERVER)
         # The trainer sees by the boot number that this is another one, and sends it the weights.
-        print(f"the server ended with code {code}; starting it again", file=sys.stderr, flush=True)
+        _say(f"the server {how}; starting it again", 0)
+
+
+def _say(what: str, code: int) -> int:
+    print(what, file=sys.stderr, flush=True)
+    return code
 
 
 def server_command(config: TrainConfig, path: str, length: int, port: int, seed: int, on_cpu: bool) -> list[str]:
