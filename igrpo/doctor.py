@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import os
 import shutil
 import socket
@@ -335,14 +336,10 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
         return
     from igrpo.engines.control import SECRET_VARIABLE, secret_from_environment
 
-    fix = "export the value the servers were started with"
-    if not os.environ.get(SECRET_VARIABLE, "").strip():
-        yield Finding("problem", "secret", f"{SECRET_VARIABLE} is not set", fix)
-        return
     try:
         secret = secret_from_environment()
     except ConfigError as error:
-        yield Finding("problem", "secret", str(error), fix)
+        yield Finding("problem", "secret", str(error), "export the value the servers were started with")
         return
     deadline = time.monotonic() + wait
     for url in config.server_urls:
@@ -355,6 +352,23 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
             fix = f"the server was started with another {SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"
         yield Finding("ok" if error is None else "problem", "server", found, "" if error is None else fix)
+        if error is None and (holder := _holder(url, secret)):
+            fix = "wait until that run has ended, or start a server of its own for this one"
+            yield Finding("warning", "server", f"{url} is in use by another trainer ({holder})", fix)
+
+
+def _holder(url: str, secret: str) -> str | None:
+    """Who has the server, if somebody has and it says so."""
+    from igrpo.engines.lease import LEASE_PATH
+
+    request = urllib.request.Request(f"{url}{LEASE_PATH}", headers={"Authorization": f"Bearer {secret}"})
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(request, timeout=ANSWER_SECONDS) as answer:
+            state = json.load(answer)
+    except (OSError, ValueError):
+        return None
+    return state["holder"] if state["alive"] else None
 
 
 def check_judge(config: TrainConfig) -> Iterator[Finding]:

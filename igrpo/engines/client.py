@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from typing import Any
 
 import httpx
 
 from igrpo.engines.base import Request, Result
 from igrpo.engines.control import BOOT_HEADER, SECRET_VARIABLE
+from igrpo.engines.lease import LEASE_PATH, LOCKED, OWNER_HEADER, RESTART_PATH
 from igrpo.engines.serve import SERVED_NAME
 
 NEEDED_PATHS = (
@@ -19,6 +21,8 @@ NEEDED_PATHS = (
 )  # fmt: skip
 SHORT_SECONDS = 30.0
 """Deadline of calls that do no work to speak of."""
+PATIENCE_SECONDS = 5.0
+"""Deadline of calls to a server that may well be gone."""
 IDLE_SECONDS = 5.0
 """This end closes an idle connection, much earlier than the server would (``serve.KEEP_ALIVE_SECONDS``): one that the
 server closes under a request on its way looks like a server that died."""
@@ -44,16 +48,33 @@ class RequestRefused(ServerError):
     """The request cannot be served, here or elsewhere."""
 
 
-class Client:
-    """Calls to one server. Runs inside an event loop."""
+class InUse(ServerError):
+    """Another trainer holds its lease, or held it since this one did."""
 
-    def __init__(self, url: str, secret: str):
+    def __init__(self, url: str, state: dict[str, Any]):
+        holder, hint = state["holder"], "start a server for this one (python -m igrpo.engines.serve)"
+        if state["alive"] or not state["busy"]:
+            what = f"{url} is in use by another trainer ({holder}), and two cannot feed one server: end it, or {hint}"
+        else:
+            what = f"{url} does not end what a trainer that is gone ({holder}) asked of it: start it again"
+        super().__init__(what)
+        self.state = state
+
+
+class Client:
+    """Calls to one server. Runs inside an event loop.
+
+    Args:
+        owner: who calls, as the server's lease knows it (see ``lease.py``); without one, a caller that only looks.
+    """
+
+    def __init__(self, url: str, secret: str, owner: str = ""):
         self.url, self._secret = url.rstrip("/"), secret
         self.boot: str | None = None
         """Of the process that gave the last answer (see ``control.BOOT_HEADER``)."""
         self.http = httpx.AsyncClient(
             base_url=self.url,
-            headers={"Authorization": f"Bearer {secret}"},
+            headers={"Authorization": f"Bearer {secret}", **({OWNER_HEADER: owner} if owner else {})},
             limits=httpx.Limits(max_connections=None, keepalive_expiry=IDLE_SECONDS),
             timeout=None,  # one deadline over the whole call instead
             trust_env=False,  # no proxy gets to see the secret
@@ -65,6 +86,7 @@ class Client:
         Raises:
             ServerHung: no whole answer within ``timeout`` seconds.
             RequestRefused: the server understood it and says no.
+            InUse: another trainer has the server.
             ServerError: no connection, or an answer other than 200.
         """
         try:
@@ -76,6 +98,8 @@ class Client:
             raise ConnectionLost(f"{self.url}{path}: {str(error) or type(error).__name__}") from error
         if response.status_code == 401:
             raise SecretRefused(f"{self.url} refused the secret: {SECRET_VARIABLE} differs between trainer and server")
+        if response.status_code == LOCKED:
+            raise InUse(self.url, response.json())
         if response.status_code != 200:
             kind = RequestRefused if response.status_code in (400, 422) else ServerError
             raise kind(f"{self.url}{path} answered {response.status_code}: {self._said(response)}")
@@ -109,6 +133,28 @@ class Client:
                 f"{self.url} serves {model['id']} with a context of {model['max_model_len']} tokens; this run needs "
                 f"{SERVED_NAME} with {max_model_length}: set vllm_max_model_length: {max_model_length} where it starts"
             )
+
+    async def lease(self, wish: str, holder: str = "", timeout: float = SHORT_SECONDS) -> dict[str, Any]:
+        """Takes, keeps or leaves the server; the state of its lease.
+
+        Raises:
+            InUse: another trainer has it.
+        """
+        return await self.call("POST", LEASE_PATH, timeout, json={"wish": wish, "holder": holder})
+
+    async def restart(self) -> None:
+        """Ends the server's process, which whoever supervises it starts again (``serve.py``)."""
+        with contextlib.suppress(ServerError):
+            await self.call("POST", RESTART_PATH, PATIENCE_SECONDS)
+
+    async def tokens_done(self) -> float:
+        """Tokens read and written since its start: a server whose count moves is busy and does not hang."""
+        try:
+            async with asyncio.timeout(SHORT_SECONDS):
+                text = (await self.http.get("/metrics")).text
+        except (TimeoutError, httpx.HTTPError):
+            return 0.0
+        return sum(map(float, re.findall(r"^vllm:(?:prompt|generation)_tokens_total(?:\{[^}]*\})? (\S+)", text, re.M)))
 
     async def abandon_push(self) -> None:
         """Ends a push that its trainer began and did not end: vLLM refuses to start another one until then.

@@ -10,11 +10,10 @@ import hmac
 import ipaddress
 import secrets
 import socket
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
 from urllib.parse import urlsplit
 
 from igrpo.config import ConfigError, TrainConfig
+from igrpo.engines.lease import App, Lease, Message, Receive, Scope, Send, respond
 from igrpo.keys import key_from_environment
 
 SECRET_VARIABLE = "IGRPO_SERVER_SECRET"
@@ -24,17 +23,14 @@ BOOT_HEADER = b"x-igrpo-boot"
 """Header with a number drawn when the server starts: it tells an answer of the server that got the weights from one of
 another that was started in its place."""
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 
 class RequireSecret:
     """ASGI middleware (vLLM: ``--middleware igrpo.engines.control.RequireSecret``): without the header
-    ``Authorization: Bearer SECRET`` every HTTP path answers 401, and every websocket is closed before it opens."""
+    ``Authorization: Bearer SECRET`` every HTTP path answers 401, and every websocket is closed before it opens.
+    What has the secret must also have the lease (``lease.py``)."""
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]):
-        self.app = app
+    def __init__(self, app: App):
+        self.app, self.lease = app, Lease()
         self.expected = f"Bearer {secret_from_environment()}".encode()
         self.boot = secrets.token_hex(8).encode()
 
@@ -44,17 +40,17 @@ class RequireSecret:
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         # Compared in constant time, so that no prefix can be guessed from how long the answer takes.
         if len(given) == 1 and hmac.compare_digest(given[0], self.expected):
-            return await self.app(scope, receive, self._signed(send))
+            if scope["type"] == "http":
+                return await self.lease.serve(self.app, scope, receive, self._signed(send))
+            return await self.app(scope, receive, send)
         if scope["type"] == "websocket":
             await receive()
             return await send({"type": "websocket.close", "code": 1008})
-        body = b'{"error": "this server belongs to a training run and answers only with its secret"}'
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 401, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        said = "this server belongs to a training run and answers only with its secret"
+        await respond(send, 401, {"error": said})
 
     def _signed(self, send: Send) -> Send:
-        async def with_boot(message: MutableMapping[str, Any]) -> None:
+        async def with_boot(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", ()), (BOOT_HEADER, self.boot)]
             await send(message)
@@ -71,8 +67,9 @@ def secret_from_environment() -> str:
     secret = key_from_environment(SECRET_VARIABLE)
     if len(secret) < SHORTEST_SECRET:
         raise ConfigError(
-            f"{SECRET_VARIABLE}: servers and trainer share a secret of at least {SHORTEST_SECRET} characters; on each "
-            f"node: export {SECRET_VARIABLE}=... (one value for all, from `openssl rand -hex 24`)"
+            f"{SECRET_VARIABLE} is {'too short' if secret else 'not set'}: servers and trainer share a secret of at "
+            f"least {SHORTEST_SECRET} characters; on each node: export {SECRET_VARIABLE}=... (one value for all, from "
+            "`openssl rand -hex 24`)"
         )
     return secret
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import ipaddress
+import os
 import secrets
 import shutil
+import socket
 import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
-from igrpo.engines.client import SHORT_SECONDS, Client, SecretRefused, ServerError
+from igrpo.engines.client import PATIENCE_SECONDS, SHORT_SECONDS, Client, InUse, SecretRefused, ServerError, ServerHung
 from igrpo.engines.control import check_access, secret_from_environment
 from igrpo.engines.serve import server_command, server_environment
 from igrpo.engines.server_process import ServerProcess, free_port, log_folder
+
+T = TypeVar("T")
 
 PROBE_SECONDS = 0.5
 
@@ -41,13 +48,15 @@ class Server:
         self.keeper: asyncio.Task[None] | None = None
         self.boot: str | None = None
         """Of the process that came up; another one holds other weights."""
-        self._posts: dict[asyncio.Task[tuple[Result, str | None]], int] = {}
+        self.hung = False
+        """Whether it stopped answering without having ended."""
+        self._work: dict[asyncio.Task[Any], int] = {}
         self._broken: asyncio.Future[str] | None = None
 
     @property
     def load(self) -> int:
         """Sequences it is working on."""
-        return sum(self._posts.values())
+        return sum(self._work.values())
 
     def holds(self, version: int) -> bool:
         return self.up and self.version == version != UNKNOWN_VERSION
@@ -56,29 +65,39 @@ class Server:
         self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
     ) -> Result:
         """As ``Client.complete``; fails as soon as the server is known to be broken."""
-        post = asyncio.ensure_future(self.client.complete(request, stop_token_ids, seed, salt, timeout))
-        self._posts[post] = request.n
-        try:
-            result, boot = await post
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():  # the caller gave the request up
-                raise
-            raise ServerError(f"{self.client.url} broke") from None
-        finally:
-            del self._posts[post]
+        post = self.client.complete(request, stop_token_ids, seed, salt, timeout)
+        result, boot = await self.unless_broken(post, request.n)
         if boot != self.boot or self.version is None:
             raise ServerError(f"{self.client.url} was started anew, with other weights")
         self.failures = 0
         return dataclasses.replace(result, version=self.version)
 
-    def break_off(self, reason: str) -> None:
+    async def unless_broken(self, work: Coroutine[Any, Any, T], load: int = 0) -> T:
+        """What ``work`` gives; fails as soon as the server is known to be broken.
+
+        Args:
+            load: sequences that it makes the server work on.
+        """
+        task = asyncio.ensure_future(work)
+        self._work[task] = load
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():  # the caller gave it up
+                raise
+            assert self._broken is not None
+            raise ServerError(f"{self.client.url} broke: {self._broken.result()}") from None
+        finally:
+            del self._work[task]
+
+    def break_off(self, reason: str, hung: bool = False) -> None:
         """Tells the keeper; what runs here fails and starts over."""
-        self.up, self.version = False, None
-        for post in self._posts:
-            post.cancel()
+        self.up, self.version, self.hung = False, None, self.hung or hung
         if self._broken is not None and not self._broken.done():
             self._broken.set_result(reason)
+        for task in self._work:
+            task.cancel()
 
     async def come_up(self, max_model_length: int, timeout: float, leads: bool) -> None:
         """Starts it where it is ours, waits until it answers, and takes it over: requests and a push that
@@ -86,6 +105,7 @@ class Server:
 
         Raises:
             ServerError: it did not come up in ``timeout`` seconds, ended, or cannot do what a run needs.
+            InUse: another trainer has it.
         """
         if self.process is not None and not self.process.alive():
             await asyncio.to_thread(self.process.start)
@@ -99,6 +119,7 @@ class Server:
                 await asyncio.sleep(PROBE_SECONDS)
         await self.client.check(max_model_length)
         if leads:
+            await self._take(timeout)
             await self.client.call("POST", "/abort_requests", SHORT_SECONDS, json={})
             if self.process is None:
                 await self.client.abandon_push()
@@ -122,8 +143,22 @@ class Server:
                 "sets the wait"
             ) from error
 
-    async def watch(self, pause: float, health_every: float) -> str:
-        """Returns when the server is broken, with the reason."""
+    async def _take(self, timeout: float) -> None:
+        """Waits until the lease of a trainer that died has ended, but not for one that lives."""
+        holder = f"{socket.gethostname()}, process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        seen, deadline = None, time.monotonic() + timeout
+        while True:
+            try:
+                await self.client.lease("take", holder)
+                return
+            except InUse as error:
+                if seen not in (None, error.state["renewals"]) or time.monotonic() > deadline:
+                    raise
+                seen = error.state["renewals"]
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def watch(self, pause: float, health_every: float, leads: bool) -> str:
+        """Returns when the server is broken, with the reason; keeps its lease until then."""
         assert self._broken is not None
         asked = time.monotonic()
         while True:
@@ -136,28 +171,39 @@ class Server:
                 asked = time.monotonic()
                 try:
                     await self.client.call("GET", "/health", SHORT_SECONDS)
+                    if leads:
+                        await self.client.lease("keep")
                 except ServerError as error:
-                    self.break_off(str(error))
+                    self.break_off(str(error), hung=isinstance(error, ServerHung))
                 else:
                     if self.client.boot != self.boot:
                         self.break_off("it was started anew, with other weights")
 
-    async def wait_for_version(self, version: int, timeout: float) -> None:
-        """For a process that does not feed the servers: until the one that does has."""
+    async def wait_for_version(self, version: int, timeout: float) -> int:
+        """For a process that does not feed the servers: until the one that does has. It compares no tensor: 0."""
         deadline = time.monotonic() + timeout
         while (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"] != str(version):
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.client.url} did not get version {version} in {timeout:g} s")
             await asyncio.sleep(PROBE_SECONDS)
+        return 0
 
-    async def renew(self) -> None:
-        """Ends what is left of it; ``come_up`` starts it again."""
+    async def renew(self, leads: bool) -> None:
+        """Ends what is left of it; ``come_up`` starts it again, or waits until somebody has."""
         self.up, self.version = False, None
         if self.process is not None:
             await asyncio.to_thread(self.process.stop)
+        elif self.hung and leads:
+            await self.client.restart()
+        self.hung = False
 
-    async def stop(self) -> None:
-        await self.renew()
+    async def stop(self, leads: bool) -> None:
+        """Ends it where it is ours, else leaves it to the next trainer."""
+        self.hung = False
+        await self.renew(leads)
+        if self.process is None and leads and self.boot is not None:
+            with contextlib.suppress(ServerError):
+                await self.client.lease("leave", timeout=PATIENCE_SECONDS)
         await self.client.close()
         if self.process is not None:
             shutil.rmtree(self.process.log.parent, ignore_errors=True)
@@ -172,12 +218,16 @@ def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> 
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     leads = not distributed or torch.distributed.get_rank() == 0
     check_access(config)
+    # One owner for all processes of the run: they share the servers' leases.
+    owners = [secrets.token_hex(16)]
+    if distributed:
+        torch.distributed.broadcast_object_list(owners, src=0)
     if config.server_urls:
         secret = secret_from_environment()
         if config.weight_backend(on_cpu) == "igrpo_file" and config.vllm_weight_dir is None:
             for url in config.server_urls:
                 _check_same_machine(url)
-        return [Server(Client(url, secret), None) for url in config.server_urls], leads
+        return [Server(Client(url, secret, owners[0]), None) for url in config.server_urls], leads
     known: list[tuple[list[int], str]] = [([], "")]
     if leads:
         host, first = config.vllm_server_host, config.vllm_server_port
@@ -188,7 +238,8 @@ def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> 
     ports, secret = known[0]
     processes = _processes(config, path, length, on_cpu, ports, secret) if leads else [None] * len(ports)
     host = f"[{config.vllm_server_host}]" if ":" in config.vllm_server_host else config.vllm_server_host
-    return [Server(Client(f"http://{host}:{port}", secret), p) for port, p in zip(ports, processes, strict=True)], leads
+    clients = [Client(f"http://{host}:{port}", secret, owners[0]) for port in ports]
+    return [Server(client, process) for client, process in zip(clients, processes, strict=True)], leads
 
 
 def _processes(

@@ -21,7 +21,8 @@ import torch
 
 from igrpo.config import TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
-from igrpo.engines.client import SHORT_SECONDS, ConnectionLost, RequestRefused, ServerError, ServerHung
+from igrpo.engines.client import SHORT_SECONDS, ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
+from igrpo.engines.lease import LEASE_SECONDS
 from igrpo.engines.server import Server, start_servers
 from igrpo.engines.server_process import address_towards
 from igrpo.engines.transfer import Published, publish, push_directly, push_files, weight_folder
@@ -31,7 +32,7 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.05
 WATCH_SECONDS = 0.5
-HEALTH_SECONDS = 10.0
+HEALTH_SECONDS, RENEW_SECONDS = 10.0, LEASE_SECONDS / 5
 RETRY_SECONDS = 1.0
 MAX_FAILURES = 3
 """Failures of one server in a row, without a finished request between them, before it is given up."""
@@ -123,8 +124,10 @@ class ServerEngine:
             published = publish(source, version, self._folder)
         else:
             published = Published(version, None, (), {}, {})
-            if not self.leads:
-                self._take_part(source)
+            # Where weights are sharded, reading them is a collective: all processes make the leading one's passes.
+            for _ in range(0 if self.leads else 2 if self._direct_backend and self._source is None else 1):
+                for _ in source():
+                    pass
         written, self._source = time.perf_counter() - start, source
         try:
             compared = self._wait_for(self._push(published))
@@ -137,13 +140,6 @@ class ServerEngine:
             "sync/servers": float(sum(server.holds(version) for server in self.servers)),
             "sync/restarts": float(self._restarts),
         }
-
-    def _take_part(self, source: WeightSource) -> None:
-        """Where weights are sharded, reading them is a collective: all processes make the leading one's passes."""
-        passes = 2 if self._direct_backend and self._source is None else 1
-        for _ in range(passes):
-            for _ in source():
-                pass
 
     def restart(self) -> None:
         async def drop() -> None:
@@ -158,11 +154,12 @@ class ServerEngine:
             while True:
                 await self._until_usable()
                 usable = [server for server in self.servers if server.holds(self.version)]
-                asked = (s.client.score(list(token_ids), self._salt(), self.config.vllm_sync_timeout) for s in usable)
+                salt, timeout = self._salt(), self.config.vllm_sync_timeout
+                asked = (s.unless_broken(s.client.score(list(token_ids), salt, timeout)) for s in usable)
                 scores: list[list[float]] = []
                 for server, answer in zip(usable, await asyncio.gather(*asked, return_exceptions=True), strict=True):
                     if isinstance(answer, ServerError):
-                        server.break_off(str(answer))
+                        server.break_off(str(answer), isinstance(answer, ServerHung))
                     elif isinstance(answer, BaseException):
                         raise answer
                     else:
@@ -243,18 +240,20 @@ class ServerEngine:
 
     async def _probe(self, server: Server, reason: str) -> None:
         """After a request hung or lost its connection: a server that cannot do one token either is broken."""
-        boot = server.boot
+        boot, done = server.boot, await server.client.tokens_done()
         try:
             await server.client.score([0, 0], self._salt(), min(SHORT_SECONDS, self.config.vllm_request_timeout))
-        except ServerError:
-            if server.boot == boot:  # else it has been replaced meanwhile
-                server.break_off(reason)
+        except ServerError as error:
+            hung = isinstance(error, ServerHung)
+            # Else it has been replaced meanwhile, or is only long at work on others.
+            if server.boot == boot and not (hung and await server.client.tokens_done() > done):
+                server.break_off(reason, hung)
 
     def _salt(self) -> str:
         return f"v{self.version}"  # prefixes of one version are never found by another
 
     async def _until_usable(self) -> None:
-        while not self._any_usable():
+        while self._fatal is not None or not self._any_usable():
             if all(server.given_up for server in self.servers):
                 self._give_up("no server is left: " + "; ".join(server.given_up or "" for server in self.servers))
             if self._fatal is not None:
@@ -288,35 +287,45 @@ class ServerEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(server.stop() for server in self.servers))
+        await asyncio.gather(*(server.stop(self.leads) for server in self.servers))
 
     async def _keep(self, server: Server) -> None:
         worked = False
         while True:
+            pause = 5 * RETRY_SECONDS  # for one that is about to end and answers with errors until then
             try:
                 await server.come_up(self.max_model_length, self.config.vllm_server_timeout, self.leads)
-                await self._send(server)
-                while self._outdated(server):  # a newer push came meanwhile
+                pause = RETRY_SECONDS
+                # Watched from here on: one that dies under the push would let it wait for its whole deadline.
+                every = RENEW_SECONDS if self.leads else HEALTH_SECONDS
+                watching = asyncio.ensure_future(server.watch(WATCH_SECONDS, every, self.leads))
+                try:
                     await self._send(server)
+                    while self._outdated(server):  # a newer push came meanwhile
+                        await self._send(server)
+                    worked, server.up = True, True
+                    self._changed.set()
+                    self._check_direct()
+                    reason = await watching
+                    self._restarts += 1
+                finally:
+                    watching.cancel()
+            except InUse as error:  # its weights are not ours any more
+                return self._give_up(str(error))
             except ServerError as error:
                 reason = str(error)
-            else:
-                worked, server.up = True, True
-                self._changed.set()
-                self._check_direct()
-                reason = await server.watch(WATCH_SECONDS, HEALTH_SECONDS)
-                self._restarts += 1
+                server.hung |= isinstance(error, ServerHung)
             server.failures += 1
             # One that does not come at the start has never worked: waiting again would not help.
             over = not worked or server.failures >= MAX_FAILURES
             if worked:
                 what = f"failed {server.failures} times in a row and is given up" if over else "bringing it back"
                 print(f"server {server.client.url}: {reason}; {what}", file=sys.stderr, flush=True)
-            await server.renew()
+            await server.renew(self.leads)
             if over:
                 server.given_up = f"{server.client.url}: {reason}"
                 return self._changed.set()
-            await asyncio.sleep(RETRY_SECONDS)
+            await asyncio.sleep(pause)
 
     def _check_direct(self) -> None:
         """Only the learner's next push feeds a server directly: without one that holds the version there is none."""
@@ -332,11 +341,12 @@ class ServerEngine:
                 server.version = self.version
             elif server.version != weights.version:
                 if not self.leads:
-                    await server.wait_for_version(weights.version, self.config.vllm_request_timeout)
+                    work = server.wait_for_version(weights.version, self.config.vllm_request_timeout)
                 elif weights.folder is not None:
-                    compared = await push_files(server.client, weights, self.config.vllm_sync_timeout)
+                    work = push_files(server.client, weights, self.config.vllm_sync_timeout)
                 else:
                     return 0  # up, but empty: a direct transfer reaches it with the next push
+                compared = await server.unless_broken(work)
                 server.version = weights.version
             return compared
 
@@ -352,7 +362,7 @@ class ServerEngine:
             try:
                 return await self._send(server)
             except ServerError as error:  # half loaded: its keeper brings it back and sends again
-                server.break_off(str(error))
+                server.break_off(str(error), isinstance(error, ServerHung))
                 return 0
 
         up = [server for server in self.servers if server.up]

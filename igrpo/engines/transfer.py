@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from igrpo.config import ConfigError
 from igrpo.engines.base import EngineError, WeightSource
-from igrpo.engines.client import Client, ServerError
+from igrpo.engines.client import Client, InUse, ServerError
 from igrpo.engines.weights import checksum
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ async def push_files(client: Client, weights: Published, timeout: float) -> int:
     async def phase(name: str, method: str, path: str, **options: object) -> object:
         try:
             return await client.call(method, path, timeout, **options)
+        except InUse:
+            raise
         except ServerError as error:
             raise type(error)(f"pushing version {weights.version}, phase {name}: {error}") from error
 

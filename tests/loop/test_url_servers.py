@@ -6,8 +6,11 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,10 +23,11 @@ from igrpo.config import ConfigError
 from igrpo.engines import EngineError, Request, start_engine
 from igrpo.engines.client import IDLE_SECONDS
 from igrpo.engines.control import SECRET_VARIABLE
+from igrpo.engines.lease import OWNER_HEADER
 from igrpo.engines.serve import KEEP_ALIVE_SECONDS
 from igrpo.engines.server_engine import MAX_FAILURES
 from igrpo.engines.server_process import free_port
-from tests.loop.servers import Network, Served, config, http_of, is_idle, running, wait_until
+from tests.loop.servers import LONG, Network, Served, config, http_of, is_idle, running, wait_until
 from tests.loop.test_control import ended
 from tests.loop.test_engines import PROMPT, SAMPLING, drain, log_probs, logprob_gap, source
 from tests.loop.test_train import records, words
@@ -92,22 +96,28 @@ def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, mode
     url, secret = served.url, served.secret
     monkeypatch.setenv(SECRET_VARIABLE, secret)
     code = (
-        "import sys, time; from igrpo.engines import Request, start_engine;"
+        "import sys; from igrpo.engines import EngineError, Request, start_engine;"
         "from tests.loop.servers import LONG, config; from tests.loop.test_engines import PROMPT, source;"
         "path, url, folder = sys.argv[1:];"
         "e = start_engine(path, config(path, vllm_server_urls=[url], vllm_weight_dir=folder), 256, [1], 0);"
         "e.push_weights(source(3), 3);"
         "[e.submit(Request(f'{i}', PROMPT, 64, LONG)) for i in range(40)];"
-        "time.sleep(600)"
+        "print(e.servers[0].client.http.headers['x-igrpo-owner'], flush=True)\n"
+        "try:\n while True: e.poll()\nexcept EngineError as error: sys.exit(str(error))"
     )
-    old = subprocess.Popen([sys.executable, "-c", code, model, url, str(tmp_path)], cwd=ROOT)
+    old = subprocess.Popen(
+        [sys.executable, "-c", code, model, url, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     server = http_of(url, secret)
     try:
         wait_until(lambda: running(server) > 100 or old.poll() is not None)
         assert old.poll() is None
+        owner = old.stdout.readline().strip()
         os.kill(old.pid, signal.SIGSTOP)  # its connections stay open, as behind a dead network
         for phase in ("/pause?mode=keep", "/start_weight_update"):  # and so does the push it was about to make
-            assert server.post(phase).status_code == 200
+            assert server.post(phase).status_code == 423
+            assert server.post(phase, headers={OWNER_HEADER: owner}).status_code == 200
         new = start_engine(model, config(model, vllm_server_urls=[url]), 256, [1], 0)
         try:
             with pytest.raises(EngineError, match="push first"):
@@ -116,6 +126,14 @@ def test_a_new_trainer_takes_over_servers_that_an_old_one_left_busy(served, mode
             assert is_idle(server)  # nobody waits for the old ones any more
             new.submit(Request("a", PROMPT, 3, SAMPLING))
             assert logprob_gap(8, drain(new, 1)["a"]) < 1e-4
+            os.kill(old.pid, signal.SIGCONT)  # it is told, and stops
+            _, said = old.communicate(timeout=60)
+            assert (
+                old.returncode == 1
+                and f"in use by another trainer ({socket.gethostname()}, process {os.getpid()}" in said
+            )
+            new.submit(Request("b", PROMPT, 3, SAMPLING))
+            assert logprob_gap(8, drain(new, 1)["b"]) < 1e-4 and new._restarts == 0
         finally:
             new.close()
     finally:
@@ -133,6 +151,18 @@ def far(served, model, monkeypatch):
         yield engine, network
         engine.close()
         network.shutdown()
+
+
+def test_a_second_trainer_is_refused_while_the_first_one_lives(far, served, model):
+    """And changes nothing of what the first one has there."""
+    engine, _ = far
+    engine.push_weights(source(14), version=14)
+    engine.submit(Request("long", PROMPT, 16, LONG))
+    with pytest.raises(EngineError, match=rf"in use by another trainer \(.*process {os.getpid()}, started "):
+        start_engine(model, config(model, vllm_server_urls=[served.url]), 256, [1], 0)
+    engine.submit(Request("a", PROMPT, 3, SAMPLING))
+    results = drain(engine, 2)
+    assert all(r.version == 14 and logprob_gap(14, r) < 1e-4 for r in results.values()) and engine._restarts == 0
 
 
 def test_a_push_to_a_urls_server_that_fails_half_way_is_made_again(far):
@@ -200,18 +230,29 @@ def test_what_is_wrong_with_a_server_is_said(served, dead_start, model, monkeypa
 
 @pytest.fixture(scope="module")
 def back_from_the_dead(served, model):
-    """The end of a push in which a URL's server died and somebody started it again; comes beside the next test."""
+    """The ends of two pushes under which a URL's server broke while its process lived on: its engine stood still, or
+    died, so that it closed its port and waited. Nobody starts it again by hand; comes beside the next test."""
     os.environ[SECRET_VARIABLE] = served.secret
-    far = start_engine(model, config(model, vllm_server_urls=[served.url]), 256, [1], 0)
+    settings = config(model, vllm_server_urls=[served.url], vllm_sync_timeout=15.0)
+    far = start_engine(model, settings, 256, [1], 0)
     del os.environ[SECRET_VARIABLE]
 
-    def it_dies():
-        yield from source(9)()
-        served.stop()
-        served.start()
+    def pushes(version: int, kills: bool) -> float:
+        (core,) = [p for p in served.everyone() if "EngineCore" in "".join(p.cmdline())]
+
+        def breaks_it():
+            yield from source(version)()
+            core.suspend()
+            if kills:
+                threading.Timer(1.0, core.kill).start()
+
+        start = time.monotonic()
+        figures = far.push_weights(breaks_it, version)
+        assert figures["sync/servers"] == 1.0 and ended(core)
+        return time.monotonic() - start
 
     with ThreadPoolExecutor(1) as pool:
-        yield far, pool.submit(far.push_weights, it_dies, 9)
+        yield far, pool.submit(pushes, 9, False), pool.submit(pushes, 10, True)
     far.close()
 
 
@@ -285,12 +326,13 @@ def test_a_server_killed_under_a_learner_costs_no_prompt(model, questions, tmp_p
     assert secret not in output and not any(secret in f.read_text() for f in folder.glob("*.*"))
 
 
-def test_a_urls_server_that_died_in_a_push_is_awaited_and_gets_it_again(back_from_the_dead):
-    far, push = back_from_the_dead
-    figures = push.result()
-    assert figures["sync/servers"] == 1.0 and figures["sync/restarts"] == 1.0
+def test_a_urls_server_that_broke_in_a_push_is_started_again_and_gets_it(served, back_from_the_dead):
+    far, stood_still, died = back_from_the_dead
+    assert stood_still.result() < 200 and died.result() < 200 and far._restarts == 2
     far.submit(Request("a", PROMPT, 3, SAMPLING))
-    assert logprob_gap(9, drain(far, 1)["a"]) < 1e-4
+    assert logprob_gap(10, drain(far, 1)["a"]) < 1e-4
+    assert served.log.read_text().count("starting it again") == 2
+    far.close()
 
 
 def test_a_trainer_killed_beside_its_server_resumes_with_it(served, model, questions, tmp_path):
