@@ -334,10 +334,10 @@ def check_ports(config: TrainConfig) -> Iterator[Finding]:
 def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
     if not (config.use_vllm and config.vllm_mode == "server" and config.server_urls):
         return
-    from igrpo.engines.control import SECRET_VARIABLE, secret_from_environment
+    from igrpo.engines import control, lease
 
     try:
-        secret = secret_from_environment()
+        secret = control.secret_from_environment()
     except ConfigError as error:
         yield Finding("problem", "secret", str(error), "export the value the servers were started with")
         return
@@ -349,26 +349,23 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
             error = _unreachable(f"{url}/health", secret, direct=True)
         fix = "start it with python -m igrpo.engines.serve, and check address, port and firewall"
         if error is not None and "401" in error:
-            fix = f"the server was started with another {SECRET_VARIABLE}"
+            fix = f"the server was started with another {control.SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"
         yield Finding("ok" if error is None else "problem", "server", found, "" if error is None else fix)
-        if error is None and (holder := _holder(url, secret)):
-            fix = "wait until that run has ended, or start a server of its own for this one"
-            yield Finding("warning", "server", f"{url} is in use by another trainer ({holder})", fix)
+        if error is None and (holder := _holder(f"{url}{lease.LEASE_PATH}", secret)):
+            yield Finding("warning", "server", f"{url} has another trainer ({holder})", "wait until it has ended")
 
 
 def _holder(url: str, secret: str) -> str | None:
     """Who has the server, if somebody has and it says so."""
-    from igrpo.engines.lease import LEASE_PATH
-
-    request = urllib.request.Request(f"{url}{LEASE_PATH}", headers={"Authorization": f"Bearer {secret}"})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    direct.addheaders = [("Authorization", f"Bearer {secret}")]
     try:
-        with opener.open(request, timeout=ANSWER_SECONDS) as answer:
+        with direct.open(url, timeout=ANSWER_SECONDS) as answer:
             state = json.load(answer)
+            return state["holder"] if state["alive"] else None
     except (OSError, ValueError):
         return None
-    return state["holder"] if state["alive"] else None
 
 
 def check_judge(config: TrainConfig) -> Iterator[Finding]:
