@@ -56,7 +56,10 @@ class Warnings(logging.Handler):
         text = printable(self.format(record), lines=True)
         if record.levelno >= logging.WARNING:
             self._texts.append(f"{self.prefix}{text}")
-        print(f"{self.prefix}{level}{text}", file=sys.stderr, flush=True)
+        try:
+            print(f"{self.prefix}{level}{text}", file=sys.stderr, flush=True)
+        except (OSError, ValueError):  # nobody reads it any more: a warning must not end what it warns of
+            self.handleError(record)
 
     def take(self) -> list[str]:
         """Warnings since the last call."""

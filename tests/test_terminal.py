@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import subprocess
@@ -57,6 +58,18 @@ def test_warnings_are_shown_once_and_kept(capsys):
     assert capsys.readouterr().err.splitlines() == lines
     assert shown.take() == [r"a \x1b[31mwarning of ours", "slow"] and shown.take() == []
     assert logging.getLogger("igrpo").propagate, "as it was before"
+
+
+def test_a_warning_that_nobody_can_read_ends_nothing(monkeypatch):
+    read, written = os.pipe()
+    os.close(read)
+    with os.fdopen(written, "w") as closed, shown_warnings() as shown:
+        monkeypatch.setattr(sys, "stderr", closed)
+        logging.getLogger("igrpo.anything").warning("lost")
+        monkeypatch.undo()
+        assert shown.take() == ["lost"]
+        with contextlib.suppress(BrokenPipeError):
+            closed.close()
 
 
 def test_other_ranks_say_who_they_are():
