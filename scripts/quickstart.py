@@ -34,6 +34,7 @@ def why_not_the_larger() -> str | None:
     """What keeps this machine from training the model of 1.5B, in words; None: it is there."""
     import torch
     from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub.errors import HfHubHTTPError
 
     if not torch.cuda.is_available():
         return "torch sees no GPU"
@@ -44,7 +45,7 @@ def why_not_the_larger() -> str | None:
     print(f"asking the hub for {MODEL}", flush=True)
     try:
         hf_hub_download(MODEL, "model.safetensors", etag_timeout=10)
-    except OSError as error:
+    except HfHubHTTPError.__bases__ as error:  # OSError, and those of the HTTP client that the hub's library uses
         return f"{MODEL} cannot be had from the hub, {type(error).__name__}"
     return None
 

@@ -49,7 +49,7 @@ def run(checkout: Path, *words: str, **environment: str) -> subprocess.Completed
     kept = {key: value for key, value in os.environ.items() if not key.startswith("PIP_") and key != "DEVICE"}
     everything = {**kept, "PIP_CONFIG_FILE": os.devnull, **environment}
     command = [sys.executable, "scripts/setup_env.py", *words]
-    return subprocess.run(command, cwd=checkout, env=everything, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=checkout, env=everything, capture_output=True, text=True, timeout=300)
 
 
 def path_with_gpu(folder: Path, answer: str, status: int = 0) -> str:
@@ -206,10 +206,10 @@ def test_an_index_out_of_reach_a_stop_and_a_second_start(checkout):
         environment.pop("PIP_FIND_LINKS", None)
         first = subprocess.Popen([sys.executable, "scripts/setup_env.py"], cwd=checkout, env=environment, text=True,
                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        silent.settimeout(60)
+        silent.settimeout(240)
         connection, _ = silent.accept()  # pip is at work
         first.send_signal(signal.SIGTERM)
-        output, errors = first.communicate(timeout=60)
+        output, errors = first.communicate(timeout=240)
         connection.close()
     assert first.returncode == 130 and errors.strip() == "the set-up was interrupted; make begins it anew"
     assert output.startswith("setting up .venv: requirements/cpu.txt (DEVICE=cpu)")
