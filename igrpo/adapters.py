@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from igrpo import zero3
 from igrpo.config import ConfigError, TrainConfig
 
 _BASE, _WRAPPED, _ADAPTER = ".base_layer", "base_model.model.", "default"
@@ -44,6 +45,7 @@ class Adapters:
             lora_dropout=config.lora_dropout,
             target_modules=modules,
             target_parameters=parameters or None,
+            exclude_modules=_unlike_linear(model) or None if isinstance(modules, str) else None,
             task_type="CAUSAL_LM",
         )
         try:
@@ -82,6 +84,13 @@ class Adapters:
             if len(pair) == 2:
                 name = self._weight(layer)
                 yield name, waiting.pop(name).float() + _delta(self.layers[layer], **factors.pop(layer))
+
+    def untrained(self) -> list[str]:
+        """Layers whose adapter no gradient has reached, where it has reached others: some models read a weight without
+        calling its layer."""
+        named = ((name.removeprefix(_WRAPPED), p) for name, p in self.wrapper.named_parameters())
+        trained = {name.partition(".lora_")[0] for name, p in named if ".lora_" in name and p.grad is not None}
+        return sorted(plain_name(name) for name in self.layers if name not in trained) if trained else []
 
     def _weight(self, layer: str) -> str:
         """Name of the weight that an adapter changes."""
@@ -166,8 +175,16 @@ def _linear(model: Any) -> list[str]:
     """Names of the linear layers but the head."""
     from transformers.pytorch_utils import Conv1D
 
+    left_out = {*_unlike_linear(model)}
     head = model.get_output_embeddings()
-    return [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear | Conv1D) and m is not head]
+    return [name for name in linear if name not in left_out]
+
+
+def _unlike_linear(model: Any) -> list[str]:
+    """Names of layers that are linear ones by their class but answer otherwise, as Llama 4's router does."""
+    kind = torch.nn.Linear
+    return [n for n, m in model.named_modules() if isinstance(m, kind) and type(m).forward is not kind.forward]
 
 
 def _refusal(text: str, config: TrainConfig) -> str:
@@ -196,7 +213,13 @@ def _check(model: Any, layers: dict[str, Any]) -> None:
                 f"lora_target_modules: {plain} shares its weight with another layer (tie_word_embeddings), and an "
                 "adapter would make them two; leave it out"
             )
-        if type(layer) not in (Linear, Embedding, ParamWrapper):
+        if type(layer) is ParamWrapper and zero3.asked_for():
+            raise ConfigError(
+                f"lora_target_modules: {plain} holds fused experts, which were never tried with DeepSpeed; take "
+                "recipes/accelerate/fsdp2.yaml, or layers without them"
+            )
+        odd = isinstance(base, torch.nn.Linear) and type(base).forward is not torch.nn.Linear.forward
+        if type(layer) not in (Linear, Embedding, ParamWrapper) or odd:
             raise ConfigError(f"lora_target_modules: {plain} ({type(base).__name__}) cannot be merged; leave it out")
         takes = list(inspect.signature(type(base).forward).parameters)
         if type(layer) is Embedding and len(takes) > 2:  # OPT's positions: not called with the ids that peft looks up

@@ -106,7 +106,8 @@ class Learner:
 
         asked = models[0].config._attn_implementation
         kernels = list(dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")))
-        return find_form(models, log_probs, kernels, context, EXACT if in_float32 else ROUNDED, self._say)
+        allowed = EXACT.get(self.accelerator.device.type, EXACT["cuda"]) if in_float32 else ROUNDED
+        return find_form(models, log_probs, kernels, context, allowed, self._say)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -211,6 +212,10 @@ class Learner:
     def _clip_and_step(self) -> float:
         """The gradient's norm. A step from a broken gradient cannot be taken back, so it is left out."""
         trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if self.adapters is not None and self.scheduler.last_epoch == 0 and (idle := self.adapters.untrained()):
+            self._say(
+                f"warning: no gradient reaches the adapters of {', '.join(idle)}: the model does not call these layers"
+            )
         for p in trained:  # a step without contributing samples is a step with a zero gradient
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

@@ -13,6 +13,8 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
+    JambaConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     OPTConfig,
@@ -170,6 +172,23 @@ def test_what_cannot_be_merged_is_refused_by_name_before_any_weight_is_loaded(
     with pytest.raises(ConfigError, match=sentence) as refused:
         Adapters(skeleton(str(tmp_path), config), config)  # there is no file with weights
     assert "\n" not in str(refused.value)
+
+
+def test_a_layer_that_is_never_called_is_said_and_a_router_gets_no_adapter(capsys):
+    routed = AutoModelForCausalLM.from_config(Llama4TextConfig(**SIZES, num_local_experts=4, intermediate_size_mlp=48))
+    made = learner(routed, use_peft=True, lora_dropout=0.0, lora_target_modules=["all-linear"])
+    assert made.adapters.layers and not any("router" in name for name in made.adapters.layers)
+    made.train_on(some_samples())
+    assert "no gradient" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"router \(Llama4Router\) cannot be merged"):
+        learner(routed, use_peft=True, lora_dropout=0.0, lora_target_modules=["router"])
+    settings = {"mamba_d_state": 4, "mamba_dt_rank": 2, "attn_layer_period": 2, "attn_layer_offset": 1}
+    hybrid = JambaConfig(**SIZES, **settings, num_experts=1, use_mamba_kernels=False)
+    made = learner(AutoModelForCausalLM.from_config(hybrid), use_peft=True, lora_dropout=0.0)
+    for _ in range(2):
+        made.train_on(some_samples())
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "no gradient" in line]
+    assert "adapters of model.layers.0.mamba.dt_proj:" in line
 
 
 @pytest.mark.parametrize("written", ["all-linear", ["all-linear"], "ALL-LINEAR", None])
