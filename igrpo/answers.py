@@ -13,8 +13,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from igrpo.arithmetic import Value, decimal_of, evaluate, explodes, same_value
@@ -38,18 +39,43 @@ __all__ = [
 ]  # fmt: skip
 
 
-class Reference(NamedTuple):
+@dataclass(frozen=True)
+class Reference:
+    """A reference answer; what only some answers need to be compared with is read when it is asked for."""
+
+    cell: str
     text: str
     """Tidy, without a leading ``x =``."""
     normal: str
     number: Number | None
     words: bool
     lines: int
-    value: Value | None = None
-    """Where it has no variables."""
-    claims: Claims | None = None
-    intervals: tuple[Interval, ...] | None = None
-    choice: Choice | None = None
+
+    @property
+    def is_formula(self) -> bool:
+        return self.number is None and not self.words and len(self.text) <= MAX_ANSWER_CHARS
+
+    @cached_property
+    def value(self) -> Value | None:
+        """Where it has no variables."""
+        if self.number is not None:
+            return Value(self.number.value, None)
+        return evaluate(self.text) if self.is_formula else None
+
+    @cached_property
+    def claims(self) -> Claims | None:
+        if self.number is not None:
+            return Claims((Part("", (self.text,)),), False)
+        return read_claims(self.text) if self.is_formula else None
+
+    @cached_property
+    def intervals(self) -> tuple[Interval, ...] | None:
+        return read_intervals(self.text) if self.is_formula else None
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        variable = re.fullmatch(r"[a-z]", self.text)
+        return read_choice(self.cell) if self.number is None and not variable and len(self.cell) < 200 else None
 
 
 @lru_cache(maxsize=4096)
@@ -57,23 +83,16 @@ def read_reference(solution: str) -> Reference:
     r"""The reference answer in a data set's cell: after ``####``, in the last ``\boxed{}``, or the whole cell."""
     boxed = last_boxed(solution, len(solution))
     answer = (solution.rpartition("####")[2] if "####" in solution else boxed or solution).strip()
-    reference, choice = _read(tidy(answer)), None
-    if reference.number is None:
-        choice = read_choice(answer) if len(answer) < 200 else None
-        reference = _read(tidy(answer), _in_words(answer))
-    return reference._replace(normal=normal_text(answer), lines=answer.count("\n") + 1, choice=choice)
+    return _read(answer, normal_text(answer), answer.count("\n") + 1)
 
 
 @lru_cache(maxsize=4096)
-def _read(text: str, words: bool = False) -> Reference:
-    text = re.sub(r"^[A-Za-z]\s*(?:=|\\in(?![a-z]))\s*|\s*=\s*[A-Za-z]$", "", text) if text.count("=") < 2 else text
+def _read(answer: str, normal: str = "", lines: int = 1) -> Reference:
+    text = tidy(answer)
+    if text.count("=") < 2:
+        text = re.sub(r"^[A-Za-z]\s*(?:=|\\in(?![a-z]))\s*|\s*=\s*[A-Za-z]$", "", text)
     number = read_number(text)
-    reference = Reference(text, text, number, number is None and words, 1)
-    if number is not None:
-        return reference._replace(value=Value(number.value, None), claims=Claims((Part("", (text,)),), False))
-    if words or len(text) > MAX_ANSWER_CHARS:
-        return reference
-    return reference._replace(value=evaluate(text), claims=read_claims(text), intervals=read_intervals(text))
+    return Reference(answer, text, normal, number, number is None and bool(normal) and _in_words(answer), lines)
 
 
 def _in_words(answer: str) -> bool:
@@ -105,6 +124,9 @@ def judge(reference: Reference, answer: str | None, question: str = "") -> float
     if reference.choice is not None:
         return _same_choice(reference.choice, answer, question)
     text = tidy(answer)
+    bare = re.sub(r"^[A-Za-z] ?= ?", "", text)
+    if reference.number is not None and (plain := read_number(bare)) is not None:
+        return float(_same_number(reference.number, plain) and not repeats(bare, question, reference.text))
     if reference.words or ("?" in text and "?" not in reference.text) or DENIAL.search(plain_words(text)):
         return 0.0
     if based := re.fullmatch(r"(\d+)_\d+", reference.text):
@@ -291,7 +313,8 @@ def rounds(exact: Fraction, decimal: Number, digits: int = 3) -> bool:
 
 def _number_in_prose(text: str) -> Number | None:
     """The only number in a phrase such as "72 apples" or "about $72 a day"; None for several, or for formulas."""
-    text = re.sub(r"([A-Za-z])\^\{?-?\d\}?", r"\1", plain_words(text))  # square metres
+    text = re.sub(r"([A-Za-z])\s*\\cdot\s*(?=[A-Za-z])", r"\1-", plain_words(text))  # kg·m
+    text = re.sub(r"([A-Za-z])\^\{?-?\d\}?", r"\1", text)  # square metres
     found = NUMBER.search(text)
     if found is None:
         return None

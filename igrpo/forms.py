@@ -70,7 +70,7 @@ def read_claims(text: str) -> Claims | None:
     """The values a tidy text gives; None where one is no value but a relation (72 < x), or they are too many."""
     text = re.sub(r"^(?:\\?[A-Za-z]|\([a-z](?:, ?[a-z])+\))\s*(?:\\in(?![a-z])|=)\s*(?=[(\[]|\\[{l])", "", text)
     ordered = False
-    for opening, closing in (("(", ")"), (r"\langle", r"\rangle"), (r"\{", r"\}"), ("[", "]")):
+    for opening, closing in (("(", ")"), (r"\langle", r"\rangle"), (r"\{", r"\}"), ("{", "}"), ("[", "]")):
         inner = _inside(text, opening, closing)
         if inner is not None and (len(split_top(inner, thousands=False)) > 1 or opening == r"\{"):
             if inner.strip() == r"\emptyset":

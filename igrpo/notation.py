@@ -16,7 +16,7 @@ NUMBER = re.compile(
     (?:(?P<whole>\d+)(?:\s*(?=\\frac)|\s+(?=\d+/\d)))?
     (?:\\frac\s*(?:\{{\s*(?P<top>-?{DECIMAL})\s*\}}|(?P<top1>\d))\s*(?:\{{\s*(?P<bottom>{DECIMAL})\s*\}}|(?P<bottom1>\d))
       |10\s*\^\s*(?:\{{\s*(?P<power>[-+]?\d+)\s*\}}|(?P<power1>[-+]?\d+))
-      |(?P<decimal>{DECIMAL})
+      |(?P<decimal>{DECIMAL}|\.(?=\\(?:overline|bar|dot)))
        (?:\\(?:overline|bar|dot)\s*(?:\{{\s*(?P<period>\d+)\s*\}}|(?P<period1>\d))
          |[eE](?P<exponent>[-+]?\d+)
          |\s*(?:\\times|\\cdot|[x*])\s*10\s*\^\s*(?:\{{\s*(?P<exponent1>[-+]?\d+)\s*\}}|(?P<exponent2>[-+]?\d+))
@@ -36,8 +36,6 @@ UNICODE = str.maketrans(
         "\u221e": r"\infty ",
         "\u221a": "sqrt",
         "\u00b0": r"^\circ ",
-        "\u00b2": "^2",
-        "\u00b3": "^3",
         "\u222a": r"\cup ",
         "\u2264": r"\le ",
         "\u2265": r"\ge ",
@@ -59,7 +57,7 @@ UNICODE = str.maketrans(
         "\0": "",
     }
 )
-_RAISED = str.maketrans("\u2070\u00b9\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "01456789-")
+_RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
 _TEXT = r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname)"
 MATH_FUNCTIONS = frozenset({"cos", "cot", "csc", "exp", "ln", "log", "pi", "sec", "sin", "sqrt", "tan"}) | frozenset(
     {"arccos", "arcsin", "arctan", "cosh", "sinh", "tanh"}
@@ -82,7 +80,7 @@ def tidy(text: str) -> str:
     """LaTeX and Unicode notation brought to one spelling; layout, markup, degree signs and trailing units removed."""
     if _PLAIN.fullmatch(text):
         return re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip()).rstrip(".").rstrip()
-    text = re.sub(r"[\u2070\u00b9\u2074-\u2079\u207b]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = re.sub(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     text = re.sub(r"\s+", " ", re.sub(r"</?(?:b|i|u|em|strong|span|p)>", "", text.translate(UNICODE))).strip()
     text = re.sub(r"(?<![\w*)}])(\*\*|__|\*)(?=[^\s*_])([^*_]{0,200}?)(?<=\S)\1(?![\w*({])", r"\2", text)
     text = text.strip("`*\"'").strip()
@@ -99,7 +97,7 @@ def tidy(text: str) -> str:
     if wrapped := re.fullmatch(rf"{_TEXT}\{{([^{{}}]*)\}}\.?", text):
         text = wrapped[1]
     elif re.search(r"\d", text):
-        text = re.sub(rf"(?:\s*{_TEXT}\{{([^{{}}]*)\}}(?:\^\{{?-?\d\}}?)?)+\.?$", _unit, text)
+        text = re.sub(rf"(?:\s*(?:\\cdot\s*)?{_TEXT}\{{([^{{}}]*)\}}(?:\^\{{?-?\d\}}?)?)+\.?$", _unit, text)
     text = re.sub(r"(?<=\d)_\{(\d+)\}", r"_\1", text)  # a number's base
     text = re.sub(r"(?<=\d)\.(\d*)\((\d+)\)(?!\d)", r".\1\\overline{\2}", text)  # 0.(3)
     text = re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip())
