@@ -17,6 +17,7 @@ from typing import Any
 
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.keys import key_from_environment
+from igrpo.log_lines import read_lines
 from igrpo.passages import completion_text
 from igrpo.types import Message
 
@@ -182,16 +183,17 @@ class Judge:
     def _open_cache(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
-            self._file.seek(0)
-            for line in self._file:
-                try:
-                    record = json.loads(line)
-                    score = read_score(record["reply"])
-                except (ValueError, KeyError, TypeError, AttributeError):  # a line cut by a kill
-                    continue
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the length of the run
+            last = None
+            for last in read_lines(path):
+                record = last.record or {}
+                if not isinstance(record.get("key"), str) or not isinstance(record.get("reply"), str):
+                    continue  # cut by a kill, or no line of ours
+                score = read_score(record["reply"])
                 if score is not None:  # an older file may hold scores that were misread
                     self._known[record["key"]] = score
+            if last is not None and not last.whole:  # or the next line would be part of the one that was cut
+                self._file.write("\n")
         except OSError as error:
             raise ConfigError(f"judge_cache: {path} cannot be used ({error})") from error
 

@@ -80,13 +80,17 @@ def test_no_more_requests_at_once_than_allowed_and_none_twice(port, tmp_path):
         assert counted["requests"] - before == 12
         scores(judging, [texts[0], texts[0]])
     assert counted["most_at_once"] >= 3
-    with open(settings.judge_cache, "a") as file:
-        file.write('{"key": "cut by a ki')
+    with open(settings.judge_cache, "ab") as file:
+        file.write(b'null\n[1]\n{"key": 1, "reply": null}\n' + '{"key": "grö'.encode()[:-1])
     after = seen(port)["requests"]
     with pool(settings) as judging:  # another run: the file answers
         pending = [judging.submit(PROBLEM, [Completion((1,), (0.0,), t, "stop", 0)], "q") for t in texts]
         assert [p.result()[0].reward for p in pending] == [0.75] * 12
-    assert seen(port)["requests"] == after
+        assert seen(port)["requests"] == after
+        scores(judging, ["good, and new"])
+    with pool(settings) as judging:  # what was written after the cut is a line of its own
+        scores(judging, ["good, and new"])
+    assert seen(port)["requests"] == after + 1
 
 
 def test_what_cannot_work_is_said_before_the_run_starts(port, tmp_path, monkeypatch):
