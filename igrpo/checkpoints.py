@@ -51,6 +51,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
+def saved_models(folder: Path) -> list[Path]:
+    """Those that can be evaluated, oldest first: whoever wrote them, and without the state that a run goes on from."""
+    found = [p for p in folder.glob(f"{PREFIX}*") if step_of(p) is not None and os.path.isfile(p / "config.json")]
+    return sorted(found, key=lambda p: step_of(p) or 0)
+
+
 def find_checkpoint(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from, whole as far as its manifest can tell.
 

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from igrpo.checkpoints import saved_models
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.config_file import build_config, coerce, key_groups, read_yaml, split_args
-from igrpo.output_folder import DiskFullError, disk_is_full, refused, usable
+from igrpo.output_folder import DiskFullError, disk_is_full, is_run, refused, usable
 from igrpo.terminal import print_error, printable, shown_warnings
 
 if TYPE_CHECKING:
@@ -137,16 +138,15 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 def find_subject(name: str) -> Subject:
     """A run (its last checkpoint), a checkpoint of a run, or any model that ``resolve_model`` knows."""
     from igrpo.models import resolve_model
-    from igrpo.run_folder import checkpoints
 
     folder = Path(name).expanduser()
-    if (folder / "metrics.jsonl").is_file() or checkpoints(folder):
-        if not checkpoints(folder):
+    saved = saved_models(folder)
+    if (folder / "metrics.jsonl").is_file() or saved:
+        if not saved:
             raise ConfigError(f"model: the run {name} has no checkpoint yet")
-        folder = checkpoints(folder)[-1]
-    run_yaml = folder.parent / "config.yaml"
-    if folder.name.startswith("checkpoint-") and run_yaml.is_file():
-        run_config = build_config(read_yaml(str(run_yaml)))
+        folder = saved[-1]
+    if folder.name.startswith("checkpoint-") and is_run(folder.parent):
+        run_config = build_config(read_yaml(str(folder.parent / "config.yaml")))
         return Subject(f"{folder.parent.name}/{folder.name}", resolve_model(str(folder)), run_config)
     return Subject(name.rstrip("/"), resolve_model(name), None)
 
