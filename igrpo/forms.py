@@ -106,6 +106,7 @@ def _part(piece: str) -> Part:
     sides = tuple(side.strip() for side in EQUALS.split(piece) if side.strip())
     if len(sides) > 1 and NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
         sides = (sides[-1], *sides[:-1])  # 5 = x
+    sides = sides or (piece,)
     name = sides[0] if len(sides) > 1 and _ONE_NAME.fullmatch(sides[0]) else ""
     return Part(name, sides[1:] if name else sides)
 

@@ -51,12 +51,21 @@ def whole_texts(completions: Sequence[CompletionText], prompt_suffix: Sequence[s
     return [whole_text(one, suffix) for one, suffix in zip(completions, suffixes, strict=True)]
 
 
+def _last_box(text: str) -> re.Match[str] | None:
+    end = len(text)
+    for _ in range(20):  # a command without its brace is none, and nobody writes many of those
+        end = max(text.rfind(command, 0, end) for command in ("\\boxed", "\\fbox"))
+        if end < 0 or (found := _BOX.match(text, end)):
+            return found if end >= 0 else None
+    return None
+
+
 def last_boxed(text: str, longest: int = 0) -> str | None:
     r"""Content of the last ``\boxed{…}`` whose braces balance within MAX_ANSWER_CHARS; None when there is none."""
-    opened = list(_BOX.finditer(text))
-    if not opened:
+    opened = _last_box(text)
+    if opened is None:
         return None
-    start, depth = opened[-1].end(), 1
+    start, depth = opened.end(), 1
     for end in range(start, min(len(text), start + max(longest, MAX_ANSWER_CHARS))):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
@@ -79,7 +88,8 @@ def extract_answer(text: str, *, words: bool = False, lines: int = 1, longest: i
 
 def _left_open(text: str) -> bool:
     """Whether the last box or tag of an answer was never closed: what was to stand there nobody knows."""
-    opened = max((found.start() for found in _BOX.finditer(text)), default=-1)
+    box = _last_box(text)
+    opened = box.start() if box is not None else -1
     tagged = text.rfind("</answer>")
     if text.rfind("<answer>") > max(tagged, opened):
         return True

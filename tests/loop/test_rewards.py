@@ -222,6 +222,14 @@ def test_references_longer_than_pythons_integers_are_judged(tmp_path):
         assert accuracy(texts, solution=[problem.solution] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize("reference", ["72", "1, -2", "1+2i", r"\pm", "x^2+1", "="])
+@pytest.mark.parametrize(
+    "text", ["==", r"\approx, ", "=,=", r"\pm \pm\pm", "x = , y = ", ", ,", r"\{\}", "()", "(,)", "[,]", "<", "="]
+)
+def test_signs_without_values_are_no_error(reference, text):
+    assert score(f"<answer>{text}</answer>", reference) in (0.0, None, float(text.strip() == reference))
+
+
 PIECES = re.findall(
     r"\S+",
     r"72 $ \ { } ^ _ = ( ) [ ] a ab \frac \boxed{ \text{ #### <answer> </answer> </think> , . - + % \( \) \[ \] * ** / "
