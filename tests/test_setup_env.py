@@ -195,6 +195,26 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
+def test_a_gpu_machine_gets_its_list_and_its_nvcc_and_goes_on_without_csrc_cuda(checkout, monkeypatch, capsys):
+    toolkit = checkout / ".venv" / "lib" / "python3.12" / "site-packages" / "nvidia" / "cu13"
+    toolkit.mkdir(parents=True)
+    monkeypatch.setattr(setup_env, "VENV", checkout / ".venv")
+    calls = []
+
+    def run_pip(folder, what, *words, environment=None):
+        calls.append((words, environment))
+        if environment and "PATH" in environment:
+            raise pip_progress.PipFailed("nvcc refuses this compiler")
+
+    monkeypatch.setattr(setup_env, "run_pip", run_pip)
+    setup_env.install(setup_env.Choice("gpu", "seen"))
+    (listed, _), (_, with_cuda), (_, without) = calls
+    assert "\ntorch===2." in Path(listed[1]).read_text() and "vllm==0.33.0" in Path(listed[1]).read_text()
+    assert with_cuda["PATH"].startswith(f"{toolkit}/bin") and str(toolkit / "lib") in with_cuda["LIBRARY_PATH"]
+    assert with_cuda["IGRPO_REQUIRE_EXT"] == without["IGRPO_REQUIRE_EXT"] == "1" and without["IGRPO_BUILD_CUDA"] == "0"
+    assert "csrc/cuda could not be compiled" in capsys.readouterr().out
+
+
 # --- what stops it
 
 
