@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from igrpo.checkpoints import checkpoints, find_checkpoint, place
@@ -28,9 +27,6 @@ from igrpo.types import Problem, RolloutGroup
 if TYPE_CHECKING:
     from igrpo.rollout import RolloutStats
 
-PROBE_TOKENS = 64
-"""Tokens on which engine and learner are compared after each weight push."""
-
 
 @dataclass
 class Job:
@@ -46,6 +42,7 @@ class Job:
     engine: Any
     rollout: Any
     learner: Any
+    sync: Any
     folder: RunFolder
     timeline: Any
     view: Any
@@ -72,40 +69,18 @@ class Job:
             return self.rollout.during(lambda: self.learner.train_on(samples, self.view.learned))
 
     def push_weights(self, version: int) -> dict[str, float]:
-        """Weights to the engine, then both read the same probe tokens and must agree. An engine that does not hold what
-        it was sent is replaced and sent it again, once.
+        """Weights to the engine, compared on the probe (see ``sync``).
 
         Drafts of the next step that still run go on under the new weights; with full determinism they are waited for,
         since how far they have come when the learner is done is a matter of time.
 
         Raises:
-            EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
+            EngineError: the push failed, or the engine does not hold the pushed weights.
         """
-        from igrpo.engines import EngineError
-
         if self.config.full_determinism:
             self.rollout.finish_drafts()
         with self.timeline.span("sync", version):
-            figures = self.engine.push_weights(self.learner.named_tensors, version)
-            gap = self._probe_gap()
-            if not gap <= self.config.weight_sync_tolerance:
-                self.engine.restart()
-                figures = self.engine.push_weights(self.learner.named_tensors, version)
-                gap = self._probe_gap()
-        if not gap <= self.config.weight_sync_tolerance:
-            raise EngineError(
-                f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
-                f"(weight_sync_tolerance: {self.config.weight_sync_tolerance}); the engine does not hold these weights"
-            )
-        return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
-
-    def _probe_gap(self) -> float:
-        """Mean |log p_engine - log p_learner| over the probe's tokens (nats), and over the processes: all of them must
-        come to the same decision about a second push."""
-        probe = self.prompts.parts(self.problems[0]).bare[:PROBE_TOKENS]
-        pairs = zip(self.engine.score(probe), self.learner.score(probe), strict=True)
-        gap = fmean(abs(theirs - ours) for theirs, ours in pairs)
-        return self.learner.over_processes({"gap": gap})["gap"]
+            return self.sync.push(version)
 
     def evaluate(self, when: str) -> dict[str, float]:
         """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
@@ -205,7 +180,6 @@ def build(config: TrainConfig) -> Iterator[Job]:
         check_columns(rewards.functions, [*problems, *held_out])
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
-
         _plan_memory(config, path, length)
 
         from igrpo.engines import start_engine
@@ -213,18 +187,20 @@ def build(config: TrainConfig) -> Iterator[Job]:
         from igrpo.models import attention, load_policy
         from igrpo.progress import LiveView
         from igrpo.rollout import Rollout
+        from igrpo.sync import WeightSync
         from igrpo.timeline import Timeline
 
         seed_everything(config.seed)
         attn = attention(config)
         reference = load_policy(path, config, attn) if config.beta > 0 and not config.use_peft else None
         learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id, length)
-        processes = learner.accelerator.num_processes
-        total_steps = steps_of(config, len(problems), processes)
+        total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
         engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
         state = learner.load(resume_from) if resume_from else None
+        sync = WeightSync(engine, learner, prompts.parts(problems[0]).bare, config)
+        sync.prove(state["step"] if state else 0)
         feed = _feed(config, problems, learner, state)
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
         timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
@@ -243,6 +219,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
             engine=engine,
             rollout=rollout,
             learner=learner,
+            sync=sync,
             folder=folder,
             timeline=timeline,
             view=LiveView(total_steps, state["step"] if state else 0, not learner.accelerator.is_main_process),
@@ -250,8 +227,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
             step=state["step"] if state else 0,
         )
         _announce(job)
-        if engine.version != job.step:
-            job.push_weights(job.step)
+        job.push_weights(job.step)
         stack.enter_context(learner.trackers())
         yield job
 

@@ -308,6 +308,12 @@ class Learner:
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
                 yield name, whole(tensor).detach()
 
+    def local_parameters(self) -> list[torch.Tensor]:
+        """This process's part of each weight, where it lies; none with ZeRO-3, whose copies must not part."""
+        if self.sharded:
+            sharding.release(self.policy)
+        return [] if self.zero3 else [sharding.local(p) for p in self.unwrapped.parameters()]
+
     def gather(self, one: Any) -> list[Any]:
         """One plain object of each process, in the order of the processes, at every process."""
         return gather_object([one]) if self.accelerator.num_processes > 1 else [one]

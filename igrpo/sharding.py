@@ -89,6 +89,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, in the memory where it lies."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
 def save(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
     """Every process writes its shards, as safetensors; the first one what is no tensor, as JSON."""
     state = _state(policy, optimizer)

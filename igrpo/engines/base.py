@@ -16,6 +16,9 @@ repeated. Where the weights are sharded the call is a collective, so every proce
 UNKNOWN_VERSION = -1
 """Version of a server that was running before this trainer came: it must be pushed to before it samples."""
 
+TRIAL_VERSION = -2
+"""Version of weights that nobody samples from: pushed once before the first step to see that pushes arrive."""
+
 
 class EngineError(RuntimeError):
     """The engine cannot go on: it died, or it does not hold the weights it was given."""

@@ -24,14 +24,20 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Parameters that the engine keeps under the name and shape they were sent with: embedding, norms, plain layers.
+    """Parameters that the engine keeps as they were sent, under the names that they were sent with: embedding, norms,
+    plain layers. vLLM's names may have another prefix, which the model's own mapper knows.
 
-    Merged, sharded or repacked layers (qkv, gate-up, tensor parallelism, the CPU's linear layers) have no twin. An
-    embedding may have rows of padding behind those that were sent; they are cut off.
+    Merged, sharded or repacked layers (qkv, gate-up, tensor parallelism, the CPU's linear layers) have no twin, and
+    square matrices are taken for none: GPT-2's are turned round. An embedding may have rows of padding behind those
+    that were sent; they are cut off.
     """
-    for name, parameter in model.named_parameters():
-        sent = shapes.get(name)
-        if sent and parameter.dim() == len(sent) and len(parameter) >= sent[0] and parameter.shape[1:] == sent[1:]:
+    mapper, own = getattr(model, "hf_to_vllm_mapper", None), dict(model.named_parameters())
+    for name, sent in shapes.items():
+        known = next(iter(mapper.apply_list([name])), "") if mapper else name
+        if known.split(".")[-2:] != name.split(".")[-2:] or known not in own or len(set(sent)) < len(sent):
+            continue
+        parameter = own[known]
+        if parameter.dim() == len(sent) and len(parameter) >= sent[0] and parameter.shape[1:] == sent[1:]:
             yield name, parameter.data[: sent[0]]
 
 
