@@ -181,7 +181,6 @@ def build(config: TrainConfig) -> Iterator[Job]:
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
         _plan_memory(config, path, length)
-
         from igrpo.engines import start_engine
         from igrpo.learner import Learner, seed_everything
         from igrpo.models import attention, load_policy

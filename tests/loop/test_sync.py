@@ -14,6 +14,7 @@ from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines import start_engine
 from igrpo.engines.base import TRIAL_VERSION
 from igrpo.engines.hf_engine import HFEngine
+from igrpo.engines.weights import twins
 from igrpo.learner import Learner
 from igrpo.models import load_policy
 from igrpo.sync import WeightSync, disturbed
@@ -136,3 +137,20 @@ def test_disturbed_weights_are_a_few_percent_off_and_come_back(dtype, tmp_path):
             share = (new / old - 1).abs()[old != 0]
             assert ((share > 0.06) & (share < 0.13)).all()
     assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
+
+
+def test_what_an_engine_keeps_under_another_prefix_is_compared():
+    """vLLM turns ``model.language_model.`` round: nothing was found to compare, and every push was refused."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    shapes = {"embed_tokens": (7, 4), "norm": (4,), "o_proj": (4, 4), "q_proj": (6, 4)}
+    inner = torch.nn.Module()
+    inner.embed_tokens, inner.norm = torch.nn.Embedding(8, 4), torch.nn.LayerNorm(4, bias=False)
+    inner.qkv_proj, inner.o_proj = torch.nn.Linear(4, 12, bias=False), torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.ModuleDict({"language_model": torch.nn.ModuleDict({"model": inner})})
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.language_model.": "language_model.model."}, orig_to_new_substr={"q_proj": "qkv_proj"}
+    )
+    sent = {f"model.language_model.{name}.weight": shape for name, shape in shapes.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in twins(model, sent)}
+    assert found == {f"model.language_model.{name}.weight": shapes[name] for name in ("embed_tokens", "norm")}
