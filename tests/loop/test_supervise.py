@@ -51,7 +51,7 @@ KEEPER = """
 import sys
 from igrpo.engines import serve, supervise
 supervise.PROBE_SECONDS, supervise.PATIENCE_SECONDS = 0.1, 1.0
-supervise.Health.__init__.__defaults__ = (2.0,)
+supervise.Health.__init__.__defaults__ = (5.0,)
 how, port = sys.argv[1:]
 sys.exit(serve.keep_up([sys.executable, "-c", sys.stdin.read(), how, port], "127.0.0.1", int(port), "secret"))
 """
