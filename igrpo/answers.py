@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from igrpo.arithmetic import Value, decimal_of, evaluate, explodes, same_value
-from igrpo.forms import Choice, Claims, Interval, Part, read_choice, read_claims, read_intervals
+from igrpo.forms import RELATION, Choice, Claims, Interval, Part, read_choice, read_claims, read_intervals
 from igrpo.notation import DENIAL, MATH_FUNCTIONS, NUMBER, Number, normal_text, plain_words, read_number, tidy
 from igrpo.passages import (
     MAX_ANSWER_CHARS,
@@ -134,7 +134,8 @@ def judge(reference: Reference, answer: str | None, question: str = "") -> float
     if not _readable(reference):
         return None
     if reference.intervals is not None and (given := read_intervals(text)) is not None:
-        return float(_same_intervals(reference.intervals, given, question))
+        same = _same_intervals(reference.intervals, given, question)
+        return float(same and not (RELATION.search(text) and repeats(text, question, reference.text)))
     closed = reference.intervals is not None and not re.fullmatch(r"\([^()\[\]]*\)", reference.text)
     if closed or reference.claims is None or ("=" in reference.text and "=" in text):
         return _same_formula(reference.text, text)

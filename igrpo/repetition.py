@@ -77,6 +77,7 @@ def _canonical(text: str) -> str:
     text = re.sub(r"(\d)\s*\\frac\s*\{(\d+)\}\s*\{(\d+)\}", r"\1 \2/\3", text)
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", text)
     text = re.sub(r"\\d?t?binom\s*\{([^{}]*)\}\s*\{([^{}]*)\}|\{([^{}]*)\\choose([^{}]*)\}", r"binom\1\3,\2\4", text)
+    text = re.sub(r"\\d?t?binom\s*(\d)\s*(\d)", r"binom\1,\2", text)
     text = re.sub(r"\bC\((\d+), ?(\d+)\)", r"binom\1,\2", text)
     text = re.sub(r"\\(?:cdot|times|ast)(?![a-z])", "*", re.sub(r"\\div(?![a-z])", "/", text)).replace("**", "^")
     text = re.sub(r"(?<=\d)\s+x\s+(?=\d)", "*", text)
@@ -84,4 +85,5 @@ def _canonical(text: str) -> str:
     text = re.sub(r"(?:\\?sqrt)\s*[({]?\s*(\w+)[)}]?", r"sqrt\1", text)
     text = re.sub(r"\^\s*[({]\s*(-?\w+)\s*[)}]", r"^\1", text)
     text = re.sub(r"[{}\\$]", "", text).casefold()
+    text = re.sub(r"(?<![a-z])(?:pi\s*\*?\s*i|i\s*\*?\s*pi)(?![a-z])", "ipi", text)
     return re.sub(rf"\s*({_OPERATORS})\s*", r"\1", re.sub(r"\s+", " ", text)).strip(" .")
