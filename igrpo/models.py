@@ -55,7 +55,7 @@ def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa
     """
     dtype = torch.bfloat16 if config.use_peft and config.bf16 else torch.float32
     model = _load(AutoModelForCausalLM, path, config, dtype=dtype, attn_implementation=attn_implementation)
-    model.config.use_cache = False
+    model.config.use_cache = text_config(model.config).use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model

@@ -18,7 +18,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from igrpo.batching import Denominators
-from igrpo.config import ConfigError
+from igrpo.config import ConfigError, TrainConfig
+from igrpo.models import load_policy
 from igrpo.rotary import pin_rotary, varies_with_length
 from igrpo.types import TrainingSample
 from tests.loop.test_learner import fresh_accelerate, learner  # noqa: F401
@@ -214,3 +215,21 @@ def test_rotary_factors_are_pinned_to_the_engines(name, context):
     assert gap(made, always, samples() + short) <= 1e-4
     assert gap(made, model, short) > 0.01
     assert not varies_with_length(made.unwrapped, context)
+
+
+def test_a_composite_model_is_packed_and_its_language_model_keeps_no_cache(tmp_path):
+    """Its config has a part for the language model, whose forward pass once made a cache of every micro-batch."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+    sight = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CONFIG_MAPPING["gemma3"](
+        text_config={name: SIZES[name] for name in names} | {"sliding_window": 5, "initializer_range": 0.3},
+        vision_config=sight | {"image_size": 28, "patch_size": 14},
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_policy(
+        str(tmp_path), TrainConfig(model_name_or_path="m", dataset_name="d", gradient_checkpointing=False)
+    )
+    assert not model.config.use_cache and not model.config.text_config.use_cache
+    made = learner(model.eval(), token_budget=100_000)
+    assert made.packs and gap(made, model, samples()) <= 1e-4
