@@ -154,6 +154,12 @@ def disk_is_full(error: Exception, path: Path) -> bool:
     return said or (path.exists() and shutil.disk_usage(path).free < ALMOST_NOTHING)
 
 
+def concerns(error: OSError, folder: Path) -> bool:
+    """Whether the system speaks of a file in the folder: of a log that it can write no more, for example."""
+    name = error.filename
+    return isinstance(name, str) and Path(os.path.realpath(name)).is_relative_to(os.path.realpath(folder))
+
+
 def _last_to_move(name: str) -> bool:
     """What says that the folder is a run's goes last: a move that is killed goes on the next time."""
     return name == "config.yaml"

@@ -63,7 +63,7 @@ def train(config: TrainConfig, warnings: Warnings) -> int:
     check_trackers(config.trackers)
     from igrpo.engines import EngineError
     from igrpo.job import build
-    from igrpo.output_folder import DiskFullError, disk_is_full
+    from igrpo.output_folder import DiskFullError, concerns, disk_is_full
 
     try:
         with build(config) as job:
@@ -77,8 +77,7 @@ def train(config: TrainConfig, warnings: Warnings) -> int:
         return EXIT_DISK_FULL
     except OSError as error:  # from a log; a checkpoint's would be a DiskFullError
         folder = Path(config.output_dir).expanduser()
-        of_folder = os.path.realpath(str(error.filename)).startswith(os.path.realpath(folder))
-        if not of_folder and not disk_is_full(error, folder):
+        if not concerns(error, folder) and not disk_is_full(error, folder):
             raise
         print_error(error, how_to_go_on(folder))
         return EXIT_DISK_FULL

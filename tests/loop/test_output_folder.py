@@ -19,7 +19,7 @@ import pytest
 from igrpo import run_lock
 from igrpo.checkpoints import MANIFEST, checkpoints, damage, find_checkpoint, read_manifest
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.output_folder import DiskFullError, claimed
+from igrpo.output_folder import DiskFullError, claimed, concerns
 from igrpo.run_folder import RunFolder
 from igrpo.run_lock import LOCK, locked
 from igrpo.terminal import printable
@@ -314,6 +314,15 @@ def test_no_room_at_all_is_a_full_disk(small_disk):
     (small_disk / ".ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free))
     with pytest.raises(DiskFullError, match="there is no room in"):
         start(small_disk / "run")
+
+
+def test_which_errors_concern_the_folder(tmp_path):
+    run = start(tmp_path / "run")
+    shutil.rmtree(run.path)  # while it goes on
+    with pytest.raises(FileNotFoundError) as caught:
+        run.log_metrics(1, {})
+    assert concerns(caught.value, run.path) and not concerns(caught.value, tmp_path / "ru")
+    assert not concerns(ConnectionRefusedError(111, "refused"), Path())
 
 
 # --- logs
