@@ -20,7 +20,8 @@ from igrpo.models import load_policy
 from igrpo.sync import WeightSync, disturbed
 from tests.tiny import save_tiny, tiny_tokenizer
 
-EVERY = pytest.mark.skipif("IGRPO_EVERY_ENGINE" not in os.environ, reason="20 s each: set IGRPO_EVERY_ENGINE=1")
+EVERY = pytest.mark.applies("IGRPO_EVERY_ENGINE" in os.environ)
+"""Twenty seconds each: they run where somebody asks for them."""
 SIZES = {
     "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.2,
