@@ -163,6 +163,7 @@ def pip_of(empty_venv, monkeypatch, tmp_path):
     return install
 
 
+@pytest.mark.slow
 def test_a_cpu_build_is_taken_wherever_it_is_and_the_cuda_build_comes_whole(pip_of, serve, tmp_path):
     both, plain, pytorchs, empty = (tmp_path / name for name in ("both", "plain", "pytorchs", "empty"))
     for folder in (both, plain):
@@ -182,6 +183,7 @@ def test_a_cpu_build_is_taken_wherever_it_is_and_the_cuda_build_comes_whole(pip_
     assert "the CUDA build with its libraries" in said
 
 
+@pytest.mark.slow
 def test_a_build_without_cuda_needs_no_libraries_and_nothing_at_all_is_one_sentence(pip_of, serve, tmp_path):
     wheel(tmp_path / "plain", "torch", "2.13.0", "sympy")
     plain, empty = serve(tmp_path / "plain"), serve(tmp_path / "empty")
@@ -218,6 +220,7 @@ def test_a_gpu_machine_gets_its_list_and_its_nvcc_and_goes_on_without_csrc_cuda(
 # --- what stops it
 
 
+@pytest.mark.slow
 def test_an_index_out_of_reach_a_stop_and_a_second_start(checkout):
     """The first start meets an index that never answers and is stopped; the second finds what it left."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
