@@ -66,8 +66,8 @@ def try_version(version: str, wheel: Path, folder: Path, with_triton: bool) -> s
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    call([*pip, "--no-cache-dir", f"torch=={version}", "numpy", "pytest", "pytest-timeout"], folder)
-    call([*pip, "--no-deps", wheel], folder)
+    # In one command: the wheel must take this torch.
+    call([*pip, "--no-cache-dir", f"torch=={version}", wheel, "numpy", "pytest", "pytest-timeout"], folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("data", "loop", "integrations"))
     shutil.copy(ROOT / "pyproject.toml", folder)
     # From their own folder: not even an empty directory of this tree is on the path.

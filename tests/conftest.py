@@ -1,8 +1,9 @@
 """Which tests are slow, which apply here, and at the end of a run what did not run and why.
 
 `slow_tests.json` has the measured seconds of every test function (all its parameters together) and of every fixture
-that takes more than SLOW_SECONDS. Those functions, and all tests that use such a fixture, carry the mark `slow`, as do
-tests that were marked by hand. `make test ARGS=--measure` writes the file anew for what ran.
+that takes more than SLOW_SECONDS. Those functions, all tests that use such a fixture, and those of the files in
+STARTS_PROGRAMS carry the mark `slow`, as do tests that were marked by hand. `make test ARGS=--measure` writes the file
+anew for what ran.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("slow_tests.json")
 SLOW_SECONDS = 2.0
+# Each of their tests starts trainers, servers or an installation of its own: slow, measured or not.
+STARTS_PROGRAMS = ("loop/test_train.py", "loop/test_servers.py", "loop/test_url_servers.py", "test_setup_env.py")
 TOGETHER = "quick tests together"
 fixture_seconds: dict[str, float] = {}
 test_seconds: dict[str, float] = {}
@@ -47,7 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     kept, left = [], []
     for item in items:
         fixtures = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
-        if function_of(item.nodeid) in slow or any(fixture_name(fixture) in slow for fixture in fixtures):
+        starts = item.path.as_posix().endswith(STARTS_PROGRAMS)
+        if starts or function_of(item.nodeid) in slow or any(fixture_name(fixture) in slow for fixture in fixtures):
             item.add_marker("slow")
         (kept if applies(item) else left).append(item)
     items[:] = kept
