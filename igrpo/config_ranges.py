@@ -133,7 +133,7 @@ def check_ranges(config: TrainConfig, hints: dict[str, Any]) -> None:
 def check_plain(config: TrainConfig, keys: Iterable[str]) -> None:
     """Nothing that cannot be written into config.yaml, opened as a file or walked through."""
     for key in keys:
-        _check_value(key, getattr(config, key))
+        check_value(key, getattr(config, key))
     for key in NEVER_EMPTY:
         if not getattr(config, key).strip():
             raise ConfigError(f"{key}: the text is empty; write a value, or leave the key out")
@@ -146,7 +146,7 @@ def check_plain(config: TrainConfig, keys: Iterable[str]) -> None:
             ) from None
 
 
-def _check_value(key: str, value: Any) -> None:
+def check_value(key: str, value: Any) -> None:
     """A list or mapping may hold text, numbers, true, false, null and such lists and mappings."""
     open_items, count = [(value, 0)], 0
     while open_items:

@@ -7,7 +7,6 @@ the reader. Everything that reads a log of ours reads it here.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO
 
 MOST_BYTES = 2**28
 """A longer line is no record: 64 completions of 32k tokens are a fiftieth of this."""
+LARGEST = 1e30
 _SHOWN = 5
 _BOM = b"\xef\xbb\xbf"
 
@@ -56,12 +56,16 @@ def parse(raw: bytes) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def step_of(record: dict[str, Any]) -> float | None:
-    """The record's step where it is a finite number."""
-    step = record.get("step")
-    if isinstance(step, bool) or not isinstance(step, int | float) or not math.isfinite(step):
+def number_of(value: Any) -> float | None:
+    """A value of a record where it is a number that figures can show: finite, and of less than thirty digits."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -LARGEST < value < LARGEST:
         return None
-    return step
+    return value
+
+
+def step_of(record: dict[str, Any]) -> float | None:
+    """The record's step where it is a number."""
+    return number_of(record.get("step"))
 
 
 def read_lines(path: Path) -> Iterator[Line]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igrpo.log_lines import read_records
+from igrpo.log_lines import number_of, read_records
 
 ENGINE_STAGES = ("draft", "refinement", "eval")
 COLORS = {
@@ -92,7 +91,9 @@ def finished(events: Iterable[dict[str, Any]]) -> Iterator[Span]:
     running: dict[tuple[str, int, str], float] = {}
     for e in events:
         stage, step, name, t = e.get("stage"), e.get("step"), e.get("id"), e.get("t")
-        if stage not in ROWS or not isinstance(step, int) or not _is_time(t) or not isinstance(name, str):
+        if stage not in ROWS or not isinstance(step, int) or not isinstance(name, str):
+            continue
+        if number_of(step) is None or number_of(t) is None:
             continue
         if e.get("event") == "start":
             running[stage, step, name] = t
@@ -175,11 +176,7 @@ def _lanes(spans: Sequence[Span]) -> list[list[Span]]:
 
 
 def _last_time(path: Path) -> float:
-    return max((e["t"] for e in read_records(path, []) if _is_time(e.get("t"))), default=0.0)
-
-
-def _is_time(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return max((e["t"] for e in read_records(path, []) if number_of(e.get("t")) is not None), default=0.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from igrpo.report.runs import Run, Series
+from igrpo.report.runs import Run, Series, whole_characters
 
 SAME_ARM = frozenset({"seed", "output_dir", "run_name", "resume_from_checkpoint", "report_to"})
 """Keys that may differ inside an arm."""
@@ -75,7 +75,7 @@ def _labels(groups: list[list[Run]]) -> list[str]:
             if len(set(labels)) == len(labels):
                 return labels
     names = [run.name for run in first]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in first]
+    return names if len(set(names)) == len(names) else [whole_characters(str(run.path)) for run in first]
 
 
 def _describe(run: Run, keys: Sequence[str]) -> str:
@@ -84,5 +84,5 @@ def _describe(run: Run, keys: Sequence[str]) -> str:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = whole_characters(str(value))
     return text if len(text) <= 32 else text[:31] + "…"

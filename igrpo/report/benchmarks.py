@@ -10,8 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
+from igrpo.config_errors import shown
+from igrpo.log_lines import LARGEST, number_of
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import ARM_COLOURS, HEIGHT, INK, MUTED, WIDE, colour_of
+from igrpo.report.runs import whole_characters
 
 Row = dict[str, Any]
 """One model in one mode, as ``igrpo eval`` writes it: model, mode, benchmarks {name: figures}."""
@@ -35,11 +38,37 @@ def read_rows(paths: Sequence[Path], notes: list[str]) -> list[Row]:
             continue
         try:
             for row in json.loads(path.read_text(encoding="utf-8"))["rows"]:
-                if any(f["accuracy"]["value"] is not None for f in row["benchmarks"].values()):
-                    rows[(row["model"], row["mode"])] = row
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            notes.append(f"{path} cannot be read as an evaluation ({type(error).__name__}: {error})")
+                figures = {whole_characters(str(name)): _figures(found) for name, found in row["benchmarks"].items()}
+                if figures := {name: found for name, found in figures.items() if found is not None}:
+                    model, mode = (whole_characters(str(row[key])) for key in ("model", "mode"))
+                    known = {"model": model, "mode": mode, "benchmarks": figures}
+                    rows[model, mode] = known
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+            notes.append(f"{path} cannot be read as an evaluation ({type(error).__name__}: {shown(str(error))})")
     return list(rows.values())
+
+
+def _figures(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Accuracy and pass@k of one benchmark; None where the accuracy is no number from 0 to 1."""
+    accuracy = _estimate(found["accuracy"])
+    points = [{"k": k, **p} for p, k in ((_estimate(p), _share(p["k"], LARGEST)) for p in found.get("pass_at_k", ()))
+              if p is not None and k]  # fmt: skip
+    if any(p["low"] is None for p in points):
+        points = [{**p, "low": None, "high": None} for p in points]
+    return None if accuracy is None else {"accuracy": accuracy, "pass_at_k": points}
+
+
+def _estimate(found: dict[str, Any]) -> dict[str, float | None] | None:
+    value, low, high = (_share(found.get(name)) for name in ("value", "low", "high"))
+    if value is None:
+        return None
+    whole = low is not None and high is not None
+    return {"value": value, "low": low if whole else None, "high": high if whole else None}
+
+
+def _share(value: Any, most: float = 1.0) -> float | None:
+    number = number_of(value)
+    return number if number is not None and 0 <= number <= most else None
 
 
 def row_label(row: Row) -> str:

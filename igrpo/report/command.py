@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         page = write_report(args.runs, args.output, png=not args.no_png, completions=args.completions)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:  # no run there, or no place for the page
         print_error(error)
         return EXIT_USAGE
     print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igrpo.log_lines import MOST_BYTES, parse
+from igrpo.config_errors import shown
+from igrpo.log_lines import MOST_BYTES, number_of, parse
 from igrpo.report.arms import Arm
 
 MOST_GROUPS = 300
@@ -123,10 +123,10 @@ def _group(record: dict[str, Any]) -> Group | None:
         for refinement in refinements:
             refinement["changes"] = changes(drafts[chosen]["text"], refinement["text"])
     return {
-        "step": record.get("step"),
-        "row": record.get("row"),
+        "step": _number(record.get("step")),
+        "row": _number(record.get("row")),
         "prompt": _cut(_plain(record.get("prompt"))),
-        "solution": _cut(str(record.get("solution", ""))),
+        "solution": _cut(_text(record.get("solution", ""))),
         "drafts": drafts,
         "chosen": chosen,
         "refinements": refinements,
@@ -141,13 +141,17 @@ def _dicts(value: Any) -> list[dict[str, Any]]:
 def _plain(prompt: Any) -> str:
     """A conversation as text, one turn after the other."""
     turns = _dicts(prompt)
-    return "\n\n".join(f"[{t.get('role')}] {t.get('content')}" for t in turns) if turns else str(prompt)
+    return "\n\n".join(f"[{_text(t.get('role'))}] {_text(t.get('content'))}" for t in turns) or _text(prompt)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else shown(value)
 
 
 def _scored(record: dict[str, Any]) -> Group:
     rewards = record.get("rewards")
     return {
-        "text": _cut(str(record.get("text", ""))),
+        "text": _cut(_text(record.get("text", ""))),
         "reward": _number(record.get("reward")),
         "rewards": {str(k): _number(v) for k, v in rewards.items()} if isinstance(rewards, dict) else {},
         "advantage": _number(record.get("advantage")),
@@ -157,8 +161,8 @@ def _scored(record: dict[str, Any]) -> Group:
 
 
 def _number(value: Any) -> float | None:
-    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return round(value, 6) if finite else None
+    number = number_of(value)
+    return None if number is None else round(number, 6)
 
 
 def _cut(text: str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from igrpo.log_lines import read_records, step_of
+from igrpo.config_errors import ConfigError, shown
+from igrpo.config_file import load_yaml
+from igrpo.config_ranges import check_value
+from igrpo.log_lines import number_of, read_records, step_of
 
 Series = list[tuple[float, float]]
 """(step, value) pairs, steps ascending, values finite."""
@@ -41,7 +41,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return whole_characters(self.path.resolve().name)
 
     @cached_property
     def steps(self) -> int:
@@ -53,6 +53,11 @@ class Run:
     def last(self, metric: str) -> float | None:
         points = self.series(metric)
         return points[-1][1] if points else None
+
+
+def whole_characters(text: str) -> str:
+    """Half characters, which a log or a folder's name may hold and no font draws, as question marks."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def read_run(folder: Path) -> Run:
@@ -92,10 +97,10 @@ def _metrics(records: list[dict[str, Any]], notes: list[str]) -> dict[str, Serie
             without_step += 1
             continue
         for key, value in record.items():
-            if key == "step" or not _is_number(value):
+            if key == "step" or isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            if math.isfinite(value):
-                columns.setdefault(RENAMED.get(key, key), {})[step] = float(value)
+            if (number := number_of(value)) is not None:
+                columns.setdefault(RENAMED.get(key, key), {})[step] = float(number)
             else:
                 not_finite.setdefault(key, []).append(step)
     if without_step:
@@ -110,12 +115,16 @@ def _config(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append("config.yaml is missing, so this run stands for itself and its settings are not shown")
         return {}
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
-    except yaml.YAMLError as error:
-        notes.append(f"config.yaml cannot be read ({str(error).splitlines()[0]})")
+        values = load_yaml(path.read_text(encoding="utf-8", errors="replace"), "config.yaml")
+    except (ConfigError, OSError) as error:
+        notes.append(f"config.yaml cannot be read ({error})")
         return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    settings = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        try:
+            check_value(shown(key), value)
+        except ConfigError as error:
+            notes.append(f"config.yaml: {error}")
+        else:
+            settings[str(key)] = value
+    return settings

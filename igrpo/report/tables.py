@@ -140,7 +140,7 @@ def _before_after(arm: Arm, metric: str) -> Cell:
 
 def _steps(arm: Arm) -> Cell:
     done = sorted({run.steps for run in arm.runs})
-    asked = {run.config.get("max_steps") for run in arm.runs}
-    goal = f" of {asked.pop()}" if len(asked) == 1 and isinstance(max(asked, default=None), int) else ""
+    asked = [run.config.get("max_steps") for run in arm.runs]
+    goal = f" of {asked[0]}" if isinstance(asked[0], int) and asked.count(asked[0]) == len(asked) else ""
     text = str(done[0]) if len(done) == 1 else f"{done[0]} to {done[-1]}"
     return text if goal in (" of -1", f" of {text}") else text + goal

@@ -45,7 +45,7 @@ def draw_timeline(arms: Sequence[Arm], notes: list[str]) -> tuple[Canvas, str] |
         zero = spans[0].start
         for y, stage in enumerate(lanes):
             times, counts = in_flight([(s.start - zero, s.end - zero) for s in spans if s.stage == stage])
-            most = max(counts)
+            most = max(1, *counts)  # requests that took no time were never in flight
             ax.fill_between(times, y, [y + 0.85 * c / most for c in counts], step="post", color=colour, alpha=0.7,
                             linewidth=0)  # fmt: skip
             ax.annotate(f"max {most}" if most > 1 else "", (1.0, y + 0.4), xycoords=("axes fraction", "data"),
