@@ -43,22 +43,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             check_access(config)
             os.environ.update(shared_cores(os.environ))
-        with shown_warnings() as warnings:
-            return train(config, warnings)
+        return train(config)
     except ConfigError as error:
         print_error(error)
         return EXIT_BAD_CONFIG
 
 
-def train(config: TrainConfig, warnings: Warnings) -> int:
-    """Runs the whole job.
-
-    Args:
-        warnings: what is shown of them goes into the metrics, too.
+def train(config: TrainConfig) -> int:
+    """Runs the whole job; the exit codes are those of ``main``.
 
     Raises:
         ConfigError: before anything is written.
     """
+    with shown_warnings() as warnings:  # what is shown of them goes into the metrics, too
+        return _train(config, warnings)
+
+
+def _train(config: TrainConfig, warnings: Warnings) -> int:
     quiet_libraries()
     check_trackers(config.trackers)
     from igrpo.engines import EngineError

@@ -68,6 +68,8 @@ def another_value(key: str, value: object, hint: object) -> object:
         return not value
     if isinstance(value, int | float):
         return value * 2 + 1 if isinstance(value, int) else value * 1.25 + 0.1
+    if isinstance(value, list):
+        return ["OTHER"]
     if value is None:
         return 7 if int in get_args(hint) else 0.5 if float in get_args(hint) else "text"
     return f"{value} and more"
