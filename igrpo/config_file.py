@@ -142,7 +142,7 @@ def load_yaml(text: str, where: str) -> Any:
     """The value that a YAML text holds.
 
     Raises:
-        ConfigError: none; the message begins with ``where``.
+        ConfigError: nothing in it can be read as one; the message begins with ``where``.
     """
     try:
         return yaml.safe_load(text)

@@ -77,7 +77,8 @@ def begin_micro_batch(policy: FSDPModule, last: bool) -> None:
     """The head and embedding stay gathered until the step's last micro-batch.
 
     Gradients are summed over the processes after each one (FSDP2's default): waiting for the last would keep every
-    process's whole fp32 gradient, 28 GiB of a 7B model's, where shards of it are enough.
+    process's whole fp32 gradient where shards of it are enough (of 7B over 8 processes, on fake devices: a peak of
+    52.4 GiB in place of 28.3).
     """
     policy.set_reshard_after_backward(last, recurse=False)
 

@@ -7,21 +7,12 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import entropy_slope, locality, reduction_weights, rows, sampler_ratio
-from igrpo_kernels.row_kernels import RowStats
+from igrpo_kernels.row_kernels import RowStats, addressable
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig, LogitTransform
 
 __all__ = ["addressable", "gradient", "one_launch", "scale_", "statistics", "token_loss", "token_rows"]
 
 _POLICY = {"cispo": 1, "sapo": 2} | dict.fromkeys(CLIPPED_LOSS_TYPES, 0)
-
-
-def addressable(logits: Tensor) -> Tensor:
-    """(..., V) as (n, V) or (B, T, V) with adjacent columns: a view where the strides allow, else a copy."""
-    if logits.dim() not in (2, 3):
-        logits = logits.reshape(-1, logits.shape[-1])
-    if logits.shape[-1] == 1 or logits.stride(-1) == 1:
-        return logits
-    return logits.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of an empty tensor
 
 
 def statistics(

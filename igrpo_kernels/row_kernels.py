@@ -57,3 +57,12 @@ def row_kernels(name: str) -> ModuleType:
     else:
         from igrpo_kernels import native_rows as module
     return module
+
+
+def addressable(logits: Tensor) -> Tensor:
+    """(..., V) as (n, V) or (B, T, V) with adjacent columns: a view where the strides allow, else a copy."""
+    if logits.dim() not in (2, 3):
+        logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[-1] == 1 or logits.stride(-1) == 1:
+        return logits
+    return logits.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of an empty tensor

@@ -69,15 +69,6 @@ def vector_length(*tensors: Tensor) -> int:
     return min(16 // x.itemsize for x in tensors)
 
 
-def addressable(logits: Tensor) -> Tensor:
-    """(..., V) as (n, V) or (B, T, V) with adjacent columns: a view where the strides allow, else a copy."""
-    if logits.dim() not in (2, 3):
-        logits = logits.reshape(-1, logits.shape[-1])
-    if logits.shape[-1] == 1 or logits.stride(-1) == 1:
-        return logits
-    return logits.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of an empty tensor
-
-
 def transform_factors(transform: LogitTransform) -> tuple[float, float, bool]:
     """(inner, outer, capped) of `triton_math.policy_logits`."""
     scale, cap, temperature = transform

@@ -5,9 +5,8 @@ from torch import Tensor
 from igrpo_kernels import triton_ops as ops
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.objective import entropy_slope, locality, reduction_weights, rows, sampler_ratio
-from igrpo_kernels.row_kernels import RowStats
+from igrpo_kernels.row_kernels import RowStats, addressable
 from igrpo_kernels.triton_grpo_loss import LossKind, LossScalars, TokenRows
-from igrpo_kernels.triton_launch import addressable
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 
 __all__ = ["addressable", "gradient", "one_launch", "scale_", "statistics", "token_loss", "token_rows"]
