@@ -30,6 +30,8 @@ MODEL_AND_ENGINE = (
     "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs",
 )  # fmt: skip
 """What a checkpoint's run says about the model and the engine, beside all it says about prompts and rewards."""
+OF_THIS_MACHINE = ("judge_base_url", "judge_api_key_env", "reward_env")
+"""Where keys of this machine go. A run's folder may be somebody else's, so a recipe or the command line must say it."""
 EXAMPLES = """\
 examples:
   igrpo eval --model runs/quickstart --benchmarks held_out --n 8
@@ -157,8 +159,8 @@ def _config(
     """The run's prompts and engine, the recipe's over them, the command line's over both."""
     run = asdict(subject.run_config) if subject.run_config else {}
     values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
-    for source in (run, recipe):
-        values |= {key: source[key] for key in inherited() if key in source}
+    values |= {key: run[key] for key in inherited() if key in run and key not in OF_THIS_MACHINE}
+    values |= {key: recipe[key] for key in inherited() if key in recipe}
     values |= overrides
     own = {
         "model_name_or_path": subject.path,
@@ -174,7 +176,8 @@ def _config(
 
 
 def inherited() -> tuple[str, ...]:
-    """Keys whose values an evaluation takes from the run; everything else is this command's or a default."""
+    """Keys whose values an evaluation takes from a recipe and, but for ``OF_THIS_MACHINE``, from the run; everything
+    else is this command's or a default."""
     groups = key_groups()
     own = {"reward_funcs", "reward_weights"}  # a benchmark's, or `held_out`'s, which asks the run itself
     return MODEL_AND_ENGINE + tuple(key for key in groups["prompts"] + groups["rewards"] if key not in own)
