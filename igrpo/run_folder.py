@@ -199,11 +199,6 @@ def replaced(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def whole_lines(path: Path) -> list[str]:
-    """Those that hold a record."""
-    return [line.raw.decode("utf-8-sig") for line in read_lines(path) if line.record is not None]
-
-
 def _abandon_after(folder: Path, step: int) -> None:
     """Checkpoints of a future that this run goes another way than: kept, but neither the last one nor pruned."""
     for checkpoint in checkpoints(folder):

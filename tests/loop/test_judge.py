@@ -18,9 +18,9 @@ import torch
 from igrpo.config import ConfigError, TrainConfig
 from igrpo.engines.server_process import free_port
 from igrpo.judge import Judge, read_score
+from igrpo.log_lines import read_records
 from igrpo.reward_pool import RewardPool
 from igrpo.rewards import load_reward_functions
-from igrpo.run_folder import whole_lines
 from igrpo.types import Completion, Problem
 from tests.tiny import tiny_llama, tiny_tokenizer
 
@@ -147,8 +147,8 @@ def test_a_reply_without_a_score_is_asked_for_it_once_more_and_a_misread_cache_i
     with pool(settings) as judging:
         assert scores(judging, ["good VAGUE", "good VAGUE CUT"]) == [{"judge": 0.75}, {"judge": -1.0}]
     assert seen(port)["requests"] - before == 4
-    (line,) = whole_lines(tmp_path / "cache.jsonl")
-    (tmp_path / "cache.jsonl").write_text(json.dumps({**json.loads(line), "score": 1.0}) + "\n")
+    (record,) = read_records(tmp_path / "cache.jsonl", [])
+    (tmp_path / "cache.jsonl").write_text(json.dumps({**record, "score": 1.0}) + "\n")
     with pool(settings) as judging:
         assert scores(judging, ["good VAGUE"]) == [{"judge": 0.75}]
 
@@ -219,7 +219,7 @@ def test_a_model_that_vllm_serves_is_a_judge(vllm_port, monkeypatch, tmp_path):
     with pool(settings) as judging:
         assert [row["judge"] for row in scores(judging, [f"It is {i}." for i in range(12)])] == [1.0] * 12
         assert judging.stats() == {"rewards/judge/errors": 0.0, "rewards/judge/timeouts": 0.0}
-    assert {json.loads(line)["reply"] for line in whole_lines(Path(settings.judge_cache))} == {"Score: 1"}
+    assert {record["reply"] for record in read_records(Path(settings.judge_cache), [])} == {"Score: 1"}
     # A reply that is cut before its score costs the completion its score, and says so.
     with pool(config(vllm_port, judge_timeout=60.0, judge_max_tokens=6)) as judging:
         assert scores(judging, ["cut"]) == [{"judge": -1.0}] and judging.stats()["rewards/judge/errors"] == 1.0

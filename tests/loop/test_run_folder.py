@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from igrpo.checkpoints import checkpoints, find_checkpoint
 from igrpo.config import ConfigError, TrainConfig
-from igrpo.run_folder import DiskFullError, RunFolder, whole_lines
+from igrpo.log_lines import read_records
+from igrpo.run_folder import DiskFullError, RunFolder
 
 ALONE = SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None)
 
@@ -117,7 +118,7 @@ def test_whatever_a_model_writes_a_record_stays_one_line(tmp_path):
     texts = ["a\u2028b", "a\x85b", "a\x0c\x1cb", "a\r\nb"]
     run.log_completions({"step": 1, "text": text} for text in texts)
     RunFolder(config(tmp_path / "run"), 1, ALONE)
-    assert [json.loads(line)["text"] for line in whole_lines(run.path / "completions.jsonl")] == texts
+    assert [record["text"] for record in read_records(run.path / "completions.jsonl", [])] == texts
 
 
 def test_asking_for_a_checkpoint_that_is_not_there(tmp_path):

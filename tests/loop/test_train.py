@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from igrpo.run_folder import whole_lines
+from igrpo.log_lines import read_records
 from tests.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +60,7 @@ def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", 
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in whole_lines(folder / name)]
+    return list(read_records(folder / name, []))
 
 
 def steps(folder: Path) -> list[dict]:
