@@ -10,7 +10,8 @@ import re
 from datasets import Dataset
 from trl import GRPOConfig
 
-from igrpo_kernels.integrations.trl import FusedGRPOTrainer, IGRPOTrainer
+from igrpo.integrations.trl import IGRPOTrainer
+from igrpo_kernels.integrations.trl import FusedGRPOTrainer
 
 
 def right_number(completions: list, solution: list[int], **_: object) -> list[float]:

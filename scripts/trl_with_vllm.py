@@ -30,7 +30,8 @@ def build(name: str, folder: str) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig
 
-    from igrpo_kernels.integrations.trl import FusedGRPOTrainer, IGRPOTrainer
+    from igrpo.integrations.trl import IGRPOTrainer
+    from igrpo_kernels.integrations.trl import FusedGRPOTrainer
     from tests.tiny import save_tiny
 
     config = GRPOConfig(

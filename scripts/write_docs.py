@@ -130,11 +130,11 @@ def equations() -> list[str]:
 def integrations() -> list[str]:
     """Docstrings and signatures of the adapters, read without importing what they adapt."""
     lines = ["## Adapters", ""]
-    files = ("trl/__init__", "trl/fused", "trl/two_stage", "liger", "verl", "openrlhf", "prime_rl")
-    for path in (f"{name}.py" for name in files):
-        source = (ROOT / "igrpo_kernels" / "integrations" / path).read_text(encoding="utf-8")
+    adapters = [f"igrpo_kernels/integrations/{name}.py" for name in ("trl", "liger", "verl", "openrlhf", "prime_rl")]
+    for path in ("igrpo/integrations/trl.py", *adapters):
+        source = (ROOT / path).read_text(encoding="utf-8")
         tree = ast.parse(source)
-        module = f"igrpo_kernels.integrations.{path.removesuffix('.py').removesuffix('/__init__').replace('/', '.')}"
+        module = path.removesuffix(".py").replace("/", ".")
         lines += [f"### {module}", "", "```text", ast.get_docstring(tree), "```", ""]
         for node in tree.body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")

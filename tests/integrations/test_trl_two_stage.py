@@ -19,7 +19,7 @@ trl = pytest.importorskip("trl")
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 
-from igrpo_kernels.integrations.trl import DEFAULT_DRAFT_TEMPLATE, IGRPOTrainer  # noqa: E402
+from igrpo.integrations.trl import DEFAULT_DRAFT_TEMPLATE, IGRPOTrainer  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")
 ROOT = Path(__file__).resolve().parents[2]

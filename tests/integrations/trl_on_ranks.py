@@ -15,7 +15,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, PrinterCallback
 
-from igrpo_kernels.integrations.trl import FusedGRPOTrainer, IGRPOTrainer
+from igrpo.integrations.trl import IGRPOTrainer
+from igrpo_kernels.integrations.trl import FusedGRPOTrainer
 from tests.integrations.test_trl import made_up_reward, made_up_rollout, settings
 from tests.integrations.test_trl_two_stage import Watched, digits
 

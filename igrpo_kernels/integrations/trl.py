@@ -1,4 +1,11 @@
-"""`FusedGRPOTrainer`: the log-probabilities, the loss and its gradient from hidden states."""
+"""TRL: `FusedGRPOTrainer`, its `GRPOTrainer` with log-probabilities, loss and gradient straight from hidden states.
+
+A plain subclass that overrides methods of the trainer; nothing of TRL is patched. The loss TRL would compute is kept
+exactly (tests/integrations/test_trl.py compares ten training steps of every loss type). What these kernels do not
+cover takes TRL's own path, and says so once in the log: image inputs, the router loss of mixture-of-experts models,
+the adaptive entropy controller, `top_entropy_quantile` on several processes. `igrpo.integrations.trl` puts iGRPO's two
+stages on top.
+"""
 
 import functools
 import logging
@@ -6,12 +13,27 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import trl
 from torch import Tensor
-from trl import GRPOTrainer
 
 from igrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
 from igrpo_kernels.model_logits import language_model, logit_transform_of
 from igrpo_kernels.types import CLIPPED_LOSS_TYPES
+
+SUPPORTED_VERSIONS = ("1.14", "1.15", "1.16")
+"""TRL releases whose trainer this class is tested with; its private methods change between releases."""
+
+
+def check_version(version: str) -> None:
+    """ImportError with one sentence for a TRL release that this class does not know."""
+    if ".".join(version.split(".")[:2]) not in SUPPORTED_VERSIONS:
+        raise ImportError(
+            f"igrpo_kernels.integrations.trl works with TRL {SUPPORTED_VERSIONS[0]} to {SUPPORTED_VERSIONS[-1]}, found "
+            f"{version}: install one of these, or call igrpo_kernels.linear_grpo_loss in your own trainer"
+        )
+
+
+check_version(trl.__version__)
 
 _GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # divided by num_items_in_batch
 _CLIP_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
@@ -20,7 +42,7 @@ _MEANS = ("entropy", "kl", *_CLIP_MEANS, "vespo/phi_seq_mean")
 _logger = logging.getLogger(__name__)
 
 
-class FusedGRPOTrainer(GRPOTrainer):
+class FusedGRPOTrainer(trl.GRPOTrainer):
     """TRL's `GRPOTrainer` whose log-probabilities, loss and gradient come from these kernels.
 
     Takes the same arguments, plus:
@@ -206,7 +228,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
 
 def _loss_config(
-    trainer: GRPOTrainer, corrects: bool, entropy_coef: float, transform: dict[str, Any]
+    trainer: trl.GRPOTrainer, corrects: bool, entropy_coef: float, transform: dict[str, Any]
 ) -> GRPOLossConfig:
     """The trainer's settings as a `GRPOLossConfig`; a key that TRL ignores for this loss type is left out."""
     args, loss_type = trainer.args, trainer.loss_type
@@ -241,7 +263,7 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
     return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter
 
 
-def _unsupported(trainer: GRPOTrainer) -> str | None:
+def _unsupported(trainer: trl.GRPOTrainer) -> str | None:
     plugin = getattr(trainer.args, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
         return "DeepSpeed ZeRO-3, which takes the lm_head's weight away before the backward pass needs it"
@@ -253,7 +275,7 @@ def _unsupported(trainer: GRPOTrainer) -> str | None:
     return None
 
 
-def _only_trl_can(trainer: GRPOTrainer, inputs: dict[str, Any]) -> str | None:
+def _only_trl_can(trainer: trl.GRPOTrainer, inputs: dict[str, Any]) -> str | None:
     """What makes this batch's loss one that `GRPOLossConfig` cannot express, or None."""
     if trainer.aux_loss_enabled:
         return "router_aux_loss_coef"

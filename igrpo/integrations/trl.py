@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from igrpo_kernels.integrations.trl.fused import FusedGRPOTrainer
+from igrpo_kernels.integrations.trl import FusedGRPOTrainer
 from igrpo_kernels.model_logits import text_config
 
 DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
