@@ -15,7 +15,7 @@ endif
 train: setup
 	$(PY) $(if $(CONFIG),-m igrpo.train --config $(CONFIG),scripts/quickstart.py) $(ARGS)
 
-# Engines, learners and servers of the tests share the cores: igrpo/cpu_threads.py.
+# Engines, learners and servers of the tests share the cores: igrpo/engines/servers/openmp.py.
 test: export GOMP_SPINCOUNT ?= 1000
 test: setup
 	$(PY) -m pytest $(ARGS)

@@ -81,8 +81,8 @@ def lengths(case: Case) -> list[tuple[int, list[int]]]:
 
 def make_groups(case: Case) -> list:
     """Rollout groups with mixed rewards; every advantage is non-zero, so that nothing may be skipped."""
-    from igrpo.advantage import group_advantages
-    from igrpo.types import Completion, Problem, RolloutGroup, Scored
+    from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
+    from igrpo.rollout.advantage import group_advantages
 
     rng = random.Random(case.seed + 1)
 
@@ -115,7 +115,7 @@ def make_model(case: Case) -> Any:
 
 def save_model(case: Case, folder: Path) -> str:
     """Both sides load it from here."""
-    from tests.tiny import tiny_tokenizer
+    from tests.support.tiny import tiny_tokenizer
 
     make_model(case).to(torch.bfloat16).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -136,10 +136,10 @@ def settings(case: Case) -> dict[str, Any]:
 
 def our_learner(case: Case, folder: str | None, mode: str) -> tuple[Any, list]:
     """A learner in one of the modes, and the samples of its step; without a folder the model is made on the device."""
-    from igrpo import batching
-    from igrpo.config import TrainConfig
-    from igrpo.learner import Learner
-    from igrpo.models import load_policy
+    from igrpo.config.train_config import TrainConfig
+    from igrpo.learner import batching
+    from igrpo.learner.learner import Learner
+    from igrpo.models.loading import load_policy
 
     config = TrainConfig(
         model_name_or_path=folder or "random", dataset_name="unused", algorithm="grpo",

@@ -90,13 +90,13 @@ class Bench:
     """The parts of a run on a tiny random model, shared by all arms."""
 
     def __init__(self, folder: Path):
-        from igrpo.config import TrainConfig
+        from igrpo.config.train_config import TrainConfig
         from igrpo.engines import start_engine
-        from igrpo.learner import Learner
-        from igrpo.models import load_policy, load_tokenizer
-        from igrpo.prompts import PromptBuilder
-        from igrpo.reward_pool import RewardPool
-        from igrpo.rewards import load_reward_functions
+        from igrpo.learner.learner import Learner
+        from igrpo.models.loading import load_policy, load_tokenizer
+        from igrpo.rewards.functions import load_reward_functions
+        from igrpo.rewards.workers.pool import RewardPool
+        from igrpo.rollout.prompts import PromptBuilder
 
         save_model(folder / "model")
         self.base = TrainConfig(
@@ -125,10 +125,10 @@ class Bench:
         With drafts ahead the first measured step finishes drafts that the warm-up began, and the last begins drafts
         that are dropped unmeasured: each measured step carries one batch's drafts.
         """
-        from igrpo.batching import training_samples
-        from igrpo.rollout import Rollout
-        from igrpo.timeline import Timeline
-        from igrpo.types import Problem
+        from igrpo.data_types import Problem
+        from igrpo.learner.batching import training_samples
+        from igrpo.rollout.rollout import Rollout
+        from igrpo.run.timeline import Timeline
 
         generations = settings["num_generations"]
         config = replace(self.base, **settings, per_device_train_batch_size=PROMPTS * generations)
@@ -163,7 +163,7 @@ class Bench:
 
 def save_model(folder: Path) -> None:
     """The tests' random model, with room for the longest lengths; so small that the longest request counts most."""
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     save_tiny(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

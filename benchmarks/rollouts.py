@@ -50,7 +50,7 @@ class Sizes:
 
 def tiny_settings(folder: Path, sizes: Sizes) -> dict[str, Any]:
     """A random model whose answers end at random, so that lengths have a tail; problems and rewards to go with it."""
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     model = save_tiny(folder / "model")
     ends = {"eos_token_id": [1, *range(10, 16)]}  # 7 of 288 tokens: about 40 tokens per answer, some four times that

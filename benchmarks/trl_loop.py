@@ -34,11 +34,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(settings: dict[str, Any], steps: int, prompts: int) -> list[dict[str, float]]:
     """Per step: `rollout/seconds` (completions alone), `step_time`, tokens and samples, under the loop's names."""
-    from igrpo.config import TrainConfig
-    from igrpo.data import load_problems
+    from igrpo.config.train_config import TrainConfig
+    from igrpo.data.sources import load_problems
     from igrpo.engines import start_engine
-    from igrpo.models import load_tokenizer, resolve_model, stop_token_ids
-    from igrpo.prompts import PromptBuilder
+    from igrpo.models.loading import load_tokenizer, resolve_model, stop_token_ids
+    from igrpo.rollout.prompts import PromptBuilder
 
     batch = {"per_device_train_batch_size": prompts * GROUP, "num_generations": GROUP}
     config = TrainConfig(**{**settings, **batch}, algorithm="grpo", use_cpu=not cuda())
@@ -125,7 +125,7 @@ def peak_memory_gib() -> float:
     """As the learner counts it: of the accelerator where there is one, else of this process."""
     import torch
 
-    from igrpo.memory_plan import peak_resident
+    from igrpo.machine import peak_resident
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30

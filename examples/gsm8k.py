@@ -9,8 +9,8 @@ The same from a recipe: `igrpo train --config recipes/gsm8k.yaml`.
 import sys
 from pathlib import Path
 
-from igrpo.config import ConfigError
-from igrpo.config_file import parse_args
+from igrpo.config.recipe import parse_args
+from igrpo.settings import ConfigError
 from igrpo.train import train
 
 DEFAULTS = [

@@ -19,8 +19,8 @@ from experiments.figures import draw_plan
 from experiments.plan import BASE_CPU, RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import make_record
 from experiments.summary import summarise
-from igrpo.config import ConfigError
-from igrpo.run_folder import checkpoints, write_atomically
+from igrpo.run.folder import checkpoints, write_atomically
+from igrpo.settings import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

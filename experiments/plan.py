@@ -11,7 +11,8 @@ from typing import Any
 
 import yaml
 
-from igrpo.config import ConfigError, field_types
+from igrpo.config.train_config import field_types
+from igrpo.settings import ConfigError
 
 FOLDER = Path(__file__).resolve().parent
 PLANS, RESULTS = FOLDER / "plans", FOLDER / "results"

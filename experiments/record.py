@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from igrpo.log_lines import read_records
-from igrpo.passages import extract_answer
+from igrpo.rewards.grading.passages import extract_answer
 
 SERIES = (
     "reward",

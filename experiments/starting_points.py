@@ -20,7 +20,7 @@ import yaml
 
 from experiments.plan import BASE_CPU, FOLDER, RESULTS, load_base
 from experiments.record import provenance
-from igrpo.run_folder import write_atomically
+from igrpo.run.folder import write_atomically
 
 TASKS = FOLDER / "tasks.yaml"
 RECORD = RESULTS / "starting-points.json"
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def write_problems(path: Path, task: dict[str, Any], count: int) -> Path:
     """The task's first problems, as `igrpo eval` reads them from a file."""
-    from igrpo.data import load_problems
+    from igrpo.data.sources import load_problems
 
     problems = load_problems(
         task["dataset_name"],

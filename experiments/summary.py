@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments.plan import Plan
-from igrpo.run_folder import write_atomically
+from igrpo.run.folder import write_atomically
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % quantile of Student's t for 1, 2, … degrees of freedom."""

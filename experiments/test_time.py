@@ -19,8 +19,8 @@ from typing import Any
 from experiments.plan import BASE_CPU, RESULTS, fingerprint, load_base, load_plan
 from experiments.record import provenance
 from experiments.summary import interval, sampling_error, show
-from igrpo.config import ConfigError
-from igrpo.run_folder import write_atomically
+from igrpo.run.folder import write_atomically
+from igrpo.settings import ConfigError
 
 SAMPLES = 4
 """Single shots per problem; they serve the second stage as drafts."""

@@ -25,9 +25,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import parse_args
-from igrpo.keys import key_from_environment
+from igrpo.config.recipe import parse_args
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings import ConfigError, key_from_environment
 from igrpo.terminal import print_error, printable
 
 EXIT_PROBLEM, EXIT_BAD_CONFIG = 1, 2
@@ -250,7 +250,7 @@ def check_output(config: TrainConfig) -> Iterator[Finding]:
 
 
 def check_model(config: TrainConfig) -> Iterator[Finding]:
-    from igrpo.model_names import PACKAGED, looks_local
+    from igrpo.models.names import PACKAGED, looks_local
 
     name = config.model_name_or_path
     if name in PACKAGED:
@@ -334,10 +334,10 @@ def check_ports(config: TrainConfig) -> Iterator[Finding]:
 def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
     if not (config.use_vllm and config.vllm_mode == "server" and config.server_urls):
         return
-    from igrpo.engines import control, lease
+    from igrpo.engines.servers import auth, lease
 
     try:
-        secret = control.secret_from_environment()
+        secret = auth.secret_from_environment()
     except ConfigError as error:
         yield Finding("problem", "secret", str(error), "export the value the servers were started with")
         return
@@ -349,7 +349,7 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
             error = _unreachable(f"{url}/health", secret, direct=True)
         fix = "start it with python -m igrpo.engines.serve, and check address, port and firewall"
         if error is not None and "401" in error:
-            fix = f"the server was started with another {control.SECRET_VARIABLE}"
+            fix = f"the server was started with another {auth.SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"
         yield Finding("ok" if error is None else "problem", "server", found, "" if error is None else fix)
         if error is None and (holder := _holder(f"{url}{lease.LEASE_PATH}", secret)):
@@ -371,7 +371,7 @@ def _holder(url: str, secret: str) -> str | None:
 def check_judge(config: TrainConfig) -> Iterator[Finding]:
     if "judge" not in config.reward_funcs:
         return
-    from igrpo.judge import Judge
+    from igrpo.rewards.judge import Judge
 
     try:
         Judge(config).check()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-if __package__ in (None, ""):  # run as a script, this folder leads the path, and its types.py would hide Python's own
+if __package__ in (None, ""):  # run as a script, this folder would lead the path and hide others' `data` or `models`
     sys.path[0] = sys.path[0].rpartition("igrpo")[0] or "."
 
 import os
@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import filterwarnings
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_checks import check_trackers
-from igrpo.config_file import parse_args
-from igrpo.cpu_threads import shared_cores
+from igrpo.config.checks import check_trackers
+from igrpo.config.recipe import parse_args
+from igrpo.config.train_config import TrainConfig
+from igrpo.engines.servers.openmp import shared_cores
+from igrpo.settings import ConfigError
 from igrpo.terminal import Warnings, print_error, shown_warnings
 
 if TYPE_CHECKING:
-    from igrpo.job import Job
+    from igrpo.training_run import Job
 
 # Everything heavy is imported inside functions: a mistake in a recipe is answered at once.
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.use_vllm and config.vllm_mode == "server":
-            from igrpo.engines.control import check_access
+            from igrpo.engines.servers.auth import check_access
 
             check_access(config)
             os.environ.update(shared_cores(os.environ))
@@ -63,8 +64,8 @@ def _train(config: TrainConfig, warnings: Warnings) -> int:
     quiet_libraries()
     check_trackers(config.trackers)
     from igrpo.engines import EngineError
-    from igrpo.job import build
-    from igrpo.output_folder import DiskFullError, concerns, disk_is_full
+    from igrpo.run.output_folder import DiskFullError, concerns, disk_is_full
+    from igrpo.training_run import build
 
     try:
         with build(config) as job:
@@ -101,9 +102,9 @@ def quiet_libraries() -> None:
 
 def loop(job: Job) -> int:
     from igrpo.engines import EngineError
-    from igrpo.metrics import rollout_metrics
-    from igrpo.output_folder import DiskFullError
-    from igrpo.reward_tally import RewardError
+    from igrpo.rewards.workers.tally import RewardError
+    from igrpo.rollout.metrics import rollout_metrics
+    from igrpo.run.output_folder import DiskFullError
 
     config, view = job.config, job.view
     stop = StopRequest()
@@ -141,7 +142,7 @@ def loop(job: Job) -> int:
 
 
 def how_to_go_on(folder: Path) -> str:
-    from igrpo.checkpoints import checkpoints
+    from igrpo.run.checkpoints import checkpoints
 
     saved = checkpoints(folder)
     if not saved:

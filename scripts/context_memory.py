@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from igrpo.config import TrainConfig
-from igrpo.learner import Learner
-from igrpo.memory_plan import GIB, memory_plan, model_shape, peak_resident, this_machine
-from igrpo.models import load_policy, resolve_model
-from igrpo.types import TrainingSample
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import TrainingSample
+from igrpo.learner.learner import Learner
+from igrpo.machine import peak_resident, this_machine
+from igrpo.models.loading import load_policy, resolve_model
+from igrpo.plan.memory import GIB, memory_plan, model_shape
 
 
 def resident() -> int:

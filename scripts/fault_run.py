@@ -95,7 +95,7 @@ def main() -> int:
 def prepare(folder: Path) -> dict[str, str]:
     """A tiny random model and questions, beside the run's folder."""
     sys.path.insert(0, str(ROOT))
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     inputs = folder.with_name(f"{folder.name}-inputs")
     inputs.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def processes(
             words, above = " ".join(process.cmdline()), " ".join(process.parent().cmdline())
             if "reward_keeper" in words and "igrpo" in above and "vllm.entrypoints" not in above:
                 workers.append(process)
-            elif "vllm.entrypoints" in words and "igrpo.engines.supervise" in above:
+            elif "vllm.entrypoints" in words and "igrpo.engines.servers.supervise" in above:
                 listens = any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
                 fronts += [process] if listens else []
         except (psutil.NoSuchProcess, psutil.AccessDenied, AttributeError):  # one ended while we looked

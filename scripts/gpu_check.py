@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/kernels", "tests/loop/test_packed_attention.py")
+TESTS = ("tests/kernels", "tests/learner/test_packed_attention.py")
 FILES = ("bench_logits.py", "bench_linear.py", "bench_lengths.py", "bench_loop.py")
 TEST_SHARE = 0.4
 """Of the time limit, at most, for the tests."""

@@ -32,7 +32,7 @@ def build(name: str, folder: str) -> Any:
 
     from igrpo.integrations.trl import IGRPOTrainer
     from igrpo_kernels.integrations.trl import FusedGRPOTrainer
-    from tests.tiny import save_tiny
+    from tests.support.tiny import save_tiny
 
     config = GRPOConfig(
         output_dir=folder, max_steps=STEPS, per_device_train_batch_size=8, num_generations=4, max_completion_length=8,

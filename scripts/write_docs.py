@@ -22,9 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import igrpo_kernels  # noqa: E402
-from igrpo.config import TrainConfig, field_types  # noqa: E402
-from igrpo.config_checks import describe_type  # noqa: E402
-from igrpo.config_file import DROPPED, RENAMED, REQUIRED, field_docs, key_groups  # noqa: E402
+from igrpo.config.checks import describe_type  # noqa: E402
+from igrpo.config.recipe import DROPPED, RENAMED, REQUIRED, field_docs, key_groups  # noqa: E402
+from igrpo.config.train_config import TrainConfig, field_types  # noqa: E402
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput  # noqa: E402
 
 NOTE = "<!-- Written by scripts/write_docs.py from the source; change it there. -->\n"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD = Path(__file__).with_name("slow_tests.json")
 SLOW_SECONDS = 2.0
 # Each of their tests starts trainers, servers or an installation of its own: slow, measured or not.
-STARTS_PROGRAMS = ("loop/test_train.py", "loop/test_servers.py", "loop/test_url_servers.py", "test_setup_env.py")
+STARTS_PROGRAMS = (
+    "tests/test_train.py", "engines/test_servers.py", "engines/test_url_servers.py", "test_setup_env.py")  # fmt: skip
 TOGETHER = "quick tests together"
 fixture_seconds: dict[str, float] = {}
 test_seconds: dict[str, float] = {}
@@ -120,3 +122,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     grown = sorted(name for name, seconds in test_seconds.items() if seconds > 2 * SLOW_SECONDS and name not in known)
     if grown and not terminalreporter.config.getoption("--measure"):
         terminalreporter.write_line(f"slow, and not marked so (make test ARGS=--measure): {', '.join(grown)}")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("needs to mount a file system: root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

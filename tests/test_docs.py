@@ -23,7 +23,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 
 from igrpo.cli import VERBS
-from igrpo.config_file import parse_args, split_args
+from igrpo.config.recipe import parse_args, split_args
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,7 +88,7 @@ def check_script(words: list[str]) -> None:
 
 
 def check_python(words: list[str]) -> None:
-    if words[0] == "-m" and words[1].startswith("igrpo.") and words[1] != "igrpo.timeline":
+    if words[0] == "-m" and words[1].startswith("igrpo.") and words[1] != "igrpo.run.timeline":
         verb = words[1].removeprefix("igrpo.")
         check_verb("train" if verb == "engines.serve" else verb, words[2:])
     elif words[0] == "-m" and words[1] == "pytest":

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from igrpo import doctor
-from igrpo.engines.control import SECRET_VARIABLE
+from igrpo.engines.servers.auth import SECRET_VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 SECRET = "0123456789abcdef0123456789abcdef"

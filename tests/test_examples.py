@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.tiny import save_tiny, tiny_llama
+from tests.support.tiny import save_tiny, tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTED = set()

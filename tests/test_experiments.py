@@ -31,8 +31,9 @@ from experiments.summary import (
     summarise,
     summarise_arm,
 )
-from igrpo.config import ConfigError, TrainConfig
-from tests.tiny import save_tiny
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings import ConfigError
+from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = sorted(p.stem for p in PLANS.glob("*.yaml"))
@@ -188,7 +189,7 @@ def tiny_base(tmp_path_factory) -> Path:
         "model_name_or_path": save_tiny(folder / "model"), "dataset_name": str(folder / "rows.jsonl"),
         "dataset_prompt_column": "question", "dataset_solution_column": "answer", "system_prompt": None,
         "use_vllm": False, "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "max_completion_length": 6,
-        "reward_funcs": ["tests.loop.reward_functions:low_bytes"], "draft_template": " [{draft}]", "save_steps": 1,
+        "reward_funcs": ["tests.support.reward_functions:low_bytes"], "draft_template": " [{draft}]", "save_steps": 1,
         "prompts_per_step": 2, "per_device_train_batch_size": 8, "max_steps": 2, "eval_samples": 4,
     }  # fmt: skip
     path = folder / "base.yaml"

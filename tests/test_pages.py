@@ -13,9 +13,9 @@ from statistics import median
 import pytest
 import torch
 
-from igrpo.config import field_types
-from igrpo.config_file import DROPPED, RENAMED
-from tests.tiny import tiny_llama
+from igrpo.config.recipe import DROPPED, RENAMED
+from igrpo.config.train_config import field_types
+from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tests.tiny import tiny_llama
+from tests.support.tiny import tiny_llama
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 

@@ -21,8 +21,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from igrpo.config_file import parse_args
-from igrpo.memory_plan import GIB, Machine, memory_plan, model_shape
+from igrpo.config.recipe import parse_args
+from igrpo.machine import Machine
+from igrpo.plan.memory import GIB, memory_plan, model_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -30,9 +30,9 @@ def test_every_module_has_tests(touched):
 @pytest.mark.parametrize(
     ("changed", "wanted"),
     [
-        ("igrpo/packing.py", "tests/loop/test_packing.py"),
+        ("igrpo/learner/packing.py", "tests/learner/test_packing.py"),
         ("csrc/cpu/rows.h", "tests/kernels/test_cpu_ops.py"),
-        ("tests/tiny.py", "tests/loop/test_learner.py"),
+        ("tests/support/tiny.py", "tests/learner/test_learner.py"),
         ("tests/kernels/triton_kernels/test_values.py", "tests/kernels/test_triton_suite.py"),
         ("docs/kernels.md", "tests/test_docs.py"),
         ("tests/report/test_runs.py", "tests/report/test_runs.py"),

@@ -1,12 +1,12 @@
 """Engines that sample: one protocol (`base.py`), vLLM in this process (`vllm_engine.py`) or in servers
-(`server_engine.py`), Hugging Face generate (`hf_engine.py`)."""
+(`servers/`), Hugging Face generate (`hf_engine.py`)."""
 
 from collections.abc import Sequence
 
-from igrpo.config import TrainConfig
-from igrpo.config_unused import unused
+from igrpo.config.train_config import TrainConfig
+from igrpo.config.unused import unused
 from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling, WeightSource
-from igrpo.memory_plan import this_machine
+from igrpo.machine import this_machine
 
 __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSource", "start_engine"]
 
@@ -21,7 +21,7 @@ def start_engine(
     """
     list(unused(config, this_machine(config.use_cpu).device == "cpu"))
     if config.use_vllm and config.vllm_mode == "server":
-        from igrpo.engines.server_engine import ServerEngine
+        from igrpo.engines.servers.engine import ServerEngine
 
         return ServerEngine(path, config, max_model_length, stop_token_ids, seed)
     if config.use_vllm:

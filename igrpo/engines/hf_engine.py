@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from igrpo.config import TrainConfig
+from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
-from igrpo.rotary import pin_rotary
+from igrpo.learner.rotary import pin_rotary
 
 NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """generate's own truncation, switched off."""

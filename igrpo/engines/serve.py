@@ -14,13 +14,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import parse_args
-from igrpo.config_unused import unused
-from igrpo.cpu_threads import shared_cores
-from igrpo.engines.control import SECRET_VARIABLE, check_bind, secret_from_environment
-from igrpo.engines.supervise import Health, supervise
-from igrpo.memory_plan import this_machine
+from igrpo.config.recipe import parse_args
+from igrpo.config.train_config import TrainConfig
+from igrpo.config.unused import unused
+from igrpo.engines.servers.auth import SECRET_VARIABLE, check_bind, secret_from_environment
+from igrpo.engines.servers.openmp import shared_cores
+from igrpo.engines.servers.supervise import Health, supervise
+from igrpo.machine import this_machine
+from igrpo.settings import ConfigError
 
 DEFAULT_PORT = 8000
 SERVED_NAME = "policy"
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         check_bind(config.vllm_server_host, config.vllm_server_allow_public)
         secret = secret_from_environment()
-        from igrpo.models import context_limit, resolve_model
+        from igrpo.models.loading import context_limit, resolve_model
 
         path = resolve_model(config.model_name_or_path)
         length = config.vllm_max_model_length or context_limit(path, config)
@@ -93,8 +94,8 @@ def server_command(config: TrainConfig, path: str, length: int, port: int, seed:
         "logprobs-mode": "processed_logprobs",  # after temperature: what the loss needs
         "generation-config": "vllm",  # no sampling defaults from the model's files
         "seed": seed,
-        "middleware": "igrpo.engines.control.RequireSecret",
-        "worker-extension-cls": "igrpo.engines.vllm_worker.ReadsBack",
+        "middleware": "igrpo.engines.servers.auth.RequireSecret",
+        "worker-extension-cls": "igrpo.engines.servers.vllm_worker.ReadsBack",
         "weight-transfer-config": json.dumps({"backend": config.weight_backend(on_cpu)}),
     }
     flags = [

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from igrpo.config import ConfigError, TrainConfig
+from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, WeightSource
 from igrpo.engines.weights import fingerprint, forget_packed_experts, repack_tied_head, twins
+from igrpo.settings import ConfigError
 
 CPU_BLOCK_SIZE = 32
 """The CPU backend wants a multiple of 32; its default of 128 would cache prefixes only in steps of 128 tokens."""

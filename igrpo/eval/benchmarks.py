@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.data import load_problems
-from igrpo.rows import USUAL_NAMES
-from igrpo.types import Problem
+from igrpo.config.train_config import TrainConfig
+from igrpo.data.rows import USUAL_NAMES
+from igrpo.data.sources import load_problems
+from igrpo.data_types import Problem
+from igrpo.settings import ConfigError
 
 HELD_OUT = "held_out"
 """The rows a run kept from its own training data (``eval_samples``)."""
@@ -147,7 +148,7 @@ def _other(asked: str, n: int, max_samples: int | None) -> Benchmark:
 
 
 def _held_out(n: int, max_samples: int | None, run_config: TrainConfig | None) -> Benchmark:
-    from igrpo.job import load_data
+    from igrpo.training_run import load_data
 
     if run_config is None:
         raise ConfigError(f"benchmarks: {HELD_OUT} needs --model RUN or a checkpoint of a run; this model has no run")

@@ -10,10 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo.checkpoints import saved_models
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import build_config, coerce, key_groups, read_yaml, split_args
-from igrpo.output_folder import DiskFullError, disk_is_full, is_run, refused, usable
+from igrpo.config.recipe import build_config, coerce, key_groups, read_yaml, split_args
+from igrpo.config.train_config import TrainConfig
+from igrpo.run.checkpoints import saved_models
+from igrpo.run.output_folder import DiskFullError, disk_is_full, is_run, refused, usable
+from igrpo.settings import ConfigError
 from igrpo.terminal import print_error, printable, shown_warnings
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from igrpo.engines import EngineError
     from igrpo.eval import summary
     from igrpo.eval.run import EvaluationRun
-    from igrpo.reward_tally import RewardError
+    from igrpo.rewards.workers.tally import RewardError
 
     rows: list[dict[str, Any]] = []
     try:
@@ -139,7 +140,7 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def find_subject(name: str) -> Subject:
     """A run (its last checkpoint), a checkpoint of a run, or any model that ``resolve_model`` knows."""
-    from igrpo.models import resolve_model
+    from igrpo.models.loading import resolve_model
 
     folder = Path(name).expanduser()
     saved = saved_models(folder)

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from igrpo.config import ConfigError
+from igrpo.data_types import Problem, Scored
 from igrpo.log_lines import read_records
-from igrpo.run_folder import scored_record, write_atomically
-from igrpo.types import Problem, Scored
+from igrpo.run.folder import scored_record, write_atomically
+from igrpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from igrpo.config import ConfigError, TrainConfig
+from igrpo.config.train_config import TrainConfig
 from igrpo.engines import Sampling, start_engine
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
@@ -25,16 +25,17 @@ from igrpo.eval.command import Subject
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
-from igrpo.metrics import judge
-from igrpo.models import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
-from igrpo.output_folder import refused
-from igrpo.prompts import PromptBuilder
-from igrpo.reward_columns import check_columns
-from igrpo.reward_pool import RewardPool
-from igrpo.reward_setup import start_rewards
-from igrpo.reward_tally import check_tallies
-from igrpo.run_lock import locked
-from igrpo.saved_format import saved_tensors
+from igrpo.learner.saved_format import saved_tensors
+from igrpo.models.loading import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
+from igrpo.rewards.columns import check_columns
+from igrpo.rewards.setup import start_rewards
+from igrpo.rewards.workers.pool import RewardPool
+from igrpo.rewards.workers.tally import check_tallies
+from igrpo.rollout.metrics import judge
+from igrpo.rollout.prompts import PromptBuilder
+from igrpo.run.lock import locked
+from igrpo.run.output_folder import refused
+from igrpo.settings import ConfigError
 from igrpo.terminal import printable
 
 logger = logging.getLogger(__name__)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from igrpo.config import TrainConfig
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import Completion, Message, Problem, Scored
 from igrpo.engines import Engine, EngineError, Request, Result, Sampling
-from igrpo.metrics import judge
-from igrpo.prompts import PromptBuilder
-from igrpo.reward_pool import PendingScores, RewardPool
-from igrpo.types import Completion, Message, Problem, Scored
+from igrpo.rewards.workers.pool import PendingScores, RewardPool
+from igrpo.rollout.metrics import judge
+from igrpo.rollout.prompts import PromptBuilder
 
 
 @dataclass(frozen=True, slots=True)

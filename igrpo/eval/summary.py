@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from igrpo.eval.pass_at_k import Estimate, average, bootstrap, pass_at_k
-from igrpo.output_folder import free_name
-from igrpo.run_folder import write_atomically
+from igrpo.run.folder import write_atomically
+from igrpo.run.output_folder import free_name
 
 Row = dict[str, Any]
 """One model in one mode: name, mode, benchmarks {name: figures}, average."""

@@ -15,11 +15,11 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo.answers import read_reference
+from igrpo.data_types import Problem
 from igrpo.eval.sampling import Task
-from igrpo.passages import extract_answer
-from igrpo.prompts import PromptBuilder
-from igrpo.types import Problem
+from igrpo.rewards.grading.answers import read_reference
+from igrpo.rewards.grading.passages import extract_answer
+from igrpo.rollout.prompts import PromptBuilder
 
 RULES = {
     "first": "two-stage, first draft",

@@ -8,14 +8,15 @@ from pathlib import Path
 from statistics import StatisticsError, fmean, median
 from typing import Any
 
-from igrpo.config import ConfigError, TrainConfig
-from igrpo.config_file import build_config, read_yaml
+from igrpo.config.recipe import build_config, read_yaml
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import Problem
 from igrpo.log_lines import read_records
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 from igrpo.plan.models import find_shape
 from igrpo.plan.workload import StepTime, Workload
-from igrpo.types import Problem
+from igrpo.settings import ConfigError
 
 PROMPTS_COUNTED = 64
 
@@ -65,8 +66,8 @@ def _read_run(folder: str) -> Measured:
 
 def _lengths(path: Path, config: TrainConfig) -> Lengths:
     """Those of the run's own completions, and its prompts as its tokenizer counts them."""
-    from igrpo.models import load_tokenizer, resolve_model
-    from igrpo.prompts import PromptBuilder
+    from igrpo.models.loading import load_tokenizer, resolve_model
+    from igrpo.rollout.prompts import PromptBuilder
 
     groups = _lines(path / "completions.jsonl")
     drafts = tuple(d["tokens"] for g in groups for d in g["drafts"])

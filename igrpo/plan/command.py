@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from igrpo.config import ConfigError
-from igrpo.config_file import build_config, read_yaml, split_args
+from igrpo.config.recipe import build_config, read_yaml, split_args
 from igrpo.plan.hardware import DEVICES, GUESSED, parse_hardware
+from igrpo.settings import ConfigError
 from igrpo.terminal import print_error
 
 EXIT_BAD_CONFIG = 2

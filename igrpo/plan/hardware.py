@@ -6,7 +6,7 @@ import difflib
 import re
 from dataclasses import dataclass
 
-from igrpo.config import ConfigError
+from igrpo.settings import ConfigError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from igrpo.config import ConfigError
-from igrpo.memory_plan import ModelShape, model_shape
+from igrpo.plan.memory import ModelShape, model_shape
+from igrpo.settings import ConfigError
 
 TABLE = Path(__file__).with_name("architectures.json")
 HUB_SECONDS = 5.0
@@ -91,7 +91,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
         return config  # without transformers, which takes seconds to import
     from transformers import CONFIG_MAPPING
 
-    from igrpo.models import model_sizes
+    from igrpo.models.loading import model_sizes
 
     if config.get("model_type") not in CONFIG_MAPPING:
         return config

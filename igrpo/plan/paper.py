@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from igrpo.config import TrainConfig
-from igrpo.memory_plan import ModelShape, activation_bytes_per_token
+from igrpo.config.train_config import TrainConfig
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, Rates
+from igrpo.plan.memory import ModelShape, activation_bytes_per_token
 from igrpo.plan.models import table_shape
 from igrpo.plan.workload import Workload
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from igrpo.config import ConfigError, TrainConfig
+from igrpo.config.train_config import TrainConfig
 from igrpo.plan import paper
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import DEVICES, Hardware
 from igrpo.plan.models import table_shape
 from igrpo.plan.workload import Workload
+from igrpo.settings import ConfigError
 
 BEGIN, END = "<!-- igrpo plan --scaling: {name} -->", "<!-- end -->"
 COUNTS = tuple(2**i for i in range(11))

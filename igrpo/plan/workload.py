@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from igrpo.config import TrainConfig
-from igrpo.memory_plan import Machine, MemoryPlan, ModelShape, memory_plan, this_machine
+from igrpo.config.train_config import TrainConfig
+from igrpo.machine import Machine, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
+from igrpo.plan.memory import MemoryPlan, ModelShape, memory_plan
 
 ALONE = 0.9
 """Share of a GPU's memory that vLLM takes where nothing learns beside it."""

@@ -10,11 +10,11 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from igrpo.config_errors import shown
 from igrpo.log_lines import LARGEST, number_of
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import ARM_COLOURS, HEIGHT, INK, MUTED, WIDE, colour_of
 from igrpo.report.runs import whole_characters
+from igrpo.settings import shown
 
 Row = dict[str, Any]
 """One model in one mode, as ``igrpo eval`` writes it: model, mode, benchmarks {name: figures}."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igrpo.config_errors import shown
 from igrpo.log_lines import MOST_BYTES, number_of, parse
 from igrpo.report.arms import Arm
+from igrpo.settings import shown
 
 MOST_GROUPS = 300
 """Groups on a page, over all runs."""
@@ -172,7 +172,7 @@ def _cut(text: str) -> str:
 
 
 def _judge(scored: Group) -> float:
-    """The reward that says right or wrong: ``accuracy`` if there is one, else the first (``igrpo.metrics.judge``)."""
+    """The reward that says right or wrong: ``accuracy`` if there is one, else the first (``metrics.judge``)."""
     rewards = scored["rewards"]
     value = rewards.get("accuracy", next(iter(rewards.values()), None))
     return value if value is not None else 0.0

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure as Canvas
 from igrpo.log_lines import read_records
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import HEIGHT, WIDE, colour_of
-from igrpo.timeline import ROWS, Span, finished
+from igrpo.run.timeline import ROWS, Span, finished
 
 SHOWN_STEPS = 3
 

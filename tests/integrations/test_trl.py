@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 trl = pytest.importorskip("trl")
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -17,7 +17,7 @@ SETTINGS = {
     "dataset_prompt_column": "question", "dataset_solution_column": "answer", "system_prompt": "null",
     "use_cpu": True, "bf16": False, "use_vllm": False, "num_drafts": 3, "num_generations": 4, "temperature": 1.0,
     "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_completion_length": 10,
-    "reward_funcs": "[tests.loop.reward_functions:low_bytes, format]", "gradient_checkpointing": False,
+    "reward_funcs": "[tests.support.reward_functions:low_bytes, format]", "gradient_checkpointing": False,
     "max_steps": 3, "save_steps": 0, "draft_template": " [{draft}]", "eval_samples": 4, "beta": 0.01,
     "learning_rate": 1e-3,
 }  # fmt: skip

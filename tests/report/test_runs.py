@@ -15,7 +15,7 @@ from igrpo.report.drawing import MUTED, colour_of, smooth, thin
 from igrpo.report.runs import read_run
 from igrpo.report.tables import resources, results, total_hours
 from igrpo.report.timeline import in_flight, last_spans
-from igrpo.timeline import Span, read_spans
+from igrpo.run.timeline import Span, read_spans
 
 
 def folder(path, records, config=None, cut=""):

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from igrpo.config import ConfigError, TrainConfig
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings import ConfigError
 from igrpo.train import main
 
 

@@ -1,0 +1,286 @@
+"""YAML recipes and command-line overrides into a ``TrainConfig``; unknown keys are errors that name the nearest key."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+
+from igrpo.config.checks import describe_type
+from igrpo.config.train_config import TrainConfig, field_types
+from igrpo.settings import ConfigError, shown
+from igrpo.terminal import printable
+
+RENAMED = {
+    "dataset_configs": "dataset_config",
+    "warmup_ratio": "warmup_steps",
+    "vllm_importance_sampling_cap": "vllm_importance_sampling_clip_max",
+}
+"""Keys of older TRL / transformers / open-r1 recipes that live on under another name."""
+
+DROPPED = {
+    "max_prompt_length": "questions are never cropped; rows too long for vllm_max_model_length are left out",
+    "overwrite_output_dir": "an earlier run in the same folder is always kept, under another name",
+    "torch_dtype": "master weights are float32, bf16 chooses the compute type",
+    "dtype": "master weights are float32, bf16 chooses the compute type",
+    "use_liger_kernel": "the loss is always fused",
+    "use_liger_loss": "the loss is always fused",
+    "vllm_device": "the engine runs beside the learner",
+    "vllm_guided_decoding_regex": "structured output is not used",
+    "use_transformers_paged": "Hugging Face generation is only the fallback engine",
+    "wandb_log_unique_prompts": "completions.jsonl holds every prompt once",
+    "gradient_checkpointing_kwargs": "non-reentrant checkpointing is always used",
+    "do_eval": "eval_samples and eval_steps decide",
+    "eval_strategy": "eval_samples and eval_steps decide",
+    "per_device_eval_batch_size": "the engine batches by itself",
+    "hub_model_id": "checkpoints stay in output_dir",
+    "hub_strategy": "checkpoints stay in output_dir",
+    "push_to_hub": "checkpoints stay in output_dir",
+    "logging_first_step": "logging_steps decides",
+    "logging_strategy": "logging_steps decides",
+    "log_level": "warnings are always shown",
+    "save_strategy": "save_steps decides",
+    "remove_unused_columns": "all columns reach the reward functions",
+    "num_completions_to_print": "completions.jsonl holds all of them",
+    "steps_per_generation": "gradient_accumulation_steps decides",
+    "generation_batch_size": "per_device_train_batch_size and gradient_accumulation_steps decide",
+    "num_generations_eval": "eval_samples decides",
+    "benchmarks": "`igrpo eval` measures checkpoints",
+    "callbacks": "there are no callbacks",
+    "hub_model_revision": "checkpoints stay in output_dir",
+    "save_only_model": "checkpoints hold the optimiser, so that a run can go on",
+    "sync_ref_model": "the reference model stays the initial one",
+    "disable_dropout": "dropout stays as the model's config has it",
+    "vllm_enable_sleep_mode": "the engine stays awake beside the learner; vllm_gpu_memory_utilization is its share",
+    "wandb_entity": "set the environment variable WANDB_ENTITY",
+    "wandb_project": "set the environment variable WANDB_PROJECT",
+    "wandb_run_group": "set the environment variable WANDB_RUN_GROUP",
+    "code_language": "no reward here runs code",
+    "code_eval_test_batch_size": "no reward here runs code",
+    "parallel_code_exec_per_proc": "no reward here runs code",
+    "code_provider": "no reward here runs code",
+    "code_eval_scoring_mode": "no reward here runs code",
+    "ioi_provider": "no reward here runs code",
+    "e2b_router_url": "no reward here runs code",
+    "morph_router_url": "no reward here runs code",
+    "max_completion_len": "max_completion_length decides",
+    "overwrite_hub_revision": "checkpoints stay in output_dir",
+    "push_to_hub_revision": "checkpoints stay in output_dir",
+}
+"""Keys of real recipes that have no counterpart here, with the reason: one warning line each."""
+
+REQUIRED = ("model_name_or_path", "dataset_name")
+
+
+def parse_args(argv: Sequence[str]) -> TrainConfig:
+    """``--config recipe.yaml --key value --other_key=value`` into a config.
+
+    Raises:
+        ConfigError: unknown key, bad value, missing file; one line that says what to change.
+    """
+    if any(a in ("-h", "--help") for a in argv):
+        print(help_text())
+        raise SystemExit(0)
+    path, overrides = split_args(list(argv))
+    values = read_yaml(path) if path is not None else {}
+    values.update(overrides)
+    return build_config(values)
+
+
+def build_config(values: dict[str, Any]) -> TrainConfig:
+    """Keys as written in a recipe into a config; old key names are mapped with one warning line each."""
+    known = field_types()
+    settings: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in DROPPED:
+            _warn(f"{key} is ignored: {DROPPED[key]}")
+        elif key in RENAMED:
+            new = RENAMED[key]
+            if key == "warmup_ratio" and value == 1:  # from 1 on it would count steps
+                raise ConfigError("warmup_ratio: 1 leaves no step at the full rate; write a share below 1")
+            _warn(f"{key} is now called {new}")
+            if new not in values:
+                settings[new] = coerce(new, value)
+        elif key in known:
+            settings[key] = coerce(key, value)
+        else:
+            name = key if key.isidentifier() and len(key) < 80 else shown(key)
+            raise ConfigError(f"{name}: there is no such key{_nearest(key[:80], known)}")
+    if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
+        _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
+        del settings["eval_steps"]
+    for key in REQUIRED:
+        if key not in settings:
+            raise ConfigError(f"{key} is missing; write it in the recipe or as --{key} VALUE")
+    return TrainConfig(**settings)
+
+
+def read_yaml(path: str) -> dict[str, Any]:
+    try:
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"--config {path}: there is no such file{_nearest(file.name, _siblings(file))}")
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: it is not UTF-8 text") from None
+    except (OSError, RuntimeError) as error:  # no permission, too long a name, a home that is not there
+        raise ConfigError(f"--config {path}: it cannot be read ({getattr(error, 'strerror', error)})") from None
+    values = load_yaml(text, f"--config {path}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: write one `key: value` per line")
+    return {str(k): v for k, v in values.items()}
+
+
+def load_yaml(text: str, where: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        ConfigError: nothing in it can be read as one; the message begins with ``where``.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark is not None else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}:{line} is not valid YAML ({reason})") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: its brackets are nested too deep to be read") from None
+    except (ValueError, TypeError, AttributeError, LookupError) as error:  # a date of month 13, `!!int x`, 4,300 digits
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{where}: one value is not what it looks like ({reason}); put it in quotes") from None
+
+
+def coerce(key: str, value: Any) -> Any:
+    """What YAML reads as text though a number is meant: ``1e-6`` (no dot) and the command line's words."""
+    hint, kinds = field_types()[key], _kinds(key)
+    if isinstance(value, str) and float in kinds and str not in kinds:
+        try:
+            return float(value)
+        except ValueError:
+            raise ConfigError(f"{key}: {shown(value)} does not fit; write {describe_type(hint)}") from None
+    if key == "report_to" and isinstance(value, list):
+        return ",".join(map(str, value))
+    if key == "dataset_config" and isinstance(value, list) and len(value) == 1:  # an older open-r1 spelling
+        return value[0]
+    if key == "scale_rewards" and isinstance(value, bool):  # TRL's older spelling
+        return "group" if value else "none"
+    if any(get_origin(kind) is list for kind in kinds) and isinstance(value, str | int | float):
+        return [value]
+    return value
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+def help_text() -> str:
+    """The command line, by example, and every key with its type, default and meaning."""
+    lines = [
+        "usage: igrpo train --config recipes/quickstart.yaml [--key value ...]",
+        "",
+        "examples:",
+        "  igrpo train --config recipes/quickstart.yaml --max_steps 5 --output_dir runs/try",
+        "  igrpo train --config recipes/gsm8k.yaml --dataset_name train.jsonl --dataset_config null",
+        "  igrpo train --config recipes/quickstart.yaml --algorithm grpo",
+        "  igrpo train --config recipes/quickstart.yaml --resume_from_checkpoint last",
+        "",
+        "keys:",
+    ]
+    docs = field_docs()
+    for f in dataclasses.fields(TrainConfig):
+        default = "required" if f.name in REQUIRED else f"default {_default(f)!r}"
+        lines.append(f"  --{f.name}  ({describe_type(field_types()[f.name])}; {default})")
+        lines.append(f"      {docs[f.name]}")
+    return "\n".join(lines)
+
+
+def key_groups() -> dict[str, tuple[str, ...]]:
+    """The keys under each `# --- title` of ``TrainConfig``'s source."""
+    import inspect
+    import re
+
+    groups: dict[str, list[str]] = {}
+    for line in inspect.getsource(TrainConfig).splitlines():
+        if title := re.match(r"    # --- (.+)", line):
+            keys = groups.setdefault(title[1], [])
+        elif groups and (key := re.match(r"    (\w+): ", line)):
+            keys.append(key[1])
+    return {title: tuple(keys) for title, keys in groups.items()}
+
+
+def field_docs() -> dict[str, str]:
+    """The sentence under each key of ``TrainConfig``, read from its source."""
+    import ast
+    import inspect
+
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for node, following in itertools.pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+            docs[node.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
+    return docs
+
+
+def _default(f: dataclasses.Field) -> Any:
+    return f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+
+
+def split_args(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
+    """``--key value``, ``--key=value`` and bare ``--flag``; the recipe's path apart from the rest."""
+    overrides: dict[str, Any] = {}
+    path = None
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"{word!r} stands alone; write --key value")
+        name, has_value, text = word[2:].partition("=")
+        key = name.replace("-", "_")
+        if not has_value:
+            if argv and not argv[0].startswith("--"):
+                text = argv.pop(0)
+            elif bool in _kinds(key):
+                text = "true"  # a bare flag switches on
+            else:
+                raise ConfigError(f"--{name}: write a value after it")
+        if key == "config":
+            path = text
+        else:
+            overrides[key] = _parse_value(key, text)
+    return path, overrides
+
+
+def _kinds(key: str) -> tuple[Any, ...]:
+    """The alternatives of a key's type: ``float | None`` gives both."""
+    hint = field_types().get(key)
+    return (hint,) if get_origin(hint) in (list, dict, Literal) else (get_args(hint) or (hint,))
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """The command line speaks YAML (lists, mappings, null), except for keys that hold text."""
+    kinds = _kinds(key)
+    if type(None) in kinds and text.lower() in ("null", "none"):
+        return None
+    if str in kinds:
+        return text
+    return load_yaml(text, f"--{key} {shown(text)}")
+
+
+def _nearest(word: str, known: Any) -> str:
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def _siblings(file: Path) -> list[str]:
+    return os.listdir(file.parent) if file.parent.is_dir() else []
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {printable(line)}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Problems: read from a data set, checked, and handed out in a fixed order."""

@@ -1,0 +1,86 @@
+"""Which problems a step works on, which come next, and which stand by; none is left out or taken twice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data.sources import ProblemSampler
+from igrpo.data_types import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This process's share of a step; all refinements of a problem stay in one process."""
+
+    problems: tuple[Problem, ...]
+    ahead: tuple[Problem, ...]
+    """Problems of the next step, when their drafts may begin now (``draft_policy_lag: 1``)."""
+    spare: tuple[Problem, ...]
+    """Replace problems whose group has no advantage (``zero_variance: resample``); give back what is not used."""
+
+
+class ProblemFeed:
+    """Hands out the sampler's rows, the same to every process, each row to one process.
+
+    Args:
+        rank: this process's number among ``processes``.
+        gather: one object of each process, in rank order, at every process.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        sampler: ProblemSampler,
+        config: TrainConfig,
+        processes: int = 1,
+        rank: int = 0,
+        gather: Callable[[Any], list[Any]] = lambda one: [one],
+    ):
+        self.problems, self.sampler, self.config = problems, sampler, config
+        self.processes, self.rank, self.gather = processes, rank, gather
+        self._ahead: list[int] = []
+        self._spare: list[int] = []
+
+    def take(self, last: bool) -> Batch:
+        """The next step's problems; ``last``: there is no step after it."""
+        n = self.config.prompts_per_step * self.processes
+        rows = self._ahead or self.sampler.next_batch(n)
+        self._ahead = self.sampler.next_batch(n) if self.config.draft_policy_lag and not last else []
+        if self.config.zero_variance == "resample":
+            self._spare = self.sampler.next_batch(n * (self.config.dynamic_sampling_max_gen_batches - 1))
+        return Batch(self._own(rows), self._own(self._ahead), self._own(self._spare))
+
+    def give_back(self, used: int) -> None:
+        """After the step: this process took the first ``used`` of its spare problems; the rest come first next time."""
+        if self._spare:
+            taken = self.gather(used)
+            unused = [r for i, r in enumerate(self._spare) if i // self.processes >= taken[i % self.processes]]
+            self.sampler.give_back(unused)
+            self._spare = []
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the last row handed out for a step."""
+        return max(self.sampler.rows_taken - len(self._ahead) - 1, 0) // self.sampler.num_problems
+
+    def state_dict(self) -> dict[str, Any]:
+        """After ``give_back``; problems taken ahead count as not yet taken."""
+        state = self.sampler.state_dict()
+        return state | {"returned": self._ahead + state["returned"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.load_state_dict(state)
+
+    def _own(self, rows: Sequence[int]) -> tuple[Problem, ...]:
+        return tuple(self.problems[row] for row in rows[self.rank :: self.processes])
+
+
+def steps_of(config: TrainConfig, problems: int, processes: int) -> int:
+    """Rollout batches of the whole run."""
+    if config.max_steps > 0:
+        return config.max_steps
+    return max(1, math.ceil(config.num_train_epochs * problems / (config.prompts_per_step * processes)))

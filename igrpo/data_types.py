@@ -1,0 +1,139 @@
+"""The nouns of the training loop: one problem's way from the data set to the learner.
+
+Suffixes on variable names give the axes: ``_P`` problems of a step, ``_N`` drafts, ``_G`` refinements, ``_T`` tokens.
+Everything here is frozen: a stage reads the previous stage's objects and makes new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Message = dict[str, str]
+"""One chat turn: ``{"role": "system" | "user" | "assistant", "content": "..."}``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One row of the data set.
+
+    Example: ``Problem(index=7, prompt="What is 3 + 4?", solution="7", columns={"level": 2})``
+    """
+
+    index: int
+    """Row number in the data set, stable over epochs and restarts."""
+    prompt: str | tuple[Message, ...]
+    """The question: plain text, or a conversation that ends in a user turn."""
+    solution: str | list[str]
+    """The reference answer as the data set writes it (``#### 72``, LaTeX, a plain number), or those that are right."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """All other columns of the row; reward functions receive them by name."""
+    where: str = ""
+    """Where the row stands, in words that find it again: ``train.jsonl:17``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the engine sampled: token ids as sampled, never re-tokenised.
+
+    Example: ``Completion(token_ids=(523, 2), logprobs=(-0.4, -0.01), text="7", finish_reason="stop", version=3)``
+    """
+
+    token_ids: tuple[int, ...]
+    """[T] sampled ids; the end-of-sequence token is the last one when ``finish_reason == "stop"``."""
+    logprobs: tuple[float, ...]
+    """[T] log-probability of each sampled id under the distribution it was sampled from (nats)."""
+    text: str
+    """``token_ids`` decoded without special tokens: what reward functions read."""
+    finish_reason: str
+    """``"stop"`` (ended by itself) or ``"length"`` (cut at the limit)."""
+    version: int
+    """Version of the weights that sampled it (its last token): the number of optimiser steps done."""
+
+    def __post_init__(self) -> None:
+        if len(self.token_ids) != len(self.logprobs):
+            raise ValueError(f"{len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A completion with its rewards.
+
+    Example: ``Scored(completion, rewards={"accuracy": 1.0, "format": 0.0}, reward=1.0)``
+    """
+
+    completion: Completion
+    rewards: dict[str, float | None]
+    """Raw score of each reward function, before weights; None where the function could not judge."""
+    reward: float
+    """Weighted sum over the functions; a None counts as nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """Everything one problem produced in one step: drafts, the chosen one, refinements and their advantages.
+
+    With ``algorithm: grpo`` there are no drafts, and ``prompt_ids`` is the bare prompt.
+    """
+
+    problem: Problem
+    drafts: tuple[Scored, ...]
+    """[N] Stage 1, in sampling order; fewer when siblings were aborted, empty without Stage 1."""
+    chosen: int | None
+    """Index of the draft shown in the refinement prompt; None when none is shown."""
+    prompt_ids: tuple[int, ...]
+    """[P'] the ids the engine read: the question, and the chosen draft if any."""
+    refinements: tuple[Scored, ...]
+    """[G] Stage 2, in sampling order: the only completions that are trained on."""
+    advantages: tuple[float, ...]
+    """[G] group-relative advantages."""
+    draft_trimmed: bool = False
+    """The chosen draft was cut to fit the context."""
+    draft_prompt_ids: tuple[int, ...] = ()
+    """[P] the bare prompt the drafts were sampled from."""
+    draft_advantages: tuple[float, ...] = ()
+    """[N] of the drafts among themselves; only with ``train_on_drafts``."""
+
+    def __post_init__(self) -> None:
+        if len(self.refinements) != len(self.advantages):
+            raise ValueError(f"{len(self.refinements)} refinements but {len(self.advantages)} advantages")
+
+    @property
+    def contributes(self) -> bool:
+        """Whether any advantage is non-zero; without KL or entropy terms the rest has no gradient."""
+        return any(a != 0.0 for a in self.advantages)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSample:
+    """One sequence for the learner.
+
+    Example: ``TrainingSample(prompt_ids=(5, 6), completion_ids=(7, 2), sampling_logprobs=(-0.1, -0.2), advantage=1.5)``
+    """
+
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    sampling_logprobs: tuple[float, ...]
+    """[T] aligned with ``completion_ids``."""
+    advantage: float
+    masked: bool = False
+    """True: no token of it counts in the loss (a cut completion under ``mask_truncated_completions``)."""
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a message's content, which may come in blocks; None for anything but text.
+
+    Example: ``content_text([{"type": "text", "text": "3 + 4?"}])`` is ``"3 + 4?"``.
+    """
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or not content:
+        return None
+    texts = [block.get("text") if isinstance(block, Mapping) else block for block in content]
+    kinds = {block.get("type", "text") for block in content if isinstance(block, Mapping)}
+    return "".join(texts) if kinds <= {"text"} and all(isinstance(text, str) for text in texts) else None

@@ -1,0 +1,292 @@
+"""One server as its keeper sees it: brought up, watched, replaced."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
+from igrpo.engines.serve import server_command, server_environment
+from igrpo.engines.servers.auth import check_access, secret_from_environment
+from igrpo.engines.servers.client import (
+    PATIENCE_SECONDS,
+    SHORT_SECONDS,
+    Client,
+    InUse,
+    SecretRefused,
+    ServerError,
+    ServerHung,
+)
+from igrpo.engines.servers.process import ServerProcess, free_port, log_folder
+from igrpo.settings import ConfigError
+
+T = TypeVar("T")
+
+PROBE_SECONDS = 0.5
+
+
+class Server:
+    """State of one server; lives in the engine's event loop.
+
+    Args:
+        process: of a server that this process starts and may replace; None for one that runs elsewhere.
+    """
+
+    def __init__(self, client: Client, process: ServerProcess | None):
+        self.client, self.process = client, process
+        self.up = False
+        self.version: int | None = None
+        """Of the weights it holds; None while nobody can tell."""
+        self.failures = 0
+        self.given_up: str | None = None
+        """Why it is no longer waited for."""
+        self.lock = asyncio.Lock()
+        self.keeper: asyncio.Task[None] | None = None
+        self.boot: str | None = None
+        """Of the process that came up; another one holds other weights."""
+        self.hung = False
+        """Whether it stopped answering without having ended."""
+        self._work: dict[asyncio.Task[Any], int] = {}
+        self._broken: asyncio.Future[str] | None = None
+
+    @property
+    def load(self) -> int:
+        """Sequences it is working on."""
+        return sum(self._work.values())
+
+    def holds(self, version: int) -> bool:
+        return self.up and self.version == version != UNKNOWN_VERSION
+
+    async def complete(
+        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
+    ) -> Result:
+        """As ``Client.complete``; fails as soon as the server is known to be broken."""
+        post = self.client.complete(request, stop_token_ids, seed, salt, timeout)
+        result, boot = await self.unless_broken(post, request.n)
+        if boot != self.boot or self.version is None:
+            raise ServerError(f"{self.client.url} was started anew, with other weights")
+        self.failures = 0
+        return dataclasses.replace(result, version=self.version)
+
+    async def unless_broken(self, work: Coroutine[Any, Any, T], load: int = 0) -> T:
+        """What ``work`` gives; fails as soon as the server is known to be broken.
+
+        Args:
+            load: sequences that it makes the server work on.
+        """
+        task = asyncio.ensure_future(work)
+        self._work[task] = load
+        try:
+            return await task
+        except asyncio.CancelledError:
+            current = asyncio.current_task()
+            if current is not None and current.cancelling():  # the caller gave it up
+                raise
+            assert self._broken is not None
+            raise ServerError(f"{self.client.url} broke: {self._broken.result()}") from None
+        finally:
+            del self._work[task]
+
+    def break_off(self, reason: str, hung: bool = False) -> None:
+        """Tells the keeper; what runs here fails and starts over."""
+        self.up, self.version, self.hung = False, None, self.hung or hung
+        if self._broken is not None and not self._broken.done():
+            self._broken.set_result(reason)
+        for task in self._work:
+            task.cancel()
+
+    async def come_up(self, max_model_length: int, timeout: float, leads: bool) -> None:
+        """Starts it where it is ours, waits until it answers, and takes it over: requests and a push that
+        an earlier trainer left there are aborted.
+
+        Raises:
+            ServerError: it did not come up in ``timeout`` seconds, ended, or cannot do what a run needs.
+            InUse: another trainer has it.
+        """
+        if self.process is not None and not self.process.alive():
+            await asyncio.to_thread(self.process.start)
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                await self.client.call("GET", "/health", min(SHORT_SECONDS, timeout))
+                break
+            except ServerError as error:
+                self._check_waiting(error, deadline, timeout)
+                await asyncio.sleep(PROBE_SECONDS)
+        await self.client.check(max_model_length)
+        if leads:
+            await self._take(timeout)
+            await self.client.call("POST", "/abort_requests", SHORT_SECONDS, json={})
+            if self.process is None:
+                await self.client.abandon_push()
+            await self.client.call("POST", "/resume", SHORT_SECONDS)
+        self.boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
+
+    def _check_waiting(self, error: ServerError, deadline: float, timeout: float) -> None:
+        if self.process is not None and not self.process.alive():
+            raise ServerError(f"the vLLM server ended while starting; its last lines ({self.process.log}):\n"
+                              f"{self.process.tail()}") from error  # fmt: skip
+        if isinstance(error, SecretRefused):
+            raise error
+        if time.monotonic() > deadline:
+            hint = (
+                f"see {self.process.log}"
+                if self.process
+                else "check that it runs (python -m igrpo.engines.serve), its address, its port, and the firewall"
+            )
+            raise ServerError(
+                f"no vLLM server came up at {self.client.url} in {timeout:g} s ({error}); {hint}; vllm_server_timeout "
+                "sets the wait"
+            ) from error
+
+    async def _take(self, timeout: float) -> None:
+        """Waits until the lease of a trainer that died has ended, but not for one that lives."""
+        holder = f"{socket.gethostname()}, process {os.getpid()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        seen, deadline = None, time.monotonic() + timeout
+        while True:
+            try:
+                await self.client.lease("take", holder)
+                return
+            except InUse as error:
+                if seen not in (None, error.state["renewals"]) or time.monotonic() > deadline:
+                    raise
+                seen = error.state["renewals"]
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def watch(self, pause: float, health_every: float, leads: bool) -> str:
+        """Returns when the server is broken, with the reason; keeps its lease until then."""
+        assert self._broken is not None
+        asked = time.monotonic()
+        while True:
+            done, _ = await asyncio.wait([self._broken], timeout=pause)
+            if done:
+                return self._broken.result()
+            if self.process is not None and not self.process.alive():
+                self.break_off("its process ended")
+            elif time.monotonic() - asked > health_every:
+                asked = time.monotonic()
+                try:
+                    await self.client.call("GET", "/health", SHORT_SECONDS)
+                    if leads:
+                        await self.client.lease("keep")
+                except ServerError as error:
+                    self.break_off(str(error), hung=isinstance(error, ServerHung))
+                else:
+                    if self.client.boot != self.boot:
+                        self.break_off("it was started anew, with other weights")
+
+    async def wait_for_version(self, version: int, timeout: float) -> int:
+        """For a process that does not feed the servers: until the one that does has. It compares no tensor: 0."""
+        deadline = time.monotonic() + timeout
+        while (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"] != str(version):
+            if time.monotonic() > deadline:
+                raise ServerError(f"{self.client.url} did not get version {version} in {timeout:g} s")
+            await asyncio.sleep(PROBE_SECONDS)
+        return 0
+
+    async def renew(self, leads: bool) -> None:
+        """Ends what is left of it; ``come_up`` starts it again, or waits until somebody has."""
+        self.up, self.version = False, None
+        if self.process is not None:
+            await asyncio.to_thread(self.process.stop)
+        elif self.hung and leads:
+            await self.client.restart()
+        self.hung = False
+
+    async def stop(self, leads: bool) -> None:
+        """Ends it where it is ours, else leaves it to the next trainer."""
+        self.hung = False
+        await self.renew(leads)
+        if self.process is None and leads and self.boot is not None:
+            with contextlib.suppress(ServerError):
+                await self.client.lease("leave", timeout=PATIENCE_SECONDS)
+        await self.client.close()
+        if self.process is not None:
+            shutil.rmtree(self.process.log.parent, ignore_errors=True)
+
+
+def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> tuple[list[Server], bool]:
+    """The run's servers, and whether this process leads: the first of those that train starts and feeds them.
+
+    Raises:
+        ConfigError: an address that is refused, or no secret.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    leads = not distributed or torch.distributed.get_rank() == 0
+    check_access(config)
+    # One owner for all processes of the run: they share the servers' leases.
+    owners = [secrets.token_hex(16)]
+    if distributed:
+        torch.distributed.broadcast_object_list(owners, src=0)
+    if config.server_urls:
+        secret = secret_from_environment()
+        if config.weight_backend(on_cpu) == "igrpo_file" and config.vllm_weight_dir is None:
+            for url in config.server_urls:
+                _check_same_machine(url)
+        return [Server(Client(url, secret, owners[0]), None) for url in config.server_urls], leads
+    known: list[tuple[list[int], str]] = [([], "")]
+    if leads:
+        host, first = config.vllm_server_host, config.vllm_server_port
+        count = range(config.vllm_num_servers)
+        known = [([first + i if first else free_port(host) for i in count], secrets.token_hex(24))]
+    if distributed:
+        torch.distributed.broadcast_object_list(known, src=0)
+    ports, secret = known[0]
+    processes = _processes(config, path, length, on_cpu, ports, secret) if leads else [None] * len(ports)
+    host = f"[{config.vllm_server_host}]" if ":" in config.vllm_server_host else config.vllm_server_host
+    clients = [Client(f"http://{host}:{port}", secret, owners[0]) for port in ports]
+    return [Server(client, process) for client, process in zip(clients, processes, strict=True)], leads
+
+
+def _processes(
+    config: TrainConfig, path: str, length: int, on_cpu: bool, ports: list[int], secret: str
+) -> list[ServerProcess]:
+    processes = []
+    for i, port in enumerate(ports):
+        # One seed for all: a request's own seed decides what it samples, wherever it lands.
+        command = server_command(config, path, length, port, config.seed, on_cpu)
+        environment = server_environment(config, secret, on_cpu, _devices(config, i))
+        processes.append(ServerProcess(command, environment, log_folder() / "server.log"))
+    return processes
+
+
+def _devices(config: TrainConfig, i: int) -> str | None:
+    """GPUs of the i-th server."""
+    if config.vllm_server_devices is None:
+        return None
+    devices = [d.strip() for d in config.vllm_server_devices.split(",")]
+    each = config.vllm_tensor_parallel_size
+    if len(devices) != each * config.vllm_num_servers:
+        raise ConfigError(
+            f"vllm_server_devices names {len(devices)} GPUs; {config.vllm_num_servers} servers with "
+            f"vllm_tensor_parallel_size: {each} take {each * config.vllm_num_servers}"
+        )
+    return ",".join(devices[i * each : (i + 1) * each])
+
+
+def _check_same_machine(url: str) -> None:
+    host = urlsplit(url).hostname or ""
+    local = host == "localhost"
+    if not local:
+        try:
+            local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            local = False
+    if not local:
+        raise ConfigError(
+            f"vllm_weight_dir: {url} is on another machine; write a folder of a file system that both see, or set "
+            "vllm_weight_transfer: nccl"
+        )

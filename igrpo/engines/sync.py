@@ -1,0 +1,116 @@
+"""Weights to the engine, and whether they arrived: after each push both sides read the same probe tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.engines.base import TRIAL_VERSION, EngineError
+from igrpo.settings import ConfigError
+
+PROBE_TOKENS = 64
+"""Tokens on which engine and learner are compared."""
+LEAST_LIMIT = 0.02
+"""Nats per token that rounding alone may make, however little a trial has moved."""
+
+
+class WeightSync:
+    """Between one learner and its engine.
+
+    Args:
+        probe_ids: ids of a prompt, of which the first ``PROBE_TOKENS`` are read.
+    """
+
+    def __init__(self, engine: Any, learner: Any, probe_ids: Sequence[int], config: TrainConfig):
+        self.engine, self.learner = engine, learner
+        self.probe = probe_ids[:PROBE_TOKENS]
+        self.tolerance = config.weight_sync_tolerance
+
+    def push(self, version: int) -> dict[str, float]:
+        """Pushes and compares. An engine that does not hold what it was sent is replaced and sent it again, once.
+
+        Raises:
+            EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
+        """
+        figures = self.engine.push_weights(self.learner.named_tensors, version)
+        gap = self._gap()
+        if not gap <= self.tolerance:
+            self.engine.restart()
+            figures = self.engine.push_weights(self.learner.named_tensors, version)
+            gap = self._gap()
+        if not gap <= self.tolerance:
+            raise EngineError(
+                f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
+                f"(weight_sync_tolerance: {self.tolerance}); the engine does not hold these weights"
+            )
+        return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
+
+    def prove(self, version: int) -> None:
+        """Before the first step: engine and learner compute the same from the same folder, and still do when every
+        weight has changed. An engine that keeps some of its old weights would be found out only after many small steps.
+
+        The engine holds the trial's weights afterwards and wants a push.
+
+        Args:
+            version: of the learner's weights; they are the folder's where the engine has the same version.
+
+        Raises:
+            ConfigError: they do not; the architecture is named.
+        """
+        noise = self.tolerance / 3
+        if self.engine.version == version:
+            noise = self._gap()
+            if not noise <= self.tolerance:
+                raise self._refused(
+                    f"computes differently in the engine: its log-probabilities of the same weights are {noise:.2f} "
+                    f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance})"
+                )
+        before = self.learner.score(self.probe)
+        with disturbed(self.learner):
+            moved = self._over_processes(before, self.learner.score(self.probe))
+            try:
+                self.engine.push_weights(self.learner.named_tensors, TRIAL_VERSION)
+            except EngineError as error:
+                raise self._refused(f"cannot be pushed to the engine ({error})") from error
+            gap = self._gap()
+        if not gap <= min(self.tolerance, max(moved / 10, 3 * noise, LEAST_LIMIT)):
+            raise self._refused(
+                f"does not reach the engine whole: after a trial push, which moved the learner's log-probabilities by "
+                f"{moved:.2f} nats per token, the engine's are {gap:.2f} from them"
+            )
+
+    def _gap(self) -> float:
+        """Mean |log p_engine - log p_learner| over the probe's tokens (nats), and over the processes: all of them must
+        come to the same decision."""
+        return self._over_processes(self.engine.score(self.probe), self.learner.score(self.probe))
+
+    def _over_processes(self, ours: Sequence[float], theirs: Sequence[float]) -> float:
+        gap = fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+        return self.learner.over_processes({"gap": gap})["gap"]
+
+    def _refused(self, why: str) -> ConfigError:
+        name = type(self.learner.unwrapped).__name__
+        return ConfigError(f"model_name_or_path: {name} {why}; write use_vllm: false, or take another model")
+
+
+@contextmanager
+def disturbed(learner: Any) -> Iterator[None]:
+    """Inside, every weight of the learner is a few percent off; afterwards all are bit for bit what they were."""
+    _flip(learner)
+    try:
+        yield
+    finally:
+        _flip(learner)
+
+
+@torch.no_grad()
+def _flip(learner: Any) -> None:
+    """Turns over the bit of each element's fraction that is worth 1/8: twice is nothing at all."""
+    for tensor in learner.local_parameters():
+        bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
+        tensor.view(bits).bitwise_xor_(round(2**-3 / torch.finfo(tensor.dtype).eps))

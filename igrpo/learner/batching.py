@@ -1,0 +1,157 @@
+"""Groups into samples, samples into the tensors of a micro-batch, and the denominators that make them add up.
+
+A step's loss is a mean over all its S sequences (or all its tokens), computed in micro-batches on several processes.
+Each micro-batch's own mean is scaled by its share of that denominator, so that the sum over micro-batches is the mean
+over the step, whatever the split:
+
+    grpo, sapo, luspo, dr_grpo:   L = sum_m (S_m / S) L_m          S_m: sequences of micro-batch m
+    bnpo:                         L = sum_m (n_m / n) L_m          n_m: its completion tokens
+    dapo, cispo, vespo:           L = sum_m L_m                    divided by n already (num_items_in_batch)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import RolloutGroup, TrainingSample
+from igrpo.learner.packed_attention import Layout
+from igrpo.learner.packing import Bin
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Counts over one optimiser step and all processes."""
+
+    sequences: float
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """S sequences, packed into one row or padded on their right; their n completion tokens one after the other."""
+
+    input_ids: torch.Tensor  # (1, L) int64 packed, or (S, L) padded
+    rows: torch.Tensor  # (n,) int64: positions in the flattened hidden states that predict the completion tokens
+    completion_ids: torch.Tensor  # (n,) int64
+    cu_seqlens: torch.Tensor  # (S+1,) int64
+    advantages: torch.Tensor  # (S,) fp32
+    sampling_per_token_logps: torch.Tensor  # (n,) fp32
+    scale: float
+    """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
+    position_ids: torch.Tensor | None = None  # (1, L) int64 packed
+    layout: Layout | None = None
+    """What reads what in a packed row."""
+    attention_mask: torch.Tensor | None = None  # (S, L) int64 padded
+
+    @property
+    def num_sequences(self) -> int:
+        return self.advantages.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+def training_samples(groups: Sequence[RolloutGroup], config: TrainConfig) -> list[TrainingSample]:
+    """Refinements only; with ``train_on_drafts`` also the drafts, as groups under their bare prompts."""
+    parts = [(group.prompt_ids, group.refinements, group.advantages) for group in groups]
+    if config.train_on_drafts:
+        parts += [(group.draft_prompt_ids, group.drafts, group.draft_advantages) for group in groups]
+    return [
+        TrainingSample(
+            prompt_ids=prompt_ids,
+            completion_ids=scored.completion.token_ids,
+            sampling_logprobs=scored.completion.logprobs,
+            advantage=advantage,
+            masked=config.mask_truncated_completions and scored.completion.truncated,
+        )
+        for prompt_ids, completions, advantages in parts
+        if any(advantages) or config.zero_variance == "keep"
+        for scored, advantage in zip(completions, advantages, strict=True)
+    ]
+
+
+def count(samples: Sequence[TrainingSample]) -> Denominators:
+    """This process's share of the denominators: a masked sample is a sequence without tokens."""
+    return Denominators(
+        sequences=float(len(samples)), tokens=float(sum(len(s.completion_ids) for s in samples if not s.masked))
+    )
+
+
+def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list[TrainingSample]:
+    """Samples with a gradient.
+
+    Without a KL term and an entropy bonus, every loss here is a multiple of the advantage: A = 0 has no gradient and
+    no loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others by entropy.
+    """
+    every_token_counts = config.beta > 0 or config.entropy_coef != 0 or config.top_entropy_quantile < 1.0
+    return [s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)]
+
+
+def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_id: int | None = None) -> MicroBatch:
+    """The tensors of one micro-batch.
+
+    Args:
+        pad_token_id: None packs; an id pads each sequence to the longest, for models that cannot read packed ones.
+    """
+    samples = [s for group in contents for s in group.samples]
+    sizes = [len(s.completion_ids) for s in samples]
+    share = {"bnpo": sum(sizes) / max(totals.tokens, 1.0), "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}
+    inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
+    return MicroBatch(
+        completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
+        cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
+        advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
+        sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
+        scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
+        **inputs,
+    )
+
+
+def _packed(contents: Bin) -> dict[str, Any]:
+    """Each group's prompt, then its completions without their last tokens; one run where nothing is shared."""
+    ids: list[int] = []
+    lengths: list[int] = []
+    parents: list[int | None] = []
+    rows: list[torch.Tensor] = []
+    for group in contents:
+        last, prompt_run = len(ids) + len(group.prompt_ids) - 1, len(lengths)
+        ids.extend(group.prompt_ids)
+        lengths.append(len(group.prompt_ids))
+        parents.append(None)
+        for s in group.samples:
+            *read, _ = s.completion_ids
+            # The last prompt position predicts the first completion token, each completion token the next.
+            rows += [torch.tensor([last]), torch.arange(len(ids), len(ids) + len(read))]
+            ids.extend(read)
+            if len(group.samples) == 1:
+                lengths[prompt_run] += len(read)
+            elif read:
+                lengths.append(len(read))
+                parents.append(prompt_run)
+    layout = Layout(tuple(lengths), tuple(parents))
+    return {
+        "input_ids": torch.tensor([ids]),
+        "position_ids": layout.positions()[None],
+        "layout": layout,
+        "rows": torch.cat(rows),
+    }
+
+
+def _padded(samples: Sequence[TrainingSample], pad_token_id: int) -> dict[str, Any]:
+    length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
+    input_ids = torch.full((len(samples), length), pad_token_id)
+    attention_mask = torch.zeros_like(input_ids)
+    rows = []
+    for i, s in enumerate(samples):
+        ids = (*s.prompt_ids, *s.completion_ids)
+        input_ids[i, : len(ids)] = torch.tensor(ids)
+        attention_mask[i, : len(ids)] = 1
+        first = i * length + len(s.prompt_ids) - 1
+        rows.append(torch.arange(first, first + len(s.completion_ids)))
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.cat(rows)}

@@ -1,0 +1,397 @@
+"""The learner: float32 master weights, bf16 compute, packed micro-batches. The only file that imports accelerate."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import TrainingSample
+from igrpo.learner import batching, sharding, zero3
+from igrpo.learner import state as learner_state
+from igrpo.learner.adapters import Adapters
+from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
+from igrpo.learner.batching import Denominators, MicroBatch
+from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
+from igrpo.learner.optimizer import build_optimizer, build_schedule
+from igrpo.learner.packed_attention import packed_kernel
+from igrpo.learner.packing import Bin, Limits, PrefixGroup, pack, pad
+from igrpo.learner.policy import Policy
+from igrpo.learner.rotary import pin_rotary
+from igrpo.learner.saved_format import SavedFormat, tensors_of
+from igrpo.machine import peak_resident
+from igrpo.settings import ConfigError
+
+OnProgress = Callable[[int, int], None]
+"""Told after each micro-batch how many of the step's are done."""
+
+
+class Learner:
+    """Owns the policy, the optimiser and the schedule.
+
+    Args:
+        model: causal LM in float32; with ``use_peft`` its weights are frozen and may be bfloat16.
+        reference: frozen causal LM for the KL term, or None; needed when ``beta > 0``, except with ``use_peft``, where
+            the model without its adapters is the reference.
+        pad_token_id: fills micro-batches of models that cannot be packed; never seen by a real token.
+        context: of the engine in tokens, which decides rotary factors that depend on length; None: not known.
+
+    Raises:
+        ConfigError: an optimiser or adapter that cannot be had, or a model whose log-probabilities cannot be computed.
+    """
+
+    def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int, context: int | None = None):
+        self.config = config
+        # A padding token may have been added to the tokenizer alone; any other fills as well.
+        self.pad_token_id = pad_token_id if pad_token_id < len(model.get_input_embeddings().weight) else 0
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.bf16 else "no",
+            cpu=config.use_cpu,
+            log_with=config.trackers or None,
+            project_dir=config.output_dir,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
+        )
+        self.saved_format = SavedFormat(model)
+        self.adapters = Adapters(model, config) if config.use_peft else None
+        policy = Policy(model, config)
+        policy.train()
+        self.reference = None if reference is None else Policy(reference, config).requires_grad_(False).eval()
+        models = [m for m in (model, reference) if m is not None]
+        for one in models:
+            pin_rotary(one, context)
+        self.sharded = sharding.asked_for() and self.accelerator.num_processes > 1
+        self.zero3 = zero3.asked_for()
+        if self.zero3:
+            launched, device = DeepSpeedPlugin().deepspeed_config, self.accelerator.device
+            self.policy = zero3.Zero3(policy.to(device), build_optimizer(policy, config), launched, config)
+            self.optimizer = self.policy.optimizer
+            if self.reference is not None:
+                self.reference = zero3.Zero3(self.reference.to(device), None, launched, config)
+            form = self._find_form(self.policy, models, context)
+        elif self.sharded:
+            self._shard(policy)
+            if self.reference is not None:
+                self._shard(self.reference)
+            self.policy, self.optimizer = policy, build_optimizer(policy, config)
+            form = self._find_form(policy, models, context)
+        else:
+            # Before accelerate makes its forward pass one in 16 bits.
+            form = self._find_form(policy.to(self.accelerator.device), models, context)
+            self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
+            if self.reference is not None:
+                self.reference.to(self.accelerator.device)
+        self.scheduler: Any = None
+        self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
+
+    def _shard(self, policy: Policy) -> None:
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        device, processes = self.accelerator.device, self.accelerator.num_processes
+        sharding.shard(policy, device, processes, self.config.bf16, plugin)
+
+    def _find_form(self, policy: Any, models: Sequence[Any], context: int | None) -> Form:
+        nothing, config = Denominators(1.0, 1.0), self.config
+        in_float32 = not config.bf16 or not (self.sharded or self.zero3 or config.use_peft)
+
+        def log_probs(groups: Bin, form: Form) -> torch.Tensor:
+            micro = self._micro_batch(groups, nothing, form is Form.PACKED)
+            exact = in_float32 and not rounds(models[0].config._attn_implementation)
+            return self._log_probs(micro, policy, 1.0, own=form is Form.OWN, exact=exact)
+
+        asked = models[0].config._attn_implementation
+        kernels = list(dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")))
+        allowed = EXACT.get(self.accelerator.device.type, EXACT["cuda"]) if in_float32 else ROUNDED
+        return find_form(models, log_probs, kernels, context, allowed, self._say)
+
+    def _say(self, line: str) -> None:
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
+
+    def set_schedule(self, total_steps: int) -> None:
+        """The learning rate over ``total_steps`` optimiser steps.
+
+        Raises:
+            ConfigError: an unknown schedule or option.
+        """
+        # Not prepared by accelerate, which would step it once per process.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        self.scheduler = build_schedule(optimizer, self.config, total_steps)
+
+    @contextmanager
+    def trackers(self) -> Iterator[None]:
+        """Those of ``report_to``, told the run's settings; closed at the end, so that nothing stays in buffers."""
+        name = self.config.run_name or Path(self.config.output_dir).resolve().name
+        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
+        options = {tracker: {"name": name} for tracker in ("wandb", "trackio") if tracker in self.config.trackers}
+        self.accelerator.init_trackers("igrpo", config=settings, init_kwargs=options)
+        try:
+            yield
+        finally:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+
+    @property
+    def unwrapped(self) -> Any:
+        """The Hugging Face model inside."""
+        if self.zero3:
+            return self.policy.model
+        return (self.policy if self.sharded else self.accelerator.unwrap_model(self.policy)).model
+
+    def train_on(
+        self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
+    ) -> Metrics:
+        """``num_iterations`` optimiser steps on the samples of all processes, each of which computes an equal share."""
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.set_device(self.accelerator.device)  # per thread, and this may not be the main one
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        everyone = gather_object(list(samples)) if processes > 1 else list(samples)
+        totals = batching.count(everyone)
+        useful = batching.contributing(everyone, self.config)
+        bins = self._plan(useful)
+        micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
+        # DeepSpeed's engine cannot step without a backward pass.
+        micros += [self._filler()] * (max(math.ceil(len(bins) / processes), self.zero3) - len(micros))
+        old = [self._log_probs(m, self.policy) for m in micros] if self.config.num_iterations > 1 else None
+        reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
+        metrics = Accumulator()
+        for _ in range(self.config.num_iterations):
+            self._step(micros, old, reference, totals, metrics, on_progress)
+        return metrics.means(self.accelerator) | {
+            **work(everyone, useful, bins),
+            "learner/unique_tokens": self._sum(sum(m.input_ids.numel() for m in micros if m.scale)),
+            "learning_rate": self.last_learning_rate,
+        }
+
+    def _step(
+        self,
+        micros: list[MicroBatch],
+        old: list[torch.Tensor] | None,
+        reference: list[torch.Tensor] | None,
+        totals: Denominators,
+        metrics: Accumulator,
+        on_progress: OnProgress,
+    ) -> None:
+        if self.sharded:
+            sharding.release(self.policy)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss_sum = 0.0
+        for i, micro in enumerate(micros):
+            with self._synchronised(last=i == len(micros) - 1):
+                out = self.policy(
+                    micro,
+                    old_per_token_logps=old[i] if old is not None else None,
+                    ref_per_token_logps=reference[i] if reference is not None else None,
+                    num_items_in_batch=totals.tokens,
+                )
+                # Processes average gradients, the denominators span all of them: hence the factor.
+                loss = out.loss * micro.scale * self.accelerator.num_processes
+                self._backward(loss, last=i == len(micros) - 1)
+            loss_sum += float(out.loss.detach()) * micro.scale
+            if micro.scale:
+                metrics.add(micro, out)
+            on_progress(i + 1, len(micros))
+        metrics.losses.append(loss_sum)
+        self.last_learning_rate = self.scheduler.get_last_lr()[0]
+        norm = self.policy.step() if self.zero3 else self._clip_and_step()
+        metrics.norms.append(norm)
+        metrics.skipped_steps += not math.isfinite(norm)
+        self.scheduler.step()
+
+    def _backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self.zero3:
+            self.policy.backward(loss, last)
+        else:
+            self.accelerator.backward(loss)
+
+    def _clip_and_step(self) -> float:
+        """The gradient's norm. A step from a broken gradient cannot be taken back, so it is left out."""
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        if self.adapters is not None and self.scheduler.last_epoch == 0 and (idle := self.adapters.untrained()):
+            self._say(
+                f"warning: no gradient reaches the adapters of {', '.join(idle)}: the model does not call these layers"
+            )
+        for p in trained:  # a step without contributing samples is a step with a zero gradient
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = float(sharding.whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    @contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Processes exchange gradients once per step, with its last micro-batch."""
+        if self.sharded:
+            sharding.begin_micro_batch(self.policy, last)
+        with nullcontext() if last or self.sharded or self.zero3 else self.accelerator.no_sync(self.policy):
+            yield
+
+    def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
+        """Micro-batches of the whole step, the same list in every process."""
+        limits = Limits.of(self.config)
+        if not samples:
+            return []
+        if not self.packs:
+            return pad(samples, limits if self.pads else Limits(completions=1))
+        return pack(samples, limits, shared=self.config.shared_prefix, processes=self.accelerator.num_processes)
+
+    def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
+        pad = None if packed else self.pad_token_id
+        return batching.micro_batch(contents, totals, self.config.loss_type, pad).to(self.accelerator.device)
+
+    def _filler(self) -> MicroBatch:
+        """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""
+        nothing = TrainingSample((self.pad_token_id,), (self.pad_token_id,), (0.0,), 0.0)
+        made = self._micro_batch((PrefixGroup(nothing.prompt_ids, (nothing,)),), Denominators(1.0, 1.0), self.packs)
+        return replace(made, scale=0.0)
+
+    def _sum(self, value: float) -> float:
+        """Over all processes."""
+        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)))
+
+    @torch.no_grad()
+    def _log_probs(
+        self, micro: MicroBatch, policy: Any, temperature: float | None = None, own: bool = False, exact: bool = False
+    ) -> torch.Tensor:
+        """(n,) without dropout, at the sampling temperature unless another is given.
+
+        Args:
+            own: from the model's whole logits.
+            exact: in the weights' dtype, whatever training computes in.
+        """
+        training = policy.training
+        policy.eval()
+        try:
+            # A sharded policy casts its own weights.
+            with nullcontext() if exact or self.sharded or self.zero3 else self.accelerator.autocast():
+                return policy(micro, logps_only=True, temperature=temperature, own=own)
+        finally:
+            policy.train(training)
+
+    def _reference_log_probs(self, micro: MicroBatch) -> torch.Tensor:
+        if self.adapters is None:
+            return self._log_probs(micro, self.reference)
+        with self.adapters.disabled():
+            return self._log_probs(micro, self.policy)
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each id after the first at temperature 1: what ``Engine.score`` must agree with."""
+        ids = tuple(token_ids)
+        sample = TrainingSample(ids[:1], ids[1:], (0.0,) * (len(ids) - 1), 0.0)
+        micro = self._micro_batch((PrefixGroup(ids[:1], (sample,)),), Denominators(1.0, 1.0), self.packs)
+        return self._log_probs(micro, self.policy, temperature=1.0).tolist()
+
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors that ``save_pretrained`` writes, under its names, in the engine's dtype.
+
+        Adapters come merged into their layers. Every process must take every tensor: shards are gathered one by one.
+        """
+        compute = torch.bfloat16 if self.config.bf16 else torch.float32
+        full, saved = self._full_tensors(), self.saved_format
+        merged = full if self.adapters is None else self.adapters.merged(full)
+        return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in merged)
+
+    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model."""
+        if self.sharded:
+            # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
+            sharding.release(self.policy)
+        whole, model = zero3.whole if self.zero3 else sharding.whole, self.unwrapped
+        for name, tensor in tensors_of(model):
+            if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
+                yield name, whole(tensor).detach()
+
+    def local_parameters(self) -> list[torch.Tensor]:
+        """This process's part of each weight, where it lies; none with ZeRO-3, whose copies must not part."""
+        if self.sharded:
+            sharding.release(self.policy)
+        return [] if self.zero3 else [sharding.local(p) for p in self.unwrapped.parameters()]
+
+    def gather(self, one: Any) -> list[Any]:
+        """One plain object of each process, in the order of the processes, at every process."""
+        return gather_object([one]) if self.accelerator.num_processes > 1 else [one]
+
+    def over_processes(self, metrics: Metrics) -> Metrics:
+        """The run's figures from those of each process; equal at every process."""
+        return over_processes(self.gather(metrics)) if self.accelerator.num_processes > 1 else metrics
+
+    def hours(self, seconds: float) -> Metrics:
+        """What ``seconds`` of all processes cost: ``gpu_hours``, or ``core_hours`` where there is no GPU."""
+        spent = seconds * self.accelerator.num_processes / 3600
+        if self.accelerator.device.type == "cuda":
+            return {"gpu_hours": spent}
+        return {"core_hours": spent * torch.get_num_threads()}
+
+    def peak_memory_gib(self) -> float:
+        """Of the accelerator where there is one, else of this process."""
+        if self.accelerator.device.type == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**30
+        return peak_resident() / 2**30
+
+    def save(self, folder: Path, tokenizer: Any, extra: Any) -> None:
+        """Writes ``folder``: the model for everyone, and ``folder/state`` to resume from."""
+        main, state = self.accelerator.is_main_process, folder / "state"
+        state.mkdir(parents=True, exist_ok=True)
+        learner_state.save_random_numbers(state, self.accelerator.process_index)
+        if self.sharded:
+            sharding.save(self.policy, self.optimizer, state / "shards")
+        elif self.zero3:
+            self.policy.save(state)
+        elif main:
+            learner_state.save_weights(self.accelerator.unwrap_model(self.policy), self.optimizer, state)
+        weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
+        adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
+        if main:
+            model = self.unwrapped
+            # Already as they are to be written: the rules must not be applied twice.
+            model.save_pretrained(folder, state_dict=weights, save_original_format=False)
+            _write_config(model, torch.bfloat16 if self.config.bf16 else torch.float32, folder)
+            tokenizer.save_pretrained(folder)
+            if self.adapters is not None:
+                self.adapters.save(folder / "adapter", iter(adapters))
+            learner_state.save_loop(self.scheduler, extra, state)
+
+    def load(self, folder: Path) -> Any:
+        """Restores weights, optimiser, schedule and random numbers; returns ``extra`` of ``save``.
+
+        Raises:
+            ConfigError: the folder does not hold them, or would have to be unpickled (``trust_checkpoint``).
+        """
+        state, trust = folder / "state", self.config.trust_checkpoint
+        try:
+            if self.sharded:
+                sharding.load(self.policy, self.optimizer, state / "shards", trust)
+            elif self.zero3:
+                self.policy.load(state, trust)
+            else:
+                policy = self.accelerator.unwrap_model(self.policy)
+                learner_state.load_weights(policy, self.optimizer, state, trust)
+            extra = learner_state.load_loop(self.scheduler, state, trust)
+            learner_state.load_random_numbers(state, self.accelerator.process_index, trust)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever torch, safetensors and optimisers raise at what is not what they wrote
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({reason})") from error
+        return extra
+
+
+def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
+    """With the dtype of the weights as written; ``save_pretrained`` names that of the master weights."""
+    config = copy.deepcopy(model.config)
+    config.dtype = dtype
+    config.save_pretrained(folder)
+
+
+def seed_everything(seed: int) -> None:
+    """Python's, numpy's and torch's random numbers."""
+    set_seed(seed)

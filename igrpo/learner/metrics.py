@@ -1,0 +1,87 @@
+"""The learner's figures: what its micro-batches measured, and what a step asked of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from igrpo.data_types import TrainingSample
+from igrpo.learner.batching import MicroBatch
+from igrpo.learner.packing import Bin, raw_tokens
+from igrpo_kernels import GRPOLossOutput
+
+Metrics = dict[str, float]
+
+SUMMED = re.compile(
+    r"rollout/(draft_tokens|refinement_tokens|tokens_per_second|samples_per_second)|draft/aborted|resample/\w+"
+    r"|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
+)
+"""Counts and rates of a process's own share, which are the run's when added up."""
+_EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
+
+
+class Accumulator:
+    """One figure per name over the micro-batches of a rollout batch: token-weighted means, and extremes by name."""
+
+    def __init__(self) -> None:
+        self.weighted: dict[str, torch.Tensor] = {}
+        self.extremes: dict[str, torch.Tensor] = {}
+        self.tokens = 0
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+        self.skipped_steps = 0
+
+    def add(self, micro: MicroBatch, out: GRPOLossOutput) -> None:
+        n = micro.completion_ids.numel()
+        gap = (out.per_token_logps - micro.sampling_per_token_logps).abs()
+        own = {"sampling/sampling_logp_difference/mean": gap.mean(), "sampling/sampling_logp_difference/max": gap.max()}
+        for name, value in {**out.metrics, **own}.items():
+            value = value.detach().float()
+            if name.endswith(("min", "max")):
+                pick = torch.minimum if name.endswith("min") else torch.maximum
+                self.extremes[name] = pick(self.extremes[name], value) if name in self.extremes else value
+            else:
+                self.weighted[name] = self.weighted.get(name, 0.0) + value * n
+        self.tokens += n
+
+    def means(self, accelerator: Any) -> Metrics:
+        """Over this process's tokens; the loss is the sum over processes, since their shares add up to the whole."""
+        loss = torch.tensor(fmean(self.losses), device=accelerator.device)
+        result = {name: float(total) / self.tokens for name, total in self.weighted.items()}
+        result |= {name: float(value) for name, value in self.extremes.items()}
+        result["loss"] = float(accelerator.reduce(loss, reduction="sum"))
+        result["grad_norm"] = fmean(self.norms)
+        result["learner/skipped_steps"] = float(self.skipped_steps)
+        return result
+
+
+def over_processes(everyone: Sequence[Metrics]) -> Metrics:
+    """One figure per name from those of each process: a sum of counts and rates, extremes of extremes, else a plain
+    mean. One that only some processes have is taken over those."""
+    names = dict.fromkeys(name for one in everyone for name in one)
+    return {name: _combine(name, [one[name] for one in everyone if name in one]) for name in names}
+
+
+def _combine(name: str, values: list[float]) -> float:
+    if SUMMED.fullmatch(name):
+        return sum(values)
+    extreme = _EXTREME.fullmatch(name)
+    if extreme:
+        return max(values) if extreme[1] else min(values)
+    return fmean(values)
+
+
+def work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin]) -> Metrics:
+    """What the whole step asks of the learner, over all processes."""
+    prompts, trained = ({s.prompt_ids for s in some} for some in (samples, useful))
+    return {
+        "learner/sequences": float(len(useful)),
+        "learner/sequences_skipped": float(len(samples) - len(useful)),
+        "learner/groups_skipped": float(len(prompts - trained)),
+        "learner/raw_tokens": float(sum(map(raw_tokens, bins))),
+        "learner/micro_batches": float(len(bins)),
+    }

@@ -1,0 +1,146 @@
+"""The causal LM and the fused loss as one module, so that DDP and FSDP see a single forward.
+
+hidden states -> rows that predict completion tokens -> ``linear_grpo_loss``; logits never exist whole, and prompt or
+padding positions never meet the vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.learner.adapters import head_product
+from igrpo.learner.batching import MicroBatch
+from igrpo.settings import ConfigError
+from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels.model_logits import language_model, logit_transform_of
+
+
+def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig:
+    """The loss's settings from the run's.
+
+    Raises:
+        ConfigError: settings of the loss that exclude each other.
+    """
+    correct = config.vllm_importance_sampling_correction
+    try:
+        return GRPOLossConfig(
+            loss_type=config.loss_type,
+            importance_sampling_level=config.importance_sampling_level,
+            epsilon=config.epsilon,
+            epsilon_high=config.epsilon_high,
+            delta=config.delta,
+            dual_clip=config.dual_clip,
+            beta=config.beta,
+            kl_estimator=config.kl_estimator,
+            use_bias_correction_kl=config.use_bias_correction_kl,
+            temperature=config.temperature,
+            entropy_coef=config.entropy_coef,
+            top_entropy_quantile=config.top_entropy_quantile,
+            off_policy_mask_threshold=config.off_policy_mask_threshold,
+            importance_sampling_mode=config.vllm_importance_sampling_mode if correct else None,
+            importance_sampling_clip_min=config.vllm_importance_sampling_clip_min if correct else None,
+            importance_sampling_clip_max=config.vllm_importance_sampling_clip_max if correct else None,
+            max_completion_length=config.max_completion_length,
+            sapo_temperature_pos=config.sapo_temperature_pos,
+            sapo_temperature_neg=config.sapo_temperature_neg,
+            vespo_k_pos=config.vespo_k_pos,
+            vespo_lambda_pos=config.vespo_lambda_pos,
+            vespo_k_neg=config.vespo_k_neg,
+            vespo_lambda_neg=config.vespo_lambda_neg,
+            **logit_transform_of(model_config),
+        )
+    except ValueError as error:
+        raise ConfigError(str(error).replace("importance_sampling_mode", "vllm_importance_sampling_mode")) from None
+
+
+class Policy(nn.Module):
+    """A causal LM whose forward returns the loss of a micro-batch.
+
+    Args:
+        model: a Hugging Face causal LM with ``base_model`` and output embeddings.
+    """
+
+    def __init__(self, model: Any, config: TrainConfig):
+        super().__init__()
+        self.model = model
+        self.loss_config = loss_config(config, model.config)
+        self.impl = config.loss_impl
+        self.offloads = config.activation_offloading
+
+    def forward(
+        self,
+        batch: MicroBatch,
+        old_per_token_logps: torch.Tensor | None = None,  # (n,)
+        ref_per_token_logps: torch.Tensor | None = None,  # (n,)
+        num_items_in_batch: float | None = None,
+        logps_only: bool = False,
+        temperature: float | None = None,
+        own: bool = False,
+    ) -> GRPOLossOutput | torch.Tensor:
+        """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities instead.
+
+        Args:
+            temperature: of those log-probabilities; None: the sampling temperature.
+            own: those of the model's whole logits, of sequences that are not padded: what all others must agree with.
+        """
+        if own:
+            logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.rows]
+            logps = (logits.float() / (temperature or self.loss_config.temperature)).log_softmax(-1)
+            return logps.gather(-1, batch.completion_ids[:, None])[:, 0]
+        hidden, weight, bias = head_product(self.model.get_output_embeddings(), self.hidden_states(batch))
+        if logps_only:
+            settings = self.loss_config
+            return linear_selective_log_softmax(
+                hidden,
+                weight,
+                batch.completion_ids,
+                lm_head_bias=bias,
+                temperature=settings.temperature if temperature is None else temperature,
+                logit_scale=settings.logit_scale,
+                final_logit_softcapping=settings.final_logit_softcapping,
+                impl=self.impl,
+            )
+        return linear_grpo_loss(
+            hidden,
+            weight,
+            batch.completion_ids,
+            batch.advantages,
+            lm_head_bias=bias,
+            old_per_token_logps=old_per_token_logps,
+            ref_per_token_logps=ref_per_token_logps,
+            sampling_per_token_logps=batch.sampling_per_token_logps,
+            cu_seqlens=batch.cu_seqlens,
+            num_items_in_batch=num_items_in_batch,
+            config=self._settings(batch, num_items_in_batch),
+            impl=self.impl,
+        )
+
+    def _settings(self, batch: MicroBatch, num_items_in_batch: float | None) -> GRPOLossConfig:
+        """The loss's settings, with an entropy bonus that adds up to a mean over the step's tokens.
+
+        The loss subtracts coef · (mean over this call's n_m tokens) and is then multiplied by ``batch.scale``, its
+        share of the *loss's* denominator: coef · (n_m / n) / scale makes the sum over micro-batches the mean over n.
+        """
+        settings = self.loss_config
+        if settings.entropy_coef == 0.0 or not num_items_in_batch or not batch.scale:
+            return settings
+        share = batch.completion_ids.numel() / num_items_in_batch
+        return replace(settings, entropy_coef=settings.entropy_coef * share / batch.scale)
+
+    def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
+        """Final hidden states of the positions that predict a completion token."""
+        if batch.layout is None:  # padded on the right: no real token sees what comes after it
+            inputs = {"attention_mask": batch.attention_mask}
+        else:
+            inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
+        # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
+        pinned = batch.input_ids.is_cuda
+        with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offloads else nullcontext():
+            out = language_model(self.model)(input_ids=batch.input_ids, **inputs)
+        return out.last_hidden_state.flatten(0, 1)[batch.rows]

@@ -1,0 +1,192 @@
+"""DeepSpeed ZeRO-3: the same division as ``sharding.py``, by DeepSpeed's engine. The only file that knows deepspeed.
+
+accelerate launches it (``recipes/accelerate/zero3.yaml``) and holds its settings. The engine is made here and not by
+``Accelerator.prepare``, which leaves DeepSpeed out on a CPU: one path for both, so that the one on a GPU is tested.
+
+The engine owns gradients and the optimiser step: it averages over processes, clips and steps in one call. Every weight
+is whole only inside the forward pass of the module that owns it. The fused loss reads the head in ``Policy.forward``,
+which does not own it, so the head is declared to the engine as a weight that this forward needs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.learner import state as learner_state
+from igrpo.settings import ConfigError
+from igrpo_kernels import GRPOLossOutput
+
+
+def asked_for() -> bool:
+    """Whether ``accelerate launch`` was given a DeepSpeed configuration."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def check_settings() -> None:
+    """Refuses launch settings that cannot work.
+
+    Raises:
+        ConfigError: deepspeed is not installed, another stage, or weights that transformers would divide while it
+            loads them.
+    """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ConfigError(
+            "distributed_type: DEEPSPEED: the deepspeed package is not installed; pip install deepspeed, or take "
+            "recipes/accelerate/fsdp2.yaml, which divides what ZeRO-3 divides"
+        )
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    if stage != "3":
+        raise ConfigError(f"zero_stage: {stage}: only 3 is supported; write 3, or take recipes/accelerate/ddp.yaml")
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "").lower() == "true":
+        raise ConfigError(
+            "zero3_init_flag: every process reads the model itself; write false in the file given to accelerate "
+            "launch --config_file, or take recipes/accelerate/zero3.yaml"
+        )
+
+
+class Zero3:
+    """A ``Policy`` whose weights DeepSpeed divides in place; called like one.
+
+    Args:
+        optimizer: over the whole weights, made before; None: the policy is only read.
+        launched: DeepSpeed's settings as accelerate read them; what the loop decides itself is replaced.
+    """
+
+    def __init__(
+        self, policy: Any, optimizer: torch.optim.Optimizer | None, launched: dict[str, Any], config: TrainConfig
+    ):
+        import deepspeed
+
+        answers = _Answers(policy)
+        for weight in policy.model.get_output_embeddings().parameters():  # an adapter's among them
+            deepspeed.zero.register_external_parameter(answers, weight)
+        self.policy = policy
+        self.engine, *_ = deepspeed.initialize(model=answers, optimizer=optimizer, config=settings(launched, config))
+        self.optimizer = self.engine.optimizer
+
+    def __call__(self, *args: Any, **named: Any) -> GRPOLossOutput | torch.Tensor:
+        out = self.engine(*args, **named)
+        return GRPOLossOutput(**out) if isinstance(out, dict) else out
+
+    @property
+    def model(self) -> Any:
+        return self.policy.model
+
+    @property
+    def training(self) -> bool:
+        return self.engine.training
+
+    def train(self, mode: bool = True) -> None:
+        self.engine.train(mode)
+
+    def eval(self) -> None:
+        self.engine.eval()
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        """Adds to the gradients; the engine steps after the ``last`` micro-batch of the optimiser step."""
+        self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        self.engine.backward(loss)
+
+    def step(self) -> float:
+        """Clips and steps; the norm before clipping.
+
+        Raises:
+            FloatingPointError: that norm is not finite. The engine tells after the step, which cannot be taken back.
+        """
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"gradient norm {norm}: go on from a checkpoint (--resume_from_checkpoint last)")
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Every process writes its share of weights and optimiser."""
+        self.engine.save_checkpoint(str(folder), tag="zero3")
+
+    def load(self, folder: Path, trust: bool) -> None:
+        """Reads what ``save`` wrote, with the same number of processes.
+
+        Raises:
+            OSError: it is not there.
+            ConfigError: it holds objects of which some may run code, and ``trust`` is not given.
+        """
+        own = self.engine.checkpoint_engine
+        self.engine.checkpoint_engine = _Reader(own, trust)
+        try:
+            path, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
+        finally:
+            self.engine.checkpoint_engine = own
+        if path is None:
+            raise OSError(f"no ZeRO-3 state in {folder}")
+
+
+class _Reader:
+    """DeepSpeed's reader of files, which unpickles whatever they hold, with ours in its place."""
+
+    def __init__(self, own: Any, trust: bool):
+        self._own, self._trust = own, trust
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        from deepspeed.runtime.fp16.loss_scaler import LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+
+        return learner_state.read(Path(path), self._trust, [LossScaler, ZeroStageEnum])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+
+class _Answers(torch.nn.Module):
+    """The policy with its answer as a dict: the engine looks for tensors in tuples and dicts only, and one that it does
+    not find does not bring the head back for the backward pass."""
+
+    def __init__(self, policy: Any):
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, *args: Any, **named: Any) -> dict[str, Any] | torch.Tensor:
+        out = self.policy(*args, **named)
+        return out if isinstance(out, torch.Tensor) else {f.name: getattr(out, f.name) for f in fields(out)}
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    """A copy of all of a divided weight, for which every process must ask; or of a buffer, which is never divided."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().clone()
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def settings(launched: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """One call of the engine is one micro-batch of any size, the loss is scaled by the loop, sums are fp32."""
+    return _without_auto(launched) | {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.max_grad_norm,
+        "bf16": {"enabled": config.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _without_auto(launched: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's "auto" stands for what a Trainer fills in; DeepSpeed has a default for each."""
+    kept = {}
+    for name, value in launched.items():
+        if isinstance(value, dict):
+            kept[name] = _without_auto(value)
+        elif value not in ("auto", None) and name != "train_batch_size":
+            kept[name] = value
+    return kept

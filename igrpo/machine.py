@@ -1,0 +1,48 @@
+"""What this computer gives one process, and what the process has taken."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one process has: a GPU of its own, or its share of the computer's memory."""
+
+    device: str
+    """``"cuda"`` or ``"cpu"``."""
+    memory: int
+    """Bytes one process may use."""
+    processes: int = 1
+    """Processes of the run, which share a sharded model."""
+
+
+def peak_resident() -> int:
+    """Highest resident memory of this process, in bytes.
+
+    Not ``ru_maxrss`` where the kernel says better: a process that a large one starts inherits that figure from it.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return 1024 * int(line.split()[1])
+    import resource
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def this_machine(use_cpu: bool = False, processes: int = 1) -> Machine:
+    """This computer. Asks torch for the GPU, and only that; a container's memory limit counts as the memory."""
+    if not use_cpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return Machine("cuda", torch.cuda.get_device_properties(0).total_memory, processes)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
+            memory = min(memory, int(text))
+    return Machine("cpu", memory // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), processes)

@@ -1,0 +1,283 @@
+"""What a run keeps in memory, worked out before anything is loaded. Plain arithmetic: importing this needs no torch.
+
+    shape   = model_shape(config_dict)             the fields of a model's ``config.json`` that decide sizes
+    machine = this_machine(use_cpu, processes)     what one process may use here, in bytes
+    plan    = memory_plan(shape, config, machine, context=4096)
+    plan.lines() / plan.fits / plan.advice()       the table, the verdict, and what to change
+    largest_context(shape, config, machine)        tokens of one sequence that still fit
+
+Sizes are bytes per process. Items marked exact follow from the settings alone. Activations are an estimate: a count of
+what autograd keeps in one decoder layer, within 20 % of what a Llama layer was measured to keep. So only the exact
+items refuse a run; the estimate warns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.machine import Machine
+
+GIB = 2**30
+CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
+"""Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of a decoder-only model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    layer_parameters: int
+    """Of one decoder layer; of all experts where there are experts."""
+    parameters: int
+    """Of the whole model, a tied head counted once."""
+
+    @property
+    def attention_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """bf16 keys and values of every layer."""
+        return 2 * 2 * self.num_layers * self.kv_size
+
+
+def model_shape(config: Mapping[str, Any], parameters: int | None = None) -> ModelShape:
+    """From the mapping in ``config.json`` (``AutoConfig.to_dict()`` is the same).
+
+    Args:
+        parameters: the exact count where it is known; otherwise it is computed, exact for Llama, Qwen and Gemma models.
+    """
+    c = {**config, **(config.get("text_config") or {})}
+    family = str(c.get("model_type", ""))
+    hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
+    kv_heads = c.get("num_key_value_heads") or heads
+    head_dim = c.get("head_dim") or hidden // heads
+    intermediate, vocab = c.get("intermediate_size") or 4 * hidden, c["vocab_size"]
+    tied = bool(c.get("tie_word_embeddings", family.startswith("gemma")))
+    q, kv = heads * head_dim, kv_heads * head_dim
+    attention = hidden * q + 2 * hidden * kv + q * hidden
+    if c.get("attention_bias", family == "qwen2"):
+        attention += q + 2 * kv + (hidden if c.get("attention_bias") and family != "qwen2" else 0)
+    if family.startswith(("qwen3", "gemma3")):  # norms of q and k
+        attention += 2 * head_dim
+    experts = c.get("num_local_experts") or c.get("num_experts") or 0
+    width = c.get("moe_intermediate_size") or intermediate
+    mlp = experts * (3 * hidden * width + hidden) if experts else 3 * hidden * intermediate
+    norms = (4 if family.startswith(("gemma2", "gemma3")) else 2) * hidden
+    layer = attention + mlp + norms
+    total = layers * layer + vocab * hidden * (1 if tied else 2) + hidden
+    return ModelShape(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab_size=vocab,
+        tied=tied,
+        layer_parameters=layer,
+        parameters=parameters or total,
+    )
+
+
+@dataclass(frozen=True)
+class Item:
+    name: str
+    bytes: int
+    exact: bool
+    note: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What lives in one process's memory at the worst moment of a step."""
+
+    items: tuple[Item, ...]
+    machine: Machine
+    suggestions: tuple[str, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(item.bytes for item in self.items)
+
+    @property
+    def certain(self) -> int:
+        return sum(item.bytes for item in self.items if item.exact)
+
+    @property
+    def fits(self) -> bool:
+        """False where even the exact items are more than there is."""
+        return self.certain <= self.machine.memory
+
+    @property
+    def tight(self) -> bool:
+        """Whether the estimate as a whole is more than there is."""
+        return self.total > self.machine.memory
+
+    def lines(self) -> list[str]:
+        """A table for people."""
+        rows = [f"  {i.name:<22} {i.bytes / GIB:8.2f} GiB  {'' if i.exact else '~ '}{i.note}" for i in self.items]
+        where = "this GPU" if self.machine.device == "cuda" else "this process's share of the memory"
+        return [
+            "memory plan, per process:",
+            *rows,
+            f"  {'together':<22} {self.total / GIB:8.2f} GiB  of {self.machine.memory / GIB:.1f} GiB ({where})",
+        ]
+
+    def advice(self) -> str:
+        """What to change, most effective first; for the error and the warning."""
+        return "; ".join(self.suggestions) or "use a smaller model"
+
+
+def memory_plan(
+    shape: ModelShape, config: TrainConfig, machine: Machine, *, context: int, sharded: bool = False
+) -> MemoryPlan:
+    """Learner and engine together, as they live in one process.
+
+    Args:
+        context: tokens of the longest sequence, prompt + draft + refinement.
+        sharded: FSDP: weights, gradients and optimiser are divided by the number of processes.
+    """
+    items = [
+        *_weights(shape, config, machine, sharded),
+        *_activations(shape, config, machine, context),
+        *_engine(shape, config, machine, context),
+    ]
+    return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
+
+
+def largest_context(shape: ModelShape, config: TrainConfig, machine: Machine, *, sharded: bool = False) -> int:
+    """Tokens of one sequence, alone in its micro-batch, that the estimate still fits; 0 if none do."""
+    alone = replace(config, token_budget=1)
+    low, high = 0, 2**22
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = not memory_plan(shape, alone, machine, context=middle, sharded=sharded).tight
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def trained_parameters(shape: ModelShape, config: TrainConfig) -> int:
+    """All, or with LoRA the two factors of rank r beside every linear layer of the decoder."""
+    if not config.use_peft:
+        return shape.parameters
+    h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.attention_size, shape.kv_size
+    sides = {
+        "q_proj": h + q, "k_proj": h + kv, "v_proj": h + kv, "o_proj": q + h,
+        "gate_proj": h + i, "up_proj": h + i, "down_proj": i + h,
+    }  # fmt: skip
+    named = {name.rpartition(".")[2] for name in config.lora_target_modules or ["all-linear"]}
+    every = not all(name.replace("_", "").isalnum() for name in named)  # all-linear, or an expression
+    decoder = sum(side for name, side in sides.items() if every or name in named)
+    outside = len(named & {"lm_head", "embed_tokens"}) * (h + shape.vocab_size)
+    return config.lora_r * (shape.num_layers * decoder + outside)
+
+
+def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: bool) -> list[Item]:
+    trained = trained_parameters(shape, config)
+    parts = machine.processes if sharded else 1
+    split = f", in {parts} shards" if parts > 1 else ""
+    if config.use_peft:
+        base = (2 if config.bf16 else 4) * shape.parameters
+        items = [Item("base weights", base // parts, True, f"{'bf16' if config.bf16 else 'fp32'}, frozen{split}")]
+        items.append(Item("adapters", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters"))
+    else:
+        items = [Item("master weights", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters{split}")]
+    if config.bf16 and not config.use_peft:
+        copy = 2 * shape.parameters
+        if sharded:  # the head and embedding, and two layers: the one that computes and the next
+            copy = 2 * (2 * shape.layer_parameters + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2))
+        items.append(Item("compute copy", copy, True, "bf16" + (", layers gathered as they run" if sharded else "")))
+    items.append(Item("gradients", 4 * trained // parts, True, f"fp32{split}"))
+    eight_bit = "8bit" in config.optim
+    if "paged" in config.optim and machine.device == "cuda":
+        items.append(Item("optimiser", 0, True, "paged: in the computer's memory"))
+    else:
+        note = f"two moments in {'8 bits' if eight_bit else 'fp32'}{split}"
+        items.append(Item("optimiser", (2 if eight_bit else 8) * trained // parts, True, note))
+    if config.beta > 0 and not config.use_peft:
+        items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because beta > 0{split}"))
+    return items
+
+
+def _activations(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
+    tokens = max(context, config.token_budget) if config.token_budget else context * config.per_device_train_batch_size
+    layer = activation_bytes_per_token(shape, config.bf16)
+    checkpoint = 4 * shape.hidden_size  # the residual stream, fp32 also under autocast
+    if config.gradient_checkpointing:
+        kept = 0 if config.activation_offloading else shape.num_layers * checkpoint
+        total, note = tokens * (kept + 2 * layer), "layer inputs, and one layer computed again with its gradients"
+    else:
+        kept = layer if config.activation_offloading else shape.num_layers * layer
+        total, note = tokens * (kept + layer), "of every layer"
+    chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * 4)
+    frozen = config.use_peft and "lm_head" not in (config.lora_target_modules or ())
+    head = 0 if frozen else 4 * shape.vocab_size * shape.hidden_size
+    return [
+        Item("activations", total, False, f"{tokens} tokens: {note}"),
+        Item("logits chunk", chunk, False, "one chunk, then its gradient in place; logits never exist whole"),
+        *([Item("gradient of the head", head, True, "fp32, summed over the chunks")] if head else []),
+    ]
+
+
+def activation_bytes_per_token(shape: ModelShape, bf16: bool) -> int:
+    """What autograd keeps of one decoder layer: fp32 residual stream and norms, matmul inputs in the compute dtype."""
+    hidden, inner, q, kv = shape.hidden_size, shape.intermediate_size, shape.attention_size, shape.kv_size
+    return 24 * hidden + 10 * inner + 4 * q + 8 * kv if bf16 else 24 * hidden + 16 * inner + 8 * q + 8 * kv
+
+
+def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
+    weights = (2 if config.bf16 else 4) * shape.parameters
+    if config.use_vllm and config.vllm_mode == "server":
+        return []
+    if not config.use_vllm:
+        cache = config.per_device_train_batch_size * context * shape.kv_bytes_per_token
+        return [
+            Item("engine weights", weights, True, "Hugging Face generate"),
+            Item("KV cache", cache, False, f"{shape.kv_bytes_per_token} bytes per token"),
+        ]
+    if machine.device == "cpu":
+        cache = round(config.vllm_cpu_kvcache_gib * GIB)
+        note = f"{cache // shape.kv_bytes_per_token} tokens"
+        return [Item("engine weights", weights, True, "vLLM"), Item("KV cache", cache, True, note)]
+    weights //= config.vllm_tensor_parallel_size
+    share = round(config.vllm_gpu_memory_utilization * machine.memory)
+    cache = max(0, share - weights)
+    per_token = max(1, shape.kv_bytes_per_token // config.vllm_tensor_parallel_size)
+    note = f"{cache // per_token} tokens; vLLM takes {config.vllm_gpu_memory_utilization:.0%} of the GPU"
+    return [Item("engine weights", weights, True, "vLLM"), Item("KV cache", cache, True, note)]
+
+
+def _suggestions(config: TrainConfig, machine: Machine, sharded: bool) -> tuple[str, ...]:
+    said = []
+    beside = config.use_vllm and config.vllm_mode == "colocate"
+    if beside and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
+        said.append("lower vllm_gpu_memory_utilization, or let vLLM run elsewhere")
+    if not config.gradient_checkpointing:
+        said.append("set gradient_checkpointing: true")
+    if config.token_budget is None:
+        said.append("set token_budget to the longest sequence")
+    if machine.processes > 1 and not sharded:
+        said.append("shard the model (recipes/accelerate/fsdp2.yaml)")
+    if machine.processes == 1 and machine.device == "cuda":
+        said.append("use more GPUs with recipes/accelerate/fsdp2.yaml")
+    if not config.use_peft:
+        said.append("train adapters with use_peft: true")
+    if "8bit" not in config.optim:
+        said.append("set optim: paged_adamw_8bit" if machine.device == "cuda" else "take a smaller model")
+    return tuple(said)

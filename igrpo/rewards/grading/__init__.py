@@ -1,0 +1,1 @@
+"""Whether an answer is right: found in the text, read, and compared."""

@@ -1,0 +1,1 @@
+"""From problems to scored groups: prompts, sampling, the two stages, advantages."""

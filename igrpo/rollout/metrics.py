@@ -1,0 +1,119 @@
+"""Figures of one rollout, from its groups: pure functions, nothing is written here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from statistics import fmean, pstdev
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import RolloutGroup, Scored
+from igrpo.rewards.functions import reward_names
+from igrpo.rollout.rollout import RolloutStats
+
+Metrics = dict[str, float]
+
+COPY_NGRAM = 4
+"""Tokens per n-gram in the copy rate; shorter ones occur by chance."""
+
+
+def judge(config: TrainConfig) -> str:
+    """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
+    if "accuracy" in config.reward_funcs:
+        return "accuracy"
+    return reward_names(config.reward_funcs)[0]
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: TrainConfig) -> Metrics:
+    """Everything the design lists that can be read off the groups."""
+    name = judge(config)
+    refinements = [s for g in groups for s in g.refinements]
+    drafts = [s for g in groups for s in g.drafts]
+    metrics: Metrics = {
+        "reward": fmean(s.reward for s in refinements),
+        "reward_std": fmean(pstdev([s.reward for s in g.refinements]) for g in groups),
+        "refinement/accuracy": _mean_score(refinements, name),
+        "frac_reward_zero_std": fmean(not g.contributes for g in groups),
+        "frac_all_right": fmean(not g.contributes and _score(g.refinements[0], name) >= 1 for g in groups),
+        "frac_all_wrong": fmean(not g.contributes and _score(g.refinements[0], name) < 1 for g in groups),
+        "rollout/seconds": stats.seconds,
+        "rollout/draft_tokens": float(stats.draft_tokens),
+        "rollout/refinement_tokens": float(stats.refinement_tokens),
+        "rollout/tokens_per_second": stats.decoded_tokens / max(stats.decoding_seconds, 1e-9),
+        "rollout/prefix_cache_hit": stats.cached_tokens / max(stats.prompt_tokens, 1),
+        "rollout/samples_per_second": (len(drafts) + len(refinements)) / max(stats.seconds, 1e-9),
+        "rollout/rollouts_per_prompt": (len(drafts) + len(refinements)) / len(groups),
+    }
+    for function in refinements[0].rewards:
+        scores = [s.rewards[function] for s in refinements]
+        judged = [x for x in scores if x is not None]
+        metrics[f"rewards/{function}/mean"] = fmean(judged) if judged else 0.0
+        metrics[f"rewards/{function}/not_judged"] = float(len(scores) - len(judged))
+    metrics |= _lengths("completions", refinements)
+    if drafts:
+        metrics |= _draft_metrics(groups, drafts, name)
+        metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
+    if config.zero_variance == "resample":
+        right = sum(_score(g.refinements[0], name) >= 1 for g in stats.discarded)
+        metrics |= {
+            "resample/replaced": float(len(stats.discarded)),
+            "resample/replaced_all_right": float(right),
+            "resample/left_uninformative": float(sum(not g.contributes for g in groups)),
+        }
+    return metrics
+
+
+def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], name: str) -> Metrics:
+    accuracy_P = [_mean_score(g.drafts, name) for g in groups]
+    metrics: Metrics = {
+        "draft/reward": fmean(s.reward for s in drafts),
+        "draft/accuracy": fmean(accuracy_P),
+        "draft/best_accuracy": fmean(max(_score(s, name) for s in g.drafts) for g in groups),
+        # E[R(best)] = 1 - (1 - p)^N for a prompt whose drafts are right with probability p (proposition 3.1); p is
+        # estimated from the same N drafts, which for small N overstates the spread between prompts.
+        "draft/best_accuracy_theory": fmean(
+            1 - (1 - min(p, 1.0)) ** len(g.drafts) for p, g in zip(accuracy_P, groups, strict=True)
+        ),
+        # Updates between the weights that sampled the drafts and those that sampled the refinements.
+        "draft/policy_lag": fmean(
+            g.refinements[0].completion.version - fmean(d.completion.version for d in g.drafts) for g in groups
+        ),
+    }
+    metrics |= _lengths("draft", drafts)
+    shown = [g for g in groups if g.chosen is not None]
+    if shown:
+        pairs = [(g.drafts[g.chosen], s) for g in shown for s in g.refinements]  # type: ignore[index]
+        metrics |= {
+            "draft/chosen_accuracy": fmean(_score(g.drafts[g.chosen], name) for g in shown),  # type: ignore[index]
+            "draft/trimmed": fmean(g.draft_trimmed for g in shown),
+            "refinement/better_than_draft": fmean(s.reward > d.reward for d, s in pairs),
+            "refinement/worse_than_draft": fmean(s.reward < d.reward for d, s in pairs),
+            "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
+            "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
+        }
+    return metrics
+
+
+def copy_rate(draft: Sequence[int], refinement: Sequence[int]) -> float:
+    """Share of the refinement's 4-grams that the draft contains; of its single tokens where it is shorter than 4."""
+    n = COPY_NGRAM if len(refinement) >= COPY_NGRAM else 1
+    known = {tuple(draft[i : i + n]) for i in range(len(draft) - n + 1)}
+    grams = [tuple(refinement[i : i + n]) for i in range(len(refinement) - n + 1)]
+    return fmean(gram in known for gram in grams) if grams else 0.0
+
+
+def _lengths(prefix: str, scored: Sequence[Scored]) -> Metrics:
+    lengths = [len(s.completion.token_ids) for s in scored]
+    return {
+        f"{prefix}/mean_length": fmean(lengths),
+        f"{prefix}/min_length": float(min(lengths)),
+        f"{prefix}/max_length": float(max(lengths)),
+        f"{prefix}/clipped_ratio": fmean(s.completion.truncated for s in scored),
+    }
+
+
+def _score(scored: Scored, name: str) -> float:
+    return scored.rewards.get(name) or 0.0
+
+
+def _mean_score(scored: Iterable[Scored], name: str) -> float:
+    return fmean(_score(s, name) for s in scored)

@@ -1,0 +1,1 @@
+"""A run's folder: its lock, records, checkpoints, and what is shown meanwhile."""

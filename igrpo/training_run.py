@@ -1,0 +1,372 @@
+"""Puts a run together from its config, in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.config.unused import say_unused
+from igrpo.data.feed import ProblemFeed, steps_of
+from igrpo.data.sources import ProblemSampler, load_problems
+from igrpo.data_types import Problem, RolloutGroup
+from igrpo.machine import this_machine
+from igrpo.rewards.columns import check_columns
+from igrpo.rewards.setup import start_rewards
+from igrpo.rewards.workers.pool import RewardPool
+from igrpo.rewards.workers.tally import check_tallies
+from igrpo.run.checkpoints import checkpoints, find_checkpoint, place
+from igrpo.run.folder import RunFolder, group_record
+from igrpo.run.output_folder import claimed
+from igrpo.settings import ConfigError
+from igrpo.terminal import Warnings
+
+if TYPE_CHECKING:
+    from igrpo.rollout.rollout import RolloutStats
+
+
+@dataclass
+class Job:
+    """A run in progress: the parts, and how far it is."""
+
+    config: TrainConfig
+    problems: Sequence[Problem]
+    held_out: Sequence[Problem]
+    feed: ProblemFeed
+    tokenizer: Any
+    prompts: Any
+    rewards: RewardPool
+    engine: Any
+    rollout: Any
+    learner: Any
+    sync: Any
+    folder: RunFolder
+    timeline: Any
+    view: Any
+    total_steps: int
+    step: int = 0
+    warnings: Warnings = field(default_factory=Warnings)
+    started: float = field(default_factory=time.monotonic)
+
+    def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
+        """The step's groups; drafts of the next step may still be on their way."""
+        batch = self.feed.take(last=step == self.total_steps)
+        self.view.begin_step(len(batch.problems))
+        spare = iter(batch.spare)
+        groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, spare)
+        self.feed.give_back(used=len(batch.spare) - sum(1 for _ in spare))
+        return groups, stats
+
+    def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
+        """The learner step, while the engine goes on with drafts of the next step."""
+        from igrpo.learner.batching import training_samples
+
+        samples = training_samples(groups, self.config)
+        with self.timeline.span("learner", step):
+            return self.rollout.during(lambda: self.learner.train_on(samples, self.view.learned))
+
+    def push_weights(self, version: int) -> dict[str, float]:
+        """Weights to the engine, compared on the probe (see ``sync``).
+
+        Drafts of the next step that still run go on under the new weights; with full determinism they are waited for,
+        since how far they have come when the learner is done is a matter of time.
+
+        Raises:
+            EngineError: the push failed, or the engine does not hold the pushed weights.
+        """
+        if self.config.full_determinism:
+            self.rollout.finish_drafts()
+        with self.timeline.span("sync", version):
+            return self.sync.push(version)
+
+    def evaluate(self, when: str) -> dict[str, float]:
+        """Bare-prompt figures over the held-out problems; printed and logged. Empty without any."""
+        from igrpo.eval.sampling import evaluate
+
+        if not self.held_out:
+            return {}
+        self.view.stage("evaluation")
+        self.rollout.finish_drafts()
+        with self.timeline.span("eval", self.step):
+            parts = (self.engine, self.rewards, self.prompts, self.tokenizer)
+            share = self.held_out[self.feed.rank :: self.feed.processes]
+            figures = evaluate(*parts, share, self.config, self.learner.gather)
+        self.view.say(
+            f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
+            f"(reward {figures['eval/reward']:.2f})"
+        )
+        figures |= self.check_rewards(f"the evaluation {when}")
+        self.view.note(figures)
+        if self.learner.accelerator.is_main_process:
+            self.folder.log_metrics(self.step, figures)
+            self.learner.accelerator.log(figures, step=self.step)
+        return figures
+
+    def check_rewards(self, what: str) -> dict[str, float]:
+        """How many completions each function failed on, all processes together, as figures of an evaluation.
+
+        Raises:
+            RewardError: a function failed on all of them, and ``stop_on_reward_failure`` is set.
+        """
+        everyone = self.learner.gather(self.rewards.tallies())
+        if self.config.stop_on_reward_failure:
+            check_tallies(everyone, what)
+        return {f"eval/rewards/{name}/errors": float(sum(one[name].failed for one in everyone)) for name in everyone[0]}
+
+    def due(self, every: float | None) -> bool:
+        """Whether this step is one of every so many, or of every such share of all steps; None and 0: never."""
+        if not every:
+            return False
+        return self.step % (math.ceil(every * self.total_steps) if every < 1 else int(every)) == 0
+
+    def log(self, groups: Sequence[RolloutGroup], metrics: dict[str, float]) -> None:
+        accelerator = self.learner.accelerator
+        written = self.due(self.config.logging_steps) or self.step == self.total_steps
+        messages: list[str] = []
+        if written:  # counts go on until they are
+            warnings = self.warnings.take()
+            metrics |= self.rewards.stats() | {"rewards/workers_replaced": float(self.rewards.replaced())}
+            metrics["warnings"] = float(len(warnings))
+            messages = [message for some in self.learner.gather(warnings) for message in some]
+        metrics = self.learner.over_processes(metrics | {"peak_memory_gib": self.learner.peak_memory_gib()}) | {
+            "epoch": self.feed.epoch,
+            **self.learner.hours(time.monotonic() - self.started),
+        }
+        self.view.end_step(self.step, metrics)
+        if accelerator.is_main_process and written:
+            self.folder.log_metrics(self.step, metrics, messages)
+            accelerator.log(metrics, step=self.step)
+        if self.config.log_completions:
+            everyone = self.learner.gather([group_record(self.step, group) for group in groups])
+            if accelerator.is_main_process:
+                self.folder.log_completions(record for part in everyone for record in part)
+        self.timeline.flush()
+
+    def save(self) -> None:
+        self.view.stage("checkpoint")
+        drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
+        state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
+        saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
+        self.view.say(f"saved {saved}")
+
+    def report(self, before: dict[str, float], after: dict[str, float]) -> None:
+        if before and after:
+            self.view.say(
+                f"bare-prompt accuracy: {before['eval/accuracy']:.1%} before, {after['eval/accuracy']:.1%} after "
+                f"({len(self.held_out)} held-out problems)"
+            )
+        saved = checkpoints(self.folder.path)
+        last = saved[-1] if saved else self.config.resume_from_checkpoint  # resumed elsewhere with no step to go
+        self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
+
+
+@contextmanager
+def build(config: TrainConfig) -> Iterator[Job]:
+    """Everything a run needs, taken down again at the end.
+
+    Raises:
+        ConfigError: a setting that cannot work; nothing has been written.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(claimed(config, main_process=place()[0] == 0))
+        resume_from = find_checkpoint(config)
+        # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
+        rewards = stack.enter_context(start_rewards(config))
+        say_unused(config, this_machine(config.use_cpu).device == "cpu", place()[0])
+        problems, held_out = load_data(config)
+        check_columns(rewards.functions, [*problems, *held_out])
+        tokenizer, prompts, path, stop_ids = _load_prompts(config)
+        problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
+        _plan_memory(config, path, length)
+        from igrpo.engines import start_engine
+        from igrpo.engines.sync import WeightSync
+        from igrpo.learner.learner import Learner, seed_everything
+        from igrpo.models.loading import attention, load_policy
+        from igrpo.rollout.rollout import Rollout
+        from igrpo.run.progress import LiveView
+        from igrpo.run.timeline import Timeline
+
+        seed_everything(config.seed)
+        attn = attention(config)
+        reference = load_policy(path, config, attn) if config.beta > 0 and not config.use_peft else None
+        learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id, length)
+        total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
+        learner.set_schedule(total_steps * config.num_iterations)
+        engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
+        stack.callback(engine.close)
+        state = learner.load(resume_from) if resume_from else None
+        sync = WeightSync(engine, learner, prompts.parts(problems[0]).bare, config)
+        sync.prove(state["step"] if state else 0)
+        feed = _feed(config, problems, learner, state)
+        folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
+        timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
+        stack.callback(timeline.flush)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather)
+        if state:
+            rollout.load_state_dict(state.get("drafts", []))
+        job = Job(
+            config=config,
+            problems=problems,
+            held_out=held_out,
+            feed=feed,
+            tokenizer=tokenizer,
+            prompts=prompts,
+            rewards=rewards,
+            engine=engine,
+            rollout=rollout,
+            learner=learner,
+            sync=sync,
+            folder=folder,
+            timeline=timeline,
+            view=LiveView(total_steps, state["step"] if state else 0, not learner.accelerator.is_main_process),
+            total_steps=total_steps,
+            step=state["step"] if state else 0,
+        )
+        _announce(job)
+        job.push_weights(job.step)
+        stack.enter_context(learner.trackers())
+        yield job
+
+
+def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    options = {
+        "dataset_config": config.dataset_config,
+        "dataset_prompt_column": config.dataset_prompt_column,
+        "dataset_solution_column": config.dataset_solution_column,
+        "dataset_kwargs": config.dataset_kwargs,
+    }
+    try:
+        data = load_problems(
+            config.dataset_name,
+            dataset_split=config.dataset_train_split,
+            max_samples=config.max_train_samples,
+            **options,
+        )
+        problems = [data[i] for i in range(len(data))]
+        if not config.eval_samples:
+            return problems, []
+        if config.dataset_test_split is not None:
+            test = load_problems(
+                config.dataset_name, dataset_split=config.dataset_test_split, max_samples=config.eval_samples, **options
+            )
+            return problems, [test[i] for i in range(len(test))]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if len(problems) <= config.eval_samples:
+        raise ConfigError(
+            f"eval_samples: {config.eval_samples} of {len(problems)} rows leave none to train on; lower it or set "
+            "dataset_test_split"
+        )
+    return problems[: -config.eval_samples], problems[-config.eval_samples :]
+
+
+def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
+    from igrpo.learner.adapters import Adapters
+    from igrpo.learner.optimizer import check_settings
+    from igrpo.learner.policy import loss_config
+    from igrpo.models.loading import load_tokenizer, resolve_model, skeleton, stop_token_ids, vocabulary
+    from igrpo.rollout.prompts import PromptBuilder
+
+    loss_config(config)  # refuses impossible combinations
+    check_settings(config)
+    path = resolve_model(config.model_name_or_path)
+    tokenizer = load_tokenizer(path, config)
+    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
+    if config.use_peft:
+        Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
+    return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
+
+
+def _fit_context(
+    config: TrainConfig, prompts: Any, problems: Sequence[Problem], held_out: Sequence[Problem], path: str
+) -> tuple[list[Problem], list[Problem], int]:
+    """The problems and the held-out ones whose question fits the engine's context whole, and that context."""
+    from igrpo.models.loading import context_limit
+
+    parts, held_out_parts = ([prompts.parts(p) for p in some] for some in (problems, held_out))
+    longest = max(prompts.longest_refinement(p) for p in [*parts, *held_out_parts])
+    limit = context_limit(path, config)
+    if config.vllm_max_model_length is not None and limit is not None and config.vllm_max_model_length > limit:
+        raise ConfigError(f"vllm_max_model_length: the model was made for {limit} tokens; write {limit} or less")
+    length = config.vllm_max_model_length or min(longest, limit or longest)
+    prompts.max_model_length = length
+    fitting = [p for p, part in zip(problems, parts, strict=True) if prompts.shortest_context(part) <= length]
+    if not fitting:
+        raise ConfigError(
+            f"no question fits a context of {length} tokens beside max_completion_length = "
+            f"{config.max_completion_length}; lower max_completion_length or raise vllm_max_model_length"
+        )
+    room = length - config.max_completion_length
+    judged = [h for h, part in zip(held_out, held_out_parts, strict=True) if len(part.bare) <= room]
+    for kind, all_of_them, kept in (("", problems, fitting), ("held-out ", held_out, judged)):
+        if len(kept) < len(all_of_them):
+            print(f"warning: {len(all_of_them) - len(kept)} of {len(all_of_them)} {kind}questions are too long for a "
+                  f"context of {length} tokens and are left out", flush=True)  # fmt: skip
+    return fitting, judged, length
+
+
+def _feed(config: TrainConfig, problems: Sequence[Problem], learner: Any, state: Any) -> ProblemFeed:
+    """The order of problems, continued from a checkpoint's ``state`` if there is one."""
+    sampler = ProblemSampler(len(problems), config.seed, config.shuffle_dataset)
+    accelerator = learner.accelerator
+    feed = ProblemFeed(problems, sampler, config, accelerator.num_processes, accelerator.process_index, learner.gather)
+    if state:
+        try:
+            feed.load_state_dict(state["sampler"])
+        except (ValueError, KeyError, TypeError) as error:  # another run's order, or a file that holds none
+            raise ConfigError(f"resume_from_checkpoint: {error}") from None
+    return feed
+
+
+def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
+    """Says what will live where, before any weight is loaded.
+
+    Raises:
+        ConfigError: it cannot fit.
+    """
+    from igrpo.learner import sharding, zero3
+    from igrpo.models.loading import model_config, model_sizes
+    from igrpo.plan.memory import GIB, memory_plan, model_shape
+
+    sharding.check_settings()
+    if zero3.asked_for():
+        zero3.check_settings()
+    rank, processes = place()
+    try:
+        shape = model_shape(model_sizes(model_config(path, config)))
+    except KeyError as error:
+        print(f"no memory plan: the model's config has no {error}", flush=True)
+        return
+    sharded = (sharding.asked_for() or zero3.asked_for()) and processes > 1
+    plan = memory_plan(shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded)
+    if rank == 0:
+        print("\n".join(plan.lines()), flush=True)
+    needed, there = f"{plan.certain / GIB:.1f} GiB", f"{plan.machine.memory / GIB:.1f} GiB"
+    if not plan.fits:
+        raise ConfigError(
+            f"this run needs at least {needed} of memory per process and there are {there}: {plan.advice()}"
+        )
+    if plan.tight and rank == 0:
+        print(f"warning: activations may not fit beside it in {there}; if they do not: {plan.advice()}", flush=True)
+
+
+def _announce(job: Job) -> None:
+    config = job.config
+    stages = f"{config.num_drafts} drafts, then " if config.drafts_per_prompt else ""
+    if job.folder.set_aside is not None:
+        job.view.say(f"an earlier run was kept as {job.folder.set_aside}")
+    if job.step:
+        job.view.say(f"resuming after step {job.step}")
+    device = job.learner.accelerator.device.type
+    job.view.say(
+        f"{'vLLM' if config.use_vllm else 'Hugging Face generate'} samples, the learner trains, both on {device}"
+    )
+    job.view.say(
+        f"{config.algorithm} on {config.dataset_name}: {len(job.problems)} problems, {job.total_steps} steps of "
+        f"{config.prompts_per_step * job.learner.accelerator.num_processes} problems, {stages}"
+        f"{config.num_generations} completions each -> {job.folder.path}"
+    )

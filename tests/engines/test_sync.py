@@ -1,0 +1,158 @@
+"""Changed weights reach a real engine whole, whatever the architecture; one that keeps some of its old ones is refused
+before the first step, by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.engines import start_engine
+from igrpo.engines.base import TRIAL_VERSION
+from igrpo.engines.hf_engine import HFEngine
+from igrpo.engines.sync import WeightSync, disturbed
+from igrpo.engines.weights import twins
+from igrpo.learner.learner import Learner
+from igrpo.models.loading import load_policy
+from igrpo.settings import ConfigError
+from tests.support.tiny import save_tiny, tiny_tokenizer
+
+EVERY = pytest.mark.applies("IGRPO_EVERY_ENGINE" in os.environ)
+"""Twenty seconds each: they run where somebody asks for them."""
+SIZES = {
+    "vocab_size": 288, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256, "initializer_range": 0.2,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROUTED = EXPERTS | {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+CASES = {
+    "Qwen3Moe, tied": ("Qwen3MoeConfig", EXPERTS | {"tie_word_embeddings": True}),
+    "GPT2": ("GPT2Config", {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 256}),
+    "Olmoe": ("OlmoeConfig", EXPERTS),
+    "Mixtral": ("MixtralConfig", EXPERTS),
+    "Qwen2Moe": ("Qwen2MoeConfig", EXPERTS | {"shared_expert_intermediate_size": 64}),
+    "GraniteMoe": ("GraniteMoeConfig", EXPERTS),
+    "Glm4Moe": ("Glm4MoeConfig", ROUTED),
+    "Llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Gemma3": ("Gemma3TextConfig", {}),
+    "Phi3": ("Phi3Config", {}),
+}
+IN_THE_SUITE = ("Qwen3Moe, tied", "GPT2")
+IDS = tuple(range(40, 90))
+
+
+def written(folder: Path, name: str) -> str:
+    torch.manual_seed(0)
+    kind, own = CASES[name]
+    config = getattr(transformers, kind)(**SIZES | own)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def settings(path: str, **more) -> TrainConfig:
+    return TrainConfig(model_name_or_path=path, dataset_name="d", use_cpu=True, bf16=False, **more)
+
+
+def stir(learner: Learner, seed: int) -> None:
+    """Every parameter and every router's correction."""
+    torch.manual_seed(seed)
+    model = learner.unwrapped
+    tensors = [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias"))]
+    with torch.no_grad():
+        for tensor in tensors:
+            tensor.add_(torch.randn_like(tensor) * 0.05)
+
+
+@pytest.mark.parametrize("name", [n if n in IN_THE_SUITE else pytest.param(n, marks=EVERY) for n in CASES])
+def test_changed_weights_reach_vllm(name, tmp_path):
+    """Unchanged experts moved it by 4.4 nats: reloaded, they were not packed for the CPU's kernel again."""
+    path = written(tmp_path, name)
+    config = settings(path)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    engine = start_engine(path, config, max_model_length=128, stop_token_ids=[1], seed=0)
+    try:
+        sync = WeightSync(engine, learner, IDS, config)
+        sync.prove(0)
+        assert engine.version == TRIAL_VERSION
+        for version in (1, 2):
+            before = learner.score(IDS)
+            stir(learner, version)
+            figures = sync.push(version)
+            assert torch.tensor(learner.score(IDS)).sub(torch.tensor(before)).abs().mean() > 0.3
+            assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
+            assert figures["sync/restarts"] == 0
+    finally:
+        engine.close()
+
+
+class KeepsItsHead(HFEngine):
+    """What vLLM's CPU backend once did with a tied head."""
+
+    def push_weights(self, source, version):
+        head = self.model.lm_head.weight.detach().clone()
+        figures = super().push_weights(source, version)
+        self.model.lm_head.weight = torch.nn.Parameter(head)
+        return figures
+
+
+class ComputesOtherwise(HFEngine):
+    def score(self, token_ids):
+        return [value - 1.0 for value in super().score(token_ids)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (HFEngine, None),
+        (KeepsItsHead, r"LlamaForCausalLM does not reach the engine whole.*use_vllm: false"),
+        (ComputesOtherwise, r"LlamaForCausalLM computes differently in the engine.* 1\.00 nats"),
+    ],
+)
+def test_an_engine_that_cannot_be_trusted_is_refused_by_name(kind, message, tmp_path):
+    path = save_tiny(tmp_path)
+    config = settings(path)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    before = [p.detach().clone() for p in learner.unwrapped.parameters()]
+    sync = WeightSync(kind(path, config, 128, [1], 0), learner, IDS, config)
+    if message is None:
+        sync.prove(0)
+        assert sync.push(0)["sync/probe_logp_gap"] < 1e-4
+    else:
+        with pytest.raises(ConfigError, match=message):
+            sync.prove(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_disturbed_weights_are_a_few_percent_off_and_come_back(dtype, tmp_path):
+    config = settings(save_tiny(tmp_path))
+    learner = Learner(load_policy(config.model_name_or_path, config).to(dtype), None, config, pad_token_id=0)
+    before = [p.detach().clone() for p in learner.unwrapped.parameters()]
+    with disturbed(learner):
+        for old, new in zip(before, learner.unwrapped.parameters(), strict=True):
+            share = (new / old - 1).abs()[old != 0]
+            assert ((share > 0.06) & (share < 0.13)).all()
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
+
+
+def test_what_an_engine_keeps_under_another_prefix_is_compared():
+    """vLLM turns ``model.language_model.`` round: nothing was found to compare, and every push was refused."""
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    shapes = {"embed_tokens": (7, 4), "norm": (4,), "o_proj": (4, 4), "q_proj": (6, 4)}
+    inner = torch.nn.Module()
+    inner.embed_tokens, inner.norm = torch.nn.Embedding(8, 4), torch.nn.LayerNorm(4, bias=False)
+    inner.qkv_proj, inner.o_proj = torch.nn.Linear(4, 12, bias=False), torch.nn.Linear(4, 4, bias=False)
+    model = torch.nn.ModuleDict({"language_model": torch.nn.ModuleDict({"model": inner})})
+    model.hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.language_model.": "language_model.model."}, orig_to_new_substr={"q_proj": "qkv_proj"}
+    )
+    sent = {f"model.language_model.{name}.weight": shape for name, shape in shapes.items()}
+    found = {name: tuple(tensor.shape) for name, tensor in twins(model, sent)}
+    assert found == {f"model.language_model.{name}.weight": shapes[name] for name in ("embed_tokens", "norm")}

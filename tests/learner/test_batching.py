@@ -1,0 +1,121 @@
+"""Samples into micro-batches: rows point where the tokens are predicted, denominators add up for any split."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import Completion, Problem, RolloutGroup, Scored, TrainingSample
+from igrpo.learner.batching import Denominators, MicroBatch, contributing, count, micro_batch, training_samples
+from igrpo.learner.packing import prefix_groups
+
+
+def config(**settings) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+
+
+def sample(prompt: int, completion: int, advantage: float = 1.0, masked: bool = False) -> TrainingSample:
+    ids = tuple(range(100, 100 + completion))
+    return TrainingSample(tuple(range(prompt)), ids, tuple(-0.1 * i for i in ids), advantage, masked)
+
+
+def group(rewards, advantages, lengths, reasons=None, drafts=()) -> RolloutGroup:
+    reasons = reasons or ["stop"] * len(lengths)
+    scored = tuple(
+        Scored(Completion((7,) * n, (-0.5,) * n, "x", reason, 0), {"accuracy": r}, r)
+        for r, n, reason in zip(rewards, lengths, reasons, strict=True)
+    )
+    return RolloutGroup(Problem(0, "q", "a"), drafts, None, (1, 2, 3), scored, tuple(advantages))
+
+
+def batch_of(samples, totals=None, loss_type="grpo", shared=True, **options) -> MicroBatch:
+    return micro_batch(tuple(prefix_groups(samples, shared)), totals or count(samples), loss_type, **options)
+
+
+def test_rows_are_the_positions_before_each_completion_token():
+    batch = batch_of([sample(3, 2, 1.5), sample(1, 4, -0.5)], pad_token_id=0)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101], [0, 100, 101, 102, 103]]
+    assert batch.attention_mask.tolist() == [[1] * 5, [1] * 5]
+    flat = batch.input_ids.flatten()
+    assert torch.equal(flat[batch.rows + 1], batch.completion_ids)
+    assert batch.rows.tolist() == [2, 3, 5, 6, 7, 8]
+    assert batch.cu_seqlens.tolist() == [0, 2, 6]
+    assert batch.advantages.tolist() == [1.5, -0.5]
+    assert batch.sampling_per_token_logps[2:].tolist() == pytest.approx([-10.0, -10.1, -10.2, -10.3])
+
+
+def test_padding_is_masked():
+    batch = batch_of([sample(2, 1), sample(4, 3)], pad_token_id=9)
+    assert batch.input_ids[0].tolist() == [0, 1, 100, 9, 9, 9, 9]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1, 0, 0, 0, 0]
+
+
+def test_a_shared_prompt_is_there_once_and_positions_go_on_from_it():
+    batch = batch_of([sample(3, 3, 1.0), sample(2, 2, 2.0), sample(3, 1, 3.0), sample(3, 2, 4.0)])
+    #                                     prompt   100 101  –   100       prompt 100
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101, 100, 0, 1, 100]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 0, 1, 2]]
+    assert batch.layout.lengths == (3, 2, 1, 3) and batch.layout.parents == (None, 0, 0, None)
+    # A completion's first token is predicted by the prompt's last position, which all of its group share.
+    assert batch.rows.tolist() == [2, 3, 4, 2, 2, 5, 7, 8]
+    assert batch.completion_ids.tolist() == [100, 101, 102, 100, 100, 101, 100, 101]
+    assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 8] and batch.advantages.tolist() == [1.0, 3.0, 4.0, 2.0]
+    assert batch.attention_mask is None and batch.num_sequences == 4
+
+
+def test_without_sharing_every_sequence_is_one_run():
+    batch = batch_of([sample(3, 3), sample(3, 1)], shared=False)
+    assert batch.input_ids.tolist() == [[0, 1, 2, 100, 101, 0, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2]]
+    assert batch.layout.lengths == (5, 3) and batch.layout.parents == (None, None)
+    assert batch.rows.tolist() == [2, 3, 4, 7]
+
+
+@pytest.mark.parametrize(("loss_type", "share"), [("grpo", 2 / 8), ("dr_grpo", 2 / 8), ("bnpo", 5 / 40), ("dapo", 1.0)])
+def test_shares_of_the_steps_denominator(loss_type, share):
+    batch = batch_of([sample(1, 2), sample(1, 3)], Denominators(8, 40), loss_type)
+    assert batch.scale == pytest.approx(share)
+
+
+def test_zero_advantages_are_skipped_only_where_that_is_exact():
+    samples = [sample(1, 2, 0.0), sample(1, 2, 1.0), sample(1, 2, 1.0, masked=True), sample(1, 0, 1.0)]
+    assert contributing(samples, config()) == [samples[1]]
+    assert contributing(samples, config(beta=0.1)) == samples[:2]
+    assert contributing(samples, config(entropy_coef=0.1)) == samples[:2]
+
+
+def test_all_sequences_stay_in_the_denominators():
+    samples = [sample(1, 2, 0.0), sample(1, 3, 1.0), sample(1, 4, 1.0, masked=True)]
+    assert count(samples) == Denominators(sequences=3.0, tokens=5.0)
+
+
+def test_only_refinements_become_samples():
+    draft = Scored(Completion((5,), (-1.0,), "d", "stop", 0), {"accuracy": 1.0}, 1.0)
+    flat = group([1, 1], [0.0, 0.0], [2, 2])
+    mixed = group([1, 0], [0.7, -0.7], [2, 3], ["stop", "length"], drafts=(draft,))
+    kept = training_samples([flat, mixed], config())
+    assert [(s.advantage, s.masked, s.completion_ids) for s in kept] == [
+        (0.0, False, (7, 7)), (0.0, False, (7, 7)), (0.7, False, (7, 7)), (-0.7, False, (7, 7, 7)),
+    ]  # fmt: skip
+    assert all(s.prompt_ids == (1, 2, 3) for s in kept)
+    assert len(training_samples([flat, mixed], config(zero_variance="drop"))) == 2
+    masked = training_samples([mixed], config(mask_truncated_completions=True))
+    assert [s.masked for s in masked] == [False, True]
+
+
+def test_drafts_become_samples_of_their_own_group_when_asked_for():
+    drafts = group([1, 0], [0.5, -0.5], [2, 3]).refinements
+    whole = replace(
+        group([1, 0], [0.7, -0.7], [4, 5], drafts=drafts), draft_prompt_ids=(1,), draft_advantages=(0.5, -0.5)
+    )
+    samples = training_samples([whole], config(train_on_drafts=True))
+    assert [(s.prompt_ids, len(s.completion_ids), s.advantage) for s in samples] == [
+        ((1, 2, 3), 4, 0.7), ((1, 2, 3), 5, -0.7), ((1,), 2, 0.5), ((1,), 3, -0.5),
+    ]  # fmt: skip
+    assert [g.prompt_ids for g in prefix_groups(samples)] == [(1, 2, 3), (1,)]
+    assert len(training_samples([whole], config())) == 2
+    equal = replace(whole, draft_advantages=(0.0, 0.0))  # each group counts, or not, by itself
+    assert len(training_samples([equal], config(train_on_drafts=True, zero_variance="drop"))) == 2

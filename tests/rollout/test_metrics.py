@@ -1,0 +1,88 @@
+"""Figures of a rollout, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
+from igrpo.learner.metrics import over_processes
+from igrpo.rollout.metrics import copy_rate, rollout_metrics
+from igrpo.rollout.rollout import RolloutStats
+
+
+def scored(accuracy, ids=(5, 6), fmt=1.0, reason="stop") -> Scored:
+    rewards = {"accuracy": accuracy, "format": fmt}
+    return Scored(Completion(ids, (-0.1,) * len(ids), "t", reason, 0), rewards, (accuracy or 0.0) + fmt)
+
+
+def group(drafts, chosen, refinements, advantages) -> RolloutGroup:
+    return RolloutGroup(Problem(0, "q", "a"), drafts, chosen, (1,), refinements, advantages)
+
+
+CONFIG = TrainConfig(model_name_or_path="m", dataset_name="d")
+STATS = RolloutStats(
+    seconds=2.0,
+    decoding_seconds=2.0,
+    decoded_tokens=40,
+    draft_tokens=30,
+    refinement_tokens=10,
+    prompt_tokens=100,
+    cached_tokens=25,
+)
+
+
+def test_two_groups_by_hand():
+    mixed = group((scored(1.0), scored(0.0)), 0, (scored(0.0, (5, 6)), scored(1.0, (7,), reason="length")), (-0.7, 0.7))
+    right = group((scored(0.0), scored(0.0)), 0, (scored(1.0), scored(1.0)), (0.0, 0.0))
+    m = rollout_metrics([mixed, right], STATS, CONFIG)
+    assert m["draft/accuracy"] == pytest.approx(0.25)
+    assert m["draft/best_accuracy"] == pytest.approx(0.5)
+    assert m["draft/best_accuracy_theory"] == pytest.approx(((1 - 0.5**2) + 0.0) / 2)
+    assert m["refinement/accuracy"] == pytest.approx(0.75)
+    assert m["reward"] == pytest.approx((1 + 2 + 2 + 2) / 4)
+    assert (m["frac_reward_zero_std"], m["frac_all_right"], m["frac_all_wrong"]) == (0.5, 0.5, 0.0)
+    assert m["completions/clipped_ratio"] == 0.25 and m["completions/mean_length"] == pytest.approx(7 / 4)
+    # Draft rewards are 2 and 1: the first group's pairs are worse (1 < 2) and equal, the second's both better.
+    assert (m["refinement/better_than_draft"], m["refinement/worse_than_draft"]) == (0.5, 0.25)
+    assert m["refinement/copies_draft"] == 0.75
+    assert (m["rollout/tokens_per_second"], m["rollout/prefix_cache_hit"]) == (20.0, 0.25)
+    assert m["rollout/rollouts_per_prompt"] == 4.0
+
+
+def test_scores_a_function_could_not_give_are_counted_apart():
+    one = group((), None, (scored(None), scored(1.0)), (-0.7, 0.7))
+    m = rollout_metrics([one], STATS, CONFIG)
+    assert m["rewards/accuracy/mean"] == 1.0 and m["rewards/accuracy/not_judged"] == 1.0
+    assert "draft/accuracy" not in m
+
+
+def test_copy_rate():
+    assert copy_rate((1, 2, 3, 4, 5), (1, 2, 3, 4, 9)) == 0.5
+    assert copy_rate((1, 2, 3, 4), (1, 2, 3, 4)) == 1.0
+    assert copy_rate((1, 2, 3), (3, 9)) == 0.5
+    assert copy_rate((), (1, 2, 3, 4)) == 0.0
+
+
+def test_figures_of_several_processes_become_the_runs():
+    """Counts were once averaged too, so a run on 8 GPUs logged an eighth of its tokens."""
+    one = {
+        "rollout/draft_tokens": 100.0, "rollout/tokens_per_second": 50.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 0.0, "resample/replaced": 2.0,
+        "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 10.0, "reward": 1.0,
+        "sampling/sampling_logp_difference/max": 0.5, "clip_ratio/low_min": 0.25, "clip_ratio/high_max": 0.5,
+    }  # fmt: skip
+    two = {
+        "rollout/draft_tokens": 140.0, "rollout/tokens_per_second": 70.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 0.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 0.0,
+        "completions/max_length": 80.0, "completions/min_length": 5.0, "peak_memory_gib": 12.0, "reward": 0.5,
+        "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.125,
+        "entropy": 2.0,
+    }  # fmt: skip
+    assert over_processes([one, two]) == {
+        "rollout/draft_tokens": 240.0, "rollout/tokens_per_second": 120.0, "rollout/rollouts_per_prompt": 8.0,
+        "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 2.0,
+        "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 12.0, "reward": 0.75,
+        "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.5,
+        "entropy": 2.0,
+    }  # fmt: skip

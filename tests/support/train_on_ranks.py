@@ -1,0 +1,172 @@
+"""Learner steps on this process's share of fixed samples, in several set-ups.
+
+Run by ``torchrun`` from test_learner_ranks.py.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from torch.profiler import profile
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import TrainingSample
+from igrpo.learner.learner import Learner
+from igrpo.settings import ConfigError
+from tests.support.tiny import tiny_llama, tiny_tokenizer
+
+EVERYWHERE: dict[str, Any] = {
+    "use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2, "tied": False,
+    "lora_target_modules": ["all-linear", "lm_head", "embed_tokens"],
+}  # fmt: skip
+CASES: dict[str, dict[str, Any]] = {
+    "grpo": {},
+    "dapo": {"loss_type": "dapo"},
+    "bnpo": {"loss_type": "bnpo"},
+    "token budget": {"token_budget": 40},
+    "adapters, kl": {"use_peft": True, "lora_dropout": 0.0, "beta": 0.01, "num_iterations": 2},
+    "sharded": {"fsdp": True},
+    "sharded, untied, checkpointing": {
+        "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
+    },
+    "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
+    "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
+    "sharded, bf16": {"fsdp": True, "bf16": True},
+}  # fmt: skip
+
+ZERO3: dict[str, dict[str, Any]] = {
+    "zero3": {"zero3": True},
+    "zero3, untied, checkpointing": {
+        "zero3": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
+    },
+    "zero3, kl": {"zero3": True, "beta": 0.01, "num_iterations": 2},
+    "zero3, adapters, kl": {"zero3": True, **EVERYWHERE},
+    "zero3, bf16": {"zero3": True, "bf16": True},
+}  # fmt: skip
+"""DeepSpeed with several processes; one process works without it, so that the two are compared."""
+
+RESUMED = ("sharded", "sharded, adapters, kl", "zero3", "zero3, adapters, kl")
+
+
+def samples() -> list[TrainingSample]:
+    """Three prompts with four ragged completions each; where the advantage is 0, a process would have less to do."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for i in range(12):
+        if i % 4 == 0:
+            prompt = torch.randint(5, 280, (3 + i,), generator=generator).tolist()
+        completion = torch.randint(5, 280, (1 + (5 * i) % 11,), generator=generator).tolist()
+        advantage = 0.0 if i % 2 and i > 3 else (-1.0) ** (i // 2) * (1.0 + i / 10)
+        made.append(TrainingSample(tuple(prompt), tuple(completion), (-5.0,) * len(completion), advantage))
+    return made
+
+
+def build(*, fsdp: bool = False, zero3: bool = False, tied: bool = True, **settings: Any) -> Learner:
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
+    os.environ["FSDP_VERSION"] = "2"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(zero3 and int(os.environ["WORLD_SIZE"]) > 1).lower()
+    os.environ |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+    options = {
+        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_generations": 2,
+        "max_completion_length": 16, "vllm_importance_sampling_correction": False, "adam_epsilon": 1e-5, **settings,
+    }  # fmt: skip
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", **options)
+    torch.manual_seed(1)  # the adapters' first values
+    reference = tiny_llama(tied=tied) if config.beta > 0 and not config.use_peft else None
+    if reference is not None:
+        with torch.no_grad():
+            reference.model.norm.weight.mul_(1.1)  # near enough that the KL term's gradient is of ordinary size
+    model = tiny_llama(tied=tied)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    learner = Learner(model, reference, config, pad_token_id=0)
+    assert learner.zero3 == (zero3 and learner.accelerator.num_processes > 1)
+    assert learner.sharded == (fsdp and learner.accelerator.num_processes > 1)
+    learner.set_schedule(10)
+    return learner
+
+
+def train(learner: Learner, advantage: float = 1.0) -> dict[str, float]:
+    """One step; with ``advantage`` 0 nothing has a gradient and only Adam's momentum moves the weights."""
+    accelerator = learner.accelerator
+    own = samples()[accelerator.process_index :: accelerator.num_processes]
+    metrics = learner.train_on([replace(s, advantage=s.advantage * advantage) for s in own])
+    names = ("loss", "grad_norm", "learner/sequences", "learner/groups_skipped")
+    return {name: metrics[name] for name in names}
+
+
+def weights(learner: Learner) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in learner.named_tensors()}
+
+
+def goes_on_from_a_checkpoint(settings: dict[str, Any], folder: Path, whole: Learner, second: dict[str, float]) -> None:
+    """One step, saved, loaded elsewhere, another step: as ``whole`` after its second one, bit for bit."""
+    again = build(**settings)
+    train(again)
+    again.save(folder, tiny_tokenizer(), {"step": 1})
+    resumed = build(**settings)
+    assert resumed.load(folder) == {"step": 1}
+    assert train(resumed) == second
+    expected = weights(whole)
+    for key, tensor in weights(resumed).items():
+        assert torch.equal(tensor, expected[key]), key
+    if resumed.zero3:
+        runs_no_code(build(**settings), folder)
+
+
+def runs_no_code(learner: Learner, folder: Path) -> None:
+    """DeepSpeed's own reader unpickles whatever its files hold."""
+    (own,) = folder.rglob(f"zero_pp_rank_{learner.accelerator.process_index}_*_optim_states.pt")
+    torch.save({"optimizer_state_dict": os.mkdir}, own)
+    learner.accelerator.wait_for_everyone()
+    try:
+        learner.load(folder)
+    except ConfigError as error:
+        assert "holds objects whose loading may run code" in str(error)
+    else:
+        raise AssertionError("it was unpickled")
+
+
+def main_zero3(output: str) -> None:
+    results: dict[str, Any] = {}
+    for name, settings in ZERO3.items():
+        learner = build(**settings)
+        figures = [train(learner), train(learner)]
+        if learner.zero3 and name in RESUMED:
+            goes_on_from_a_checkpoint(settings, Path(output).parent / name, learner, figures[1])
+        learner.score((5, 6, 7, 8))
+        train(learner, advantage=0.0)
+        results[name] = {"figures": figures, "weights": weights(learner), "score": learner.score((5, 6, 7, 8))}
+    if learner.accelerator.is_main_process:
+        torch.save({"processes": learner.accelerator.num_processes, "results": results}, output)
+
+
+def main(output: str) -> None:
+    results: dict[str, Any] = {}
+    for name, settings in CASES.items():
+        learner = build(**settings)
+        figures = [train(learner)]
+        with profile() as profiled:
+            figures.append(train(learner))
+        gathers = {event.key: event.count for event in profiled.key_averages()}.get("c10d::_allgather_base_", 0)
+        if name in RESUMED:
+            goes_on_from_a_checkpoint(settings, Path(output).parent / name, learner, figures[1])
+        learner.score((5, 6, 7, 8))  # gathers weights; the next step has no backward pass that would drop them
+        train(learner, advantage=0.0)
+        scores = learner.score((5, 6, 7, 8))
+        results[name] = {"figures": figures, "weights": weights(learner), "score": scores, "gathers": gathers}
+    if learner.accelerator.is_main_process:
+        torch.save({"processes": learner.accelerator.num_processes, "results": results}, output)
+
+
+if __name__ == "__main__":
+    (main_zero3 if sys.argv[2:] == ["ZERO3"] else main)(sys.argv[1])
