@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from benchmarks import records, tables
+from igrpo.report.svg import save
 
 COLOURS = {"ours": "#1b6ca8", "peer": "#b0b0b0", "floor": "#d1495b"}
 OPS = ("selective_log_softmax", "grpo_loss", "linear_selective_log_softmax", "linear_grpo_loss")
@@ -64,7 +65,7 @@ def draw_all(record: dict, folder: Path) -> None:
     for name, rows in pictures(record).items():
         draw = draw_tokens if name.endswith("-tokens.svg") else draw_bars
         figure = draw(rows, name)
-        figure.savefig(folder / name, metadata={"Date": None, "Description": digest(rows)}, bbox_inches="tight")
+        save(figure, folder / name, digest(rows), bbox_inches="tight")
 
 
 def draw_bars(rows: list[dict], name: str):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.figures import draw_plan
 from experiments.plan import BASE_CPU, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.record import make_record
+from experiments.record import make_record, point, record_of, write_json
 from experiments.summary import summarise
 from igrpo.run.folder import checkpoints, write_atomically
 from igrpo.settings import ConfigError
@@ -62,12 +62,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespace) -> int:
     """Trains one arm with one seed unless its record is there; returns the exit code of the training."""
     settings = plan.settings(arm, base, args.processes) | {"seed": seed}
-    target = args.results / plan.name / f"{arm}-seed{seed}.json"
-    if target.is_file() and json.loads(target.read_text(encoding="utf-8"))["fingerprint"] == fingerprint(settings):
-        return 0
-    # Equal settings are one run, whichever plan or arm asks for them.
-    folder = args.runs / fingerprint(settings)
-    if not (folder / "done").is_file():
+    name = fingerprint(settings)
+    folder, target = args.runs / name, record_of(args.results / plan.name, name)
+    if not target.is_file() and not (folder / "done").is_file():
         print(f"{plan.name}: {arm}, seed {seed} -> {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         options = settings | {"output_dir": str(folder)}
@@ -86,9 +83,10 @@ def run_one(plan: Plan, arm: str, seed: int, base: dict, args: argparse.Namespac
             return code
         (folder / "done").touch()
         drop_optimizer(folder)
-    record = make_record(folder, plan.name, arm, seed, fingerprint(settings), args.processes)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, json.dumps(record, indent=1) + "\n")
+    if not target.is_file():
+        command = f"python -m experiments {plan.name} --arms {arm} --seeds {seed}"
+        write_json(target, make_record(folder, command, settings, args.processes))
+    point(args.results / plan.name, arm, seed, name)
     return 0
 
 

@@ -15,11 +15,13 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import PercentFormatter
 
 from experiments.plan import Plan
-from experiments.summary import answer_variance, interval, load_records, outcome, sampling_error
+from experiments.record import load_records
+from experiments.summary import answer_variance, interval, outcome, sampling_error
 from igrpo.report.arms import Arm
 from igrpo.report.catalogue import Figure, Line, Panel, drawable
 from igrpo.report.drawing import MUTED, WIDE, colour_of, draw, styled
 from igrpo.report.runs import Run
+from igrpo.report.svg import save
 
 COURSE = Figure(
     "course", "How the arms got there", "", (
@@ -46,8 +48,7 @@ def draw_plan(folder: Path, plan: Plan) -> list[Path]:
         canvases = {"outcome": draw_outcome(arms, plan.baseline), "course": draw_course(arms)}
         paths = [folder / f"{name}.svg" for name in canvases]
         for canvas, path in zip(canvases.values(), paths, strict=True):
-            metadata = {"Date": None, "Creator": None, "Description": digest(records)}
-            canvas.savefig(path, format="svg", facecolor="white", metadata=metadata)
+            save(canvas, path, digest(records), facecolor="white")
     return paths
 
 
@@ -97,4 +98,4 @@ def as_run(record: dict[str, Any]) -> Run:
     }
     for key in ("accuracy", "format"):
         metrics[f"eval/{key}"] = [(e["step"], e[key]) for e in record["evaluations"] if e[key] is not None]
-    return Run(Path(record["arm"]), record["config"], metrics)
+    return Run(Path(record["arm"]), record["settings"], metrics)

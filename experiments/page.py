@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from experiments import starting_points, test_time
 from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
+from experiments.record import read_json
 from experiments.summary import show
 
 READING = FOLDER / "reading.md"
@@ -94,7 +94,7 @@ SHORT = {NO_CLAIM: "(one seed)", NO_DIFFERENCE: "", "better": "**better**", "wor
 
 def page(results: Path = RESULTS) -> str:
     """The whole page as Markdown."""
-    paper = json.loads((FOLDER / "paper.json").read_text(encoding="utf-8"))
+    paper = read_json(FOLDER / "paper.json")
     parts = [INTRO, *reading(results), *_headlines(results), *tasks(results), _overview(paper, results)]
     for path in sorted(PLANS.glob("*.yaml")):
         parts.append(_section(path.stem, paper, results))
@@ -156,7 +156,7 @@ def tasks(results: Path) -> list[str]:
     path = results / starting_points.RECORD.name
     if not path.is_file():
         return []
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path)
     text = (
         f"## Which tasks\n\nWhat {record['model']} gets right before any training, from the experiments' bare prompt "
         f"(`{record['command']}`). In bold: between 10 % and 60 %, where there is something to learn and something to "
@@ -248,7 +248,7 @@ def verdict(summary: dict[str, Any]) -> str:
 
 def _summary(name: str, results: Path) -> dict[str, Any] | None:
     path = results / name / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
-"""From the folder of a finished run to the small JSON record that is committed."""
+"""The small JSON records that are committed: one per finished run, to which the arms and seeds of plans point."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
@@ -17,6 +18,10 @@ import yaml
 
 from igrpo.log_lines import read_records
 from igrpo.rewards.grading.passages import extract_answer
+from igrpo.run.folder import write_atomically
+
+POINTERS = "runs.json"
+"""In a plan's folder: arm -> seed -> name of the record. Equal settings are one run, whoever asks for them."""
 
 SERIES = (
     "reward",
@@ -42,8 +47,38 @@ SERIES = (
 """Curves that are kept; null where a step has no such figure (no group had a gradient), no key where no step has."""
 
 
-def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str, processes: int = 1) -> dict[str, Any]:
-    """Everything the summary and the figures need, a few kilobytes."""
+def load_records(folder: Path) -> list[dict[str, Any]]:
+    """What a plan's folder points to, each record with its ``arm`` and ``seed``."""
+    return [
+        {"arm": arm, "seed": int(seed), **read_json(record_of(folder, run))}
+        for arm, seeds in _pointers(folder).items()
+        for seed, run in seeds.items()
+    ]
+
+
+def record_of(folder: Path, run: str) -> Path:
+    """The record of a run that a plan's folder points to."""
+    return folder.parent / "runs" / f"{run}.json"
+
+
+def point(folder: Path, arm: str, seed: int, run: str) -> None:
+    """Writes into a plan's folder which run stands for an arm and a seed."""
+    pointers = _pointers(folder)
+    seeds = pointers.get(arm, {}) | {str(seed): run}
+    write_json(folder / POINTERS, pointers | {arm: dict(sorted(seeds.items(), key=lambda pair: int(pair[0])))})
+
+
+def _pointers(folder: Path) -> dict[str, dict[str, str]]:
+    return read_json(folder / POINTERS) if (folder / POINTERS).is_file() else {}
+
+
+def make_record(folder: Path, command: str, settings: dict[str, Any], processes: int = 1) -> dict[str, Any]:
+    """Everything the summary and the figures need, a few kilobytes.
+
+    Args:
+        command: the one that trained the run.
+        settings: what the plan asked for, seed included; every other key had the default that it has at ``commit``.
+    """
     notes: list[str] = []
     rows = list(read_records(folder / "metrics.jsonl", notes))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
@@ -52,13 +87,9 @@ def make_record(folder: Path, plan: str, arm: str, seed: int, fingerprint: str, 
     for note in notes:  # a figure from a broken log must not look like any other
         print(f"warning: {note}", file=sys.stderr)
     return {
-        "plan": plan,
-        "arm": arm,
-        "seed": seed,
-        "fingerprint": fingerprint,
-        "command": f"python -m experiments {plan} --arms {arm} --seeds {seed}",
+        "command": command,
         **provenance(),
-        "config": {k: v for k, v in config.items() if k not in ("output_dir", "run_name", "resume_from_checkpoint")},
+        "settings": settings,
         "evaluations": evaluations(rows, steps, config["eval_samples"]),
         "series": {
             "step": [row["step"] for row in steps],
@@ -127,6 +158,30 @@ def provenance() -> dict[str, Any]:
         commit += " with changes"
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return {"commit": commit, "machine": f"{where}, {platform.machine()}", "torch": torch.__version__}
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A line per setting, curve and figure, so that a change shows as one line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _lines(value) + "\n")
+
+
+def _lines(value: Any, indent: str = "") -> str:
+    flat = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or (indent and len(flat) <= 120):
+        return flat
+    if isinstance(value, list) and not any(isinstance(part, dict | list) for part in value):
+        return flat
+    inner = indent + " "
+    if isinstance(value, list):
+        rows, (opened, closed) = [_lines(part, inner) for part in value], "[]"
+    else:
+        rows, (opened, closed) = [f"{json.dumps(key)}: {_lines(part, inner)}" for key, part in value.items()], "{}"
+    return opened + ",".join(f"\n{inner}{row}" for row in rows) + f"\n{indent}{closed}"
 
 
 def _prompts(config: dict[str, Any]) -> int:

@@ -19,8 +19,7 @@ from typing import Any
 import yaml
 
 from experiments.plan import BASE_CPU, FOLDER, RESULTS, load_base
-from experiments.record import provenance
-from igrpo.run.folder import write_atomically
+from experiments.record import provenance, read_json, write_json
 
 TASKS = FOLDER / "tasks.yaml"
 RECORD = RESULTS / "starting-points.json"
@@ -51,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             extra = ["--data_dir", str(args.data_dir)]
             found = evaluate(folder / GSM8K, [GSM8K], args, GSM8K_TOKENS, extra)
             record["tasks"]["GSM8K"] = {"dataset_name": "openai/gsm8k"} | found[GSM8K]
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(args.output, json.dumps(record, indent=1) + "\n")
+    write_json(args.output, record)
     print(f"wrote {args.output}")
     return 0
 
@@ -94,7 +92,7 @@ def evaluate(
     ]  # fmt: skip
     if code := subprocess.run(command).returncode:
         raise SystemExit(f"exit code {code} of {shlex.join(command)}")
-    (row,) = json.loads((output / "summary.json").read_text(encoding="utf-8"))["rows"]
+    (row,) = read_json(output / "summary.json")["rows"]
     return {
         name: {key: round(b["accuracy"][key], 4) for key in ("value", "low", "high")} | {"problems": b["problems"]}
         for name, b in row["benchmarks"].items()

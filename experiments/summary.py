@@ -10,7 +10,6 @@ the same held-out ones.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,7 +18,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from experiments.plan import Plan
-from igrpo.run.folder import write_atomically
+from experiments.record import load_records, write_json
 
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95 % quantile of Student's t for 1, 2, … degrees of freedom."""
@@ -43,12 +42,8 @@ def summarise(folder: Path, plan: Plan) -> Path:
         "missing_arms": [arm for arm in plan.arms if arm not in arms],
     }
     path = folder / "summary.json"
-    write_atomically(path, json.dumps(summary, indent=1) + "\n")
+    write_json(path, summary)
     return path
-
-
-def load_records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
 
 
 def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str, Any]:

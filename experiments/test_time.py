@@ -8,7 +8,6 @@ and writes one record per run into the plan's ``test-time`` folder; what is ther
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.plan import BASE_CPU, RESULTS, fingerprint, load_base, load_plan
-from experiments.record import provenance
+from experiments.record import provenance, read_json, write_json
 from experiments.summary import interval, sampling_error, show
-from igrpo.run.folder import write_atomically
 from igrpo.settings import ConfigError
 
 SAMPLES = 4
@@ -69,7 +67,7 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: 
     code = subprocess.run([sys.executable, "-m", "igrpo", *command]).returncode
     if code:
         return code
-    rows = json.loads((output / "summary.json").read_text(encoding="utf-8"))["rows"]
+    rows = read_json(output / "summary.json")["rows"]
     record = {
         "plan": plan,
         "arm": arm,
@@ -80,8 +78,7 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: 
         "samples": SAMPLES,
         "modes": {row["mode"]: mode_figures(row) for row in rows},
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(target, json.dumps(record, indent=1) + "\n")
+    write_json(target, record)
     return 0
 
 
@@ -93,7 +90,7 @@ def mode_figures(row: dict[str, Any]) -> dict[str, Any]:
 def table(folder: Path, arms: Sequence[str]) -> list[str]:
     """Markdown lines: the command, then arms down, modes across, mean over seeds with its 95 % interval; empty without
     records."""
-    records = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(folder.glob("*-seed*.json"))]
+    records = [read_json(p) for p in sorted(folder.glob("*-seed*.json"))]
     if not records:
         return []
     modes = list(records[0]["modes"])

@@ -17,15 +17,14 @@ import yaml
 
 from experiments import starting_points, test_time
 from experiments.__main__ import main, run_one
-from experiments.figures import as_run, digest, draw_plan
+from experiments.figures import as_run, draw_plan
 from experiments.page import PAGE, READING, page, reading, verdict
-from experiments.plan import BASE_CPU, BASE_GPU, PLANS, RESULTS, Plan, fingerprint, load_base, load_plan
-from experiments.record import core_seconds, make_record
+from experiments.plan import BASE_CPU, BASE_GPU, PLANS, Plan, fingerprint, load_base, load_plan
+from experiments.record import core_seconds, load_records, make_record, point, read_json, record_of, write_json
 from experiments.summary import (
     accuracy_at,
     at_equal_tokens,
     interval,
-    load_records,
     show,
     student_t95,
     summarise,
@@ -64,6 +63,14 @@ def test_micro_batches_divide_the_step_and_processes_divide_the_prompts():
         plan.settings("a", base, processes=3)
 
 
+def store(folder: Path, runs: list[dict]) -> Path:
+    """The records of a plan's folder, as a run would have left them."""
+    for i, run in enumerate(runs):
+        write_json(record_of(folder, f"run{i}"), {k: v for k, v in run.items() if k not in ("arm", "seed")})
+        point(folder, run["arm"], run["seed"], f"run{i}")
+    return folder
+
+
 def evaluated(seed: int, arm: str, points: list[tuple[int, float]], copy_rate: float) -> dict:
     return {
         "arm": arm,
@@ -95,9 +102,7 @@ def test_the_summary_is_the_arithmetic_it_says(tmp_path):
         evaluated(0, "igrpo", [(0, 0.1), (200, 0.9)], 0.5),
         evaluated(1, "igrpo", [(0, 0.1), (200, 0.5)], 0.7),
     ]
-    for run in runs:
-        (tmp_path / f"{run['arm']}-seed{run['seed']}.json").write_text(json.dumps(run))
-    summary = json.loads(summarise(tmp_path, plan).read_text())
+    summary = read_json(summarise(store(tmp_path / "x", runs), plan))
     igrpo = summary["arms"]["igrpo"]
     assert igrpo["accuracy"]["mean"] == pytest.approx(0.7)
     assert igrpo["accuracy"]["half_width"] == pytest.approx(12.706 * 0.2, rel=1e-3)  # s / sqrt(2) = 0.2
@@ -146,7 +151,8 @@ def test_a_step_without_a_gradient_has_no_entropy_and_leaves_a_gap(tmp_path):
     config = {"eval_samples": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**config, "num_generations": 2}))
     (tmp_path / "core_seconds").write_text("3.0")
-    record = json.loads(json.dumps(make_record(tmp_path, "x", "grpo", 0, "f"), allow_nan=False))
+    record = {"arm": "grpo", "seed": 0}
+    record |= json.loads(json.dumps(make_record(tmp_path, "x", {"seed": 0}), allow_nan=False))
     assert record["series"]["entropy"] == [0.5, None] and "kl" not in record["series"]
     arm = summarise_arm([record], [])
     assert arm["entropy_last"]["mean"] == 0.5 and arm["format"]["mean"] == 0.5 and arm["copy_rate"] is None
@@ -207,7 +213,8 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert not list((tmp_path / "results").rglob("*.json"))
 
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), arguments) == 0
-    record = json.loads((tmp_path / "results" / "tiny" / "igrpo-seed0.json").read_text())
+    (record,) = load_records(tmp_path / "results" / "tiny")
+    assert (record["arm"], record["seed"], record["settings"]["num_drafts"]) == ("igrpo", 0, 2)
     assert [e["step"] for e in record["evaluations"]] == [0, 2]
     assert record["totals"]["rollouts"] == 2 * 2 * 4
     assert 0 < record["totals"]["decoded_tokens"] <= 2 * 2 * 4 * 6
@@ -220,6 +227,8 @@ def test_a_run_that_fails_goes_on_and_one_that_is_done_is_not_repeated(tiny_base
     assert run_one(plan, "igrpo", 0, load_base(tiny_base), never) == 0  # the record is there
     other = Plan("other", "?", "same", {"same": plan.arms["igrpo"]})
     assert run_one(other, "same", 0, load_base(tiny_base), never) == 0  # another plan, the same run
+    assert load_records(tmp_path / "results" / "other") == [record | {"arm": "same"}]
+    assert len(list((tmp_path / "results" / "runs").iterdir())) == 1
 
 
 def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tiny_base, tmp_path):
@@ -242,7 +251,7 @@ def test_ctrl_c_lets_the_run_save_and_the_same_command_goes_on(tiny_base, tmp_pa
     step = int(saved.name.partition("-")[2])
     again = f"{sys.executable} -m igrpo.train --max_steps {step + 1}"
     assert subprocess.run([*command, "--launch", again], cwd=ROOT).returncode == 0
-    record = json.loads((tmp_path / "results" / "matched-budget" / "grpo-seed0.json").read_text())
+    (record,) = load_records(tmp_path / "results" / "matched-budget")
     assert record["series"]["step"] == list(range(1, step + 2)) and record["totals"]["core_seconds"] > spent
 
 
@@ -303,40 +312,20 @@ def test_a_paragraph_of_the_reading_stands_on_figures_or_is_left_out(tmp_path):
     assert not written, f"figures typed by hand: {written}"
 
 
-def test_a_summary_is_what_its_records_say(tmp_path):
-    for folder in RESULTS.iterdir():
-        if not folder.is_dir():
-            continue
-        for record in folder.glob("*-seed*.json"):
-            (tmp_path / record.name).write_bytes(record.read_bytes())
-        assert summarise(tmp_path, load_plan(folder.name)).read_text() == (folder / "summary.json").read_text()
-        for copied in tmp_path.iterdir():
-            copied.unlink()
-
-
-def test_pictures_are_drawn_from_the_records_beside_them():
-    for folder in RESULTS.iterdir():
-        if not folder.is_dir():
-            continue
-        wanted = digest(load_records(folder))
-        for name in ("outcome", "course"):
-            assert wanted in (folder / f"{name}.svg").read_text(), f"run: python -m experiments {folder.name}"
-
-
 def test_a_plan_is_drawn_with_its_seeds_and_without_what_a_run_does_not_have(tmp_path):
-    plan = Plan("x", "?", "grpo", {"grpo": {}, "igrpo": {}, "later": {}})
+    plan, runs = Plan("x", "?", "grpo", {"grpo": {}, "igrpo": {}, "later": {}}), []
     for seed, arm in ((0, "grpo"), (1, "grpo"), (0, "igrpo")):
-        run = evaluated(seed, arm, [(0, 0.1), (100, 0.5)], 0.0) | {"config": {}}
+        run = evaluated(seed, arm, [(0, 0.1), (100, 0.5)], 0.0) | {"settings": {}}
         run["series"] |= {"step": [1, 2]}
         if arm == "grpo":
             del run["series"]["refinement/copy_rate"]
-        (tmp_path / f"{arm}-seed{seed}.json").write_text(json.dumps(run))
-    outcome, course = draw_plan(tmp_path, plan)
+        runs.append(run)
+    outcome, course = draw_plan(store(tmp_path / "x", runs), plan)
     assert "grpo (2)" in outcome.read_text() and "igrpo (1)" in outcome.read_text()
     assert "later" not in outcome.read_text()
     assert "copied from the draft" in course.read_text() and "entropy" not in course.read_text()
     first = outcome.read_bytes()
-    draw_plan(tmp_path, plan)
+    draw_plan(tmp_path / "x", plan)
     assert outcome.read_bytes() == first
 
 
@@ -364,10 +353,9 @@ def test_only_an_interval_without_zero_is_called_a_difference():
 def test_an_arm_is_compared_with_the_arm_that_its_plan_names(tmp_path):
     """The second stage over DAPO answers to DAPO, not to GRPO."""
     plan = Plan("x", "?", "grpo", {"grpo": {}, "dapo": {}, "i_dapo": {}}, {"i_dapo": "dapo"})
-    for arm, end in (("grpo", 0.9), ("dapo", 0.5), ("i_dapo", 0.6)):
-        run = evaluated(0, arm, [(0, 0.1), (100, end)], 0.0)
-        (tmp_path / f"{arm}-seed0.json").write_text(json.dumps(run))
-    arms = json.loads(summarise(tmp_path, plan).read_text())["arms"]
+    ends = (("grpo", 0.9), ("dapo", 0.5), ("i_dapo", 0.6))
+    runs = [evaluated(0, arm, [(0, 0.1), (100, end)], 0.0) for arm, end in ends]
+    arms = read_json(summarise(store(tmp_path / "x", runs), plan))["arms"]
     assert [arms[arm]["against"] for arm in plan.arms] == ["grpo", "grpo", "dapo"]
     assert arms["dapo"]["minus_baseline"]["mean"] == pytest.approx(-0.4)
     assert arms["i_dapo"]["minus_baseline"]["mean"] == pytest.approx(0.1)
