@@ -8,22 +8,17 @@ shared memory, stack, which is where spills go), and which launches would compil
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
 from itertools import product
-from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 
+from benchmarks.machine_code import resources
+from benchmarks.sass_kernels import CompileOnlyDriver
 from igrpo_kernels import GRPOLossConfig, triton_impl, triton_rows
 from igrpo_kernels.batch import TokenBatch
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 V, H = 1024, 64  # the widest tile of every kernel needs V >= 16,384; a second pass uses it
 
 VARIANTS = {  # every kernel and every compile-time choice that changes its inner loops
@@ -39,30 +34,6 @@ VARIANTS = {  # every kernel and every compile-time choice that changes its inne
     "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
     "sequence softcap": {"importance_sampling_level": "sequence", "final_logit_softcapping": 30.0, "entropy_coef": 0.1},
 }
-
-
-class CompileOnlyDriver:
-    """A CUDA device of the given capability that accepts every launch and runs none."""
-
-    def __init__(self, capability: int):
-        self.target = GPUTarget("cuda", capability, 32)
-        self.grids: list[tuple[int, ...]] = []
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (0, 0, 0, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": 100 * 1024},
-        )
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, _):
-        return 0
-
-    def launcher_cls(self, *_):
-        return lambda x, y, z, *arguments: self.grids.append((x, y, z))
 
 
 def call(
@@ -133,16 +104,6 @@ def vary_what_changes_between_steps() -> None:
         call(GRPOLossConfig(**{**options, **beta, **bonus}), B=2, T=3, V=16384)
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers, stack and shared bytes of a compiled kernel. A spilled register lives on the stack."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text))
-    return {name.lower(): int(value) for name, value in found.items()}
-
-
 def main() -> None:
     driver = CompileOnlyDriver(int(sys.argv[1]))
     triton.runtime.driver.set_active(driver)
@@ -170,7 +131,7 @@ def main() -> None:
                     "warps": kernel.metadata.num_warps,
                     "wide_loads": "ld.global.v4.b32" in ptx,
                     "rounds_to_nearest": "cvt.rn.bf16" in ptx,
-                    **resources(kernel.asm["cubin"]),
+                    **next(iter(resources(kernel.asm["cubin"]).values())),
                 }
             )
     report = {
