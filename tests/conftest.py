@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import subprocess
 import time
 from collections import Counter
@@ -133,3 +134,11 @@ def small_disk(tmp_path):
         pytest.skip("needs to mount a file system: root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def root_logger_as_before():
+    """TRL's and accelerate's trainers raise its level, and a later test would miss its warnings."""
+    level = logging.root.level
+    yield
+    logging.root.setLevel(level)
