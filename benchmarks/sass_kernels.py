@@ -153,7 +153,8 @@ CONFIGS = {
 
 
 def triton_paths(capability: int, variants: Iterable[str] = tuple(CONFIGS)) -> list[LossKernels]:
-    from igrpo_kernels import triton_grpo_loss, triton_logprobs, triton_rows
+    from igrpo_kernels import triton_grpo_loss, triton_logprobs
+    from igrpo_kernels.triton_rows import TRITON
     from igrpo_kernels.batch import TokenBatch
 
     n = 2
@@ -164,13 +165,13 @@ def triton_paths(capability: int, variants: Iterable[str] = tuple(CONFIGS)) -> l
         logits, ones = torch.zeros(n, V, dtype=torch.bfloat16), torch.ones(n)
 
         def loss(config=config, logits=logits):
-            triton_rows.token_loss(logits, logits, triton_rows.token_rows(batch, config, None), config)
+            TRITON.token_loss(logits, logits, TRITON.coefficient_inputs(batch, config, None), config)
 
         def two(config=config, logits=logits, ones=ones):
             bonus = ones if config.entropy_coef else None
-            stats = triton_rows.statistics(logits, batch.index, batch.mask, config.logit_transform)
+            stats = TRITON.statistics(logits, batch.index, batch.mask, config.logit_transform)
             transform = config.logit_transform
-            triton_rows.gradient(logits, logits, batch.index, batch.mask, stats, ones, bonus, transform)
+            TRITON.gradient(logits, logits, batch.index, batch.mask, stats, ones, bonus, transform)
 
         kernels = [triton_logprobs.row_statistics_kernel, triton_logprobs.row_gradient_kernel]
         one = launched(capability, [triton_grpo_loss.token_loss_kernel], loss)

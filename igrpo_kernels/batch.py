@@ -137,8 +137,47 @@ def values_may_be_read(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_index_in_vocab(index: Tensor, vocab_size: int) -> None:
-    """ValueError when a CPU index tensor holds a value outside [0, vocab_size). Elsewhere the row becomes NaN."""
+def check_logits_shape(name: str, logits: Tensor, index: Tensor) -> None:
+    """ValueError unless logits is (*index.shape, V) in a float dtype, with a hint for the usual off-by-one."""
+    if not logits.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {logits.dtype}")
+    if logits.dim() != index.dim() + 1 or logits.shape[:-1] != index.shape or logits.shape[-1] == 0:
+        hint = ""
+        if logits.dim() == 3 and index.dim() == 2 and logits.shape[1] == index.shape[1] + 1:
+            hint = f"; row t must predict token t, so write {name}[:, :-1]"
+        raise ValueError(
+            f"{name} has shape {tuple(logits.shape)} but the token ids have shape {tuple(index.shape)}: {name} must "
+            f"be {(*index.shape, 'V')}{hint}"
+        )
+
+
+def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
+    """ValueError unless hidden (*index.shape, H), weight (V, H) and bias (V,) fit together on one device."""
+    check_logits_shape("hidden_states", hidden, index)
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(
+            f"lm_head_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}: "
+            f"the weight must be (V, {hidden.shape[-1]}), as nn.Linear stores it"
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"lm_head_bias has shape {tuple(bias.shape)}, it must be ({weight.shape[0]},)")
+    for name, x in (("lm_head_weight", weight), ("lm_head_bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device} but hidden_states is on {hidden.device}; move it there")
+
+
+def check_index_dtype(index: Tensor) -> None:
+    if index.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"token ids must be int32 or int64, got {index.dtype}")
+
+
+def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
+    """ValueError for a wrong dtype or device, and on the CPU for a value outside [0, vocab_size); elsewhere the row
+    becomes NaN.
+    """
+    check_index_dtype(index)
+    if index.device != device:
+        raise ValueError(f"token ids are on {index.device} but the model output is on {device}; move them there")
     if not values_may_be_read(index) or index.numel() == 0:
         return
     low, high = (int(x) for x in index.aminmax())

@@ -17,28 +17,25 @@ A frozen weight saves 2·n·H·V; on the CPU, so do rows whose coefficient turns
 unknown in forward.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from igrpo_kernels import vocab_parallel
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.lm_head import HeadPlan, LmHead
-from igrpo_kernels.objective import locality, objective_and_row_gradients
-from igrpo_kernels.row_kernels import RowStats
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+from igrpo_kernels.objective import coupling, objective_and_row_gradients
+from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def token_level_loss(
-    kernels: ModuleType,
+    kernels: RowKernels,
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
-    constants: tuple[Tensor | None, ...],  # of `kernels.token_rows`
+    inputs: tuple[Tensor | None, ...],  # of `kernels.coefficient_inputs`
     contributes: Tensor,  # (n,) bool: rows that may have a gradient
     reported: Tensor,  # (n,) bool: rows of which only the statistics are wanted
     config: GRPOLossConfig,
@@ -50,14 +47,14 @@ def token_level_loss(
     A chunk's logits become its dlogits in one launch.
     """
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head, index = LmHead(hidden.detach(), weight, bias, plan), constants[0]
+        head, index = LmHead(hidden.detach(), weight, bias, plan), inputs[0]
         head.expect(*needs)
         stats = RowStats.zeros(hidden.shape[0], head.dtype, hidden.device)
         for chunk in _split(reported.nonzero().squeeze(-1), plan.chunk_rows):
             stats.put(chunk, kernels.statistics(head.logits(chunk), index[chunk], None, config.logit_transform))
         for chunk in _split(contributes.nonzero().squeeze(-1), plan.chunk_rows):
             logits = head.logits(chunk)
-            some = [x if x is None or x.dim() == 0 else x[chunk] for x in constants]
+            some = [x if x is None or x.dim() == 0 else x[chunk] for x in inputs]
             logps, entropy, slope, grad = kernels.token_loss(logits, head.gradient_buffer(logits), some, config)
             stats.logps[chunk], stats.entropy[chunk] = logps, entropy
             if slope is not None and grad.device.type == "cpu" and not config.needs_entropy_gradient:
@@ -69,7 +66,7 @@ def token_level_loss(
 
 
 def coupled_loss(
-    kernels: ModuleType,
+    kernels: RowKernels,
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -86,7 +83,7 @@ def coupled_loss(
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         head = LmHead(hidden.detach(), weight, bias, plan, shard is not None)
         head.expect(*needs)
-        walk = _Walk(kernels, head, batch, config, num_items_in_batch, shard)
+        walk = _Walk(kernels, head, batch, config, num_items_in_batch)
         for chunk in _split(reported.nonzero().squeeze(-1), plan.chunk_rows):
             walk.measure(chunk)
         whole, split = walk.closed_chunks(contributes)
@@ -104,22 +101,20 @@ class _Walk:
 
     def __init__(
         self,
-        kernels: ModuleType,
+        kernels: RowKernels,
         head: LmHead,
         batch: TokenBatch,
         config: GRPOLossConfig,
         num_items: Tensor | float | None,
-        shard: VocabShard | None,
     ):
-        self.kernels, self.head, self.batch, self.config, self.shard = kernels, head, batch, config, shard
+        self.kernels, self.head, self.batch, self.config = kernels, head, batch, config
         self.num_items = num_items
         self.stats = RowStats.zeros(head.hidden.shape[0], head.dtype, head.hidden.device)
 
     def measure(self, chunk: Tensor) -> Tensor:
         """Fills `stats` for the chunk's rows; returns their logits (m, V), valid until the next chunk."""
         logits, index = self.head.logits(chunk), self.batch.index[chunk]
-        arguments = (logits, index, None, self.config.logit_transform, True, self.shard)
-        self.stats.put(chunk, vocab_parallel.statistics(self.kernels, *arguments))
+        self.stats.put(chunk, self.kernels.statistics(logits, index, None, self.config.logit_transform))
         return logits
 
     def finish(self, chunk: Tensor, logits: Tensor | None) -> None:
@@ -138,8 +133,7 @@ class _Walk:
         if chunk.numel() == 0:
             return
         logits = self.head.logits(chunk) if logits is None else logits
-        grad = vocab_parallel.gradient(
-            self.kernels,
+        grad = self.kernels.gradient(
             logits,
             self.head.gradient_buffer(logits),
             self.batch.index[chunk],
@@ -148,17 +142,16 @@ class _Walk:
             slope[chunk],
             None if slope_entropy is None else slope_entropy[chunk],
             config.logit_transform,
-            self.shard,
         )
         self.head.accumulate(chunk, grad)
 
     def closed_chunks(self, contributes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Row numbers in chunks that need no other chunk's statistics, and in chunks that do."""
         rows, size = contributes.nonzero().squeeze(-1), self.head.plan.chunk_rows
-        reach = locality(self.batch, self.config)
-        if reach == "token" or rows.numel() <= size:
+        coupled = coupling(self.batch, self.config)
+        if coupled == "token" or rows.numel() <= size:
             return _split(rows, size), []
-        if reach == "batch":
+        if coupled == "batch":
             return [], _split(rows, size)
         counts = self.batch.segment_sum(contributes.to(self.batch.advantages.dtype)).long().tolist()
         whole, split, start, end = [], [], 0, 0
@@ -174,7 +167,7 @@ class _Walk:
 
 
 def log_probs(
-    kernels: ModuleType,
+    kernels: RowKernels,
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -183,20 +176,18 @@ def log_probs(
     transform: LogitTransform,
     with_entropy: bool,
     plan: HeadPlan,
-    shard: VocabShard | None,
 ) -> RowStats:
     """Statistics of every unmasked row; zeros elsewhere."""
     with torch.autocast(hidden.device.type, enabled=False):
         head = LmHead(hidden.detach(), weight, bias, plan)
         stats = RowStats.zeros(hidden.shape[0], compute_dtype(hidden.dtype), hidden.device)
         for chunk in _split(_rows(hidden, row_mask), plan.chunk_rows):
-            arguments = (head.logits(chunk), index[chunk], None, transform, with_entropy, shard)
-            stats.put(chunk, vocab_parallel.statistics(kernels, *arguments))
+            stats.put(chunk, kernels.statistics(head.logits(chunk), index[chunk], None, transform, with_entropy))
     return stats
 
 
 def log_probs_backward(
-    kernels: ModuleType,
+    kernels: RowKernels,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -211,10 +202,10 @@ def log_probs_backward(
     shard: VocabShard | None,
 ) -> list[Tensor | None]:
     """dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted."""
-    silent = torch.ones_like(index, dtype=torch.bool)  # rows whose gradient is exactly zero need no logits
+    unneeded = torch.ones_like(index, dtype=torch.bool)  # rows whose gradient is exactly zero need no logits
     for grad in (grad_logps, grad_entropy):
-        silent = silent if grad is None else silent & (grad == 0)
-    active = ~silent if row_mask is None else row_mask & ~silent
+        unneeded = unneeded if grad is None else unneeded & (grad == 0)
+    active = ~unneeded if row_mask is None else row_mask & ~unneeded
     with torch.autocast(hidden.device.type, enabled=False):
         head = LmHead(hidden.detach(), weight, bias, plan, shard is not None)
         head.expect(*needs)
@@ -222,7 +213,7 @@ def log_probs_backward(
             logits = head.logits(chunk)
             grads = [None if g is None else g[chunk] for g in (grad_logps, grad_entropy)]
             arguments = (logits, head.gradient_buffer(logits), index[chunk], None, stats.at(chunk), *grads)
-            head.accumulate(chunk, vocab_parallel.gradient(kernels, *arguments, transform, shard))
+            head.accumulate(chunk, kernels.gradient(*arguments, transform))
         return _summed(head.gradients(), hidden, shard)
 
 

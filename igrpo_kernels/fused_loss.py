@@ -13,25 +13,20 @@ Bytes are per logit element in bf16, n·V of them:
 Besides the logits there is one gradient buffer, or none with `inplace`.
 """
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
-from igrpo_kernels import vocab_parallel
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.first_order import first_order_only
-from igrpo_kernels.gradient_handover import hand_over
 from igrpo_kernels.objective import grpo_objective
-from igrpo_kernels.row_kernels import RowStats
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform
-from igrpo_kernels.vocab_parallel import VocabShard
+from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
 LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 def selective_log_softmax(
-    kernels: ModuleType,
+    kernels: RowKernels,
     logits: Tensor,  # (..., V), any strides
     index: Tensor,  # (...)
     transform: LogitTransform,
@@ -39,42 +34,40 @@ def selective_log_softmax(
     return_entropy: bool,
     row_mask: Tensor | None = None,  # (...) bool; masked rows are not read: output 0, gradient exactly 0
     inplace: bool = False,  # backward overwrites logits with their gradient
-    shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """logps (...) and entropy (...) or None, in the compute dtype."""
     rows = index.reshape(-1).contiguous()  # the kernels step through rows one by one
     mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
-    logits = kernels.addressable(logits)
-    logps, entropy = SelectiveLogSoftmax.apply(kernels, logits, rows, mask, transform, return_entropy, inplace, shard)
+    logits = adjacent_columns(logits)
+    logps, entropy = SelectiveLogSoftmax.apply(kernels, logits, rows, mask, transform, return_entropy, inplace)
     return logps.view(index.shape), entropy.view(index.shape) if return_entropy else None
 
 
 def grpo_loss(
-    kernels: ModuleType,
+    kernels: RowKernels,
     logits: Tensor,  # (B, T, V) or (n, V)
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
     *,
     inplace: bool,
-    shard: VocabShard | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
-    logits = kernels.addressable(logits)
+    logits = adjacent_columns(logits)
     differentiable = torch.is_grad_enabled() and logits.requires_grad
     # A graph decides for itself what it overwrites; an expanded tensor has one memory for many rows.
     inplace = inplace and not torch.compiler.is_compiling() and _owns_its_rows(logits)
     # fp16 lives on a loss scale, which comes with backward: a gradient made before it would have lost its small values.
-    at_once = differentiable and shard is None and logits.dtype != torch.float16
-    if at_once and kernels.one_launch(batch, config):
+    at_once = differentiable and logits.dtype != torch.float16
+    if at_once and kernels.fits_one_pass(batch, config):
         with torch.no_grad():
             x = logits.detach()  # shares the storage and autograd's version counter
-            rows = kernels.token_rows(batch, config, num_items_in_batch)
-            logps, entropy, _, grad = kernels.token_loss(x, x if inplace else None, rows, config)
+            inputs = kernels.coefficient_inputs(batch, config, num_items_in_batch)
+            logps, entropy, _, grad = kernels.token_loss(x, x if inplace else None, inputs, config)
             if inplace:  # whoever saved these logits for backward must fail instead of reading gradients
                 torch.autograd.graph.increment_version(logits)
             loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
-        return hand_over(kernels, loss, [logits], [grad]), logps, entropy, metrics
+        return with_gradients(kernels, loss, [logits], [grad]), logps, entropy, metrics
     logps, entropy = selective_log_softmax(
         kernels,
         logits,
@@ -83,7 +76,6 @@ def grpo_loss(
         return_entropy=True,
         row_mask=batch.mask,
         inplace=inplace,
-        shard=shard,
     )
     # An entropy that only feeds metrics must not send the gradient kernel a zero coefficient to multiply with.
     used = entropy if config.needs_entropy_gradient else entropy.detach()
@@ -95,10 +87,10 @@ class SelectiveLogSoftmax(torch.autograd.Function):
     """Statistics kernel forward, gradient kernel backward. State: the logits and four numbers per row."""
 
     @staticmethod
-    def forward(ctx, kernels, logits, index, row_mask, transform, return_entropy, inplace, shard):
+    def forward(ctx, kernels, logits, index, row_mask, transform, return_entropy, inplace):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
-        ctx.kernels, ctx.transform, ctx.inplace, ctx.shard = kernels, transform, inplace, shard
-        stats = vocab_parallel.statistics(kernels, logits.detach(), index, row_mask, transform, return_entropy, shard)
+        ctx.kernels, ctx.transform, ctx.inplace = kernels, transform, inplace
+        stats = kernels.statistics(logits.detach(), index, row_mask, transform, return_entropy)
         ctx.save_for_backward(logits, index, row_mask, *stats)
         return stats.logps, stats.entropy
 
@@ -111,28 +103,65 @@ class SelectiveLogSoftmax(torch.autograd.Function):
             grad_entropy = None
         if grad_logps is not None or grad_entropy is not None:
             x = logits.detach()
-            grad = vocab_parallel.gradient(
-                ctx.kernels,
-                x,
-                x if ctx.inplace else None,
-                index,
-                row_mask,
-                stats,
-                grad_logps,
-                grad_entropy,
-                ctx.transform,
-                ctx.shard,
-            )
+            out = x if ctx.inplace else None
+            grad = ctx.kernels.gradient(x, out, index, row_mask, stats, grad_logps, grad_entropy, ctx.transform)
             if ctx.inplace:
                 torch.autograd.graph.increment_version(logits)
-        return None, grad, None, None, None, None, None, None
+        return None, grad, None, None, None, None, None
+
+
+def with_gradients(
+    kernels: RowKernels, loss: Tensor, leaves: list[Tensor | None], gradients: list[Tensor | None]
+) -> Tensor:
+    """The loss (), whose backward gives `gradients`, times the upstream gradient, to `leaves` in their dtypes."""
+    return LossWithGradients.apply(kernels, loss, len(leaves), *leaves, *gradients)
+
+
+class LossWithGradients(torch.autograd.Function):
+    """Backward scales the gradients in place and gives them away, so that they exist once."""
+
+    @staticmethod
+    def forward(ctx, kernels, value: Tensor, count: int, *leaves_and_gradients: Tensor | None) -> Tensor:
+        leaves, gradients = leaves_and_gradients[:count], leaves_and_gradients[count:]
+        ctx.save_for_backward(*gradients)  # autograd then refuses a gradient that somebody has overwritten
+        ctx.kernels, ctx.count = kernels, count
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]
+        ctx.handed_out = False
+        return value.clone()
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, upstream: Tensor):
+        if torch.compiler.is_compiling():  # a graph keeps what it saved, so the factor makes a new tensor
+            gradients = [None if g is None else (g * upstream).to(g.dtype) for g in ctx.saved_tensors]
+        else:
+            if ctx.handed_out:
+                raise RuntimeError(
+                    "this loss computed its gradient once, in forward, and a first backward has already taken it; "
+                    "compute the loss again instead of a second backward with retain_graph=True, or use impl='torch'"
+                )
+            ctx.handed_out, gradients = True, ctx.saved_tensors
+            for gradient in gradients:
+                if gradient is not None:
+                    ctx.kernels.scale_(gradient, upstream)
+        typed = [None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return None, None, None, *typed, *(None for _ in typed)
+
+
+def adjacent_columns(logits: Tensor) -> Tensor:
+    """(..., V) as (n, V) or (B, T, V) with adjacent columns: a view where the strides allow, else a copy."""
+    if logits.dim() not in (2, 3):
+        logits = logits.reshape(-1, logits.shape[-1])
+    if logits.shape[-1] == 1 or logits.stride(-1) == 1:
+        return logits
+    return logits.clone(memory_format=torch.contiguous_format)  # contiguous() keeps the strides of an empty tensor
 
 
 def _owns_its_rows(x: Tensor) -> bool:
     """Whether writing one element of x changes no other: expanded and overlapping tensors repeat their memory."""
-    reach = 0
+    last = 0  # offset of the last element that smaller strides lead to
     for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
-        if size > 1 and stride <= reach:
+        if size > 1 and stride <= last:
             return False
-        reach += stride * (size - 1)
+        last += stride * (size - 1)
     return True

@@ -3,11 +3,11 @@
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels import fused_linear_autograd, fused_loss, reference
+from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.impls import resolve_impl
-from igrpo_kernels.logprobs import check_index, check_linear_shapes, check_logits_shape
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
-from igrpo_kernels.vocab_parallel import VocabShard
+from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
 
 _DEFAULT_CONFIG = GRPOLossConfig()
 
@@ -100,11 +100,18 @@ def grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         cu_seqlens=cu_seqlens,
     )
-    shard = VocabShard.of(process_group, logits.shape[-1], logits.device)
-    check_index(batch.index, logits.device, logits.shape[-1] if shard is None else shard.vocab_size)
+    columns = logits.shape[-1]
+    shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
+    check_index(batch.index, logits.device, columns if shard is None else shard.vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    module = resolve_impl(impl, logits.device.type, logits.dtype, logits.shape[-1])
-    return _output(module.grpo_loss(logits, batch, config, num_items_in_batch, inplace=inplace, shard=shard), batch)
+    kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
+    arguments = (logits, batch, config, num_items_in_batch)
+    if kernels is None:
+        rows = reference.grpo_loss(*arguments, shard=shard)
+    else:
+        kernels = kernels if shard is None else ShardedRows(kernels, shard)
+        rows = fused_loss.grpo_loss(kernels, *arguments, inplace=inplace)
+    return _output(rows, batch)
 
 
 def linear_grpo_loss(
@@ -166,22 +173,19 @@ def linear_grpo_loss(
         sampling_per_token_logps=sampling_per_token_logps,
         cu_seqlens=cu_seqlens,
     )
-    shard = VocabShard.of(process_group, lm_head_weight.shape[0], hidden_states.device)
-    check_index(batch.index, hidden_states.device, lm_head_weight.shape[0] if shard is None else shard.vocab_size)
+    columns, device = lm_head_weight.shape[0], hidden_states.device
+    shard = None if process_group is None else VocabShard.of(process_group, columns, device)
+    check_index(batch.index, device, columns if shard is None else shard.vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    module = resolve_impl(impl, hidden_states.device.type, hidden_states.dtype, lm_head_weight.shape[0])
+    kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    rows = module.linear_grpo_loss(
-        hidden,
-        lm_head_weight,
-        lm_head_bias,
-        batch,
-        config,
-        num_items_in_batch,
-        fp32_logits=fp32_logits,
-        compute_metrics=compute_metrics,
-        shard=shard,
-    )
+    arguments = (hidden, lm_head_weight, lm_head_bias, batch, config, num_items_in_batch)
+    options = {"fp32_logits": fp32_logits, "compute_metrics": compute_metrics, "shard": shard}
+    if kernels is None:
+        rows = reference.linear_grpo_loss(*arguments, **options)
+    else:
+        kernels = kernels if shard is None else ShardedRows(kernels, shard)
+        rows = fused_linear_autograd.linear_grpo_loss(kernels, *arguments, **options)
     return _output(rows, batch)
 
 

@@ -1,19 +1,8 @@
-"""Which implementations exist, and which one a call gets.
+"""The table of implementations, and which one a call gets.
 
-An implementation is a module with four functions and no public name of its own:
-
-    selective_log_softmax(logits (..., V), index (...), transform, *, return_entropy, row_mask) -> logps, entropy|None
-    linear_selective_log_softmax(hidden (n, H), weight (V, H), bias (V,)|None, index (n,), transform, *,
-                                 return_entropy, row_mask) -> logps (n,), entropy (n,)|None
-    grpo_loss(logits (B, T, V) | (n, V), batch, config, num_items_in_batch, *, inplace)
-        -> loss (), logps (n,), entropy (n,), metrics
-    linear_grpo_loss(hidden (n, H), weight (V, H), bias (V,)|None, batch, config, num_items_in_batch)
-        -> loss (), logps (n,), entropy (n,), metrics
-
-and, if it cannot always run, `unavailable_reason(device_type: str | None) -> str | None`: one sentence saying what is
-missing and what to do (None = it can run; device_type None asks about the machine in general). Inputs arrive
-validated; rows as `TokenBatch` describes. Adding one is a name in NAMES, an import in `_module`, and its place in
-`choose_impl`.
+`impl="torch"` is the reference (`reference.py`). The others are row kernels (`row_kernels.py`) under the fused losses
+of `fused_loss.py` and `fused_linear_autograd.py`: in C++ on the CPU, in CUDA C++, in Triton. Adding one is a row in
+`IMPLS` and its place in `choose_impl`.
 """
 
 import functools
@@ -21,18 +10,34 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from igrpo_kernels.compiled_rows import CompiledRows, missing_library
+from igrpo_kernels.row_kernels import RowKernels
+
 ENVIRONMENT_VARIABLE = "IGRPO_KERNELS_IMPL"
-NAMES = ("torch", "triton", "cuda", "cpu")
+_OLDEST_CAPABILITY = (8, 0)  # that the CUDA kernels are compiled for
 
 # Compute capabilities on which a record in benchmarks/results/ shows impl="cuda" right, and faster than "triton".
 # Elsewhere it runs by name only.
 PROVEN_CUDA_CAPABILITIES: frozenset[tuple[int, int]] = frozenset()
 
 _logger = logging.getLogger(__name__)
+
+
+class Implementation(NamedTuple):
+    """What stands behind a name."""
+
+    kernels: Callable[[], RowKernels | None]
+    """None = the reference computes. Called at the first use, since importing Triton takes its time."""
+
+    unavailable_reason: Callable[[str | None], str | None]
+    """Why it cannot serve tensors of a device type (None: this machine at all), and what to do; None = it can."""
+
+    fp64: bool
+    """Whether it computes in fp64; fp64 input asks for the reference's accuracy, and otherwise gets the reference."""
 
 
 def available_impls() -> dict[str, str]:
@@ -100,14 +105,15 @@ def on_chip_share(capability: tuple[int, int], row_bytes: int) -> float:
 
 def resolve_impl(
     impl: str, device_type: str, dtype: torch.dtype | None = None, vocab_size: int | None = None
-) -> ModuleType:
-    """The module that serves a call with `impl=` on tensors of this device type and dtype, V columns wide.
+) -> RowKernels | None:
+    """The row kernels that serve a call with `impl=` on tensors of this device type and dtype, V columns wide.
 
-    "auto" is `choose_impl`; the environment variable IGRPO_KERNELS_IMPL replaces "auto" only. Raises ValueError for an
-    unknown name, RuntimeError with the reason for an unavailable one.
+    None = the reference. "auto" is `choose_impl`; the environment variable IGRPO_KERNELS_IMPL replaces "auto" only.
+    Raises ValueError for an unknown name, RuntimeError with the reason for an unavailable one.
     """
     # While a graph is traced V may be a symbol.
-    return _module(_resolve(impl, device_type, dtype, None if torch.compiler.is_compiling() else vocab_size))
+    name = _resolve(impl, device_type, dtype, None if torch.compiler.is_compiling() else vocab_size)
+    return None if dtype == torch.float64 and not IMPLS[name].fp64 else IMPLS[name].kernels()
 
 
 def _resolve(impl: str, device_type: str, dtype: torch.dtype | None, vocab_size: int | None) -> str:
@@ -139,19 +145,6 @@ def _resolve(impl: str, device_type: str, dtype: torch.dtype | None, vocab_size:
 _resolve._dynamo_marked_constant = True
 
 
-def _module(name: str) -> ModuleType:
-    """Imported on first use; written out, because torch.compile follows import statements only."""
-    if name == "torch":
-        from igrpo_kernels import reference as module
-    elif name == "triton":
-        from igrpo_kernels import triton_impl as module
-    elif name == "cuda":
-        from igrpo_kernels import cuda_ops as module
-    else:
-        from igrpo_kernels import cpu_ops as module
-    return module
-
-
 @functools.cache
 def _tell_once(device_type: str, impl: str, reason: str) -> None:
     """The first time: plain PyTorch where kernels could have run is a warning, any other choice a line in the log."""
@@ -168,8 +161,53 @@ def _tell_once(device_type: str, impl: str, reason: str) -> None:
 
 def _unavailable_reason(name: str, device_type: str | None) -> str | None:
     try:
-        module = _module(name)
+        IMPLS[name].kernels()
     except (ImportError, OSError) as error:  # reported to the caller, who asked for exactly this
         return f"impl={name!r} cannot be imported ({error}); install what it needs or use impl='torch'"
-    check = getattr(module, "unavailable_reason", None)
-    return None if check is None else check(device_type)
+    return IMPLS[name].unavailable_reason(device_type)
+
+
+def _triton_unavailable(device_type: str | None) -> str | None:
+    if device_type not in (None, "cpu", "cuda"):
+        return f"the Triton kernels run on CUDA devices, not on {device_type}; use impl='torch'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type == "cpu" and not interpreted:
+        return "on CPU tensors Triton only runs interpreted: start Python with TRITON_INTERPRET=1, or use impl='torch'"
+    if device_type is None and not interpreted and not torch.cuda.is_available():
+        return "there is no CUDA device; start Python with TRITON_INTERPRET=1 to run interpreted, or use impl='torch'"
+    return None
+
+
+def _cuda_unavailable(device_type: str | None) -> str | None:
+    if device_type not in (None, "cuda"):
+        return f"it works on CUDA tensors, not on {device_type} ones; use impl='cpu' or impl='torch'"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch, or use impl='cpu' or impl='torch'"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device; use impl='cpu' or impl='torch'"
+    if torch.cuda.get_device_capability() < _OLDEST_CAPABILITY:
+        return "it needs compute capability 8.0 or newer; use impl='triton' or impl='torch'"
+    # The operators' schemas come with the CPU library.
+    return missing_library("_C_cpu") or missing_library("_C_cuda")
+
+
+def _cpu_unavailable(device_type: str | None) -> str | None:
+    if device_type not in (None, "cpu"):
+        return f"it works on CPU tensors, not on {device_type} ones; use impl='triton', 'cuda' or 'torch'"
+    return missing_library("_C_cpu")
+
+
+def _triton_kernels() -> RowKernels:
+    from igrpo_kernels.triton_rows import TRITON  # here, because triton is heavy, and a CPU user need not have it
+
+    return TRITON
+
+
+_CPU, _CUDA = CompiledRows("cpu"), CompiledRows("cuda")
+IMPLS = {
+    "torch": Implementation(lambda: None, lambda _: None, fp64=True),
+    "triton": Implementation(_triton_kernels, _triton_unavailable, fp64=True),
+    "cuda": Implementation(lambda: _CUDA, _cuda_unavailable, fp64=False),
+    "cpu": Implementation(lambda: _CPU, _cpu_unavailable, fp64=False),
+}
+NAMES = tuple(IMPLS)

@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from igrpo_kernels.batch import check_index_in_vocab
+from igrpo_kernels import fused_linear_autograd, fused_loss, reference
+from igrpo_kernels.batch import check_index, check_index_dtype, check_linear_shapes, check_logits_shape
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.types import LogitTransform
-from igrpo_kernels.vocab_parallel import VocabShard
+from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
 
 
 def selective_log_softmax(
@@ -44,12 +45,16 @@ def selective_log_softmax(
         a sync, so such a row's log-probability and gradient are NaN instead.
     """
     check_logits_shape("logits", logits, index)
-    shard = VocabShard.of(process_group, logits.shape[-1], logits.device)
-    check_index(index, logits.device, logits.shape[-1] if shard is None else shard.vocab_size)
-    module = resolve_impl(impl, logits.device.type, logits.dtype, logits.shape[-1])
-    logps, entropy = module.selective_log_softmax(
-        logits, index.long(), checked_transform(temperature), return_entropy=return_entropy, row_mask=None, shard=shard
-    )
+    columns = logits.shape[-1]
+    shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
+    check_index(index, logits.device, columns if shard is None else shard.vocab_size)
+    kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
+    arguments = (logits, index.long(), checked_transform(temperature))
+    if kernels is None:
+        logps, entropy = reference.selective_log_softmax(*arguments, return_entropy=return_entropy, shard=shard)
+    else:
+        kernels = kernels if shard is None else ShardedRows(kernels, shard)
+        logps, entropy = fused_loss.selective_log_softmax(kernels, *arguments, return_entropy=return_entropy)
     return (logps, entropy) if return_entropy else logps
 
 
@@ -107,20 +112,18 @@ def linear_selective_log_softmax(
             raise ValueError(f"row_mask has shape {tuple(row_mask.shape)} but index has shape {tuple(index.shape)}")
         mask = row_mask.reshape(-1) != 0
         rows = torch.where(mask, rows, 0)
-    shard = VocabShard.of(process_group, lm_head_weight.shape[0], hidden_states.device)
-    check_index(rows, hidden_states.device, lm_head_weight.shape[0] if shard is None else shard.vocab_size)
-    module = resolve_impl(impl, hidden_states.device.type, hidden_states.dtype, lm_head_weight.shape[0])
-    logps, entropy = module.linear_selective_log_softmax(
-        hidden_states.reshape(-1, hidden_states.shape[-1]),
-        lm_head_weight,
-        lm_head_bias,
-        rows,
-        transform,
-        return_entropy=return_entropy,
-        row_mask=mask,
-        fp32_logits=fp32_logits,
-        shard=shard,
-    )
+    columns, device = lm_head_weight.shape[0], hidden_states.device
+    shard = None if process_group is None else VocabShard.of(process_group, columns, device)
+    check_index(rows, device, columns if shard is None else shard.vocab_size)
+    kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    arguments = (hidden, lm_head_weight, lm_head_bias, rows, transform)
+    options = {"return_entropy": return_entropy, "row_mask": mask, "fp32_logits": fp32_logits, "shard": shard}
+    if kernels is None:
+        logps, entropy = reference.linear_selective_log_softmax(*arguments, **options)
+    else:
+        kernels = kernels if shard is None else ShardedRows(kernels, shard)
+        logps, entropy = fused_linear_autograd.linear_selective_log_softmax(kernels, *arguments, **options)
     logps = logps.view(index.shape)
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 
@@ -136,45 +139,3 @@ def checked_transform(
     if final_logit_softcapping is not None and not final_logit_softcapping > 0:
         raise ValueError(f"final_logit_softcapping={final_logit_softcapping} must be > 0, or None for no cap")
     return LogitTransform(logit_scale, final_logit_softcapping, temperature)
-
-
-def check_logits_shape(name: str, logits: Tensor, index: Tensor) -> None:
-    """ValueError unless logits is (*index.shape, V) in a float dtype, with a hint for the usual off-by-one."""
-    if not logits.is_floating_point():
-        raise ValueError(f"{name} must be a floating-point tensor, got {logits.dtype}")
-    if logits.dim() != index.dim() + 1 or logits.shape[:-1] != index.shape or logits.shape[-1] == 0:
-        hint = ""
-        if logits.dim() == 3 and index.dim() == 2 and logits.shape[1] == index.shape[1] + 1:
-            hint = f"; row t must predict token t, so write {name}[:, :-1]"
-        raise ValueError(
-            f"{name} has shape {tuple(logits.shape)} but the token ids have shape {tuple(index.shape)}: {name} must "
-            f"be {(*index.shape, 'V')}{hint}"
-        )
-
-
-def check_linear_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> None:
-    """ValueError unless hidden (*index.shape, H), weight (V, H) and bias (V,) fit together on one device."""
-    check_logits_shape("hidden_states", hidden, index)
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(
-            f"lm_head_weight has shape {tuple(weight.shape)} but hidden_states has shape {tuple(hidden.shape)}: "
-            f"the weight must be (V, {hidden.shape[-1]}), as nn.Linear stores it"
-        )
-    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
-        raise ValueError(f"lm_head_bias has shape {tuple(bias.shape)}, it must be ({weight.shape[0]},)")
-    for name, x in (("lm_head_weight", weight), ("lm_head_bias", bias)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} is on {x.device} but hidden_states is on {hidden.device}; move it there")
-
-
-def check_index_dtype(index: Tensor) -> None:
-    if index.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"token ids must be int32 or int64, got {index.dtype}")
-
-
-def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
-    """ValueError for a wrong dtype or device, and on the CPU for a value outside the vocabulary."""
-    check_index_dtype(index)
-    if index.device != device:
-        raise ValueError(f"token ids are on {index.device} but the model output is on {device}; move them there")
-    check_index_in_vocab(index, vocab_size)

@@ -275,7 +275,7 @@ def entropy_slope(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
     return -config.entropy_coef / batch.lengths.sum().clamp(min=1.0) if config.needs_entropy_gradient else None
 
 
-def locality(batch: TokenBatch, config: GRPOLossConfig) -> str:
+def coupling(batch: TokenBatch, config: GRPOLossConfig) -> str:
     """Which rows must be measured before a row's gradient is known: its own ("token"), its "sequence", the "batch"."""
     if config.top_entropy_quantile < 1.0:
         return "batch"
@@ -295,14 +295,14 @@ def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     if config.beta != 0.0 or config.entropy_coef != 0.0:
         return batch.mask
     weighted = batch.masked(batch.advantages) != 0
-    if locality(batch, config) == "token":
+    if coupling(batch, config) == "token":
         return weighted
     return batch.mask & (batch.expand(batch.segment_sum(weighted.to(batch.advantages.dtype))) > 0)
 
 
 def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """Bool (n,): rows without whose statistics the loss would be another one, gradient of their own or not."""
-    return batch.mask if locality(batch, config) == "batch" else may_contribute(batch, config)
+    return batch.mask if coupling(batch, config) == "batch" else may_contribute(batch, config)
 
 
 def _times(a: Tensor, x: Tensor) -> Tensor:

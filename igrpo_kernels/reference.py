@@ -35,7 +35,6 @@ def grpo_loss(
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
     *,
-    inplace: bool,  # ignored: the reference never writes into its input
     shard: VocabShard | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from igrpo_kernels.batch import compute_dtype
-from igrpo_kernels.triton_launch import Rows, on_device, tile_for, transform_factors, vector_length
+from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
 from igrpo_kernels.triton_math import (
     grad_logits,
     kl_and_slope,
@@ -84,7 +84,7 @@ class LossKind(NamedTuple):
         return cls(loss.value, sampler.value, kl, int(config.use_bias_correction_kl))
 
 
-class TokenRows(NamedTuple):
+class CoefficientInputs(NamedTuple):
     """What the kernel knows about each row besides its logits. (n,) each, None = absent."""
 
     index: Tensor  # int64
@@ -291,13 +291,13 @@ def token_loss_kernel(
 def token_loss_fwd(
     logits: Tensor,  # (n, V) or (B, T, V), adjacent columns
     grad: Tensor,  # same shape: written; may be logits itself
-    rows: TokenRows,
+    rows: CoefficientInputs,
     transform: LogitTransform,
     scalars: LossScalars,
     kind: LossKind,
 ) -> tuple[Tensor, Tensor]:
     """logps and entropy (n,); grad = dloss/dlogits for an upstream gradient of 1."""
-    layout, grad_layout, V = Rows.of(logits), Rows.of(grad), logits.shape[-1]
+    layout, grad_layout, V = RowStrides.of(logits), RowStrides.of(grad), logits.shape[-1]
     dtype = compute_dtype(logits.dtype)
     logps, entropy = (torch.empty(layout.count, dtype=dtype, device=logits.device) for _ in range(2))
     inner, outer, capped = transform_factors(transform)

@@ -40,7 +40,7 @@ def tile_for(kernel: str, vocab_size: int, itemsize: int) -> Tile:
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowStrides:
     """A (B, T, V) or (n, V) tensor whose last stride is 1, as the kernels address it."""
 
     count: int
@@ -49,7 +49,7 @@ class Rows:
     stride_token: int
 
     @classmethod
-    def of(cls, x: Tensor) -> "Rows":
+    def of(cls, x: Tensor) -> "RowStrides":
         """Row strides of x; x keeps its layout."""
         assert x.dim() in (2, 3) and (x.shape[-1] == 1 or x.stride(-1) == 1), (x.shape, x.stride())
         if x.dim() == 2:

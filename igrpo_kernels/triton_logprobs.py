@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from igrpo_kernels.batch import compute_dtype
-from igrpo_kernels.triton_launch import Rows, on_device, tile_for, transform_factors, vector_length
+from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
 from igrpo_kernels.triton_math import grad_logits, row_pointer, row_statistics, target_log_prob
 from igrpo_kernels.types import LogitTransform
 
@@ -72,7 +72,7 @@ def row_statistics_fwd(
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy (empty if not wanted), row maximum and log-sum of exp(z - maximum), each (n,)."""
-    rows, V, dtype = Rows.of(logits), logits.shape[-1], compute_dtype(logits.dtype)
+    rows, V, dtype = RowStrides.of(logits), logits.shape[-1], compute_dtype(logits.dtype)
     logps, row_max, log_sum = (torch.empty(rows.count, dtype=dtype, device=logits.device) for _ in range(3))
     entropy = torch.empty(rows.count if with_entropy else 0, dtype=dtype, device=logits.device)
     inner, outer, capped = transform_factors(transform)
@@ -192,7 +192,7 @@ def row_gradient_bwd(
     """grad = dloss/dlogits from dloss/dlogps and dloss/dentropy; masked rows become 0 without being read."""
     if entropy.numel() == 0:  # not computed, but torch.compile passes zeros for it, shaped like it: (0,)
         grad_entropy = None
-    rows, grad_rows, V = Rows.of(logits), Rows.of(grad), logits.shape[-1]
+    rows, grad_rows, V = RowStrides.of(logits), RowStrides.of(grad), logits.shape[-1]
     inner, outer, capped = transform_factors(transform)
     tile, lanes, num_warps = tile_for("gradient", V, logits.itemsize)
     if rows.count:

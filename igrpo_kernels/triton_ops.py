@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from igrpo_kernels.batch import compute_dtype
-from igrpo_kernels.triton_grpo_loss import LossKind, LossScalars, TokenRows, token_loss_fwd
-from igrpo_kernels.triton_launch import Rows, on_device, tile_for, vector_length
+from igrpo_kernels.triton_grpo_loss import CoefficientInputs, LossKind, LossScalars, token_loss_fwd
+from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, vector_length
 from igrpo_kernels.triton_logprobs import row_gradient_bwd, row_statistics_fwd
 from igrpo_kernels.triton_math import row_pointer
 from igrpo_kernels.types import LogitTransform
@@ -93,7 +93,7 @@ def _(logits, *_):
 @torch.library.custom_op("igrpo_kernels::token_loss_", mutates_args=("logits",))
 def token_loss_(
     logits: Tensor,  # (n, V) or (B, T, V); becomes dlogits
-    index: Tensor,  # the rest: see TokenRows
+    index: Tensor,  # the rest: see CoefficientInputs
     mask: Tensor,
     advantages: Tensor,
     loss_weight: Tensor,
@@ -109,7 +109,7 @@ def token_loss_(
     kind: Sequence[int],  # LossKind
 ) -> tuple[Tensor, Tensor]:
     """logps and entropy (n,), and logits overwritten with their gradient."""
-    rows = TokenRows(
+    rows = CoefficientInputs(
         index,
         mask,
         advantages,
@@ -132,7 +132,7 @@ def _(logits, *_):
 @torch.library.custom_op("igrpo_kernels::token_loss", mutates_args=())
 def token_loss(
     logits: Tensor,  # (n, V) or (B, T, V)
-    index: Tensor,  # the rest: see TokenRows
+    index: Tensor,  # the rest: see CoefficientInputs
     mask: Tensor,
     advantages: Tensor,
     loss_weight: Tensor,
@@ -149,7 +149,7 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dlogits (contiguous, dtype of logits), logps and entropy (n,)."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = TokenRows(
+    rows = CoefficientInputs(
         index,
         mask,
         advantages,
@@ -203,7 +203,7 @@ def scale_(
     factor: Tensor,  # () compute dtype, read on the device
 ) -> None:
     """grad *= factor, skipped on the device when factor is 1."""
-    rows, V = Rows.of(grad), grad.shape[-1]
+    rows, V = RowStrides.of(grad), grad.shape[-1]
     tile, lanes, num_warps = tile_for("gradient", V, grad.itemsize)
     if rows.count:
         with on_device(grad):

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
@@ -19,6 +20,37 @@ class LogitTransform(NamedTuple):
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
     temperature: float = 1.0
+
+
+class RowStats(NamedTuple):
+    """What a walk over n rows of logits z leaves, in the compute dtype."""
+
+    logps: Tensor
+    """(n,) log p[index]."""
+
+    entropy: Tensor
+    """(n,) nats; (0,) if it was not wanted."""
+
+    row_max: Tensor
+    """(n,) M = max z."""
+
+    log_sum: Tensor
+    """(n,) log sum exp(z - M)."""
+
+    @classmethod
+    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device) -> "RowStats":
+        """What rows that nobody measures keep."""
+        return cls(*(torch.zeros(n, dtype=dtype, device=device) for _ in range(4)))
+
+    def at(self, rows: Tensor) -> "RowStats":
+        """The statistics of some rows."""
+        return RowStats(*(x[rows] if x.numel() else x for x in self))
+
+    def put(self, rows: Tensor, part: "RowStats") -> None:
+        """Store the statistics of some rows; an entropy that was not wanted stays as it is."""
+        for mine, new in zip(self, part, strict=True):
+            if new.numel():
+                mine[rows] = new
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ gradient kernel then needs nothing from other ranks. Every rank must be given th
 """
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igrpo_kernels.row_kernels import RowStats
-from igrpo_kernels.types import LogitTransform
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,8 @@ class VocabShard:
     """Columns of each rank, in rank order."""
 
     @classmethod
-    def of(cls, group: dist.ProcessGroup | None, columns: int, device: torch.device) -> "VocabShard | None":
-        """None without a group, and then nothing is communicated. Otherwise one small gather, and a host sync."""
-        if group is None:
-            return None
+    def of(cls, group: dist.ProcessGroup, columns: int, device: torch.device) -> "VocabShard":
+        """One small gather, and a host sync."""
         if torch.compiler.is_compiling():
             raise NotImplementedError("process_group does not work inside torch.compile; call the loss outside of it")
         mine = torch.tensor([columns], device=device)
@@ -103,65 +101,68 @@ class _Whole(torch.autograd.Function):
         return grad.narrow(ctx.dim, ctx.shard.first, ctx.shard.sizes[ctx.shard.rank]).contiguous(), None, None
 
 
-def statistics(
-    kernels: ModuleType,
-    logits: Tensor,  # (n, V) or (B, T, V): this rank's columns
-    index: Tensor,  # (n,) ids in the whole vocabulary
-    mask: Tensor | None,  # (n,)
-    transform: LogitTransform,
-    with_entropy: bool,
-    shard: VocabShard | None,
-) -> RowStats:
-    """`kernels.statistics` of the whole rows."""
-    if shard is None:
-        return kernels.statistics(logits, index, mask, transform, with_entropy)
-    _, local = shard.owned(index)
-    part = kernels.statistics(logits, local, mask, transform)
-    row_max, log_sum, entropy, target = shard.gather(
-        torch.stack([part.row_max, part.log_sum, part.entropy, part.logps + part.log_sum])
-    ).unbind(1)
-    top, empty = row_max.amax(0), row_max == -torch.inf  # a shard of -inf columns has no statistics of its own
-    log_sum, target = log_sum.masked_fill(empty, -torch.inf), target.masked_fill(empty, -torch.inf)
-    shift = row_max - top
-    weight = torch.softmax(log_sum + shift, 0)  # each shard's share of the row's probability
-    log_total = torch.logsumexp(log_sum + shift, 0)
-    mean = torch.where(weight > 0, weight * (log_sum - entropy + shift), 0.0).sum(0)
-    logps = (target + shift).gather(0, shard.owners(index)[None]).squeeze(0) - log_total
-    logps = torch.where((index >= 0) & (index < shard.vocab_size), logps, torch.nan)
-    stats = RowStats(logps, log_total - mean, top, log_total)
-    return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
+@dataclass(frozen=True)
+class ShardedRows:
+    """`RowKernels` that work on this rank's columns and answer for the whole rows."""
 
+    kernels: RowKernels
+    shard: VocabShard
 
-def gradient(
-    kernels: ModuleType,
-    logits: Tensor,  # (n, V) or (B, T, V): this rank's columns
-    out: Tensor | None,
-    index: Tensor,  # (n,)
-    mask: Tensor | None,  # (n,)
-    stats: RowStats,  # of the whole rows
-    grad_logps: Tensor | None,  # (n,)
-    grad_entropy: Tensor | None,  # (n,)
-    transform: LogitTransform,
-    shard: VocabShard | None,
-) -> Tensor:
-    """`kernels.gradient` of this rank's columns.
+    def statistics(
+        self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
+    ) -> RowStats:
+        """Of the whole rows; index (n,) holds ids in the whole vocabulary."""
+        shard = self.shard
+        _, local = shard.owned(index)
+        part = self.kernels.statistics(logits, local, mask, transform)
+        row_max, log_sum, entropy, target = shard.gather(
+            torch.stack([part.row_max, part.log_sum, part.entropy, part.logps + part.log_sum])
+        ).unbind(1)
+        top, empty = row_max.amax(0), row_max == -torch.inf  # a shard of -inf columns has no statistics of its own
+        log_sum, target = log_sum.masked_fill(empty, -torch.inf), target.masked_fill(empty, -torch.inf)
+        shift = row_max - top
+        weight = torch.softmax(log_sum + shift, 0)  # each shard's share of the row's probability
+        log_total = torch.logsumexp(log_sum + shift, 0)
+        mean = torch.where(weight > 0, weight * (log_sum - entropy + shift), 0.0).sum(0)
+        logps = (target + shift).gather(0, shard.owners(index)[None]).squeeze(0) - log_total
+        logps = torch.where((index >= 0) & (index < shard.vocab_size), logps, torch.nan)
+        stats = RowStats(logps, log_total - mean, top, log_total)
+        return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
 
-    A kernel always adds dloss/dlogp at one column. Where the target lies elsewhere that is column 0, which is then
-    computed again without it.
-    """
-    arguments = (stats, grad_logps, grad_entropy, transform)
-    if shard is None:
-        return kernels.gradient(logits, out, index, mask, *arguments)
-    mine, local = shard.owned(index)
-    if grad_logps is not None:  # an id outside the whole vocabulary poisons its row on every rank
-        grad_logps = torch.where((index >= 0) & (index < shard.vocab_size), grad_logps, torch.nan)
+    def gradient(
+        self,
+        logits: Tensor,
+        out: Tensor | None,
+        index: Tensor,
+        mask: Tensor | None,
+        stats: RowStats,  # of the whole rows
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        transform: LogitTransform,
+    ) -> Tensor:
+        """Of this rank's columns.
+
+        A kernel always adds dloss/dlogp at one column. Where the target lies elsewhere that is column 0, which is then
+        computed again without it.
+        """
+        mine, local = self.shard.owned(index)
+        if grad_logps is not None:  # an id outside the whole vocabulary poisons its row on every rank
+            grad_logps = torch.where((index >= 0) & (index < self.shard.vocab_size), grad_logps, torch.nan)
         arguments = (stats, grad_logps, grad_entropy, transform)
-    first = _first_column(logits, *arguments)
-    out = kernels.gradient(logits, out, local, mask, *arguments)
-    keep = mine if mask is None else mine | ~mask
-    column = out[..., 0]
-    column.copy_(torch.where(keep.view(column.shape), column, first.view(column.shape).to(out.dtype)))
-    return out
+        first = _first_column(logits, *arguments)
+        out = self.kernels.gradient(logits, out, local, mask, *arguments)
+        keep = mine if mask is None else mine | ~mask
+        column = out[..., 0]
+        column.copy_(torch.where(keep.view(column.shape), column, first.view(column.shape).to(out.dtype)))
+        return out
+
+    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
+        """Never: a row is spread over the ranks."""
+        return False
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """grad *= factor ()."""
+        self.kernels.scale_(grad, factor)
 
 
 def _first_column(

@@ -24,7 +24,7 @@ ABOUT_SOURCES = ("test_cuda_sources.py", "test_cuda_emulated.py")
 HEADER = "| torch | Triton | `_C_cpu` | `_C_cuda` loads | quick kernel tests | Triton: interpreted, compiled for GPUs |"
 FOUND = """
 import igrpo_kernels, torch, sys
-from igrpo_kernels.native_ops import missing_library
+from igrpo_kernels.compiled_rows import missing_library
 assert igrpo_kernels.__file__.startswith(sys.prefix), igrpo_kernels.__file__
 try:
     import triton

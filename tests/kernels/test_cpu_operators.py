@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, available_impls, grpo_loss, native_rows
+from igrpo_kernels import GRPOLossConfig, available_impls, compiled_rows, grpo_loss
 from igrpo_kernels.batch import TokenBatch
 from tests.kernels.oracle import boundary_inputs
 
@@ -26,7 +26,7 @@ def test_opcheck():
     row_arguments = (batch.index, batch.mask, *stats, batch.advantages, None, *transform)
     constants = (batch.index, batch.mask, batch.advantages, batch.advantages, batch.old_per_token_logps)
     constants = (*constants, batch.ref_per_token_logps, None, None)
-    constants = (*constants, native_rows.objective_numbers(GRPOLossConfig(beta=0.1)), *transform)
+    constants = (*constants, compiled_rows.objective_numbers(GRPOLossConfig(beta=0.1)), *transform)
     torch.library.opcheck(ops.row_stats, (logits, batch.index, batch.mask, *transform))
     torch.library.opcheck(ops.row_grad, (logits, *row_arguments))
     torch.library.opcheck(ops.row_grad_, (logits.clone(), *row_arguments))

@@ -10,9 +10,10 @@ from itertools import product
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, available_impls, grpo_loss, native_rows, selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, available_impls, fused_loss, grpo_loss, selective_log_softmax
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import locality, objective_and_row_gradients
+from igrpo_kernels.compiled_rows import CompiledRows
+from igrpo_kernels.objective import coupling, objective_and_row_gradients
 from igrpo_kernels.types import LogitTransform
 from tests.kernels.oracle import (
     LOSS_LEVELS,
@@ -25,6 +26,7 @@ from tests.kernels.oracle import (
 
 SKIPPED = os.environ.get("IGRPO_SKIP_EXT", "0") not in ("", "0")
 REASON = available_impls()["cpu"]
+ROWS = CompiledRows("cpu")
 RTOL = 2e-5  # fp32 against fp64
 ULP = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}  # one unit in the last place, generously
 
@@ -128,8 +130,8 @@ def test_exponential_over_its_whole_range(capability):
     """-p_v is the gradient of logp: for log p from 0 to where fp32 ends it must be within 2 ulp of exp(log p)."""
     z = torch.cat([torch.zeros(1), torch.linspace(-87.2, -1e-3, 200_001)])[None, None]
     target = torch.tensor([0])
-    stats = native_rows.statistics(z, target, None, LogitTransform())
-    grad = native_rows.gradient(z, None, target, None, stats, torch.ones(1), None, LogitTransform())
+    stats = ROWS.statistics(z, target, None, LogitTransform())
+    grad = ROWS.gradient(z, None, target, None, stats, torch.ones(1), None, LogitTransform())
     log_p = ((z - stats.row_max) - stats.log_sum)[0, 0, 1:]  # rounded to fp32 as in the kernel
     p, truth = -grad[0, 0, 1:].double(), log_p.double().exp()
     normal = truth > 1.2e-38
@@ -164,8 +166,8 @@ def test_gradients_are_rounded_to_nearest_even(dtype, capability):
     g = torch.cat([grid, grid * 2.0**-24, grid * 2.0**-30, grid * 32.0, torch.tensor([0.1, 65519.9, 65520.0, 3e38])])
     logits = torch.tensor([0.0, -float("inf")], dtype=dtype).repeat(1, len(g), 1)
     target = torch.ones(len(g), dtype=torch.long)
-    stats = native_rows.statistics(logits, target, None, LogitTransform())
-    grad = native_rows.gradient(logits, None, target, None, stats, g, None, LogitTransform())[0]
+    stats = ROWS.statistics(logits, target, None, LogitTransform())
+    grad = ROWS.gradient(logits, None, target, None, stats, g, None, LogitTransform())[0]
     torch.testing.assert_close(grad, torch.stack([-g, g], -1).to(dtype), rtol=0, atol=0)
 
 
@@ -237,9 +239,9 @@ def test_the_coefficient_in_c_is_the_derivative_of_the_python_objective(config, 
     if old == "current":
         keywords["old_per_token_logps"] = keywords["sampling_per_token_logps"] = None
     batch = TokenBatch.build(inputs.completion_ids, inputs.advantages, dtype=torch.float32, **keywords)
-    assert native_rows.one_launch(batch, config)
-    rows = native_rows.token_rows(batch, config, None)
-    logps, entropy, applied, _ = native_rows.token_loss(inputs.logits, None, rows, config)
+    assert ROWS.fits_one_pass(batch, config)
+    rows = ROWS.coefficient_inputs(batch, config, None)
+    logps, entropy, applied, _ = ROWS.token_loss(inputs.logits, None, rows, config)
     _, _, expected, _ = objective_and_row_gradients(logps, entropy, batch, config, None)
     torch.testing.assert_close(applied, expected, rtol=1e-5, atol=1e-7)
     assert (applied[batch.mask] != 0).any()
@@ -261,9 +263,9 @@ def test_a_loss_that_couples_tokens_takes_two_passes():
         inputs = replace(inputs, logits=inputs.logits.float().double())
         given = inputs.keywords(config)
         batch = TokenBatch.build(inputs.completion_ids, inputs.advantages, dtype=torch.float32, **given)
-        assert locality(batch, config) == expected
+        assert coupling(batch, config) == expected
         if config.importance_sampling_mode is not None:  # without old log-probs its ratio follows the policy's
-            assert locality(replace(batch, old_per_token_logps=None), config) == "sequence"
+            assert coupling(replace(batch, old_per_token_logps=None), config) == "sequence"
         for old in (given["old_per_token_logps"], None):
             results = []
             for rows, impl in ((inputs, "torch"), (inputs.to(torch.float32), "cpu")):
@@ -294,9 +296,8 @@ def test_a_bad_target_poisons_its_row_or_its_sequence_only(level):
     ids = inputs.completion_ids.clone()
     ids[0, 0], ids[1, 0] = 37, -1
     batch = TokenBatch.build(ids, inputs.advantages * 0, dtype=compute_dtype(torch.float32), **inputs.keywords(config))
-    module = __import__("igrpo_kernels.cpu_ops", fromlist=["grpo_loss"])
     leaf = inputs.logits.clone().requires_grad_()
-    loss, logps, _, _ = module.grpo_loss(leaf, batch, config, None, inplace=False)
+    loss, logps, _, _ = fused_loss.grpo_loss(ROWS, leaf, batch, config, None, inplace=False)
     loss.backward()
     assert loss.isnan()
     poisoned = leaf.grad.isnan()

@@ -16,11 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, native_rows, selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, compiled_rows, selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import objective_and_row_gradients
 from tests.kernels.oracle import assert_close_to_truth, boundary_inputs
 
+ROWS = compiled_rows.CompiledRows("cuda")
 ROOT = Path(__file__).resolve().parents[2]
 EMULATOR = Path(__file__).parent / "cuda_emulator"
 CXX = shutil.which(os.environ.get("CXX", "c++"))
@@ -109,8 +110,8 @@ class Launch:
         self.kept = (logits, index, mask)
 
     def constants(self, batch, config):
-        numbers = native_rows.objective_numbers(config)
-        constants = native_rows.token_rows(batch, config, None)
+        numbers = compiled_rows.objective_numbers(config)
+        constants = ROWS.coefficient_inputs(batch, config, None)
         self.tensors = [
             batch.advantages.contiguous(),
             constants[3],

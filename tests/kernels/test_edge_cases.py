@@ -8,9 +8,12 @@ import torch
 
 from igrpo_kernels import (
     GRPOLossConfig,
+    fused_linear_autograd,
+    fused_loss,
     grpo_loss,
     linear_grpo_loss,
     linear_selective_log_softmax,
+    reference,
     selective_log_softmax,
 )
 from igrpo_kernels.batch import TokenBatch
@@ -275,15 +278,17 @@ def test_a_target_outside_the_vocabulary_raises_on_the_cpu(bad, impl):
 
 def test_where_looking_would_sync_a_bad_target_poisons_its_row_only(impl):
     """The implementations see unchecked targets on accelerators: NaN in that row, nothing elsewhere."""
-    module = resolve_impl(impl, "cpu")
+    kernels = resolve_impl(impl, "cpu")
+    over = () if kernels is None else (kernels,)
     logits = torch.randn(3, 5, requires_grad=True)
     index = torch.tensor([1, 5, -1])
-    logps, entropy = module.selective_log_softmax(logits, index, LogitTransform(), return_entropy=True, row_mask=None)
+    materialised, linear = (reference, reference) if kernels is None else (fused_loss, fused_linear_autograd)
+    logps, entropy = materialised.selective_log_softmax(*over, logits, index, LogitTransform(), return_entropy=True)
     assert logps.isnan().tolist() == [False, True, True]
     assert_finite(entropy)
     hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    logps, entropy = module.linear_selective_log_softmax(
-        hidden, weight, None, index, LogitTransform(), return_entropy=True
+    logps, entropy = linear.linear_selective_log_softmax(
+        *over, hidden, weight, None, index, LogitTransform(), return_entropy=True
     )
     assert logps.isnan().tolist() == [False, True, True]
     logps.sum().backward()
@@ -296,12 +301,16 @@ def test_a_poisoned_row_shows_in_the_loss(loss_type, level, impl):
     inputs, config = boundary_inputs(level=level), full_config(loss_type, level, off_policy_mask_threshold=None)
     inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(8) > 0))
     config = replace(config, top_entropy_quantile=1.0)
-    module = resolve_impl(impl, "cpu")
+    kernels = resolve_impl(impl, "cpu", torch.float64)
     for row in (0, 1):
         ids = inputs.completion_ids.clone()
         ids[row, 0] = 37
         batch = TokenBatch.build(ids, inputs.advantages, dtype=torch.float64, **inputs.keywords(config))
-        loss, *_ = module.grpo_loss(inputs.logits, batch, config, None, inplace=False)
+        arguments = (inputs.logits, batch, config, None)
+        if kernels is None:
+            loss, *_ = reference.grpo_loss(*arguments)
+        else:
+            loss, *_ = fused_loss.grpo_loss(kernels, *arguments, inplace=False)
         assert loss.isnan()
 
 

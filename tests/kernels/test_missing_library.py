@@ -16,7 +16,7 @@ PROGRAM = """
 import json, pathlib, shutil, sys, warnings
 import torch
 import igrpo_kernels
-from igrpo_kernels import available_impls, impls, native_ops, selective_log_softmax
+from igrpo_kernels import available_impls, compiled_rows, impls, selective_log_softmax
 
 here, answers = pathlib.Path(igrpo_kernels.__file__).parent, {}
 assert here.parent == pathlib.Path(sys.argv[1])
@@ -24,7 +24,7 @@ logits, index = torch.randn(2, 4), torch.tensor([0, 1])
 for case in ("absent", *sys.argv[2:]):
     if case != "absent":
         shutil.copy(case, here / "_C_cpu.so")
-    native_ops.missing_library.cache_clear()
+    compiled_rows.missing_library.cache_clear()
     impls._tell_once.cache_clear()
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

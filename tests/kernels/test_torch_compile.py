@@ -7,15 +7,15 @@ import torch
 from igrpo_kernels import (
     GRPOLossConfig,
     available_impls,
+    fused_linear_autograd,
     grpo_loss,
     linear_grpo_loss,
-    linear_ops,
     linear_selective_log_softmax,
     selective_log_softmax,
 )
 from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.objective import may_contribute
-from igrpo_kernels.row_kernels import row_kernels
 from igrpo_kernels.types import LogitTransform
 
 IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
@@ -105,7 +105,7 @@ def test_one_graph_for_every_length(case, impl, device):
 @pytest.mark.applies(lambda x: x["impl"] != "torch", otherwise="the reference has no operators")
 def test_opcheck_of_the_linear_operators(impl, device):
     """Schemas, fake kernels and dynamic shapes of what a graph calls instead of the chunked functions."""
-    kernels, x = "triton" if impl == "triton" else "native", tensors(4, device)
+    x = tensors(4, device)
     batch = TokenBatch.build(
         x["ids"], x["advantages"], dtype=torch.float32, completion_mask=x["mask"], old_per_token_logps=x["old"]
     )
@@ -113,20 +113,20 @@ def test_opcheck_of_the_linear_operators(impl, device):
     head = (x["hidden"].flatten(0, 1), x["weight"], torch.zeros(V, device=device))
     plan = (torch.float32, torch.float32, 3)
     contributes = may_contribute(batch, config)
-    constants = list(row_kernels(kernels).token_rows(batch, config, None))
-    arguments = (kernels, *head, constants, contributes, batch.mask & ~contributes)
+    inputs = list(resolve_impl(impl, device).coefficient_inputs(batch, config, None))
+    arguments = (impl, *head, inputs, contributes, batch.mask & ~contributes)
     needs = [True, True, False]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    loss_arguments = (*arguments, *linear_ops._config_arguments(config), needs, *plan)
-    torch.library.opcheck(linear_ops.linear_token_loss, loss_arguments, test_utils=checks)
-    rows, transform = (kernels, *head, batch.index, batch.mask), tuple(LogitTransform())
-    torch.library.opcheck(linear_ops.linear_log_probs, (*rows, *transform, True, *plan), test_utils=checks)
-    stats = linear_ops.linear_log_probs(*rows, *transform, True, *plan)
+    loss_arguments = (*arguments, *fused_linear_autograd._config_arguments(config), needs, *plan)
+    torch.library.opcheck(fused_linear_autograd.linear_token_loss, loss_arguments, test_utils=checks)
+    rows, transform = (impl, *head, batch.index, batch.mask), tuple(LogitTransform())
+    torch.library.opcheck(fused_linear_autograd.linear_log_probs, (*rows, *transform, True, *plan), test_utils=checks)
+    stats = fused_linear_autograd.linear_log_probs(*rows, *transform, True, *plan)
     grads = (batch.advantages, None)
     backward = (*rows, *stats, *grads, *transform, needs, *plan)
-    torch.library.opcheck(linear_ops.linear_log_probs_backward, backward, test_utils=checks)
+    torch.library.opcheck(fused_linear_autograd.linear_log_probs_backward, backward, test_utils=checks)
 
 
 @pytest.mark.parametrize("config", [TOKEN, SEQUENCE, GRPOLossConfig("dr_grpo", max_completion_length=9, delta=2.0)])
 def test_a_configuration_survives_the_operator_boundary(config, impl):
-    assert linear_ops._config(*linear_ops._config_arguments(config)) == config
+    assert fused_linear_autograd._config(*fused_linear_autograd._config_arguments(config)) == config

@@ -16,8 +16,9 @@ import triton
 
 from benchmarks.machine_code import resources
 from benchmarks.sass_kernels import CompileOnlyDriver
-from igrpo_kernels import GRPOLossConfig, triton_impl, triton_rows
+from igrpo_kernels import GRPOLossConfig, fused_linear_autograd, fused_loss
 from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.triton_rows import TRITON
 
 V, H = 1024, 64  # the widest tile of every kernel needs V >= 16,384; a second pass uses it
 
@@ -58,10 +59,10 @@ def call(
         ref_per_token_logps=rows,
         sampling_per_token_logps=rows,
     )
-    triton_impl.grpo_loss(logits, batch, config, None, inplace=inplace)[0].backward()
+    fused_loss.grpo_loss(TRITON, logits, batch, config, None, inplace=inplace)[0].backward()
     hidden = torch.zeros(B * T, H, dtype=dtype, requires_grad=True)
     weight = torch.zeros(V, H, dtype=dtype, requires_grad=True)
-    triton_impl.linear_grpo_loss(hidden, weight, None, batch, config, None)[0].backward()
+    fused_linear_autograd.linear_grpo_loss(TRITON, hidden, weight, None, batch, config, None)[0].backward()
 
 
 def call_with_fp32_logits(config: GRPOLossConfig) -> None:
@@ -70,9 +71,9 @@ def call_with_fp32_logits(config: GRPOLossConfig) -> None:
     rows = torch.zeros(1, n)
     batch = TokenBatch.build(torch.zeros(1, n, dtype=torch.int64), torch.ones(1), dtype=torch.float32)
     logits, out = torch.zeros(n, width), torch.zeros(n, width, dtype=torch.bfloat16)
-    triton_rows.token_loss(logits, out, triton_rows.token_rows(batch, config, None), config)
-    stats = triton_rows.statistics(logits, batch.index, None, config.logit_transform)
-    triton_rows.gradient(logits, out, batch.index, None, stats, rows[0], rows[0], config.logit_transform)
+    TRITON.token_loss(logits, out, TRITON.coefficient_inputs(batch, config, None), config)
+    stats = TRITON.statistics(logits, batch.index, None, config.logit_transform)
+    TRITON.gradient(logits, out, batch.index, None, stats, rows[0], rows[0], config.logit_transform)
 
 
 def compile_everything() -> None:

@@ -58,11 +58,12 @@ def test_opcheck(row_arguments, name, monkeypatch):
 @pytest.mark.parametrize("entropy", [False, True])
 def test_log_probs_compile_without_a_graph_break(row_arguments, entropy):
     logits, index, mask, _ = row_arguments
-    from igrpo_kernels.triton_impl import selective_log_softmax
+    from igrpo_kernels.fused_loss import selective_log_softmax
+    from igrpo_kernels.triton_rows import TRITON
     from igrpo_kernels.types import LogitTransform
 
     def loss(x):
-        logps, h = selective_log_softmax(x, index, LogitTransform(), return_entropy=entropy, row_mask=mask)
+        logps, h = selective_log_softmax(TRITON, x, index, LogitTransform(), return_entropy=entropy, row_mask=mask)
         return logps.sum() + (h.sum() if entropy else 0.0)
 
     grads = []

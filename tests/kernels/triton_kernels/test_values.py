@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, grpo_loss, selective_log_softmax
-from igrpo_kernels.triton_rows import one_launch
+from igrpo_kernels.triton_rows import TRITON
 from tests.kernels.oracle import LOSS_LEVELS, assert_close_to_truth, loss_and_grad, packed
 
 OPTIONS = {
@@ -72,11 +72,11 @@ def test_inputs_reach_every_branch(small_inputs):
     assert zero[inputs.completion_mask].any() and (~zero).any() and (~inputs.completion_mask).any()
 
 
-def test_one_launch_only_where_coefficients_are_local(small_inputs):
+def test_one_pass_only_where_coefficients_are_local(small_inputs):
     batch = type("Batch", (), {"old_per_token_logps": None, "sampling_per_token_logps": torch.zeros(1)})
-    assert one_launch(batch, GRPOLossConfig(**EVERYTHING))
+    assert TRITON.fits_one_pass(batch, GRPOLossConfig(**EVERYTHING))
     for options in (OPTIONS["sequence_mask"], OPTIONS["opsm"], OPTIONS["top_entropy"], {"loss_type": "vespo"}):
-        assert not one_launch(batch, GRPOLossConfig(**options))
+        assert not TRITON.fits_one_pass(batch, GRPOLossConfig(**options))
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])

@@ -14,18 +14,17 @@ from torch import Tensor
 from igrpo_kernels import fused_linear
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.first_order import first_order_only
-from igrpo_kernels.gradient_handover import hand_over
+from igrpo_kernels.fused_loss import LossRows, with_gradients
+from igrpo_kernels.impls import IMPLS
 from igrpo_kernels.lm_head import HeadPlan
 from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
-from igrpo_kernels.row_kernels import RowStats, row_kernels
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard
-
-LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
 def linear_grpo_loss(
-    kernels: str,
+    kernels: RowKernels,
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -40,15 +39,15 @@ def linear_grpo_loss(
     """Loss (), logps (n,), entropy (n,), metrics."""
     leaves = [hidden, weight, bias]
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves]
-    tracing, rows = torch.compiler.is_compiling(), row_kernels(kernels)
+    tracing = torch.compiler.is_compiling()
     contributes = may_contribute(batch, config) if any(needs) else torch.zeros_like(batch.mask)
     measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
     reported = measured & ~contributes
-    one_launch = rows.one_launch(batch, config) and shard is None and any(needs)
+    one_pass = any(needs) and kernels.fits_one_pass(batch, config)
     plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
     # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with
     # backward, and a gradient made before that would have lost its small values.
-    if (tracing and not one_launch) or (any(needs) and plan.matmul_dtype == torch.float16):
+    if (tracing and not one_pass) or (any(needs) and plan.matmul_dtype == torch.float16):
         logps, entropy = linear_selective_log_softmax(
             kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
             row_mask=measured, fp32_logits=fp32_logits, shard=shard,
@@ -58,28 +57,35 @@ def linear_grpo_loss(
         return loss, logps, entropy, metrics if compute_metrics else {}
     with torch.no_grad():
         detached = [None if x is None else x.detach() for x in leaves]
-        if not one_launch:
+        if not one_pass:
             logps, entropy, *gradients = fused_linear.coupled_loss(
-                rows, *detached, batch, config, num_items_in_batch, contributes, reported, needs, plan, shard
+                kernels, *detached, batch, config, num_items_in_batch, contributes, reported, needs, plan, shard
             )
         else:
-            constants = rows.token_rows(batch, config, num_items_in_batch)
+            inputs = kernels.coefficient_inputs(batch, config, num_items_in_batch)
             if tracing:
                 logps, entropy, *gradients = linear_token_loss(
-                    kernels, *detached, list(constants), contributes, reported, *_config_arguments(config), needs, *plan
+                    kernels.name,
+                    *detached,
+                    list(inputs),
+                    contributes,
+                    reported,
+                    *_config_arguments(config),
+                    needs,
+                    *plan,
                 )
                 gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
             else:
-                arguments = (constants, contributes, reported, config, needs, plan)
-                logps, entropy, *gradients = fused_linear.token_level_loss(rows, *detached, *arguments)
+                arguments = (inputs, contributes, reported, config, needs, plan)
+                logps, entropy, *gradients = fused_linear.token_level_loss(kernels, *detached, *arguments)
         loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
     if any(needs):
-        loss = hand_over(rows, loss, leaves, gradients)
+        loss = with_gradients(kernels, loss, leaves, gradients)
     return loss, logps, entropy, metrics if compute_metrics else {}
 
 
 def linear_selective_log_softmax(
-    kernels: str,
+    kernels: RowKernels,
     hidden: Tensor,  # (n, H)
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
@@ -108,9 +114,9 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         ctx.kernels, ctx.transform, ctx.plan, ctx.shard = kernels, transform, plan, shard
         rows = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), index, row_mask)
         if torch.compiler.is_compiling():
-            stats = RowStats(*linear_log_probs(kernels, *rows, *transform, return_entropy, *plan))
+            stats = RowStats(*linear_log_probs(kernels.name, *rows, *transform, return_entropy, *plan))
         else:
-            stats = fused_linear.log_probs(row_kernels(kernels), *rows, transform, return_entropy, plan, shard)
+            stats = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan)
         ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats)
         return stats.logps, stats.entropy
 
@@ -121,12 +127,12 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         needs, rows = list(ctx.needs_input_grad[1:4]), (hidden, weight, bias, index, row_mask)
         if torch.compiler.is_compiling():
             gradients = linear_log_probs_backward(
-                ctx.kernels, *rows, *stats, grad_logps, grad_entropy, *ctx.transform, needs, *ctx.plan
+                ctx.kernels.name, *rows, *stats, grad_logps, grad_entropy, *ctx.transform, needs, *ctx.plan
             )
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
         else:
             gradients = fused_linear.log_probs_backward(
-                row_kernels(ctx.kernels), *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
+                ctx.kernels, *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
                 ctx.plan, ctx.shard,
             )  # fmt: skip
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, rows[:3], strict=True)]
@@ -142,7 +148,7 @@ def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    constants: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
     contributes: Tensor,
     reported: Tensor,
     config_names: str,
@@ -154,13 +160,15 @@ def linear_token_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`fused_linear.token_level_loss`."""
     config, plan = _config(config_names, config_numbers), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
-    rows = (hidden, weight, bias, tuple(constants), contributes, reported)
-    logps, entropy, *gradients = fused_linear.token_level_loss(row_kernels(kernels), *rows, config, list(needs), plan)
+    rows = (hidden, weight, bias, tuple(inputs), contributes, reported)
+    logps, entropy, *gradients = fused_linear.token_level_loss(
+        IMPLS[kernels].kernels(), *rows, config, list(needs), plan
+    )
     return logps, entropy, *_no_none(gradients, hidden)
 
 
 @linear_token_loss.register_fake
-def _(kernels, hidden, weight, bias, constants, contributes, reported, names, numbers, needs, *_):
+def _(kernels, hidden, weight, bias, inputs, contributes, reported, names, numbers, needs, *_):
     dtype, n = compute_dtype(hidden.dtype), hidden.shape[0]
     rows = [hidden.new_empty(n, dtype=dtype) for _ in range(2)]
     return *rows, *_gradients_like(hidden, weight, bias, needs)
@@ -185,7 +193,7 @@ def linear_log_probs(
     """`fused_linear.log_probs`."""
     transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
-    return tuple(fused_linear.log_probs(row_kernels(kernels), *rows, transform, with_entropy, plan, None))
+    return tuple(fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan))
 
 
 @linear_log_probs.register_fake
@@ -220,7 +228,7 @@ def linear_log_probs_backward(
     transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows, stats = (hidden, weight, bias, index, row_mask), RowStats(logps, entropy, row_max, log_sum)
     gradients = fused_linear.log_probs_backward(
-        row_kernels(kernels), *rows, stats, grad_logps, grad_entropy, transform, list(needs), plan, None
+        IMPLS[kernels].kernels(), *rows, stats, grad_logps, grad_entropy, transform, list(needs), plan, None
     )
     return tuple(_no_none(gradients, hidden))
 
