@@ -37,7 +37,7 @@ def test_opcheck():
 def test_a_wrong_call_names_file_line_and_condition():
     logits, batch = operator_arguments()
     transform = (1.0, 0.0, 1.0)
-    with pytest.raises(RuntimeError, match=r"op_params\.h:\d+: .*index.*is false: tensor index must be contiguous"):
+    with pytest.raises(RuntimeError, match=r"operators\.h:\d+: .*index.*is false: tensor index must be contiguous"):
         torch.ops.igrpo.row_stats(logits, batch.index[1:], None, *transform)
     with pytest.raises(RuntimeError, match=r"scalar_type.*must be Long"):
         torch.ops.igrpo.row_stats(logits, batch.index.int(), None, *transform)

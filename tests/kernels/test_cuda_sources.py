@@ -96,7 +96,7 @@ def test_sources_are_listed_and_kernels_are_torch_free(monkeypatch):
     assert listed <= found
     for path in csrc.rglob("*.*"):
         if "torch/" in path.read_text(encoding="utf-8"):
-            assert path.name in {"bindings.cpp", "bindings_cuda.cpp", "op_params.h", "checks.h"}, path
+            assert path.name in {"bindings.cpp", "bindings_cuda.cpp", "operators.h", "checks.h"}, path
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
 
 
