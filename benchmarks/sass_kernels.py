@@ -154,8 +154,8 @@ CONFIGS = {
 
 def triton_paths(capability: int, variants: Iterable[str] = tuple(CONFIGS)) -> list[LossKernels]:
     from igrpo_kernels import triton_grpo_loss, triton_logprobs
-    from igrpo_kernels.triton_rows import TRITON
     from igrpo_kernels.batch import TokenBatch
+    from igrpo_kernels.triton_rows import TRITON
 
     n = 2
     batch = TokenBatch.build(torch.zeros(1, n, dtype=torch.int64), torch.ones(1), dtype=torch.float32)
