@@ -18,7 +18,7 @@ def bench_learner_step(session, record_rows, benchmark, tmp_path):
     turns = benchmark.pedantic(learner_step.run, args=(case, tmp_path / "model", steps), rounds=1)
     rows = learner_step.rows(case, turns, "beside TRL")
     record_rows(benchmark, rows)
-    assert all(not row["note"] for row in rows), [(row["contender"], row["note"]) for row in rows]
+    assert all(not row["note"] for row in rows), [(row["provider"], row["note"]) for row in rows]
     ratios = learner_step.beside_trl(rows)
     if ratios is not None and session.kind != "toy":
         speed, memory = ratios

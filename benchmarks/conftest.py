@@ -1,4 +1,4 @@
-"""Options, the fixture that holds a contest, and what is said and written at the end.
+"""Options, the fixture that measures a case, and what is said and written at the end.
 
 pytest benchmarks/                  measure and print
 pytest benchmarks/ --guard          and fail where we lost against this kind of machine's record (`make bench`)
@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from benchmarks import records, report, tables
-from benchmarks.contender import Contender, interpreted
-from benchmarks.measure import Contest
+from benchmarks.measure import Comparison
 from benchmarks.problems import make_problem
-from benchmarks.shapes import Shape, contests
+from benchmarks.provider import Provider, interpreted
+from benchmarks.shapes import Shape, cases_of
 
 ROUNDS = (5, 40)
 RETRIES = 2
@@ -32,8 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--record", action="store_true", help="make this run the record of this kind of machine")
     group.addoption("--output", type=Path, help="write the run as a record to this file")
     group.addoption("--toy", action="store_true", help="tiny shapes, to see that everything runs")
-    group.addoption("--seconds", type=float, default=None, help="clock time per contest (2 on CUDA, 4 on a CPU)")
-    group.addoption("--minutes", type=float, default=None, help="begin no contest after so many minutes")
+    group.addoption("--seconds", type=float, default=None, help="clock time per case (2 on CUDA, 4 on a CPU)")
+    group.addoption("--minutes", type=float, default=None, help="begin no case after so many minutes")
 
 
 class Session:
@@ -77,15 +77,15 @@ SESSION = pytest.StashKey[Session]()
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--toy") and config.getoption("--record"):
         raise pytest.UsageError("--toy --record: toy figures are no record; leave one of them out")
-    config.option.benchmark_quiet = True  # its table has one line per contest; ours has one per contender
+    config.option.benchmark_quiet = True  # its table has one line per case; ours has one per provider
     config.stash[SESSION] = Session(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`contest_of("op")` on a test: one case per (shape, variant) of this kind of machine."""
-    marker = metafunc.definition.get_closest_marker("contest")
+    """`case_of("op")` on a test: one case per (shape, variant) of this kind of machine."""
+    marker = metafunc.definition.get_closest_marker("case")
     if marker:
-        cases = contests(metafunc.config.stash[SESSION].kind)[marker.args[0]]
+        cases = cases_of(metafunc.config.stash[SESSION].kind)[marker.args[0]]
         names = [f"{s.name}-{s.tokens}x{s.V}x{s.H}-{s.dtype_name}-{v.replace(' ', '_')}" for s, v in cases]
         metafunc.parametrize(("shape", "variant"), cases, ids=names)
 
@@ -99,30 +99,30 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 @pytest.fixture
-def hold(session: Session, benchmark):
-    """hold(op, shape, variant, passes, contenders): the contest, its rows kept, and failed where we lost."""
+def compare(session: Session, benchmark):
+    """compare(op, shape, variant, passes, providers): the case, its rows kept, and failed where we lost."""
 
-    def run(op: str, shape: Shape, variant: str, passes: tuple[str, ...], contenders: tuple[Contender, ...]) -> None:
+    def run(op: str, shape: Shape, variant: str, passes: tuple[str, ...], providers: tuple[Provider, ...]) -> None:
         problem = make_problem(op, shape, variant, session.device)
-        entering = [c for c in contenders if c.enters(op, variant) and runs_here(c, session)
+        able = [c for c in providers if c.computes(op, variant) and runs_here(c, session)
                     and not compiles_too_long(c, session, op, shape, variant)]  # fmt: skip
-        contest = Contest(problem, entering, passes)
-        contest.prepare()
-        seconds = timed(contest.round)  # the warm-up, and how long a round takes
+        comparison = Comparison(problem, able, passes)
+        comparison.prepare()
+        seconds = timed(comparison.round)  # the warm-up, and how long a round takes
         if session.kind != "toy":
-            contest.round()
-        contest.discard()
+            comparison.round()
+        comparison.discard()
         rounds = 1 if session.kind == "toy" else max(ROUNDS[0], min(ROUNDS[1], round(session.seconds / seconds)))
         benchmark.group = f"{op}, {variant}, {shape.name} {shape.tokens}x{shape.V} {shape.dtype_name}"
-        benchmark.pedantic(contest.round, rounds=rounds)
-        rows = contest.rows()
+        benchmark.pedantic(comparison.round, rounds=rounds)
+        rows = comparison.rows()
         for _ in range(RETRIES):
             if not session.losses(rows):
                 break
-            contest.discard()
+            comparison.discard()
             for _ in range(rounds):
-                contest.round()
-            rows = contest.rows()
+                comparison.round()
+            rows = comparison.rows()
         finish(session, benchmark, rows)
 
     return run
@@ -130,36 +130,36 @@ def hold(session: Session, benchmark):
 
 @pytest.fixture
 def record_rows(session: Session):
-    """record_rows(benchmark, rows): keeps rows that were measured without `hold`."""
+    """record_rows(benchmark, rows): keeps rows that were measured without `compare`."""
     return lambda benchmark, rows: finish(session, benchmark, rows)
 
 
 @pytest.fixture
 def ours_here(session: Session):
-    return lambda contender: runs_here(contender, session)
+    return lambda provider: runs_here(provider, session)
 
 
-def runs_here(contender: Contender, session: Session) -> bool:
+def runs_here(provider: Provider, session: Session) -> bool:
     """Our implementations for another kind of machine are no news; one that is missing here is, like a peer."""
-    if contender.impl in ("cuda", "triton"):
-        return session.device.type == "cuda" or (interpreted() and contender.impl == "triton")
-    return contender.impl != "cpu" or session.device.type == "cpu"
+    if provider.impl in ("cuda", "triton"):
+        return session.device.type == "cuda" or (interpreted() and provider.impl == "triton")
+    return provider.impl != "cpu" or session.device.type == "cpu"
 
 
-def compiles_too_long(contender: Contender, session: Session, op: str, shape: Shape, variant: str) -> bool:
-    """Where compiling takes longer than the whole contest: beyond the first shape on CUDA, where Liger stays in, being
-    what many trainers use; on a CPU in all but the plain contests of the fused linear."""
-    if not contender.compiled or session.kind == "toy":
+def compiles_too_long(provider: Provider, session: Session, op: str, shape: Shape, variant: str) -> bool:
+    """Where compiling takes longer than the whole case: beyond the first shape on CUDA, where Liger stays in, being
+    what many trainers use; on a CPU in all but the plain cases of the fused linear."""
+    if not provider.compiled or session.kind == "toy":
         return False
-    first = shape == contests(session.kind)[op][0][0]
+    first = shape == cases_of(session.kind)[op][0][0]
     if session.kind == "cuda":
-        return not first and contender.impl != "liger"
+        return not first and provider.impl != "liger"
     return op.startswith("linear") and not (first and variant in ("token", "logps"))
 
 
 def finish(session: Session, benchmark, rows: list[dict]) -> None:
     session.rows += rows
-    session.write()  # after every contest: whatever ends this process later, these figures stay
+    session.write()  # after every case: whatever ends this process later, these figures stay
     benchmark.extra_info["rows"] = [{k: v for k, v in row.items() if k != "samples_ms"} for row in rows]
     lost = session.losses(rows)
     if lost:

@@ -163,7 +163,7 @@ def our_learner(case: Case, folder: str | None, mode: str) -> tuple[Any, list]:
 
 @dataclass
 class Turns:
-    """Times of each contender's steps, in milliseconds, and what one of them allocated at most."""
+    """Times of each provider's steps, in milliseconds, and what one of them allocated at most."""
 
     samples_ms: dict[str, list[float]] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
@@ -369,7 +369,7 @@ def rows(case: Case, turns: Turns, variant: str) -> list[dict]:
         error = turns.errors.get(name)
         right = error is None or error <= limit
         made.append({
-            "op": "learner_step", "pass": "step", "impl": name.partition(",")[0], "contender": name, "shape": case.name,
+            "op": "learner_step", "pass": "step", "impl": name.partition(",")[0], "provider": name, "shape": case.name,
             "tokens": real, "vocab": case.vocab, "hidden": case.hidden, "dtype": "bfloat16" if case.bf16 else "float32",
             "variant": variant, "time_ms": significant(statistics.median(samples)) if right else None,
             "floor_ms": None, "peak_extra_bytes": turns.peak_bytes.get(name), "max_rel_error": error,
@@ -382,7 +382,7 @@ def rows(case: Case, turns: Turns, variant: str) -> list[dict]:
 
 def beside_trl(found: list[dict]) -> tuple[float, float] | None:
     """How many times faster, and lower in peak memory, our packed step with shared prompts is than TRL's."""
-    by_name = {row["contender"]: row for row in found if row["op"] == "learner_step"}
+    by_name = {row["provider"]: row for row in found if row["op"] == "learner_step"}
     trl, ours = by_name.get("trl"), by_name.get(f"igrpo, {MODES[-1]}")
     if not (trl and ours and trl["time_ms"] and ours["time_ms"]):
         return None

@@ -32,7 +32,7 @@ def _lines(rows: list[dict]) -> Iterable[str]:
     base = next((row["time_ms"] for row in rows if row["time_ms"]), None)
     for row in rows:
         if not row["time_ms"]:
-            yield f"| {row['shape']} | {row['contender']} | {row['note']} | | | | | |"
+            yield f"| {row['shape']} | {row['provider']} | {row['note']} | | | | | |"
             continue
         seconds, tokens = row["time_ms"] / 1e3, row["tokens"] or row.get("decoded_tokens")
         cells = [
@@ -43,4 +43,4 @@ def _lines(rows: list[dict]) -> Iterable[str]:
             f"{row['computed_tokens']:,.0f}" if row.get("computed_tokens") else "",
             f"{row['peak_extra_bytes'] / 2**20:,.0f}" if row["peak_extra_bytes"] else "",
         ]
-        yield f"| {row['shape']} | {row['contender']} | {' | '.join(cells)} |"
+        yield f"| {row['shape']} | {row['provider']} | {' | '.join(cells)} |"

@@ -1,8 +1,8 @@
-"""One contest: contenders with the same work take turns, the ones that are right get a time.
+"""One case: providers with the same work take turns, the ones that are right get a time.
 
     gate     output and gradients against fp64, on inputs at the borders of the clip range; wrong -> no figure
     memory   one turn under the allocator's eyes
-    clock    rounds; in each, every contender has one turn, starting with another one each round
+    clock    rounds; in each, every provider has one turn, starting with another one each round
 
 A GPU is timed with CUDA events, its L2 flushed before every turn; a CPU by the wall clock, with inputs that exceed its
 caches and were just written again. Nothing of the preparation is inside the clock.
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.contender import Contender, Forward
 from benchmarks.problems import Problem, truth
+from benchmarks.provider import Forward, Provider
 from benchmarks.shapes import minimum_bytes, minimum_flops
 
 # Largest error, relative to the largest entry of each tensor, that passes as right. Wide enough for honest bf16: a
@@ -28,10 +28,10 @@ PASSES = ("fwd", "bwd", "fwd+bwd")
 
 
 @dataclass
-class Entrant:
-    """A contender with what was found out about it; `note` says why it has no figure."""
+class Measurement:
+    """A provider with what was found out about it; `note` says why it has no figure."""
 
-    contender: Contender
+    provider: Provider
     forward: Forward | None = None
     error: float | None = None
     peak_bytes: int | None = None
@@ -39,17 +39,17 @@ class Entrant:
     samples_ms: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
 
 
-class Contest:
-    """All contenders on one problem.
+class Comparison:
+    """All providers on one problem.
 
     Args:
         passes: ("fwd",) runs without gradients; otherwise forward and backward are timed in one go, and of forward,
             backward and their sum those named are kept.
     """
 
-    def __init__(self, problem: Problem, contenders: list[Contender], passes: tuple[str, ...]):
+    def __init__(self, problem: Problem, providers: list[Provider], passes: tuple[str, ...]):
         self.problem, self.passes = problem, passes
-        self.entrants = [Entrant(c) for c in contenders]
+        self.measurements = [Measurement(c) for c in providers]
         self.clock = CudaClock(problem.device) if problem.device.type == "cuda" else WallClock()
         self._round = 0
 
@@ -59,69 +59,69 @@ class Contest:
         torch._dynamo.reset()  # past its limit of recompilations it would run the eager code
         problem.old = problem.gate_old
         error_of = truth(problem)
-        for entrant in self.entrants:
-            self._check(entrant, error_of)
+        for measurement in self.measurements:
+            self._check(measurement, error_of)
             release(problem)
         problem.old = problem.clock_old
-        for entrant in self.running:
-            self.guarded(entrant, lambda e=entrant: self._measure_memory(e))
+        for measurement in self.running:
+            self.guarded(measurement, lambda e=measurement: self._measure_memory(e))
         problem.begin()  # its buffer, which the floor copies into
         self.floor = Floor(problem, self.passes)
 
     @property
-    def running(self) -> list[Entrant]:
-        return [e for e in self.entrants if not e.note]
+    def running(self) -> list[Measurement]:
+        return [e for e in self.measurements if not e.note]
 
-    def _check(self, entrant: Entrant, error_of: Callable) -> None:
-        contender, problem = entrant.contender, self.problem
-        entrant.note = contender.missing(problem.device) or ""
-        if not entrant.note and self.passes != ("fwd",) and contender.forward_only:
-            entrant.note = "has no backward pass"
-        if entrant.note:
+    def _check(self, measurement: Measurement, error_of: Callable) -> None:
+        provider, problem = measurement.provider, self.problem
+        measurement.note = provider.missing(problem.device) or ""
+        if not measurement.note and self.passes != ("fwd",) and provider.forward_only:
+            measurement.note = "has no backward pass"
+        if measurement.note:
             return
 
         def attempt() -> None:
-            entrant.forward = contender.build()
-            outputs = self._turn(entrant)
-            entrant.error = error_of(self._without_extra_row(outputs), self.passes != ("fwd",))
+            measurement.forward = provider.build()
+            outputs = self._turn(measurement)
+            measurement.error = error_of(self._without_extra_row(outputs), self.passes != ("fwd",))
             limit = TOLERANCE[problem.shape.dtype]
-            if not entrant.error <= limit:
-                entrant.note = f"wrong: error {entrant.error:.1e} exceeds {limit:.0e}"
+            if not measurement.error <= limit:
+                measurement.note = f"wrong: error {measurement.error:.1e} exceeds {limit:.0e}"
 
-        self.guarded(entrant, attempt)
+        self.guarded(measurement, attempt)
 
-    def guarded(self, entrant: Entrant, action: Callable[[], None]) -> None:
-        """Whatever a contender raises becomes its note: one that fails must not take the others along."""
+    def guarded(self, measurement: Measurement, action: Callable[[], None]) -> None:
+        """Whatever a provider raises becomes its note: one that fails must not take the others along."""
         try:
             action()
         except Exception as error:
             first = next(iter(str(error).strip().splitlines()), "")
             kind = "out of memory" if "out of memory" in str(error).lower() else f"{type(error).__name__}: {first}"
-            entrant.note = f"failed ({kind[:120]})"
+            measurement.note = f"failed ({kind[:120]})"
         release(self.problem)
 
-    def _turn(self, entrant: Entrant) -> dict[str, torch.Tensor]:
-        self.problem.begin(entrant.contender.extra_row)
+    def _turn(self, measurement: Measurement) -> dict[str, torch.Tensor]:
+        self.problem.begin(measurement.provider.extra_row)
         if self.passes == ("fwd",):
             with torch.no_grad():
-                return entrant.forward(self.problem)
-        outputs = entrant.forward(self.problem)
+                return measurement.forward(self.problem)
+        outputs = measurement.forward(self.problem)
         self.problem.backward(outputs)
         return outputs
 
     def _without_extra_row(self, outputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {n: x.detach() if x.dim() == 0 else x.detach()[:, : self.problem.shape.T] for n, x in outputs.items()}
 
-    def _measure_memory(self, entrant: Entrant) -> None:
-        self.problem.begin(entrant.contender.extra_row)
-        entrant.peak_bytes = peak_extra_bytes(lambda: self._work(entrant), self.problem.device)
+    def _measure_memory(self, measurement: Measurement) -> None:
+        self.problem.begin(measurement.provider.extra_row)
+        measurement.peak_bytes = peak_extra_bytes(lambda: self._work(measurement), self.problem.device)
 
-    def _work(self, entrant: Entrant) -> None:
+    def _work(self, measurement: Measurement) -> None:
         if self.passes == ("fwd",):
             with torch.no_grad():
-                entrant.forward(self.problem)
+                measurement.forward(self.problem)
         else:
-            self.problem.backward(entrant.forward(self.problem))
+            self.problem.backward(measurement.forward(self.problem))
 
     def round(self) -> None:
         """One turn for everyone."""
@@ -130,59 +130,57 @@ class Contest:
         self._round += 1
         gc.disable()
         try:
-            for entrant in turns[start:] + turns[:start]:
-                self.timed_turn(entrant)
+            for measurement in turns[start:] + turns[:start]:
+                self.timed_turn(measurement)
         finally:
             gc.enable()
 
-    def timed_turn(self, entrant: "Entrant | Floor") -> None:
+    def timed_turn(self, measurement: "Measurement | Floor") -> None:
         problem, clock = self.problem, self.clock
-        if isinstance(entrant, Floor):
+        if isinstance(measurement, Floor):
             clock.cold()
-            entrant.time(clock)
+            measurement.time(clock)
             return
-        problem.begin(entrant.contender.extra_row)
+        problem.begin(measurement.provider.extra_row)
         clock.cold()
         if self.passes == ("fwd",):
             with torch.no_grad():
                 clock.start()
-                outputs = entrant.forward(problem)
+                outputs = measurement.forward(problem)
                 clock.split()
         else:
             clock.start()
-            outputs = entrant.forward(problem)
+            outputs = measurement.forward(problem)
             clock.split()
             problem.backward(outputs)
             clock.split()
         splits = clock.read_ms()
         for name, value in zip(PASSES, [*splits, sum(splits)], strict=False):
             if name in self.passes:
-                entrant.samples_ms[name].append(value)
+                measurement.samples_ms[name].append(value)
 
     def discard(self) -> None:
         """Forgets the times so far: those of the warm-up."""
-        for entrant in [*self.entrants, self.floor]:
-            for values in entrant.samples_ms.values():
+        for measurement in [*self.measurements, self.floor]:
+            for values in measurement.samples_ms.values():
                 values.clear()
 
     def rows(self) -> list[dict]:
-        """The record's rows: one per contender and pass, the floor first."""
+        """The record's rows: one per provider and pass, the floor first."""
         floors = {name: statistics.median(v) for name, v in self.floor.samples_ms.items() if v}
         rows = [self._row("floor", "floor", name, self.floor.samples_ms[name], floors) for name in floors]
-        for entrant in self.entrants:
+        for measurement in self.measurements:
             for name in self.passes:
-                row = self._row(
-                    entrant.contender.name, entrant.contender.impl, name, entrant.samples_ms[name], floors
-                ) | {
-                    "peak_extra_bytes": entrant.peak_bytes, "max_rel_error": entrant.error, "note": entrant.note
-                }  # fmt: skip
-                rows.append(row)
+                provider, samples = measurement.provider, measurement.samples_ms[name]
+                row = self._row(provider.name, provider.impl, name, samples, floors)
+                row |= {"peak_extra_bytes": measurement.peak_bytes, "max_rel_error": measurement.error}
+                rows.append(row | {"note": measurement.note})
         return rows
 
     def _row(self, name: str, impl: str, passed: str, samples: list[float], floors: dict[str, float]) -> dict:
         problem, shape = self.problem, self.problem.shape
         return {
-            "op": problem.op, "pass": passed, "impl": impl, "contender": name, "shape": shape.name,
+            "op": problem.op, "pass": passed, "impl": impl, "provider": name, "shape": shape.name,
             "tokens": shape.tokens, "vocab": shape.V, "hidden": shape.H if problem.linear else None,
             "dtype": shape.dtype_name, "variant": problem.variant,
             "time_ms": significant(statistics.median(samples)) if samples else None,
@@ -319,7 +317,7 @@ def peak_of(profile: torch.profiler.profile) -> int:
 
 
 def release(problem: Problem) -> None:
-    """Drops what the last turn left, so that the next contender finds the memory it would have alone."""
+    """Drops what the last turn left, so that the next provider finds the memory it would have alone."""
     problem.leaf = None
     if problem.weight is not None:
         problem.weight.grad = None

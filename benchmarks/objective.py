@@ -1,4 +1,4 @@
-"""TRL's GRPO objective in plain PyTorch, for contenders that end at the log-probs."""
+"""TRL's GRPO objective in plain PyTorch, for providers that end at the log-probs."""
 
 import torch
 from torch import Tensor

@@ -23,11 +23,11 @@ def pictures(record: dict) -> dict[str, list[dict]]:
 
 
 def main_rows(record: dict) -> list[dict]:
-    """The first contest of each operation that has the plain variant, whole pass."""
+    """The first case of each operation that has the plain variant, whole pass."""
     chosen = []
     for op in OPS:
-        for contest, rows in tables.grouped(record["rows"]).items():
-            if contest[0] == op and contest[-1] in ("token", "logps"):
+        for case, rows in tables.grouped(record["rows"]).items():
+            if case[0] == op and case[-1] in ("token", "logps"):
                 passed = tables.passes_of(rows)[-1]
                 chosen += [without_samples(r) for r in rows if r["pass"] == passed and r["time_ms"]]
                 break
@@ -69,7 +69,7 @@ def draw_all(record: dict, folder: Path) -> None:
 
 
 def draw_bars(rows: list[dict], name: str):
-    """One panel per operation, a bar per contender, shortest first."""
+    """One panel per operation, a bar per provider, shortest first."""
     from matplotlib import pyplot as plt
 
     key, label = ("peak_extra_bytes", "peak memory beyond inputs, MiB") if "memory" in name else ("time_ms", "time, ms")
@@ -83,7 +83,7 @@ def draw_bars(rows: list[dict], name: str):
     for axis, (op, chosen) in zip(axes[:, 0], panels, strict=True):
         chosen = sorted(chosen, key=lambda r: r[key], reverse=True)
         values = [r[key] / 2**20 if key == "peak_extra_bytes" else r[key] for r in chosen]
-        bars = axis.barh([r["contender"] for r in chosen], values, color=[COLOURS[owner(r)] for r in chosen])
+        bars = axis.barh([r["provider"] for r in chosen], values, color=[COLOURS[owner(r)] for r in chosen])
         axis.bar_label(bars, [tables.number(v) for v in values], padding=3)
         axis.margins(x=0.12)
         axis.spines[["top", "right"]].set_visible(False)
@@ -110,13 +110,13 @@ def draw_tokens(rows: list[dict], name: str):
     figure, axes = plt.subplots(len(ops), 3, figsize=(14, 4.2 * len(ops)), layout="constrained", squeeze=False)
     for line, op in zip(axes, ops, strict=True):
         chosen = [r for r in rows if r["op"] == op]
-        names = list(dict.fromkeys(r["contender"] for r in chosen))
+        names = list(dict.fromkeys(r["provider"] for r in chosen))
         for axis, (label, value) in zip(line, quantities, strict=True):
-            for i, contender in enumerate(names):
+            for i, provider in enumerate(names):
                 points = sorted((r["tokens"], value(r)) for r in chosen
-                                if r["contender"] == contender and value(r) is not None)  # fmt: skip
-                mine = next(r["impl"] in records.OURS for r in chosen if r["contender"] == contender)
-                axis.plot(*zip(*points, strict=True) if points else ([], []), marker="os^Dv"[i % 5], label=contender,
+                                if r["provider"] == provider and value(r) is not None)  # fmt: skip
+                mine = next(r["impl"] in records.OURS for r in chosen if r["provider"] == provider)
+                axis.plot(*zip(*points, strict=True) if points else ([], []), marker="os^Dv"[i % 5], label=provider,
                           linewidth=2.4 if mine else 1.2, color=f"C{i % 10}")  # fmt: skip
             axis.set_xlabel("tokens")
             axis.set_ylabel(label)

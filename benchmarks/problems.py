@@ -1,4 +1,4 @@
-"""What every contender of a contest is given, and the fp64 truth it has to agree with."""
+"""What every provider of a case is given, and the fp64 truth it has to agree with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class Problem:
         return self.variant in ("entropy", "entropy bonus")
 
     def begin(self, extra_row: bool = False) -> None:
-        """Fresh inputs without gradients: what an in-place contender did to them is undone.
+        """Fresh inputs without gradients: what an in-place provider did to them is undone.
 
         `extra_row`: logits as (B, T+1, V) whose last row per sequence predicts nothing, as some peers insist on.
         """
@@ -158,7 +158,7 @@ def truth(problem: Problem) -> Callable[[Outputs], float]:
     expected, gradients = _fp64(problem, rows)
 
     def error(outputs: Outputs, needs_grad: bool) -> float:
-        # A contender that knows only the cross-entropy has another loss with the same gradient.
+        # A provider that knows only the cross-entropy has another loss with the same gradient.
         compared = [(outputs[name][rows], wanted) for name, wanted in expected.items()
                     if name in outputs and name != "loss"]  # fmt: skip
         if needs_grad:

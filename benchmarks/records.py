@@ -1,18 +1,18 @@
 """Records: one JSON file per kind of machine in benchmarks/results/, and the guard that compares a run with it.
 
 A record has, at its top, `gpu` or `cpu`, `torch`, `triton`, `driver`, `commit`, `date`, `command`, the machine's load
-while it ran, and `rows`. A row is one contender and pass of one contest:
+while it ran, and `rows`. A row is one provider and pass of one case:
 
-    op, pass (fwd, bwd, fwd+bwd, step, …), impl, contender, shape, tokens, vocab, hidden, dtype, variant
+    op, pass (fwd, bwd, fwd+bwd, step, …), impl, provider, shape, tokens, vocab, hidden, dtype, variant
     time_ms (median), samples_ms, floor_ms, peak_extra_bytes, max_rel_error, note (why there is no figure)
 
-The guard never compares times, only ratios within a run. For one of our implementations and each other contender x of
-the same contest, let r = median over rounds of log(ours / x), and dr its change against the record:
+The guard never compares times, only ratios within a run. For one of our implementations and each other provider x of
+the same case, let r = median over rounds of log(ours / x), and dr its change against the record:
 
     noise of r        SE = 1.2533 · 1.4826 · MAD(log ratios) / sqrt(rounds), the standard error of a median
     noise of dr       sqrt(SE_now² + SE_then²)
     a ratio is lost   dr > max(ALLOWANCE, 4 · noise): more than both runs' scatter, and than what differs between runs
-    we have lost      at least half of the ratios of a contest are lost, or memory grew by more than MEMORY_ALLOWANCE
+    we have lost      at least half of the ratios of a case are lost, or memory grew by more than MEMORY_ALLOWANCE
 
 Two whole CPU runs of the same code, two hours apart with nothing else on the machine, but on a shared host, gave |dr|
 of at most 9 % in half of the cases, 18 % in three quarters, 27 % in nine of ten and 41 % in 19 of 20, a third run 9,
@@ -43,7 +43,7 @@ MEMORY_ALLOWANCE = 0.02
 """Counted tensors do not scatter; the peaks of whole processes differed by at most 1.3 % between two runs."""
 NEGLIGIBLE = 0.02
 """Both runs' ratio to a rival below this: not judged."""
-CONTEST = ("op", "shape", "tokens", "vocab", "hidden", "dtype", "variant", "pass")
+CASE = ("op", "shape", "tokens", "vocab", "hidden", "dtype", "variant", "pass")
 
 
 def environment(command: str) -> dict:
@@ -98,35 +98,35 @@ def save(record: dict, path: Path) -> None:
 
 
 def merge(old: dict | None, new: dict) -> dict:
-    """The new record, with the old one's rows of contests that this run did not hold; those keep their commit."""
+    """The new record, with the old one's rows of cases that this run did not measure; those keep their commit."""
     if old is None:
         return new
-    held = {contest_key(row) for row in new["rows"]}
-    kept = [row for row in old["rows"] if contest_key(row) not in held]
+    held = {case_key(row) for row in new["rows"]}
+    kept = [row for row in old["rows"] if case_key(row) not in held]
     if old["commit"] != new["commit"]:
         kept = [{"commit": old["commit"], **row} for row in kept]
     return new | {"rows": kept + new["rows"]}
 
 
-def contest_key(row: dict) -> tuple:
-    return tuple(row[name] for name in CONTEST)
+def case_key(row: dict) -> tuple:
+    return tuple(row[name] for name in CASE)
 
 
-def by_contest(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
+def by_case(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(contest_key(row), []).append(row)
+        found.setdefault(case_key(row), []).append(row)
     return found
 
 
 @dataclass(frozen=True)
 class Change:
-    """How one of our figures stands against one other contender, beside the record."""
+    """How one of our figures stands against one other provider, beside the record."""
 
-    contest: tuple
+    case: tuple
     ours: str
     other: str
-    """Contender, or "memory" for our own peak."""
+    """Provider, or "memory" for our own peak."""
     then: float
     now: float
     """Ours divided by the other's: smaller is better."""
@@ -138,24 +138,24 @@ class Change:
 
 def changes(now: Iterable[dict], then: Iterable[dict], allowance: float) -> list[Change]:
     """Every ratio that both runs have."""
-    before = by_contest(then)
+    before = by_case(then)
     found = []
-    for contest, rows in by_contest(now).items():
-        old = {row["contender"]: row for row in before.get(contest, [])}
-        new = {row["contender"]: row for row in rows}
+    for case, rows in by_case(now).items():
+        old = {row["provider"]: row for row in before.get(case, [])}
+        new = {row["provider"]: row for row in rows}
         for name, row in new.items():
             if row["impl"] not in OURS or name not in old:
                 continue
             others = [other for other in new if other in old and new[other]["impl"] not in OURS]
-            found += _ratios(contest, name, others, new, old, allowance)
+            found += _ratios(case, name, others, new, old, allowance)
             peaks = old[name]["peak_extra_bytes"], row["peak_extra_bytes"]
             if all(peaks) and peaks[0] > 2**20:  # below a MiB it is a handful of small tensors
                 growth = peaks[1] / peaks[0]
-                found.append(Change(contest, name, "memory", 1.0, growth, growth > 1 + MEMORY_ALLOWANCE))
+                found.append(Change(case, name, "memory", 1.0, growth, growth > 1 + MEMORY_ALLOWANCE))
     return found
 
 
-def _ratios(contest, name, others, new, old, allowance) -> list[Change]:
+def _ratios(case, name, others, new, old, allowance) -> list[Change]:
     found = []
     for other in others:
         runs = [_log_ratio(run[name], run[other]) for run in (old, new)]
@@ -164,7 +164,7 @@ def _ratios(contest, name, others, new, old, allowance) -> list[Change]:
         (then, se_then), (now, se_now) = runs
         negligible = max(now, then) < math.log(NEGLIGIBLE)
         lost = not negligible and now - then > max(math.log1p(allowance), 4 * math.hypot(se_then, se_now))
-        found.append(Change(contest, name, other, math.exp(then), math.exp(now), lost))
+        found.append(Change(case, name, other, math.exp(then), math.exp(now), lost))
     return found
 
 
@@ -179,10 +179,10 @@ def _log_ratio(ours: dict, other: dict) -> tuple[float, float] | None:
 
 
 def losses(found: Iterable[Change]) -> dict[tuple, list[Change]]:
-    """(contest, our contender) -> its changes, where we have lost."""
+    """(case, our provider) -> its changes, where we have lost."""
     groups: dict[tuple, list[Change]] = {}
     for change in found:
-        groups.setdefault((change.contest, change.ours), []).append(change)
+        groups.setdefault((change.case, change.ours), []).append(change)
     lost = {}
     for key, group in groups.items():
         ratios = [c for c in group if c.other != "memory"]

@@ -27,11 +27,11 @@ make bench ARGS=--record      # the same, and make it the record and this page
 make gpu-check                # on a CUDA device: kernel tests and benchmarks, one JSON
 ```
 
-All contenders of a table took turns in one process on the same tensors; times are medians. *x* is a contender's time
+All providers of a table took turns in one process on the same tensors; times are medians. *x* is a provider's time
 divided by that of our fastest implementation: above 1 we are faster. *% of floor* is the floor's time divided by the
-contender's; the floor is a copy of the fewest bytes, or the bare matmuls. *peak* is memory allocated beyond the inputs,
+provider's; the floor is a copy of the fewest bytes, or the bare matmuls. *peak* is memory allocated beyond the inputs,
 gradients included. *error* is the largest deviation from fp64 of the output or a gradient, relative to that tensor's
-largest entry, on tokens on both sides of both ends of the clip range; above 5 % in bf16 or 0.1 % in fp32 a contender is
+largest entry, on tokens on both sides of both ends of the clip range; above 5 % in bf16 or 0.1 % in fp32 a provider is
 wrong and gets no time.
 
 `token` is the plain clipped loss, `gspo` has sequence-level ratios, `kl` beta = 0.04, `entropy bonus` a coefficient of
@@ -113,41 +113,41 @@ def machine_section(record: dict) -> Iterable[str]:
     yield "Behind a peer: " + ("; ".join(behind) if behind else "none") + ".\n"
     yield from loop_tables.section(record["rows"])
     yield "### All figures\n"
-    for contest, rows in tables.grouped(kernels).items():
-        yield f"<details><summary>{tables.title(contest, rows[0])}</summary>\n"
+    for case, rows in tables.grouped(kernels).items():
+        yield f"<details><summary>{tables.title(case, rows[0])}</summary>\n"
         yield from details(rows)
         yield "</details>\n"
 
 
 def summary(rows: list[dict]) -> Iterable[str]:
-    """One table per operation: a line per contest, a column per peer, the whole pass only."""
+    """One table per operation: a line per case, a column per peer, the whole pass only."""
     by_op: dict[str, list[tuple[tuple, list[dict]]]] = {}
-    for contest, contest_rows in tables.grouped(rows).items():
-        by_op.setdefault(contest[0], []).append((contest, contest_rows))
-    for op, contests in by_op.items():
+    for case, case_rows in tables.grouped(rows).items():
+        by_op.setdefault(case[0], []).append((case, case_rows))
+    for op, cases in by_op.items():
         columns = list(
-            dict.fromkeys(r["contender"] for _, rs in contests for r in rs if r["impl"] not in (*records.OURS, "floor"))
+            dict.fromkeys(r["provider"] for _, rs in cases for r in rs if r["impl"] not in (*records.OURS, "floor"))
         )
         yield f"`{op}`\n"
         yield "| | ours, ms | % of floor | " + " | ".join(columns) + " |"
         yield "|---|---|---|" + "---|" * len(columns)
-        for contest, contest_rows in contests:
-            for passed in tables.whole_passes(contest):
-                yield summary_line(contest, contest_rows, passed, columns)
+        for case, case_rows in cases:
+            for passed in tables.whole_passes(case):
+                yield summary_line(case, case_rows, passed, columns)
         yield ""
 
 
-def summary_line(contest: tuple, rows: list[dict], passed: str, columns: list[str]) -> str:
+def summary_line(case: tuple, rows: list[dict], passed: str, columns: list[str]) -> str:
     best = tables.best_of_ours(rows, passed)
     ours = next((r for r in rows if r["pass"] == passed and r["impl"] in records.OURS and r["time_ms"] == best), None)
     cells = []
     for name in columns:
-        row = next((r for r in rows if r["contender"] == name and r["pass"] == passed), None)
+        row = next((r for r in rows if r["provider"] == name and r["pass"] == passed), None)
         cells.append(ratio_cell(row, best))
-    _, shape, tokens, vocab, hidden, dtype, variant = contest
+    _, shape, tokens, vocab, hidden, dtype, variant = case
     width = f", H {hidden}" if hidden else ""
     label = f"{variant}, {passed}: {shape} {tokens:,} × {vocab:,}{width}, {dtype}"
-    mine = f"{tables.number(best)} ({ours['contender']}) | {tables.percent_of_floor(ours)}" if ours else "– | –"
+    mine = f"{tables.number(best)} ({ours['provider']}) | {tables.percent_of_floor(ours)}" if ours else "– | –"
     return f"| {label} | {mine} | " + " | ".join(cells) + " |"
 
 
@@ -164,7 +164,7 @@ def details(rows: list[dict]) -> Iterable[str]:
     best = tables.best_of_ours(rows, passes[-1])
     yield "| | " + "".join(f"{p}, ms | " for p in passes) + "x | % of floor | peak, MiB | error |"
     yield "|---|" + "---|" * len(passes) + "---|---|---|---|"
-    for name, by_pass in tables.contenders(rows).items():
+    for name, by_pass in tables.providers(rows).items():
         last = tables.shown_row(by_pass, passes)
         if last["note"]:
             yield f"| {name} | {last['note']} |" + " |" * (len(passes) + 3)

@@ -23,6 +23,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.rollouts import SCHEDULES
+from experiments.record import write_json
 
 PROMPTS, BUDGET, SLOTS = 16, 8, 128
 MEAN_TOKENS, SIGMA, MAX_TOKENS = 40.0, 1.0, 400
@@ -210,8 +211,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(table(arms))
     if args.output:
         shape = {"prompts": PROMPTS, "budget": BUDGET, "mean_tokens": MEAN_TOKENS, "sigma": SIGMA, "max": MAX_TOKENS}
-        record = {"shape": shape, "arms": {name: asdict(arm) for name, arm in arms.items()}}
-        args.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        rounded = {
+            name: {part: [round(s, 4) for s in seconds] for part, seconds in asdict(arm).items()}
+            for name, arm in arms.items()
+        }
+        write_json(args.output, {"shape": shape, "arms": rounded})
     return 0
 
 

@@ -99,7 +99,7 @@ def trl_rows(settings: dict[str, Any], sizes: Sizes, folder: Path, shape: str) -
     except RuntimeError as error:
         note = f"failed ({str(error).strip().splitlines()[-1][:120]})"
         return [
-            {"op": "training_step", "pass": "step", "impl": "trl", "contender": TRL, "shape": shape, "tokens": None,
+            {"op": "training_step", "pass": "step", "impl": "trl", "provider": TRL, "shape": shape, "tokens": None,
              "vocab": None, "hidden": None, "dtype": "", "variant": "budget 8", "time_ms": None, "floor_ms": None,
              "peak_extra_bytes": None, "max_rel_error": None, "note": note, "samples_ms": []}
         ]  # fmt: skip
@@ -127,7 +127,7 @@ def steps_of(run: Path) -> list[dict]:
 def rows(name: str, steps: Sequence[dict], shape: str) -> list[dict]:
     """Rollout and whole step as record rows; samples are drafts and refinements alike, the budget of both methods.
 
-    How many tokens they came to differs from run to run, so it is no part of what the contest is (`records.CONTEST`).
+    How many tokens they came to differs from run to run, so it is no part of what the case is (`records.CASE`).
     """
     used, impl = steps[WARM_UP:], "trl" if name == TRL else "igrpo"
 
@@ -135,7 +135,7 @@ def rows(name: str, steps: Sequence[dict], shape: str) -> list[dict]:
         tokens = statistics.fmean(s["rollout/draft_tokens"] + s["rollout/refinement_tokens"] for s in used)
         samples = statistics.fmean(s["rollout/samples_per_second"] * s["rollout/seconds"] for s in used)
         return {
-            "op": op, "pass": "step", "impl": impl, "contender": name, "shape": shape, "tokens": None,
+            "op": op, "pass": "step", "impl": impl, "provider": name, "shape": shape, "tokens": None,
             "vocab": None, "hidden": None, "dtype": "", "variant": "budget 8", "samples": round(samples),
             "decoded_tokens": round(tokens),
             "time_ms": round(1e3 * statistics.median(s[seconds] for s in used), 2), "floor_ms": None,

@@ -1,7 +1,7 @@
 """Named real shapes, and the bytes and FLOPs each operation cannot do without.
 
 GPU    4k to 32k tokens of real vocabularies; every variant at one of them, the plain loss at all
-CPU    the same list of contests on few tokens
+CPU    the same list of cases on few tokens
 toy    a few tokens and tens of columns: every line runs, and the times mean nothing
 """
 
@@ -71,7 +71,7 @@ VARIANTS = ("token", "gspo", "kl", "entropy bonus", "cross entropy")
 the mean negative log-likelihood: what lets kernels that know only cross-entropy compete."""
 
 
-def contests(kind: str) -> dict[str, list[tuple[Shape, str]]]:
+def cases_of(kind: str) -> dict[str, list[tuple[Shape, str]]]:
     """Operation -> the (shape, variant) pairs to run on a machine of this kind: "cuda", "cpu" or "toy"."""
     logits, linear = {"cuda": (GPU_LOGITS, GPU_LINEAR), "cpu": (CPU_LOGITS, CPU_LINEAR), "toy": (TOY, TOY)}[kind]
     every = [(logits[0], v) for v in VARIANTS] + [(shape, "token") for shape in logits[1:]]

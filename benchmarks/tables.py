@@ -1,4 +1,4 @@
-"""Figures as text: one table per contest for the terminal, and the parts the report shares."""
+"""Figures as text: one table per case for the terminal, and the parts the report shares."""
 
 from collections.abc import Iterable
 
@@ -8,13 +8,13 @@ PASS_ORDER = ("fwd", "bwd", "fwd+bwd", "step")
 
 
 def terminal(record: dict, reference: dict | None) -> Iterable[str]:
-    """Every contest of the run; x = how many times our best implementation's time."""
+    """Every case of the run; x = how many times our best implementation's time."""
     machine = record.get("gpu") or record.get("cpu")
     yield f"\n{machine}, {record['threads']} threads, load {record['load_average']}, torch {record['torch']}"
     if record.get("toy"):
         yield "toy shapes: these times mean nothing"
-    for contest, rows in grouped(record["rows"]).items():
-        yield f"\n{title(contest, rows[0])}"
+    for case, rows in grouped(record["rows"]).items():
+        yield f"\n{title(case, rows[0])}"
         yield from _table(rows)
     behind = list(behind_rivals(record["rows"]))
     if behind and not record.get("toy"):
@@ -25,15 +25,15 @@ def terminal(record: dict, reference: dict | None) -> Iterable[str]:
 
 
 def grouped(rows: Iterable[dict]) -> dict[tuple, list[dict]]:
-    """Contests without the pass: what one table shows."""
+    """Cases without the pass: what one table shows."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
-        found.setdefault(records.contest_key(row)[:-1], []).append(row)
+        found.setdefault(records.case_key(row)[:-1], []).append(row)
     return found
 
 
-def title(contest: tuple, row: dict) -> str:
-    op, shape, tokens, vocab, hidden, dtype, variant = contest
+def title(case: tuple, row: dict) -> str:
+    op, shape, tokens, vocab, hidden, dtype, variant = case
     width = f", H {hidden}" if hidden else ""
     size = "" if tokens is None else f", {tokens:,} tokens"  # whole steps of the loop have no one number
     words = "" if vocab is None else f", V {vocab:,}"
@@ -55,7 +55,7 @@ def _table(rows: list[dict]) -> Iterable[str]:
     head = "".join(f"{p + ' ms':>12}" for p in passes)
     yield f"  {'':26}{head}{'x':>9}{'% floor':>9}{'peak MiB':>10}{'error':>9}"
     best = best_of_ours(rows, passes[-1])
-    for name, by_pass in contenders(rows).items():
+    for name, by_pass in providers(rows).items():
         last = shown_row(by_pass, passes)
         if last["note"]:
             yield f"  {name:26}{last['note']}"
@@ -66,7 +66,7 @@ def _table(rows: list[dict]) -> Iterable[str]:
 
 
 def shown_row(by_pass: dict[str, dict], passes: list[str]) -> dict:
-    """The row that stands for a contender: that of the longest pass it has a time for, else any."""
+    """The row that stands for a provider: that of the longest pass it has a time for, else any."""
     timed = [by_pass[p] for p in passes if p in by_pass and by_pass[p]["time_ms"]]
     return timed[-1] if timed else next(iter(by_pass.values()))
 
@@ -75,29 +75,29 @@ def ratio(row: dict, best: float | None) -> str:
     return f"{row['time_ms'] / best:.2f}" if row["time_ms"] and best else ""
 
 
-def contenders(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """Contender -> pass -> row."""
+def providers(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """Provider -> pass -> row."""
     found: dict[str, dict[str, dict]] = {}
     for row in rows:
-        found.setdefault(row["contender"], {})[row["pass"]] = row
+        found.setdefault(row["provider"], {})[row["pass"]] = row
     return found
 
 
 def behind_rivals(rows: Iterable[dict]) -> Iterable[str]:
     """Whole operations (`whole_passes`) in which a peer is faster than our best."""
-    for contest, contest_rows in grouped(rows).items():
-        for passed in whole_passes(contest):
-            ours = best_of_ours(contest_rows, passed)
-            for row in contest_rows:
+    for case, case_rows in grouped(rows).items():
+        for passed in whole_passes(case):
+            ours = best_of_ours(case_rows, passed)
+            for row in case_rows:
                 peer = row["impl"] not in (*records.OURS, "floor")
                 if ours and peer and row["pass"] == passed and row["time_ms"] and row["time_ms"] < ours:
-                    yield f"{title(contest, row)}, {passed}: {row['contender']} {ours / row['time_ms']:.2f}x as fast"
+                    yield f"{title(case, row)}, {passed}: {row['provider']} {ours / row['time_ms']:.2f}x as fast"
 
 
-def whole_passes(contest: tuple) -> tuple[str, ...]:
+def whole_passes(case: tuple) -> tuple[str, ...]:
     """What a user waits for: log-probs without gradient, and everything with it. Where a loss does its work, in the
     forward or in the backward pass, is its own affair."""
-    return ("fwd", "fwd+bwd") if contest[0].endswith("log_softmax") else ("fwd+bwd",)
+    return ("fwd", "fwd+bwd") if case[0].endswith("log_softmax") else ("fwd+bwd",)
 
 
 def percent_of_floor(row: dict) -> str:

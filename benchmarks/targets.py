@@ -1,4 +1,4 @@
-"""The targets of the design beside what the records show: met, missed by how much, or not measured."""
+"""Targets beside what the records show: met, missed by how much, or not measured."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from benchmarks import learner_step, records, tables
 
 @dataclass(frozen=True)
 class Target:
-    """`met` judges one contest's rows: (what was found, whether it is enough), or None where it does not apply."""
+    """`met` judges one case's rows: (what was found, whether it is enough), or None where it does not apply."""
 
     name: str
     machine: str  # "gpu" or "cpu"
@@ -18,11 +18,11 @@ class Target:
 def floor_share(op: str, variants: tuple[str, ...], share: float, impl: str | None = None, against: float = 1.0):
     """% of floor of our best (or of one implementation) at least `share`; `against` scales the recorded floor."""
 
-    def found(contest: tuple, rows: list[dict]) -> tuple[str, bool] | None:
-        passed = tables.whole_passes(contest)[0]  # log-probs without gradient; a loss with it
+    def found(case: tuple, rows: list[dict]) -> tuple[str, bool] | None:
+        passed = tables.whole_passes(case)[0]  # log-probs without gradient; a loss with it
         mine = [r for r in rows if r["pass"] == passed and r["time_ms"] and r["floor_ms"]
                 and (r["impl"] == impl if impl else r["impl"] in records.OURS)]  # fmt: skip
-        if contest[0] != op or contest[-1] not in variants or not mine:
+        if case[0] != op or case[-1] not in variants or not mine:
             return None
         best = max(against * r["floor_ms"] / r["time_ms"] for r in mine)
         return f"{100 * best:.0f} %", best >= share
@@ -33,17 +33,17 @@ def floor_share(op: str, variants: tuple[str, ...], share: float, impl: str | No
 def speed_up(over: str, least: float):
     """grpo_loss, forward + backward: that many times faster than a peer."""
 
-    def found(contest: tuple, rows: list[dict]) -> tuple[str, bool] | None:
+    def found(case: tuple, rows: list[dict]) -> tuple[str, bool] | None:
         ours = tables.best_of_ours(rows, "fwd+bwd")
-        theirs = next((r["time_ms"] for r in rows if r["contender"] == over and r["pass"] == "fwd+bwd"), None)
-        if contest[0] != "grpo_loss" or contest[-1] != "token" or not (ours and theirs):
+        theirs = next((r["time_ms"] for r in rows if r["provider"] == over and r["pass"] == "fwd+bwd"), None)
+        if case[0] != "grpo_loss" or case[-1] != "token" or not (ours and theirs):
             return None
         return f"{theirs / ours:.2f} times", theirs / ours >= least
 
     return found
 
 
-def lighter_than_trl(contest: tuple, rows: list[dict]) -> tuple[str, bool] | None:
+def lighter_than_trl(case: tuple, rows: list[dict]) -> tuple[str, bool] | None:
     ratios = learner_step.beside_trl(rows)
     if ratios is None:
         return None
@@ -52,10 +52,10 @@ def lighter_than_trl(contest: tuple, rows: list[dict]) -> tuple[str, bool] | Non
     return found, speed >= learner_step.LEAST_SPEED_UP and memory > 1
 
 
-def ahead_of_all(contest: tuple, rows: list[dict]) -> tuple[str, bool] | None:
+def ahead_of_all(case: tuple, rows: list[dict]) -> tuple[str, bool] | None:
     behind = list(tables.behind_rivals(rows))
     peers = [r for r in rows if r["impl"] not in (*records.OURS, "floor") and r["time_ms"]]
-    if not peers or contest[-1] == "new lengths":
+    if not peers or case[-1] == "new lengths":
         return None
     return "; ".join(line.rpartition(": ")[2] for line in behind) or "ahead", not behind
 
@@ -83,20 +83,20 @@ def section(found: list[dict]) -> Iterable[str]:
     """A line per target; misses are listed one by one."""
     for target in TARGETS:
         holding = [record for record in found if target.machine in record]
-        results = [(contest, result) for record in holding
-                   for contest, rows in tables.grouped(judged_rows(record)).items()
-                   if (result := target.found(contest, rows)) is not None]  # fmt: skip
+        results = [(case, result) for record in holding
+                   for case, rows in tables.grouped(judged_rows(record)).items()
+                   if (result := target.found(case, rows)) is not None]  # fmt: skip
         where = "GPU" if target.machine == "gpu" else "CPU"
         if not results:
             yield f"* {where}: {target.name}. **Not measured.**"
             continue
-        missed = [(contest, text) for contest, (text, enough) in results if not enough]
+        missed = [(case, text) for case, (text, enough) in results if not enough]
         values = ", ".join(text for _, (text, _) in results[:4]) if not missed else ""
         if not missed:
             yield f"* {where}: {target.name}. Met in {len(results)} of {len(results)} ({values})."
             continue
         yield f"* {where}: {target.name}. **Missed in {len(missed)} of {len(results)}:**"
-        yield from (f"  * {tables.title(contest, {})}: {text}" for contest, text in missed)
+        yield from (f"  * {tables.title(case, {})}: {text}" for case, text in missed)
     yield ""
 
 

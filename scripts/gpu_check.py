@@ -6,7 +6,7 @@
                                                               toy shapes under Triton's interpreter
 
 Each benchmark file runs in a process of its own, so that a kernel that breaks the device's context spoils one file and
-not the record. After --minutes no new contest begins; what was measured until then is written. The record has the
+not the record. After --minutes no new case begins; what was measured until then is written. The record has the
 schema of benchmarks/records.py and one more key, `tests`. The exit status is 1 if a test or a benchmark failed.
 """
 
@@ -72,7 +72,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--skip-benchmarks", action="store_true")
     parser.add_argument("-k", dest="expression", default="", help="pytest's -k, for the benchmarks")
     parser.add_argument("--minutes", type=float, default=8.0, help="time limit of tests and benchmarks together")
-    parser.add_argument("--seconds", type=float, default=1.0, help="clock time per contest")
+    parser.add_argument("--seconds", type=float, default=1.0, help="clock time per case")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.json")
     return parser.parse_args()
 

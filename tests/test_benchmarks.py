@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from benchmarks import loop_tables, records, report, rollouts, tables, targets
-from benchmarks.contender import Contender
-from benchmarks.measure import Contest, peak_extra_bytes
+from benchmarks.measure import Comparison, peak_extra_bytes
 from benchmarks.problems import make_problem
-from benchmarks.shapes import Shape, contests, minimum_bytes, minimum_flops
+from benchmarks.provider import Provider
+from benchmarks.shapes import Shape, cases_of, minimum_bytes, minimum_flops
 from igrpo_kernels import grpo_loss, linear_grpo_loss
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,13 +30,13 @@ SHAPE = Shape("toy", 2, 6, 50, 8, torch.float32)
 
 
 def made_up_rows(seed: int, scatter: float = 0.08, slower: float = 1.0) -> list[dict]:
-    """One contest of four contenders over 12 rounds; a busy round is slow for everyone, as on a shared machine."""
+    """One case of four providers over 12 rounds; a busy round is slow for everyone, as on a shared machine."""
     rng = random.Random(seed)
     times = {"floor": 2.0, "cpu": 4.0 * slower, "eager": 30.0, "compile": 18.0}
     busy = [math.exp(abs(rng.gauss(0, 0.5))) for _ in range(12)]
     return [
         {
-            "op": "grpo_loss", "pass": "fwd+bwd", "impl": name, "contender": name, "shape": "s", "tokens": 8,
+            "op": "grpo_loss", "pass": "fwd+bwd", "impl": name, "provider": name, "shape": "s", "tokens": 8,
             "vocab": 9, "hidden": None, "dtype": "bfloat16", "variant": "token", "time_ms": value, "floor_ms": 2.0,
             "peak_extra_bytes": 10 * 2**20, "max_rel_error": 0.0, "note": "",
             "samples_ms": [value * b * math.exp(rng.gauss(0, scatter)) for b in busy],
@@ -68,7 +68,7 @@ def test_a_machine_that_is_slower_for_everyone_is_no_loss():
 
 def test_one_rival_that_became_faster_is_listed_and_is_no_loss_of_ours():
     now, then = made_up_rows(1), made_up_rows(2)
-    eager = next(row for row in now if row["contender"] == "eager")
+    eager = next(row for row in now if row["provider"] == "eager")
     eager["samples_ms"] = [x / 2 for x in eager["samples_ms"]]
     assert [c.other for c in records.changes(now, then, allowance=records.ALLOWANCE["cpu"]) if c.lost] == ["eager"]
     assert not lost(now, then)
@@ -94,17 +94,17 @@ def test_a_pass_with_nothing_left_to_do_is_not_judged():
 
 TRIAL = """
 import torch
-from benchmarks.contenders_logits import OURS, RIVALS
+from benchmarks.providers_logits import OURS, RIVALS
 from benchmarks.shapes import Shape
 
-def bench_trial(hold):
+def bench_trial(compare):
     chosen = [c for c in OURS + RIVALS if c.impl in ("cpu", "eager")]
-    hold("grpo_loss", Shape("trial", 4, 16, 16_384, 8, torch.float32), "token", ("fwd", "bwd", "fwd+bwd"), chosen)
+    compare("grpo_loss", Shape("trial", 4, 16, 16_384, 8, torch.float32), "token", ("fwd", "bwd", "fwd+bwd"), chosen)
 """
 
 
 def test_a_planted_regression_fails_the_whole_command(tmp_path):
-    """The suite's own options on one small contest: against its own record, and against one in which we were faster."""
+    """The suite's own options on one small case: against its own record, and against one in which we were faster."""
     (tmp_path / "bench_trial.py").write_text(TRIAL)
     command = [sys.executable, "-m", "pytest", "-p", "benchmarks.conftest", "-p", "no:cacheprovider", "--rootdir", ROOT,
                "-c", ROOT / "pyproject.toml", tmp_path / "bench_trial.py", "--seconds", "0.5"]  # fmt: skip
@@ -128,7 +128,7 @@ def test_a_planted_regression_fails_the_whole_command(tmp_path):
     assert "slower than the record, beyond noise" in done.stdout
 
 
-def test_the_dry_run_walks_every_contenders_path(tmp_path):
+def test_the_dry_run_walks_every_providers_path(tmp_path):
     """gpu_check on toy shapes: Liger's and TRL's Triton kernels run interpreted, and pass the gate like ours."""
     chosen = "(bench_loss and token and toy-10x96) or learner_step"
     command = [sys.executable, ROOT / "scripts" / "gpu_check.py", "--dry-run", "--skip-tests", "-k", chosen]
@@ -141,7 +141,7 @@ def test_the_dry_run_walks_every_contenders_path(tmp_path):
     timed: dict[str, set[str]] = {}
     for row in record["rows"]:
         if row["time_ms"]:
-            timed.setdefault(row["op"], set()).add(row["contender"])
+            timed.setdefault(row["op"], set()).add(row["provider"])
     everywhere = {"floor", "triton", "cpu", "torch", "eager", "torch.compile"}
     assert timed["grpo_loss"] == everywhere | {"triton, in place", "cpu, in place", "trl", "liger", "liger, in place"}
     chunked = {"trl, chunked", "liger FusedLinearGRPO", "liger scaled CE", "cce, its torch_compile"}
@@ -165,40 +165,40 @@ def wrong_by(factor: float):
     return build
 
 
-def test_a_contender_with_a_wrong_gradient_gets_no_figure_but_its_error():
+def test_a_provider_with_a_wrong_gradient_gets_no_figure_but_its_error():
     problem = make_problem("selective_log_softmax", SHAPE, "logps", CPU)
-    entrants = [Contender("right", "eager", wrong_by(1.0)), Contender("wrong", "liger", wrong_by(1.01))]
-    contest = Contest(problem, entrants, ("fwd", "bwd", "fwd+bwd"))
-    contest.prepare()
-    contest.round()
-    rows = {(row["contender"], row["pass"]): row for row in contest.rows()}
+    measurements = [Provider("right", "eager", wrong_by(1.0)), Provider("wrong", "liger", wrong_by(1.01))]
+    comparison = Comparison(problem, measurements, ("fwd", "bwd", "fwd+bwd"))
+    comparison.prepare()
+    comparison.round()
+    rows = {(row["provider"], row["pass"]): row for row in comparison.rows()}
     assert rows["right", "bwd"]["time_ms"] > 0 and rows["right", "bwd"]["max_rel_error"] < 1e-5
     assert rows["wrong", "bwd"]["time_ms"] is None
     assert rows["wrong", "bwd"]["max_rel_error"] == pytest.approx(0.01, rel=1e-3)
     assert rows["wrong", "bwd"]["note"] == "wrong: error 1.0e-02 exceeds 1e-03"
 
 
-def test_a_contender_that_is_missing_or_raises_leaves_a_line_and_the_others_go_on():
+def test_a_provider_that_is_missing_or_raises_leaves_a_line_and_the_others_go_on():
     def broken():
         raise RuntimeError("no such kernel\nsecond line")
 
-    entrants = [
-        Contender("absent", "quack", wrong_by(1.0), package="no_such_package", install="no-such-package"),
-        Contender("device", "liger", wrong_by(1.0), cuda=True),
-        Contender("broken", "trl", broken),
-        Contender("right", "eager", wrong_by(1.0)),
+    measurements = [
+        Provider("absent", "quack", wrong_by(1.0), package="no_such_package", install="no-such-package"),
+        Provider("device", "liger", wrong_by(1.0), cuda=True),
+        Provider("broken", "trl", broken),
+        Provider("right", "eager", wrong_by(1.0)),
     ]
-    contest = Contest(make_problem("selective_log_softmax", SHAPE, "logps", CPU), entrants, ("fwd",))
-    contest.prepare()
-    contest.round()
-    notes = {row["contender"]: row["note"] for row in contest.rows()}
+    comparison = Comparison(make_problem("selective_log_softmax", SHAPE, "logps", CPU), measurements, ("fwd",))
+    comparison.prepare()
+    comparison.round()
+    notes = {row["provider"]: row["note"] for row in comparison.rows()}
     assert notes == {
         "floor": "", "absent": "not installed (pip install no-such-package)", "device": "needs a CUDA device",
         "broken": "failed (RuntimeError: no such kernel)", "right": "",
     }  # fmt: skip
 
 
-def test_in_place_contenders_do_not_spoil_the_inputs_of_the_next():
+def test_in_place_providers_do_not_spoil_the_inputs_of_the_next():
     problem = make_problem("grpo_loss", SHAPE, "token", CPU)
     before = problem.pristine.clone()
     for extra_row in (False, True):
@@ -214,7 +214,7 @@ def test_in_place_contenders_do_not_spoil_the_inputs_of_the_next():
 def test_the_gate_sees_a_term_that_is_left_out(op, make, variant, dtype):
     """A token-level loss once passed for gspo, and one without its KL term for kl."""
 
-    def contender(whole: bool):
+    def provider(whole: bool):
         def forward(p):
             inputs = (p.leaf,) if p.weight is None else (p.leaf, p.weight)
             terms = {"config": p.config, "ref_per_token_logps": p.ref} if whole else {}
@@ -224,11 +224,11 @@ def test_the_gate_sees_a_term_that_is_left_out(op, make, variant, dtype):
         return lambda: forward
 
     problem = make_problem(op, Shape("toy", 4, 16, 512, 32, dtype), variant, CPU)
-    entrants = [Contender("whole", "torch", contender(True)), Contender("without", "eager", contender(False))]
-    contest = Contest(problem, entrants, ("fwd+bwd",))
-    contest.prepare()
-    contest.round()
-    notes = {row["contender"]: row["note"] for row in contest.rows()}
+    measurements = [Provider("whole", "torch", provider(True)), Provider("without", "eager", provider(False))]
+    comparison = Comparison(problem, measurements, ("fwd+bwd",))
+    comparison.prepare()
+    comparison.round()
+    notes = {row["provider"]: row["note"] for row in comparison.rows()}
     assert notes["whole"] == "" and notes["without"].startswith("wrong: error")
 
 
@@ -264,7 +264,7 @@ def test_bytes_and_flops_of_the_designs_example():
 
 @pytest.mark.parametrize("kind", ["cuda", "cpu", "toy"])
 def test_every_kind_of_machine_runs_every_operation_and_variant(kind):
-    for op, cases in contests(kind).items():
+    for op, cases in cases_of(kind).items():
         assert len(set(cases)) == len(cases)
         if op.endswith("grpo_loss"):
             assert {"token", "gspo", "kl", "entropy bonus", "cross entropy"} <= {variant for _, variant in cases}
@@ -273,7 +273,7 @@ def test_every_kind_of_machine_runs_every_operation_and_variant(kind):
 # --- records and the page
 
 
-def test_records_survive_the_disk_and_a_partial_run_replaces_only_its_contests(tmp_path):
+def test_records_survive_the_disk_and_a_partial_run_replaces_only_its_cases(tmp_path):
     old = {"cpu": "x", "threads": 2, "commit": "1", "rows": made_up_rows(1)}
     other = copy.deepcopy(old["rows"])
     for row in other:
@@ -339,9 +339,9 @@ def test_schedules_become_rows_of_the_record(tmp_path):
     text = "\n".join(loop_tables.section([rollout, step]))
     assert "| tiny | igrpo streaming | 4,000 | 1.00 | 100 | 8.00 |  | 1,536 |" in text
     longer = [s | {"rollout/refinement_tokens": 500.0} for s in steps]
-    for name in ("grpo", rollouts.TRL):  # one contest, however many tokens an arm happened to sample
-        assert {records.contest_key(row) for row in rollouts.rows(name, longer, "tiny")} == {
-            records.contest_key(row) for row in (rollout, step)
+    for name in ("grpo", rollouts.TRL):  # one case, however many tokens an arm happened to sample
+        assert {records.case_key(row) for row in rollouts.rows(name, longer, "tiny")} == {
+            records.case_key(row) for row in (rollout, step)
         }
 
 

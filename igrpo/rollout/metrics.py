@@ -24,7 +24,7 @@ def judge(config: TrainConfig) -> str:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: TrainConfig) -> Metrics:
-    """Everything the design lists that can be read off the groups."""
+    """What can be read off the groups."""
     name = judge(config)
     refinements = [s for g in groups for s in g.refinements]
     drafts = [s for g in groups for s in g.drafts]

@@ -1,13 +1,13 @@
-"""Contenders over materialised logits: selective_log_softmax and grpo_loss."""
+"""Providers over materialised logits: selective_log_softmax and grpo_loss."""
 
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from benchmarks.contender import Contender, Forward, interpreted
 from benchmarks.objective import grpo_from_logps
 from benchmarks.problems import Outputs, Problem
+from benchmarks.provider import Forward, Provider, interpreted
 from igrpo_kernels import grpo_loss, selective_log_softmax
 
 LOGPS, LOSS = "selective_log_softmax", "grpo_loss"
@@ -116,20 +116,20 @@ def quack() -> Forward:
 
 OURS = (
     *(
-        Contender(impl, impl, partial(ours, impl, False), ops=(LOGPS, LOSS))
+        Provider(impl, impl, partial(ours, impl, False), ops=(LOGPS, LOSS))
         for impl in ("cuda", "triton", "cpu", "torch")
     ),
     *(
-        Contender(f"{impl}, in place", impl, partial(ours, impl, True), ops=(LOSS,))
+        Provider(f"{impl}, in place", impl, partial(ours, impl, True), ops=(LOSS,))
         for impl in ("cuda", "triton", "cpu")
     ),
 )
 RIVALS = (
-    Contender("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
-    Contender("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
-    Contender("trl", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
-    Contender("liger", build=partial(liger_loss, False), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
-    Contender("liger, in place", build=partial(liger_loss, True), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
-    Contender("liger", build=liger_logps, ops=(LOGPS,), lacks=("entropy",), forward_only=True, **LIGER),
-    Contender("quack, in place", "quack", quack, "quack", "quack-kernels", True, (LOSS,), only=("cross entropy",)),
+    Provider("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
+    Provider("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
+    Provider("trl", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
+    Provider("liger", build=partial(liger_loss, False), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
+    Provider("liger, in place", build=partial(liger_loss, True), ops=(LOSS,), lacks=("entropy bonus",), **LIGER),
+    Provider("liger", build=liger_logps, ops=(LOGPS,), lacks=("entropy",), forward_only=True, **LIGER),
+    Provider("quack, in place", "quack", quack, "quack", "quack-kernels", True, (LOSS,), only=("cross entropy",)),
 )

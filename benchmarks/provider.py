@@ -1,4 +1,4 @@
-"""A contender in a contest: what it is, what it needs, what it can do."""
+"""A provider in a case: what it is, what it needs, what it can do."""
 
 import importlib.util
 import os
@@ -15,14 +15,14 @@ Forward = Callable[[Problem], Outputs]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Provider:
     """One row of a table.
 
-    Example: ``Contender("liger", "liger", build, package="liger_kernel", install="liger-kernel==0.8.5", cuda=True)``
+    Example: ``Provider("liger", "liger", build, package="liger_kernel", install="liger-kernel==0.8.5", cuda=True)``
     """
 
     name: str
-    """Unique in its contest."""
+    """Unique in its case."""
     impl: str
     """Whose it is: triton, cuda, cpu, torch (ours), eager, compile, trl, liger, cce, pytorch, quack."""
     build: Callable[[], Forward]
@@ -43,7 +43,7 @@ class Contender:
     extra_row: bool = False
     """Wants logits (B, T+1, V)."""
 
-    def enters(self, op: str, variant: str) -> bool:
+    def computes(self, op: str, variant: str) -> bool:
         return op in self.ops and variant not in self.lacks and (not self.only or variant in self.only)
 
     def missing(self, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""Contenders from hidden states and the head's weight: linear_selective_log_softmax and linear_grpo_loss."""
+"""Providers from hidden states and the head's weight: linear_selective_log_softmax and linear_grpo_loss."""
 
 from functools import partial
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.contender import Contender, Forward
-from benchmarks.contenders_logits import eager_outputs
 from benchmarks.objective import grpo_from_logps
 from benchmarks.problems import Outputs, Problem
+from benchmarks.provider import Forward, Provider
+from benchmarks.providers_logits import eager_outputs
 from igrpo_kernels import linear_grpo_loss, linear_selective_log_softmax
 
 LOGPS, LOSS = "linear_selective_log_softmax", "linear_grpo_loss"
@@ -45,7 +45,7 @@ def eager(compiled: bool, dynamic: bool | None = False) -> Forward:
 
 
 def from_logps(p: Problem, logps: Tensor, entropy: Tensor | None) -> Outputs:
-    """Ends a contender that computes log-probs (n,) and perhaps entropies (n,)."""
+    """Ends a provider that computes log-probs (n,) and perhaps entropies (n,)."""
     logps = logps.view(p.ids.shape)
     entropy = None if entropy is None else entropy.view(p.ids.shape)
     if p.op == LOGPS:
@@ -139,16 +139,16 @@ CCE = {"package": "cut_cross_entropy", "install": "cut-cross-entropy==25.1.1", "
 LIGER = {"package": "liger_kernel", "install": "liger-kernel==0.8.5", "impl": "liger"}
 ONLY_CE = ("cross entropy",)
 OURS = tuple(
-    Contender(impl, impl, partial(ours, impl), ops=(LOGPS, LOSS)) for impl in ("cuda", "triton", "cpu", "torch")
+    Provider(impl, impl, partial(ours, impl), ops=(LOGPS, LOSS)) for impl in ("cuda", "triton", "cpu", "torch")
 )
 RIVALS = (
-    Contender("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
-    Contender("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
-    Contender("trl, chunked", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
-    Contender("liger FusedLinearGRPO", build=liger_loss, ops=(LOSS,), lacks=("entropy bonus",), compiled=True, **LIGER),
-    Contender("liger scaled CE", build=liger_scaled_ce, ops=(LOGPS, LOSS), **LIGER),
-    Contender("cce", build=partial(cce, "cce"), cuda=True, **CCE),
-    Contender("cce, its torch_compile", build=partial(cce, "torch_compile"), compiled=True, **CCE),
-    Contender("F.linear_cross_entropy", "pytorch", pytorch, ops=(LOSS,), only=ONLY_CE),
-    Contender("quack, chunked", "quack", quack, "quack", "quack-kernels", True, (LOSS,), only=ONLY_CE),
+    Provider("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
+    Provider("torch.compile", "compile", partial(eager, True), ops=(LOGPS, LOSS), compiled=True),
+    Provider("trl, chunked", "trl", trl, "trl", "trl==1.16.0", ops=(LOGPS, LOSS)),
+    Provider("liger FusedLinearGRPO", build=liger_loss, ops=(LOSS,), lacks=("entropy bonus",), compiled=True, **LIGER),
+    Provider("liger scaled CE", build=liger_scaled_ce, ops=(LOGPS, LOSS), **LIGER),
+    Provider("cce", build=partial(cce, "cce"), cuda=True, **CCE),
+    Provider("cce, its torch_compile", build=partial(cce, "torch_compile"), compiled=True, **CCE),
+    Provider("F.linear_cross_entropy", "pytorch", pytorch, ops=(LOSS,), only=ONLY_CE),
+    Provider("quack, chunked", "quack", quack, "quack", "quack-kernels", True, (LOSS,), only=ONLY_CE),
 )
