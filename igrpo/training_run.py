@@ -267,6 +267,7 @@ def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.learner.adapters import Adapters
     from igrpo.learner.optimizer import check_settings
+    from igrpo.learner.placements import launched
     from igrpo.learner.policy import loss_config
     from igrpo.models.loading import load_tokenizer, resolve_model, skeleton, stop_token_ids, vocabulary
     from igrpo.rollout.prompts import PromptBuilder
@@ -277,7 +278,8 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     tokenizer = load_tokenizer(path, config)
     prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
     if config.use_peft:
-        Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
+        adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
+        launched(place()[1]).check_adapters(adapters)
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
 
 
@@ -328,20 +330,17 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     Raises:
         ConfigError: it cannot fit.
     """
-    from igrpo.learner import sharding, zero3
+    from igrpo.learner.placements import launched
     from igrpo.models.loading import model_config, model_sizes
     from igrpo.plan.memory import GIB, memory_plan, model_shape
 
-    sharding.check_settings()
-    if zero3.asked_for():
-        zero3.check_settings()
     rank, processes = place()
+    sharded = launched(processes).divides and processes > 1
     try:
         shape = model_shape(model_sizes(model_config(path, config)))
     except KeyError as error:
         print(f"no memory plan: the model's config has no {error}", flush=True)
         return
-    sharded = (sharding.asked_for() or zero3.asked_for()) and processes > 1
     plan = memory_plan(shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded)
     if rank == 0:
         print("\n".join(plan.lines()), flush=True)

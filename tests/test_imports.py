@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ONLY_IN = {
     "vllm": ("igrpo/engines/vllm_*.py", "igrpo/engines/servers/vllm_*.py"),
-    "accelerate": ("igrpo/learner/learner.py",),
+    "accelerate": ("igrpo/learner/learner.py", "igrpo/learner/placements/*.py"),
 }
 FORBIDDEN = {
     "igrpo_kernels": {"igrpo", "tests", "benchmarks", "transformers", "accelerate", "vllm", "numpy"},

@@ -111,6 +111,6 @@ def disturbed(learner: Any) -> Iterator[None]:
 @torch.no_grad()
 def _flip(learner: Any) -> None:
     """Turns over the bit of each element's fraction that is worth 1/8: twice is nothing at all."""
-    for tensor in learner.local_parameters():
+    for tensor in learner.placement.local_parameters():
         bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
         tensor.view(bits).bitwise_xor_(round(2**-3 / torch.finfo(tensor.dtype).eps))

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.learner import zero3
 from igrpo.settings import ConfigError
 
 _BASE, _WRAPPED, _ADAPTER = ".base_layer", "base_model.model.", "default"
@@ -92,6 +91,10 @@ class Adapters:
         named = ((name.removeprefix(_WRAPPED), p) for name, p in self.wrapper.named_parameters())
         trained = {name.partition(".lora_")[0] for name, p in named if ".lora_" in name and p.grad is not None}
         return sorted(plain_name(name) for name in self.layers if name not in trained) if trained else []
+
+    def fused_experts(self) -> list[str]:
+        """Layers that keep all experts in one tensor."""
+        return [plain_name(name) for name, layer in self.layers.items() if hasattr(layer, "parameter_name")]
 
     def _weight(self, layer: str) -> str:
         """Name of the weight that an adapter changes."""
@@ -213,11 +216,6 @@ def _check(model: Any, layers: dict[str, Any]) -> None:
             raise ConfigError(
                 f"lora_target_modules: {plain} shares its weight with another layer (tie_word_embeddings), and an "
                 "adapter would make them two; leave it out"
-            )
-        if type(layer) is ParamWrapper and zero3.asked_for():
-            raise ConfigError(
-                f"lora_target_modules: {plain} holds fused experts, which were never tried with DeepSpeed; take "
-                "recipes/accelerate/fsdp2.yaml, or layers without them"
             )
         odd = isinstance(base, torch.nn.Linear) and type(base).forward is not torch.nn.Linear.forward
         if type(layer) not in (Linear, Embedding, ParamWrapper) or odd:

@@ -1,30 +1,31 @@
-"""The learner: float32 master weights, bf16 compute, packed micro-batches. The only file that imports accelerate."""
+"""The learner: float32 master weights, bf16 compute, packed micro-batches."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
-from igrpo.learner import batching, sharding, zero3
+from igrpo.learner import batching
 from igrpo.learner import state as learner_state
 from igrpo.learner.adapters import Adapters
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
-from igrpo.learner.optimizer import build_optimizer, build_schedule
+from igrpo.learner.optimizer import build_schedule
 from igrpo.learner.packed_attention import packed_kernel
 from igrpo.learner.packing import Bin, Limits, PrefixGroup, pack, pad
+from igrpo.learner.placements import Placement, launched
 from igrpo.learner.policy import Policy
 from igrpo.learner.rotary import pin_rotary
 from igrpo.learner.saved_format import SavedFormat, tensors_of
@@ -58,53 +59,33 @@ class Learner:
             cpu=config.use_cpu,
             log_with=config.trackers or None,
             project_dir=config.output_dir,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],  # no second copy of them
         )
         self.saved_format = SavedFormat(model)
         self.adapters = Adapters(model, config) if config.use_peft else None
-        policy = Policy(model, config)
-        policy.train()
-        self.reference = None if reference is None else Policy(reference, config).requires_grad_(False).eval()
+        kind = launched(self.accelerator.num_processes)
+        if self.adapters is not None:
+            kind.check_adapters(self.adapters)
         models = [m for m in (model, reference) if m is not None]
         for one in models:
             pin_rotary(one, context)
-        self.sharded = sharding.asked_for() and self.accelerator.num_processes > 1
-        self.zero3 = zero3.asked_for()
-        if self.zero3:
-            launched, device = DeepSpeedPlugin().deepspeed_config, self.accelerator.device
-            self.policy = zero3.Zero3(policy.to(device), build_optimizer(policy, config), launched, config)
-            self.optimizer = self.policy.optimizer
-            if self.reference is not None:
-                self.reference = zero3.Zero3(self.reference.to(device), None, launched, config)
-            form = self._find_form(self.policy, models, context)
-        elif self.sharded:
-            self._shard(policy)
-            if self.reference is not None:
-                self._shard(self.reference)
-            self.policy, self.optimizer = policy, build_optimizer(policy, config)
-            form = self._find_form(policy, models, context)
-        else:
-            # Before accelerate makes its forward pass one in 16 bits.
-            form = self._find_form(policy.to(self.accelerator.device), models, context)
-            self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
-            if self.reference is not None:
-                self.reference.to(self.accelerator.device)
+        self.policy = Policy(model, config).train()
+        self.placement = kind(self.policy, config, self.accelerator)
+        self.reference = None
+        if reference is not None:
+            frozen = Policy(reference, config).requires_grad_(False).eval()
+            self.reference = kind(frozen, config, self.accelerator, trains=False)
+        form = self._find_form(models, context)
         self.scheduler: Any = None
         self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
 
-    def _shard(self, policy: Policy) -> None:
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        sharding.shard(policy, device, processes, self.config.bf16, plugin)
-
-    def _find_form(self, policy: Any, models: Sequence[Any], context: int | None) -> Form:
+    def _find_form(self, models: Sequence[Any], context: int | None) -> Form:
         nothing, config = Denominators(1.0, 1.0), self.config
-        in_float32 = not config.bf16 or not (self.sharded or self.zero3 or config.use_peft)
+        in_float32 = not config.bf16 or not (self.placement.divides or config.use_peft)
 
         def log_probs(groups: Bin, form: Form) -> torch.Tensor:
             micro = self._micro_batch(groups, nothing, form is Form.PACKED)
             exact = in_float32 and not rounds(models[0].config._attn_implementation)
-            return self._log_probs(micro, policy, 1.0, own=form is Form.OWN, exact=exact)
+            return self._log_probs(micro, temperature=1.0, own=form is Form.OWN, exact=exact)
 
         asked = models[0].config._attn_implementation
         kernels = list(dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")))
@@ -121,9 +102,7 @@ class Learner:
         Raises:
             ConfigError: an unknown schedule or option.
         """
-        # Not prepared by accelerate, which would step it once per process.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        self.scheduler = build_schedule(optimizer, self.config, total_steps)
+        self.scheduler = build_schedule(self.placement.optimizer, self.config, total_steps)
 
     @contextmanager
     def trackers(self) -> Iterator[None]:
@@ -141,9 +120,7 @@ class Learner:
     @property
     def unwrapped(self) -> Any:
         """The Hugging Face model inside."""
-        if self.zero3:
-            return self.policy.model
-        return (self.policy if self.sharded else self.accelerator.unwrap_model(self.policy)).model
+        return self.policy.model
 
     def train_on(
         self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
@@ -157,9 +134,9 @@ class Learner:
         useful = batching.contributing(everyone, self.config)
         bins = self._plan(useful)
         micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
-        # DeepSpeed's engine cannot step without a backward pass.
-        micros += [self._filler()] * (max(math.ceil(len(bins) / processes), self.zero3) - len(micros))
-        old = [self._log_probs(m, self.policy) for m in micros] if self.config.num_iterations > 1 else None
+        share = max(math.ceil(len(bins) / processes), self.placement.least_micro_batches)
+        micros += [self._filler()] * (share - len(micros))
+        old = [self._log_probs(m) for m in micros] if self.config.num_iterations > 1 else None
         reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
         metrics = Accumulator()
         for _ in range(self.config.num_iterations):
@@ -179,13 +156,11 @@ class Learner:
         metrics: Accumulator,
         on_progress: OnProgress,
     ) -> None:
-        if self.sharded:
-            sharding.release(self.policy)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.placement.begin_step()
         loss_sum = 0.0
         for i, micro in enumerate(micros):
-            with self._synchronised(last=i == len(micros) - 1):
-                out = self.policy(
+            with self.placement.micro_batch(last=i == len(micros) - 1):
+                out = self.placement(
                     micro,
                     old_per_token_logps=old[i] if old is not None else None,
                     ref_per_token_logps=reference[i] if reference is not None else None,
@@ -193,46 +168,21 @@ class Learner:
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
-                self._backward(loss, last=i == len(micros) - 1)
+                self.placement.backward(loss)
             loss_sum += float(out.loss.detach()) * micro.scale
             if micro.scale:
                 metrics.add(micro, out)
             on_progress(i + 1, len(micros))
         metrics.losses.append(loss_sum)
         self.last_learning_rate = self.scheduler.get_last_lr()[0]
-        norm = self.policy.step() if self.zero3 else self._clip_and_step()
-        metrics.norms.append(norm)
-        metrics.skipped_steps += not math.isfinite(norm)
-        self.scheduler.step()
-
-    def _backward(self, loss: torch.Tensor, last: bool) -> None:
-        if self.zero3:
-            self.policy.backward(loss, last)
-        else:
-            self.accelerator.backward(loss)
-
-    def _clip_and_step(self) -> float:
-        """The gradient's norm. A step from a broken gradient cannot be taken back, so it is left out."""
-        trained = [p for p in self.policy.parameters() if p.requires_grad]
         if self.adapters is not None and self.scheduler.last_epoch == 0 and (idle := self.adapters.untrained()):
             self._say(
                 f"warning: no gradient reaches the adapters of {', '.join(idle)}: the model does not call these layers"
             )
-        for p in trained:  # a step without contributing samples is a step with a zero gradient
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        norm = float(sharding.whole(torch.nn.utils.clip_grad_norm_(trained, self.config.max_grad_norm or math.inf)))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        return norm
-
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Processes exchange gradients once per step, with its last micro-batch."""
-        if self.sharded:
-            sharding.begin_micro_batch(self.policy, last)
-        with nullcontext() if last or self.sharded or self.zero3 else self.accelerator.no_sync(self.policy):
-            yield
+        norm = self.placement.step(self.config.max_grad_norm)
+        metrics.norms.append(norm)
+        metrics.skipped_steps += not math.isfinite(norm)
+        self.scheduler.step()
 
     def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
         """Micro-batches of the whole step, the same list in every process."""
@@ -259,28 +209,29 @@ class Learner:
 
     @torch.no_grad()
     def _log_probs(
-        self, micro: MicroBatch, policy: Any, temperature: float | None = None, own: bool = False, exact: bool = False
+        self,
+        micro: MicroBatch,
+        placed: Placement | None = None,
+        temperature: float | None = None,
+        own: bool = False,
+        exact: bool = False,
     ) -> torch.Tensor:
         """(n,) without dropout, at the sampling temperature unless another is given.
 
         Args:
+            placed: None: the policy that trains.
             own: from the model's whole logits.
-            exact: in the weights' dtype, whatever training computes in.
+            exact: see ``Placement``.
         """
-        training = policy.training
-        policy.eval()
-        try:
-            # A sharded policy casts its own weights.
-            with nullcontext() if exact or self.sharded or self.zero3 else self.accelerator.autocast():
-                return policy(micro, logps_only=True, temperature=temperature, own=own)
-        finally:
-            policy.train(training)
+        placed = placed or self.placement
+        with placed.evaluating():
+            return placed(micro, logps_only=True, temperature=temperature, own=own, exact=exact)
 
     def _reference_log_probs(self, micro: MicroBatch) -> torch.Tensor:
         if self.adapters is None:
             return self._log_probs(micro, self.reference)
         with self.adapters.disabled():
-            return self._log_probs(micro, self.policy)
+            return self._log_probs(micro)
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -288,7 +239,7 @@ class Learner:
         ids = tuple(token_ids)
         sample = TrainingSample(ids[:1], ids[1:], (0.0,) * (len(ids) - 1), 0.0)
         micro = self._micro_batch((PrefixGroup(ids[:1], (sample,)),), Denominators(1.0, 1.0), self.packs)
-        return self._log_probs(micro, self.policy, temperature=1.0).tolist()
+        return self._log_probs(micro, temperature=1.0).tolist()
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors that ``save_pretrained`` writes, under its names, in the engine's dtype.
@@ -302,19 +253,11 @@ class Learner:
 
     def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model."""
-        if self.sharded:
-            # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
-            sharding.release(self.policy)
-        whole, model = zero3.whole if self.zero3 else sharding.whole, self.unwrapped
-        for name, tensor in tensors_of(model):
+        # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
+        self.placement.settle()
+        for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
-                yield name, whole(tensor).detach()
-
-    def local_parameters(self) -> list[torch.Tensor]:
-        """This process's part of each weight, where it lies; none with ZeRO-3, whose copies must not part."""
-        if self.sharded:
-            sharding.release(self.policy)
-        return [] if self.zero3 else [sharding.local(p) for p in self.unwrapped.parameters()]
+                yield name, self.placement.whole(tensor).detach()
 
     def gather(self, one: Any) -> list[Any]:
         """One plain object of each process, in the order of the processes, at every process."""
@@ -342,12 +285,7 @@ class Learner:
         main, state = self.accelerator.is_main_process, folder / "state"
         state.mkdir(parents=True, exist_ok=True)
         learner_state.save_random_numbers(state, self.accelerator.process_index)
-        if self.sharded:
-            sharding.save(self.policy, self.optimizer, state / "shards")
-        elif self.zero3:
-            self.policy.save(state)
-        elif main:
-            learner_state.save_weights(self.accelerator.unwrap_model(self.policy), self.optimizer, state)
+        self.placement.save(state)
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
         adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
         if main:
@@ -368,13 +306,7 @@ class Learner:
         """
         state, trust = folder / "state", self.config.trust_checkpoint
         try:
-            if self.sharded:
-                sharding.load(self.policy, self.optimizer, state / "shards", trust)
-            elif self.zero3:
-                self.policy.load(state, trust)
-            else:
-                policy = self.accelerator.unwrap_model(self.policy)
-                learner_state.load_weights(policy, self.optimizer, state, trust)
+            self.placement.load(state, trust)
             extra = learner_state.load_loop(self.scheduler, state, trust)
             learner_state.load_random_numbers(state, self.accelerator.process_index, trust)
         except ConfigError:

@@ -13,27 +13,16 @@ from typing import Any
 
 import numpy
 import torch
-from safetensors.torch import load_model, save_model
 
 from igrpo.run.checkpoints import read_manifest
 from igrpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS, OPTIMIZER, SCHEDULER, LOOP = "model.safetensors", "optimizer.bin", "scheduler.bin", "loop.pt"
+SCHEDULER, LOOP = "scheduler.bin", "loop.pt"
 _OLDER_SCHEDULER = "custom_checkpoint_0.pkl"
 _NUMPY = [type(numpy.dtype("uint32")), numpy.dtype, numpy.ndarray, numpy.empty(0).__reduce__()[0]]
 """What numpy's random state is made of."""
-
-
-def save_weights(policy: torch.nn.Module, optimizer: Any, folder: Path) -> None:
-    save_model(policy, str(folder / WEIGHTS))
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-
-
-def load_weights(policy: torch.nn.Module, optimizer: Any, folder: Path, trust: bool) -> None:
-    load_model(policy, str(folder / WEIGHTS))
-    optimizer.load_state_dict(read(folder / OPTIMIZER, trust))
 
 
 def save_loop(scheduler: Any, extra: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import (
 from igrpo.config.recipe import build_config
 from igrpo.config.train_config import TrainConfig
 from igrpo.learner.adapters import Adapters
+from igrpo.learner.placements import Zero3
 from igrpo.models.loading import skeleton
 from igrpo.settings import ConfigError
 from tests.learner.test_learner import fresh_accelerate, learner, some_samples  # noqa: F401
@@ -173,6 +175,14 @@ def test_what_cannot_be_merged_is_refused_by_name_before_any_weight_is_loaded(
     with pytest.raises(ConfigError, match=sentence) as refused:
         Adapters(skeleton(str(tmp_path), config), config)  # there is no file with weights
     assert "\n" not in str(refused.value)
+
+
+def test_deepspeed_refuses_what_it_was_never_tried_with():
+    for chosen, sentence in ((["q_proj"], None), (["q_proj", "gate_up_proj"], r"mlp\.experts holds fused")):
+        options = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": chosen}
+        adapters = Adapters(tiny("qwen3 moe"), TrainConfig(model_name_or_path="m", dataset_name="d", **options))
+        with nullcontext() if sentence is None else pytest.raises(ConfigError, match=sentence):
+            Zero3.check_adapters(adapters)
 
 
 def test_a_layer_that_is_never_called_is_said_and_a_router_gets_no_adapter(capsys):

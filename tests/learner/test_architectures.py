@@ -139,7 +139,7 @@ def gap(made: Any, model: Any, batch: list[TrainingSample]) -> float:
     for contents in made._plan(batch):
         micro = made._micro_batch(contents, Denominators(1.0, 1.0), made.packs)
         wanted = torch.cat([own[s] for s in chain.from_iterable(group.samples for group in contents)])
-        worst = max(worst, float((made._log_probs(micro, made.policy, 1.0) - wanted).abs().max()))
+        worst = max(worst, float((made._log_probs(micro, temperature=1.0) - wanted).abs().max()))
     return worst
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from igrpo.learner import sharding
 from igrpo.learner.learner import Learner
+from igrpo.learner.placements.fsdp2 import check_pickled
 from igrpo.settings import ConfigError
 from tests.support.tiny import save_tiny, tiny_tokenizer
 from tests.support.train_on_ranks import build, train, weights
@@ -90,12 +90,8 @@ def test_an_older_schedule_that_would_run_code_is_refused(learner, saved, tmp_pa
 def test_a_shards_metadata_is_not_unpickled(tmp_path):
     hostile(tmp_path / "shards" / ".metadata", tmp_path / "ran", "pickle")
     with pytest.raises(ConfigError, match=r"was pickled by an older version.*trust_checkpoint: true"):
-        sharding.load(_Unsharded(), None, tmp_path / "shards", trust=False)
+        check_pickled(tmp_path / "shards", trust=False)
     assert not (tmp_path / "ran").exists()
-
-
-class _Unsharded:
-    def reshard(self) -> None: ...
 
 
 def test_a_trusted_checkpoint_is_read_as_it_is(saved, tmp_path):
@@ -120,6 +116,7 @@ def test_a_checkpoint_of_the_version_before(learner, tmp_path):
     """accelerate wrote it: the schedule as a custom object, numpy's state as an array."""
     train(learner)
     folder = tmp_path / "checkpoint-1"
+    learner.accelerator.prepare(learner.policy, learner.placement.optimizer)
     learner.accelerator.register_for_checkpointing(learner.scheduler)
     learner.accelerator.save_state(str(folder / "state"))
     torch.save(EXTRA, folder / "state" / "loop.pt")

@@ -13,7 +13,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoModelForCausalLM
 
-from igrpo.learner.sharding import check_settings
+from igrpo.learner import placements
+from igrpo.learner.placements import Fsdp2, Whole
 from igrpo.settings import ConfigError
 from tests.support.train_on_ranks import CASES
 
@@ -69,10 +70,10 @@ def test_a_sharded_checkpoint_is_a_model_anyone_can_load(launched):
 
 def test_launch_settings_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    check_settings()
+    assert placements.launched(2) is Fsdp2 and placements.launched(1) is Whole
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(ConfigError, match=r"fsdp_cpu_ram_efficient_loading.*write false"):
-        check_settings()
+        placements.launched(1)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])

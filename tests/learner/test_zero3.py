@@ -14,7 +14,8 @@ from accelerate import DeepSpeedPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.learner import zero3
+from igrpo.learner import placements
+from igrpo.learner.placements import Zero3, zero3
 from igrpo.settings import ConfigError
 from tests.support.train_on_ranks import ZERO3
 
@@ -60,17 +61,18 @@ def test_two_processes_equal_one_without_deepspeed(launched, case):
 
 
 def test_launch_settings_that_cannot_work_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"deepspeed package is not installed.*fsdp2\.yaml"):
-        zero3.check_settings()
+        placements.launched(2)
     monkeypatch.setattr(zero3.importlib.util, "find_spec", lambda name: object())
-    zero3.check_settings()
+    assert placements.launched(1) is placements.launched(2) is Zero3
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO3_INIT", "true")
     with pytest.raises(ConfigError, match=r"zero3_init_flag.*write false"):
-        zero3.check_settings()
+        placements.launched(2)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     with pytest.raises(ConfigError, match=r"zero_stage: 2.*write 3"):
-        zero3.check_settings()
+        placements.launched(2)
 
 
 def test_accelerates_plugin_becomes_settings_without_auto(monkeypatch):

@@ -18,6 +18,7 @@ from torch.profiler import profile
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.learner.learner import Learner
+from igrpo.learner.placements import Fsdp2, Whole, Zero3
 from igrpo.settings import ConfigError
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
@@ -89,8 +90,8 @@ def build(*, fsdp: bool = False, zero3: bool = False, tied: bool = True, **setti
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     learner = Learner(model, reference, config, pad_token_id=0)
-    assert learner.zero3 == (zero3 and learner.accelerator.num_processes > 1)
-    assert learner.sharded == (fsdp and learner.accelerator.num_processes > 1)
+    expected = Zero3 if zero3 else Fsdp2 if fsdp else Whole
+    assert type(learner.placement) is (expected if learner.accelerator.num_processes > 1 else Whole)
     learner.set_schedule(10)
     return learner
 
@@ -119,7 +120,7 @@ def goes_on_from_a_checkpoint(settings: dict[str, Any], folder: Path, whole: Lea
     expected = weights(whole)
     for key, tensor in weights(resumed).items():
         assert torch.equal(tensor, expected[key]), key
-    if resumed.zero3:
+    if isinstance(resumed.placement, Zero3):
         runs_no_code(build(**settings), folder)
 
 
@@ -141,7 +142,7 @@ def main_zero3(output: str) -> None:
     for name, settings in ZERO3.items():
         learner = build(**settings)
         figures = [train(learner), train(learner)]
-        if learner.zero3 and name in RESUMED:
+        if isinstance(learner.placement, Zero3) and name in RESUMED:
             goes_on_from_a_checkpoint(settings, Path(output).parent / name, learner, figures[1])
         learner.score((5, 6, 7, 8))
         train(learner, advantage=0.0)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3: the same division as ``sharding.py``, by DeepSpeed's engine. The only file that knows deepspeed.
+"""DeepSpeed ZeRO-3: the same division as ``fsdp2.py``, by DeepSpeed's engine. The only file that knows deepspeed.
 
 accelerate launches it (``recipes/accelerate/zero3.yaml``) and holds its settings. The engine is made here and not by
 ``Accelerator.prepare``, which leaves DeepSpeed out on a CPU: one path for both, so that the one on a GPU is tested.
@@ -13,93 +13,91 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DeepSpeedPlugin
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.learner import state as learner_state
+from igrpo.learner.adapters import Adapters
+from igrpo.learner.optimizer import build_optimizer
+from igrpo.learner.placement import Placement
+from igrpo.learner.policy import Policy
 from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossOutput
 
 
-def asked_for() -> bool:
-    """Whether ``accelerate launch`` was given a DeepSpeed configuration."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+class Zero3(Placement):
+    """DeepSpeed's settings are taken as accelerate read them; what the loop decides itself is replaced."""
 
+    divides = True
+    least_micro_batches = 1  # the engine cannot step without a backward pass
 
-def check_settings() -> None:
-    """Refuses launch settings that cannot work.
-
-    Raises:
-        ConfigError: deepspeed is not installed, another stage, or weights that transformers would divide while it
-            loads them.
-    """
-    if importlib.util.find_spec("deepspeed") is None:
-        raise ConfigError(
-            "distributed_type: DEEPSPEED: the deepspeed package is not installed; pip install deepspeed, or take "
-            "recipes/accelerate/fsdp2.yaml, which divides what ZeRO-3 divides"
-        )
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
-    if stage != "3":
-        raise ConfigError(f"zero_stage: {stage}: only 3 is supported; write 3, or take recipes/accelerate/ddp.yaml")
-    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "").lower() == "true":
-        raise ConfigError(
-            "zero3_init_flag: every process reads the model itself; write false in the file given to accelerate "
-            "launch --config_file, or take recipes/accelerate/zero3.yaml"
-        )
-
-
-class Zero3:
-    """A ``Policy`` whose weights DeepSpeed divides in place; called like one.
-
-    Args:
-        optimizer: over the whole weights, made before; None: the policy is only read.
-        launched: DeepSpeed's settings as accelerate read them; what the loop decides itself is replaced.
-    """
-
-    def __init__(
-        self, policy: Any, optimizer: torch.optim.Optimizer | None, launched: dict[str, Any], config: TrainConfig
-    ):
+    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True):
         import deepspeed
 
-        answers = _Answers(policy)
+        self.module = answers = _Answers(policy.to(accelerator.device))
         for weight in policy.model.get_output_embeddings().parameters():  # an adapter's among them
             deepspeed.zero.register_external_parameter(answers, weight)
-        self.policy = policy
-        self.engine, *_ = deepspeed.initialize(model=answers, optimizer=optimizer, config=settings(launched, config))
-        self.optimizer = self.engine.optimizer
+        self.optimizer = build_optimizer(policy, config) if trains else None
+        launched = settings(DeepSpeedPlugin().deepspeed_config, config)
+        self.engine, *_ = deepspeed.initialize(model=answers, optimizer=self.optimizer, config=launched)
 
-    def __call__(self, *args: Any, **named: Any) -> GRPOLossOutput | torch.Tensor:
+    @staticmethod
+    def asked_for() -> bool:
+        """Whether ``accelerate launch`` was given a DeepSpeed configuration."""
+        return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+    @staticmethod
+    def check_settings() -> None:
+        """Refuses to go on without deepspeed, at another stage, or with weights that transformers would divide while
+        it loads them."""
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(
+                "distributed_type: DEEPSPEED: the deepspeed package is not installed; pip install deepspeed, or take "
+                "recipes/accelerate/fsdp2.yaml, which divides what ZeRO-3 divides"
+            )
+        stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+        if stage != "3":
+            raise ConfigError(f"zero_stage: {stage}: only 3 is supported; write 3, or take recipes/accelerate/ddp.yaml")
+        if os.environ.get("ACCELERATE_DEEPSPEED_ZERO3_INIT", "").lower() == "true":
+            raise ConfigError(
+                "zero3_init_flag: every process reads the model itself; write false in the file given to accelerate "
+                "launch --config_file, or take recipes/accelerate/zero3.yaml"
+            )
+
+    @staticmethod
+    def check_adapters(adapters: Adapters) -> None:
+        for name in adapters.fused_experts():
+            raise ConfigError(
+                f"lora_target_modules: {name} holds fused experts, which were never tried with DeepSpeed; take "
+                "recipes/accelerate/fsdp2.yaml, or layers without them"
+            )
+
+    def __call__(self, *args: Any, exact: bool = False, **named: Any) -> GRPOLossOutput | torch.Tensor:
         out = self.engine(*args, **named)
         return GRPOLossOutput(**out) if isinstance(out, dict) else out
 
-    @property
-    def model(self) -> Any:
-        return self.policy.model
+    def begin_step(self) -> None:
+        self.engine.optimizer.zero_grad(set_to_none=True)
 
-    @property
-    def training(self) -> bool:
-        return self.engine.training
-
-    def train(self, mode: bool = True) -> None:
-        self.engine.train(mode)
-
-    def eval(self) -> None:
-        self.engine.eval()
-
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
-        """Adds to the gradients; the engine steps after the ``last`` micro-batch of the optimiser step."""
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """The engine steps after the ``last`` one of the optimiser step."""
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self) -> float:
-        """Clips and steps; the norm before clipping.
+    def step(self, max_norm: float) -> float:
+        """Clips, to the ``max_norm`` that it was made with, and steps.
 
         Raises:
-            FloatingPointError: that norm is not finite. The engine tells after the step, which cannot be taken back.
+            FloatingPointError: the norm is not finite. The engine tells after the step, which cannot be taken back.
         """
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
@@ -107,25 +105,35 @@ class Zero3:
             raise FloatingPointError(f"gradient norm {norm}: go on from a checkpoint (--resume_from_checkpoint last)")
         return norm
 
-    def save(self, folder: Path) -> None:
-        """Every process writes its share of weights and optimiser."""
-        self.engine.save_checkpoint(str(folder), tag="zero3")
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not hasattr(tensor, "ds_id"):  # a buffer, which is never divided
+            return tensor.detach().clone()
+        import deepspeed
 
-    def load(self, folder: Path, trust: bool) -> None:
-        """Reads what ``save`` wrote, with the same number of processes.
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+
+    def local_parameters(self) -> list[torch.Tensor]:
+        return []
+
+    def save(self, state: Path) -> None:
+        self.engine.save_checkpoint(str(state), tag="zero3")
+
+    def load(self, state: Path, trust: bool) -> None:
+        """With the same number of processes.
 
         Raises:
-            OSError: it is not there.
+            OSError: there is nothing to read.
             ConfigError: it holds objects of which some may run code, and ``trust`` is not given.
         """
         own = self.engine.checkpoint_engine
         self.engine.checkpoint_engine = _Reader(own, trust)
         try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag="zero3")
+            path, _ = self.engine.load_checkpoint(str(state), tag="zero3")
         finally:
             self.engine.checkpoint_engine = own
         if path is None:
-            raise OSError(f"no ZeRO-3 state in {folder}")
+            raise OSError(f"no ZeRO-3 state in {state}")
 
 
 class _Reader:
@@ -155,16 +163,6 @@ class _Answers(torch.nn.Module):
     def forward(self, *args: Any, **named: Any) -> dict[str, Any] | torch.Tensor:
         out = self.policy(*args, **named)
         return out if isinstance(out, torch.Tensor) else {f.name: getattr(out, f.name) for f in fields(out)}
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    """A copy of all of a divided weight, for which every process must ask; or of a buffer, which is never divided."""
-    if not hasattr(parameter, "ds_id"):
-        return parameter.detach().clone()
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        return parameter.detach().clone()
 
 
 def settings(launched: dict[str, Any], config: TrainConfig) -> dict[str, Any]:

@@ -1,0 +1,120 @@
+"""What the learner asks of weights that lie whole in every process, or divided over all of them."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.learner.adapters import Adapters
+from igrpo.learner.policy import Policy
+from igrpo_kernels import GRPOLossOutput
+
+
+class Placement(ABC):
+    """A ``Policy`` with its gradients and its optimiser, placed over the processes.
+
+    Args:
+        policy: whole, in every process.
+        accelerator: of accelerate; it knows the processes and how they were launched.
+        trains: whether there is an optimiser; a reference is only read.
+    """
+
+    divides: ClassVar[bool]
+    """Whether a process keeps a part of each weight only. Then reading one whole is a collective, and a weight is cast
+    when it is gathered, so that nothing can be computed in another precision."""
+    least_micro_batches: ClassVar[int] = 0
+    """Without which a step cannot be taken."""
+
+    optimizer: Any
+    module: torch.nn.Module
+    """What is told whether it trains."""
+
+    @abstractmethod
+    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True): ...
+
+    @staticmethod  # noqa: B027 (most have nothing to say)
+    def check_settings() -> None:
+        """Refuses launch settings that cannot work.
+
+        Raises:
+            ConfigError: says which, and what to write instead.
+        """
+
+    @staticmethod  # noqa: B027 (most have nothing to say)
+    def check_adapters(adapters: Adapters) -> None:
+        """Refuses adapters that cannot be placed.
+
+        Raises:
+            ConfigError: says whose, and what to write instead.
+        """
+
+    @abstractmethod
+    def __call__(self, *args: Any, exact: bool = False, **named: Any) -> GRPOLossOutput | torch.Tensor:
+        """The policy's answer, computed in the run's precision; with ``exact`` in the weights' where they lie whole."""
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without dropout."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(training)
+
+    def begin_step(self) -> None:
+        """Drops the gradients of the step before."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around the forward and backward pass of one micro-batch, the step's ``last`` one or another."""
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients, which the processes average."""
+        loss.backward()
+
+    def step(self, max_norm: float) -> float:
+        """Clips and steps; the gradient's norm before. A step from a broken gradient cannot be taken back, so it is
+        left out."""
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        for p in trained:  # a step without contributing samples is a step with a zero gradient
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        norm = float(self.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        return norm
+
+    def settle(self) -> None:  # noqa: B027
+        """Drops gathered weights that a forward pass without backward has left: parameters are what is kept."""
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """All of a parameter or buffer, for which every process must ask after ``settle``."""
+        return tensor
+
+    @abstractmethod
+    def local_parameters(self) -> list[torch.Tensor]:
+        """This process's part of each weight, where it lies; none where copies would part from each other."""
+
+    @abstractmethod
+    def save(self, state: Path) -> None:
+        """Writes weights and optimiser into the folder ``state``; every process must ask for it."""
+
+    @abstractmethod
+    def load(self, state: Path, trust: bool) -> None:
+        """Reads what ``save`` wrote.
+
+        Args:
+            trust: also read what may run code when it is loaded.
+
+        Raises:
+            ConfigError: it may, and nobody said that it can be trusted.
+        """
