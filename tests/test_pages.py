@@ -132,6 +132,11 @@ def test_the_schedules_table_is_the_record():
         assert [cell.strip(" *") for cell in line.split("|")[2:-1]] == expected
 
 
+def test_the_index_leads_to_every_page():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", (DOCS / "README.md").read_text(encoding="utf-8")))
+    assert {page.name for page in DOCS.glob("*.md")} - {"README.md"} <= linked
+
+
 def test_links_between_pages_lead_somewhere():
     for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):

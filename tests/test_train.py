@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from igrpo.log_lines import read_records
+from tests.support.metrics_page import undocumented
 from tests.support.tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,7 +61,10 @@ def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", 
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    return list(read_records(folder / name, []))
+    found = list(read_records(folder / name, []))
+    if name == "metrics.jsonl":
+        assert not undocumented({key for line in found for key in line}), "write these into docs/metrics.md"
+    return found
 
 
 def steps(folder: Path) -> list[dict]:
