@@ -19,6 +19,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -123,6 +124,9 @@ def _undoing(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
 
 def _kept(model: Any) -> list[str]:
     state = model.state_dict()
+    if any(isinstance(tensor, FakeTensor) for tensor in state.values()):  # a rehearsal's: no memory to compare
+        with unset_fake_temporarily():
+            state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     try:

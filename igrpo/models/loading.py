@@ -55,7 +55,12 @@ def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa
     float32 master weights; those that stay frozen beside adapters are kept in the compute dtype.
     """
     dtype = torch.bfloat16 if config.use_peft and config.bf16 else torch.float32
-    model = _load(AutoModelForCausalLM, path, config, dtype=dtype, attn_implementation=attn_implementation)
+    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    return prepared(_load(AutoModelForCausalLM, path, config, **options), config)
+
+
+def prepared(model: Any, config: TrainConfig) -> Any:
+    """A causal LM for training, caching off."""
     model.config.use_cache = text_config(model.config).use_cache = False
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from igrpo.config.recipe import build_config, read_yaml, split_args
+from igrpo.plan import fake_gpu_library
 from igrpo.plan.hardware import DEVICES, GUESSED, parse_hardware
 from igrpo.settings import ConfigError
 from igrpo.terminal import print_error
@@ -21,6 +22,7 @@ EXAMPLES = """\
 examples:
   igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 16xA100-80G
   igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 16xA100-80G --generation 8 --mean_length 1100
+  igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 8xA100-80G --rehearse
   igrpo plan recipes/quickstart.yaml --hardware cpu --calibrate runs/quickstart
   igrpo plan --paper                              # the paper's resource table, with errors
   igrpo plan --scaling docs/scaling.md            # 1 to 1,024 GPUs; rewrites the tables of that page
@@ -65,6 +67,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--question_tokens", type=int, help="prompt tokens before the draft; default 200")
     add("--mean_length", type=float, help=f"mean completion length; default {MEAN_LENGTH}, or a third of the limit")
     add("--problems", type=int, help="training problems, for the GPU-hours of the whole run")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="take two learner steps on GPUs that are not there: memory by line, host "
+        "waits, collectives; needs a C++ compiler once",
+    )
     add("--json", action="store_true", help="print JSON instead of tables")
     add("--paper", action="store_true", help="predict the paper's resource table instead, and state the errors")
     add("--scaling", metavar="PAGE", help="rewrite the tables of docs/scaling.md instead")
@@ -77,6 +85,8 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from igrpo.plan.models import find_shape, known_rows
     from igrpo.plan.workload import Workload
 
+    if arguments.rehearse:
+        fake_gpu_library.load()  # before anything imports torch
     if not arguments.recipe or not arguments.hardware:
         raise ConfigError("write igrpo plan RECIPE --hardware COUNTxDEVICE; igrpo plan --help has examples")
     config = build_config({**read_yaml(arguments.recipe), **split_args(list(rest))[1]})
@@ -102,6 +112,9 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
             f"{rates.sync_scale:.2g} in the push; lengths and the share of trained groups ({share:.0%}) are its own"
         )
     work = Workload(shape, config, hardware, lengths, rates, trained_share=share)
+    if arguments.rehearse:
+        print("\n".join(rehearsed(work, arguments.recipe)))
+        return
     steps = work.steps()
     rows = arguments.problems or known_rows(config.dataset_name)
     count = _count_steps(config, rows, work.prompts_per_step)
@@ -120,6 +133,30 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(f"  does not fit by this estimate: {memory.advice()}")
     print("\n" + "\n".join(table(steps, hardware.count, count)))
     print("\nassumptions:\n" + "\n".join(f"  - {note}" for note in notes))
+
+
+def rehearsed(work: Any, recipe: str) -> list[str]:
+    """The rehearsal's report, and what the memory plan says of the same."""
+    from transformers import AutoConfig
+
+    from igrpo.plan.memory import GIB
+    from igrpo.plan.models import find_config
+    from igrpo.plan.rehearsal import rehearse
+
+    hardware, config = work.hardware, work.config
+    if hardware.device.kind != "cuda":
+        raise ConfigError("rehearse: only GPUs are rehearsed; name one of them with --hardware, as 8xA100-80G")
+    sizes, source = find_config(config.model_name_or_path)
+    if sizes.get("model_type") is None:
+        raise ConfigError(f"rehearse: {source} names no model_type")
+    report = rehearse(
+        AutoConfig.for_model(**sizes), config, hardware.learners, int(hardware.device.memory),
+        prompt=int(work.prefix(config.num_drafts)), completion=int(work.lengths.mean), context=work.context(),
+    )  # fmt: skip
+    planned = work.memory().learner
+    difference = f"{planned / report.peak - 1:+.0%} against the rehearsal"
+    head = f"{recipe}, {config.model_name_or_path} ({source}): the learner's steps on fake {hardware.device.name}s"
+    return [head, *report.lines(), "", f"igrpo plan says {planned / GIB:.2f} GiB of the learner, {difference}"]
 
 
 def _count_steps(config: Any, rows: int | None, prompts: int) -> int | None:

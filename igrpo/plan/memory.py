@@ -25,6 +25,9 @@ CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 """Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
 
 
+ENGINE = ("engine weights", "KV cache")
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of a decoder-only model."""
@@ -114,6 +117,11 @@ class MemoryPlan:
     @property
     def total(self) -> int:
         return sum(item.bytes for item in self.items)
+
+    @property
+    def learner(self) -> int:
+        """Without the engine."""
+        return sum(item.bytes for item in self.items if item.name not in ENGINE)
 
     @property
     def certain(self) -> int:

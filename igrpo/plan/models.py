@@ -26,15 +26,22 @@ def find_shape(name: str) -> tuple[ModelShape, str]:
     Raises:
         ConfigError: no folder, no answer from the hub, and not in the table.
     """
+    config, source = find_config(name)
+    return _shape(config, name), source
+
+
+@lru_cache
+def find_config(name: str) -> tuple[dict[str, Any], str]:
+    """What ``config.json`` says, and where it came from in words. Raises as ``find_shape``."""
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        return _shape(json.loads((folder / "config.json").read_text(encoding="utf-8")), name), f"{folder}/config.json"
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")), f"{folder}/config.json"
     known = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
     if folder.is_dir() or name.startswith((".", "/", "~")):
         raise ConfigError(f"model_name_or_path: {name} has no config.json; give a folder save_pretrained wrote")
     if "/" in name:  # only hub ids have one
         try:
-            return _shape(_from_hub(name), name), "the hub's config.json"
+            return _from_hub(name), "the hub's config.json"
         except OSError as error:  # what the hub's client raises for every way of not reaching it
             reason = type(error).__name__
             if name not in known:
@@ -44,9 +51,9 @@ def find_shape(name: str) -> tuple[ModelShape, str]:
                     f"model_name_or_path: the hub does not give {name} ({reason}) and the table of public figures "
                     f"lacks it; give a folder with its config.json{hint}"
                 ) from error
-            return _shape(known[name], name), f"the table of public figures, as the hub was not reached ({reason})"
+            return known[name], f"the table of public figures, as the hub was not reached ({reason})"
     if name in known:
-        return _shape(known[name], name), "the table of public figures"
+        return known[name], "the table of public figures"
     raise ConfigError(f"model_name_or_path: there is no model {name}; known without the hub: {', '.join(known)}")
 
 

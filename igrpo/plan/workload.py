@@ -137,9 +137,10 @@ class Workload:
         else:
             machine = Machine("cuda", int(self.hardware.device.memory), learners)
         config = replace(self.config, vllm_mode="server" if self.hardware.generation else "colocate")
-        return memory_plan(self.shape, config, machine, context=self._context(), sharded=learners > 1)
+        return memory_plan(self.shape, config, machine, context=self.context(), sharded=learners > 1)
 
-    def _context(self) -> int:
+    def context(self) -> int:
+        """Tokens of the longest sequence."""
         config = self.config
         draft = (config.draft_max_tokens or config.max_completion_length) + self.lengths.template
         return self.lengths.question + (draft if config.shows_draft else 0) + config.max_completion_length

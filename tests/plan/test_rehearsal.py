@@ -1,0 +1,75 @@
+"""Rehearsals: the tracer against what is known to the byte, and a whole learner on eight GPUs that are not there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {
+    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": False,
+}  # fmt: skip
+RECIPE = {
+    "dataset_name": "d", "bf16": True, "token_budget": 4096, "max_completion_length": 512, "num_generations": 4,
+    "gradient_checkpointing": True, "learning_rate": 1e-6,
+}  # fmt: skip
+CHILD = """
+import sys
+from igrpo.plan import fake_gpu_library
+fake_gpu_library.load()
+from tests.plan import trace_checks
+sys.exit(trace_checks.run(sys.argv[1]))
+"""
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory):
+    """What ``trace_checks.py`` found, in a process that believes in GPUs."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(SIZES))
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(RECIPE | {"model_name_or_path": str(folder)}))
+    done = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    marked = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
+    return json.loads(marked.removeprefix("FOUND ")), done.stdout
+
+
+def test_an_allocation_counts_while_it_lives_and_under_the_name_of_its_line(traced):
+    found, _ = traced
+    assert found["allocation"] == {
+        "peak": 6 * 2**20,
+        "held": 2 * 2**20,
+        "alive": {"mine": 4 * 2**20, "kept": 2 * 2**20},
+    }
+    assert found["backward"] == 4 * 2**20 + 2 * 512, (
+        "the weight, both factors' gradients, their sum; a loss and its own"
+    )
+    assert found["resized"] == [2**20, 0, 2**20]
+
+
+def test_a_wait_is_one_whatever_asked_for_the_value(traced):
+    found, _ = traced
+    assert found["waits"] == {
+        "a number read (.item, float, bool)": 2, "nonzero": 1, "tolist": 1, "torch.cuda.synchronize": 1,
+        "a copy from the computer's memory to the GPU": 1, "a copy from the GPU to the computer's memory": 1,
+    }  # fmt: skip
+    assert found["line"].startswith("igrpo/learner/batching.py:")
+
+
+def test_a_collective_counts_with_its_bytes(traced):
+    found, _ = traced
+    assert found["collectives"] == {"allreduce": [1, 2**20], "allgather_base": [2, 2 * 2**22]}
+
+
+def test_eight_gpus_are_rehearsed_on_none(traced):
+    _, said = traced
+    assert "8 x 74.5 GiB, 2 micro-batches per step and process, the largest of 40" in said
+    for part in ("loading", "micro-batches", "clip and optimiser", "weight push", "x allgather_base", "GiB are left"):
+        assert part in said
