@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from igrpo.config.recipe import build_config, read_yaml, split_args
@@ -24,8 +23,6 @@ examples:
   igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 16xA100-80G --generation 8 --mean_length 1100
   igrpo plan recipes/openmath-nemotron-7b.yaml --hardware 8xA100-80G --rehearse
   igrpo plan recipes/quickstart.yaml --hardware cpu --calibrate runs/quickstart
-  igrpo plan --paper                              # the paper's resource table, with errors
-  igrpo plan --scaling docs/scaling.md            # 1 to 1,024 GPUs; rewrites the tables of that page
 
 Any key of `igrpo train` can follow (--num_drafts 8, --token_budget 16384). Devices: """
 UNPROVEN = (
@@ -38,16 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a setting that cannot work."""
     arguments, rest = _parser().parse_known_args(argv)
     try:
-        if arguments.paper:
-            from igrpo.plan import paper
-
-            print("\n".join(paper.lines()))
-        elif arguments.scaling:
-            from igrpo.plan import scaling
-
-            print(scaling.write(Path(arguments.scaling)))
-        else:
-            plan(arguments, rest)
+        plan(arguments, rest)
     except ConfigError as error:
         print_error(error)
         return EXIT_BAD_CONFIG
@@ -74,8 +62,6 @@ def _parser() -> argparse.ArgumentParser:
         "waits, collectives; needs a C++ compiler once",
     )
     add("--json", action="store_true", help="print JSON instead of tables")
-    add("--paper", action="store_true", help="predict the paper's resource table instead, and state the errors")
-    add("--scaling", metavar="PAGE", help="rewrite the tables of docs/scaling.md instead")
     return parser
 
 

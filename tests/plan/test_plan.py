@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments import plan_paper, plan_scaling
 from igrpo.config.recipe import dump_yaml
 from igrpo.config.train_config import TrainConfig
-from igrpo.plan import main, paper, scaling
+from igrpo.plan import main
 from igrpo.plan.calibrate import calibrate, predict, read_run
 from igrpo.plan.generation import EngineCost, Lengths, Sequence_, decode, generate
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, parse_hardware
@@ -93,8 +94,8 @@ def test_lagging_drafts_hide_behind_a_learner_of_its_own():
 
 
 def test_the_paper_table_is_predicted_as_well_as_the_docs_say():
-    default, fitted = paper.paper_rows()
-    published = [paper.PUBLISHED[row.name] for row in default]
+    default, fitted = plan_paper.paper_rows()
+    published = [plan_paper.PUBLISHED[row.name] for row in default]
     ratio = published[1]["hours"] / published[0]["hours"]
     assert default[1].hours / default[0].hours == pytest.approx(ratio, rel=0.05)
     assert fitted[0].hours == pytest.approx(published[0]["hours"], rel=1e-6), "fitted to this figure"
@@ -111,11 +112,19 @@ def test_the_tables_of_the_scaling_page_are_up_to_date(tmp_path):
     page = ROOT / "docs" / "scaling.md"
     copy = tmp_path / "scaling.md"
     copy.write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    assert main(["--scaling", str(copy)]) == 0
+    assert plan_scaling.main([str(copy)]) == 0
     assert copy.read_text(encoding="utf-8") == page.read_text(encoding="utf-8"), (
-        "run igrpo plan --scaling docs/scaling.md"
+        "run python -m experiments.plan_scaling"
     )
-    assert "1,024" in page.read_text(encoding="utf-8") and set(scaling.COUNTS) == {2**i for i in range(11)}
+    assert "1,024" in page.read_text(encoding="utf-8") and set(plan_scaling.COUNTS) == {2**i for i in range(11)}
+
+
+def test_a_page_without_markers_is_left_as_it_is(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("nothing to fill in")
+    assert plan_scaling.main([str(page)]) == 2
+    assert "lacks `<!-- experiments.plan_scaling: paper -->`" in capsys.readouterr().err
+    assert page.read_text() == "nothing to fill in"
 
 
 def test_every_recipe_can_be_planned_without_the_hub(capsys, monkeypatch):
@@ -193,7 +202,6 @@ def test_a_model_with_state_space_layers_is_refused(tmp_path, capsys):
         ([RECIPE, "--hardware", "cpu", "--model_name_or_path", "./nowhere"], "./nowhere has no config.json"),
         ([RECIPE, "--hardware", "cpu", "--model_name_or_path", "smollm3"], "there is no model smollm3; known"),
         ([RECIPE, "--hardware", "cpu", "--calibrate", "recipes"], "recipes has no config.yaml; give a run folder"),
-        (["--scaling", "README.md"], "lacks `<!-- igrpo plan --scaling: paper -->`"),
     ],
 )
 def test_mistakes_are_answered_in_one_line(arguments, said, capsys):

@@ -1,25 +1,44 @@
-"""The tables of docs/scaling.md: the paper's recipe from 1 to 1,024 GPUs, worked out by ``igrpo plan``."""
+"""``python -m experiments.plan_scaling`` writes the tables of docs/scaling.md: the paper's recipe from 1 to 1,024 GPUs,
+worked out by ``igrpo plan``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from experiments import plan_paper
+from experiments.plan import FOLDER
 from igrpo.config.train_config import TrainConfig
-from igrpo.plan import paper
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import DEVICES, Hardware
 from igrpo.plan.models import table_shape
 from igrpo.plan.workload import Workload
 from igrpo.settings import ConfigError
+from igrpo.terminal import print_error
 
-BEGIN, END = "<!-- igrpo plan --scaling: {name} -->", "<!-- end -->"
+PAGE = FOLDER.parent / "docs" / "scaling.md"
+BEGIN, END = "<!-- experiments.plan_scaling: {name} -->", "<!-- end -->"
 COUNTS = tuple(2**i for i in range(11))
 MODELS = {"1.5B": "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "7B": "nvidia/OpenMath-Nemotron-7B"}
 LENGTHS = Lengths(question=200, mean=700, limit=4096)
 
 
-def write(page: Path) -> str:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.plan_scaling", description=__doc__)
+    parser.add_argument("page", nargs="?", type=Path, default=PAGE)
+    page = parser.parse_args(argv).page
+    try:
+        write(page)
+    except ConfigError as error:
+        print_error(error)
+        return 2
+    print(f"wrote {len(tables())} tables into {page}")
+    return 0
+
+
+def write(page: Path) -> None:
     """Replaces the text between the page's markers.
 
     Raises:
@@ -34,12 +53,11 @@ def write(page: Path) -> str:
             raise ConfigError(f"scaling: {page} lacks `{begin}` and `{END}` around the table to write")
         text = f"{head}{begin}\n" + "\n".join(lines) + f"\n{END}{tail}"
     page.write_text(text, encoding="utf-8")
-    return f"wrote {len(tables())} tables into {page}"
 
 
 def tables() -> dict[str, list[str]]:
     return {
-        "paper": paper.lines(),
+        "paper": plan_paper.lines(),
         "same batch, 7B": scaled("7B", "A100-80G", lambda count: 128),
         "growing batch, 7B": scaled("7B", "H100-80G", lambda count: 32 * count),
         "growing batch, 1.5B": scaled("1.5B", "A100-80G", lambda count: 32 * count),
@@ -83,3 +101,7 @@ def _workload(size: str, hardware: Hardware, prompts: int) -> Workload:
         vllm_max_num_seqs=256,
     )  # fmt: skip
     return Workload(table_shape(MODELS[size]), config, hardware, LENGTHS, prompts=prompts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

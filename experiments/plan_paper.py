@@ -1,4 +1,5 @@
-"""The paper's resource table, worked out with the same formulas, and how far off they are.
+"""The paper's resource table, worked out with the formulas of ``igrpo plan``, and how far off they are: a table of
+docs/scaling.md.
 
 arXiv 2602.09000, appendix D: DeepSeek-R1-Distill-Qwen-7B on MATH (7,500 problems, one epoch), 2 x 8 A100-80GB of which
 one node runs vLLM, 16 completions per device and micro-batch, 8 micro-batches, completions of at most 2,048 tokens,
