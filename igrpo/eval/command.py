@@ -118,6 +118,7 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     from igrpo.engines import EngineError
     from igrpo.eval import summary
     from igrpo.eval.run import EvaluationRun
+    from igrpo.report.benchmarks import write_pass_at_k
     from igrpo.rewards.workers.tally import RewardError
 
     rows: list[dict[str, Any]] = []
@@ -132,7 +133,7 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     rows = summary.merge(folder, rows)
     text = f"{summary.table(rows)}\n\n{summary.pass_table(rows)}\n"
     (folder / "summary.md").write_text(text, encoding="utf-8")
-    summary.plot(rows, folder)
+    write_pass_at_k(rows, folder)
     shown = printable(text, len(text), lines=True)
     print(f"\n{shown}\nper cent, 95 % bootstrap intervals over problems; everything is in {folder}", flush=True)
     return 0

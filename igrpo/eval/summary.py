@@ -1,4 +1,4 @@
-"""What an evaluation says: figures per benchmark, the table (rows = models, columns = benchmarks), the pass@k plot."""
+"""What an evaluation says: figures per benchmark, the table (rows = models, columns = benchmarks)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ Row = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 SINGLE_SHOT = "single shot"
-LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority": "--", "two-stage,": ":"}
-"""Line styles by mode, without what stands behind it; the colour is the model's."""
 
 
 def figures(records: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -121,46 +119,3 @@ def percent(estimate: Estimate) -> str:
     if estimate.low is None or estimate.high is None:
         return f"{100 * estimate.value:.1f}"
     return f"{100 * estimate.value:.1f} [{100 * estimate.low:.1f}, {100 * estimate.high:.1f}]"
-
-
-def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """pass@k over k with its intervals, one panel per benchmark; ``pass_at_k.png`` and ``.svg``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
-
-    benchmarks = list(dict.fromkeys(b for row in rows for b in row["benchmarks"]))
-    across = min(3, len(benchmarks))
-    down = -(-len(benchmarks) // across)
-    figure = Figure(figsize=(4.8 * across, 3.6 * down + 0.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = list(figure.subplots(down, across, squeeze=False).flat)
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for panel, benchmark in zip(panels, benchmarks, strict=False):
-        for row in rows:
-            if benchmark in row["benchmarks"]:
-                colour = f"C{models.index(row['model']) % 10}"
-                _curve(panel, row, row["benchmarks"][benchmark]["pass_at_k"], colour)
-        panel.set(title=benchmark, xlabel="k", ylabel="pass@k, %")
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
-        panel.set_ylim(bottom=0, top=max(panel.get_ylim()[1], 1))
-        panel.grid(alpha=0.3)
-    for panel in panels[len(benchmarks) :]:
-        panel.set_visible(False)
-    labels = {line.get_label(): line for panel in figure.axes for line in panel.get_lines()}
-    figure.legend(labels.values(), labels.keys(), loc="outside lower center", fontsize="small")
-    paths = [folder / f"pass_at_k.{kind}" for kind in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=150)
-    return paths
-
-
-def _curve(panel: Any, row: Row, passes: Sequence[dict[str, Any]], colour: str) -> None:
-    k = [p["k"] for p in passes]
-    style = LINES[row["mode"].partition(" ORACLE")[0].partition(" of ")[0]]
-    values, marked = [100 * p["value"] for p in passes], [i - 1 for i in shown_k(len(k))]
-    panel.plot(k, values, style, color=colour, label=_label(row), marker=".", markevery=marked)
-    if passes[0]["low"] is not None:
-        low, high = ([100 * p[side] for p in passes] for side in ("low", "high"))
-        panel.fill_between(k, low, high, color=colour, alpha=0.15, linewidth=0)

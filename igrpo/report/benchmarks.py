@@ -12,13 +12,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from igrpo.log_lines import LARGEST, number_of
 from igrpo.report.arms import Arm
-from igrpo.report.drawing import ARM_COLOURS, HEIGHT, INK, MUTED, WIDE, colour_of
+from igrpo.report.drawing import ARM_COLOURS, HEIGHT, INK, MUTED, WIDE, colour_of, styled, to_png
 from igrpo.report.runs import whole_characters
+from igrpo.report.svg import save
 from igrpo.settings import shown
 
 Row = dict[str, Any]
 """One model in one mode, as ``igrpo eval`` writes it: model, mode, benchmarks {name: figures}."""
 SINGLE_SHOT = "single shot"
+LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority": "--", "two-stage,": ":"}
+"""Line styles by mode, without what stands behind it; the colour is the model's."""
 
 
 def find_summaries(folders: Sequence[Path]) -> list[Path]:
@@ -77,12 +80,13 @@ def row_label(row: Row) -> str:
 
 def row_colours(rows: Sequence[Row], arms: Sequence[Arm]) -> list[str]:
     """A checkpoint of a run has its arm's colour; other models grey, and then what the arms leave."""
-    spare = [MUTED, *ARM_COLOURS[len(arms) :], *ARM_COLOURS]
+    spare = [*[MUTED][: len(arms)], *ARM_COLOURS[len(arms) :], *ARM_COLOURS]
     found: dict[str, str] = {}
     for row in rows:
         parts = Path(row["model"]).parts
         own = [i for i, arm in enumerate(arms) if any(run.name in parts for run in arm.runs)]
-        found.setdefault(row["model"], colour_of(own[0]) if own else spare.pop(0) if spare else INK)
+        if row["model"] not in found:
+            found[row["model"]] = colour_of(own[0]) if own else spare.pop(0) if spare else INK
     return [found[row["model"]] for row in rows]
 
 
@@ -115,13 +119,14 @@ def draw_bars(rows: Sequence[Row], colours: Sequence[str]) -> Canvas:
     ax.set_ylim(0, min(1.12, ax.get_ylim()[1] * 1.08))
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    canvas.legend(loc="outside lower left", ncols=3, frameon=False)
+    _legend(canvas, *ax.get_legend_handles_labels())
     return canvas
 
 
 def draw_pass_at_k(rows: Sequence[Row], colours: Sequence[str]) -> Canvas:
-    """Unbiased pass@k over k, one panel per benchmark; the bootstrap interval as a band; dashed: two-stage."""
-    benchmarks = [b for b in names(rows) if any(len(r["benchmarks"].get(b, {}).get("pass_at_k", [])) > 1 for r in rows)]
+    """Unbiased pass@k over k, one panel per benchmark; the bootstrap interval as a band; a line style per mode."""
+    curves = [b for b in names(rows) if any(len(r["benchmarks"].get(b, {}).get("pass_at_k", [])) > 1 for r in rows)]
+    benchmarks = curves or names(rows)
     columns = min(3, len(benchmarks))
     lines = -(-len(benchmarks) // columns)
     canvas = Canvas(figsize=(WIDE, (HEIGHT + 0.1) * lines + 0.3))
@@ -132,8 +137,10 @@ def draw_pass_at_k(rows: Sequence[Row], colours: Sequence[str]) -> Canvas:
             if not points:
                 continue
             ks, values = [p["k"] for p in points], [p["value"] for p in points]
-            style = "-" if row["mode"] == SINGLE_SHOT else "--"
-            ax.plot(ks, values, style, color=colours[i], label=row_label(row), marker="o", markersize=3)
+            style = LINES.get(row["mode"].partition(" ORACLE")[0].partition(" of ")[0], "--")
+            marked = [j for j, k in enumerate(ks) if k in (2 ** (int(k).bit_length() - 1), ks[-1])]
+            ax.plot(ks, values, style, color=colours[i], label=row_label(row), marker="o", markersize=3,
+                    markevery=marked)  # fmt: skip
             if points[0].get("low") is not None:
                 ax.fill_between(ks, [p["low"] for p in points], [p["high"] for p in points], color=colours[i],
                                 alpha=0.16, linewidth=0)  # fmt: skip
@@ -145,8 +152,22 @@ def draw_pass_at_k(rows: Sequence[Row], colours: Sequence[str]) -> Canvas:
     for ax in axes[len(benchmarks) :]:
         ax.set_axis_off()
     shown = {line.get_label(): line for ax in axes for line in ax.get_lines()}
-    canvas.legend(shown.values(), shown.keys(), loc="outside lower left", ncols=3, frameon=False)
+    _legend(canvas, list(shown.values()), list(shown))
     return canvas
+
+
+def _legend(canvas: Canvas, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """Below the axes, in as many columns as have room."""
+    columns = max(1, min(3, 180 // (max(map(len, labels)) + 8)))
+    canvas.legend(handles, labels, loc="outside lower left", ncols=columns, frameon=False)
+
+
+def write_pass_at_k(rows: Sequence[Row], folder: Path) -> None:
+    """``pass_at_k.png`` and ``.svg``: an evaluation's picture without a report around it."""
+    with styled():
+        canvas = draw_pass_at_k(rows, row_colours(rows, ()))
+        to_png(canvas, folder / "pass_at_k.png")
+        save(canvas, folder / "pass_at_k.svg", "pass@k", facecolor="white")
 
 
 def has_pass_at_k(rows: Sequence[Row]) -> bool:

@@ -26,8 +26,10 @@ from igrpo.eval import command, main
 from igrpo.eval.benchmarks import BENCHMARKS, load_benchmark
 from igrpo.eval.command import Subject, inherited
 from igrpo.eval.pass_at_k import average, bootstrap, pass_at_k
-from igrpo.eval.summary import make_row, plot
+from igrpo.eval.summary import make_row
 from igrpo.eval.two_stage import RULES, choose, chosen_drafts, vote_key
+from igrpo.report.benchmarks import row_colours, write_pass_at_k
+from igrpo.report.drawing import ARM_COLOURS
 from igrpo.rewards.functions import accuracy
 from igrpo.rewards.grading.answers import last_boxed
 from igrpo.settings import ConfigError
@@ -120,8 +122,19 @@ def test_the_plot_has_a_panel_per_benchmark_and_no_empty_one(tmp_path):
                 "tokens": 1}] * 4} for c in (0, 1, 4)]  # fmt: skip
     modes = ["single shot", *(text.format(N=4) for text in RULES.values())]
     rows = [make_row("m", mode, dict.fromkeys("abcd", records), 0) for mode in modes]
-    plot(rows, tmp_path)
-    assert (tmp_path / "pass_at_k.svg").read_text().count('id="axes_') == 4
+    write_pass_at_k(rows, tmp_path)
+    svg = (tmp_path / "pass_at_k.svg").read_text()
+    assert [svg.count(f">{name}</text>") for name in "abcd"] == [1] * 4 and svg.count(">k</text>") == 4
+    assert svg.count("stroke-dasharray") == 3  # and the single shot's whole line
+    # A model's modes have one colour: each row once used one up.
+    assert row_colours([*rows, rows[0] | {"model": "other"}], ()) == [*ARM_COLOURS[:1] * 4, ARM_COLOURS[1]]
+    once = [
+        make_row(
+            "m", "single shot", {"a": [r | {"completions": r["completions"][:1], "correct": 1} for r in records]}, 0
+        )
+    ]
+    write_pass_at_k(once, tmp_path)
+    assert ">a</text>" in (tmp_path / "pass_at_k.svg").read_text()
 
 
 # --- choosing a draft at test time
