@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from igrpo.config.train_config import field_types
+from igrpo.config.train_config import TrainConfig
 from igrpo.settings import ConfigError
+from igrpo.settings.section import field_types
 
 FOLDER = Path(__file__).resolve().parent
 PLANS, RESULTS = FOLDER / "plans", FOLDER / "results"
@@ -68,7 +69,7 @@ def load_plan(name: str) -> Plan:
     for arm in {plan.baseline, *plan.baselines, *plan.baselines.values()} - set(plan.arms):
         raise ConfigError(f"{path.name}: {arm!r} of its baselines is no arm; arms: {', '.join(plan.arms)}")
     for arm, settings in plan.arms.items():
-        for key in set(settings) - set(field_types()):
+        for key in set(settings) - set(field_types(TrainConfig)):
             raise ConfigError(f"{path.name}: arm {arm} has an unknown key {key!r}")
     return plan
 

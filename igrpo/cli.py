@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-# Verb -> what it does. Each is a module igrpo.VERB with main(argv) -> exit code, imported only when it is asked for:
-# `igrpo report` must not wait for torch.
+# Verb -> what it does. Each is a module igrpo.VERB or igrpo.VERB.command with main(argv) -> exit code, imported only
+# when it is asked for: `igrpo report` must not wait for torch.
 VERBS = {
     "train": "train with iGRPO or GRPO from a recipe",
     "eval": "avg@n and pass@k of a model on benchmarks, on the bare prompt or two-stage",
@@ -73,4 +74,9 @@ def _run(words: list[str]) -> int:
         hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
         print(f"error: igrpo {verb}: there is no such verb; {hint}", file=sys.stderr)
         return EXIT_USAGE
-    return importlib.import_module(f"igrpo.{verb}").main(rest)
+    return main_of(verb)(rest)
+
+
+def main_of(verb: str) -> Callable[[Sequence[str]], int]:
+    room = importlib.util.find_spec(f"igrpo.{verb}").submodule_search_locations is not None  # type: ignore[union-attr]
+    return importlib.import_module(f"igrpo.{verb}.command" if room else f"igrpo.{verb}").main

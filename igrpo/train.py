@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from warnings import filterwarnings
 
-from igrpo.config.checks import check_trackers
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines.servers.openmp import shared_cores
 from igrpo.settings import ConfigError
+from igrpo.settings.shared import check_trackers
 from igrpo.terminal import Warnings, print_error, shown_warnings
 
 if TYPE_CHECKING:

@@ -22,9 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import igrpo_kernels  # noqa: E402
-from igrpo.config.checks import describe_type  # noqa: E402
 from igrpo.config.recipe import DROPPED, RENAMED, REQUIRED, field_docs, key_groups  # noqa: E402
-from igrpo.config.train_config import TrainConfig, field_types  # noqa: E402
+from igrpo.config.train_config import TrainConfig  # noqa: E402
+from igrpo.settings.kinds import describe_type  # noqa: E402
+from igrpo.settings.section import field_types  # noqa: E402
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput  # noqa: E402
 
 NOTE = "<!-- Written by scripts/write_docs.py from the source; change it there. -->\n"
@@ -37,7 +38,7 @@ def configuration() -> str:
         "One YAML file, and any key again on the command line: `igrpo train --config recipe.yaml --key value`. Names",
         "are TRL's and open-r1's where they have the key. An unknown key is an error that names the nearest one.", "",
     ]  # fmt: skip
-    docs, hints = field_docs(), field_types()
+    docs, hints = field_docs(), field_types(TrainConfig)
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for title, names in key_groups().items():
         lines += [f"## {title.capitalize()}", "", "| key | type | default | meaning |", "|---|---|---|---|"]

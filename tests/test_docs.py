@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import importlib
 import importlib.util
 import io
 import re
@@ -22,7 +21,7 @@ import pytest
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
-from igrpo.cli import VERBS
+from igrpo.cli import VERBS, main_of
 from igrpo.config.recipe import parse_args, split_args
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +131,7 @@ def help_of(verb: str) -> str:
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         try:
-            assert importlib.import_module(f"igrpo.{verb}").main(["--help"]) == 0
+            assert main_of(verb)(["--help"]) == 0
         except SystemExit as ended:  # argparse's way
             assert ended.code == 0
     return output.getvalue() + "--help"

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from igrpo.config.recipe import DROPPED, RENAMED
-from igrpo.config.train_config import field_types
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings.section import field_types
 from tests.support.tiny import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,14 +104,14 @@ def test_migration_tables_lead_to_keys_that_exist():
         named = re.findall(r"`([^`]+)`", ours)
         assert named or (ours == "—" and note.strip(" |")), line
         for key in [*named, *re.findall(r"`(vllm_\w+|num_drafts|max_\w+)`", note)]:
-            assert key in field_types(), line
+            assert key in field_types(TrainConfig), line
         rows += 1
     assert rows > 80
 
 
 def test_the_trl_table_speaks_of_keys_that_are_accepted():
     table = (DOCS / "migration.md").read_text(encoding="utf-8").split("## TRL")[1].split("\n## ")[0]
-    accepted = field_types().keys() | DROPPED.keys() | RENAMED.keys()
+    accepted = field_types(TrainConfig).keys() | DROPPED.keys() | RENAMED.keys()
     rows = [line for line in table.splitlines() if line.startswith("| `")]
     assert rows
     for line in rows:

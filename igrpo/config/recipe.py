@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import itertools
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
-import yaml
-
-from igrpo.config.checks import describe_type
-from igrpo.config.train_config import TrainConfig, field_types
-from igrpo.settings import ConfigError, shown
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings import ConfigError, shared, shown
+from igrpo.settings.kinds import describe_type
+from igrpo.settings.section import Section, field_types
+from igrpo.settings.yaml_text import load_yaml
 from igrpo.terminal import printable
 
 RENAMED = {
@@ -77,6 +80,7 @@ DROPPED = {
 """Keys of real recipes that have no counterpart here, with the reason: one warning line each."""
 
 REQUIRED = ("model_name_or_path", "dataset_name")
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 def parse_args(argv: Sequence[str]) -> TrainConfig:
@@ -94,9 +98,9 @@ def parse_args(argv: Sequence[str]) -> TrainConfig:
     return build_config(values)
 
 
-def build_config(values: dict[str, Any]) -> TrainConfig:
+def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig) -> AnySection:
     """Keys as written in a recipe into a config; old key names are mapped with one warning line each."""
-    known = field_types()
+    known = field_types(section)
     settings: dict[str, Any] = {}
     for key, value in values.items():
         if key in DROPPED:
@@ -117,9 +121,9 @@ def build_config(values: dict[str, Any]) -> TrainConfig:
         _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
         del settings["eval_steps"]
     for key in REQUIRED:
-        if key not in settings:
+        if key in known and key not in settings:
             raise ConfigError(f"{key} is missing; write it in the recipe or as --{key} VALUE")
-    return TrainConfig(**settings)
+    return section(**settings)
 
 
 def read_yaml(path: str) -> dict[str, Any]:
@@ -138,29 +142,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     return {str(k): v for k, v in values.items()}
 
 
-def load_yaml(text: str, where: str) -> Any:
-    """The value that a YAML text holds.
-
-    Raises:
-        ConfigError: nothing in it can be read as one; the message begins with ``where``.
-    """
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where}:{line} is not valid YAML ({reason})") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: its brackets are nested too deep to be read") from None
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # a date of month 13, `!!int x`, 4,300 digits
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{where}: one value is not what it looks like ({reason}); put it in quotes") from None
-
-
 def coerce(key: str, value: Any) -> Any:
     """What YAML reads as text though a number is meant: ``1e-6`` (no dot) and the command line's words."""
-    hint, kinds = field_types()[key], _kinds(key)
+    hint, kinds = field_types(TrainConfig)[key], _kinds(key)
     if isinstance(value, str) and float in kinds and str not in kinds:
         try:
             return float(value)
@@ -177,10 +161,6 @@ def coerce(key: str, value: Any) -> Any:
     return value
 
 
-def dump_yaml(config: TrainConfig) -> str:
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
-
-
 def help_text() -> str:
     """The command line, by example, and every key with its type, default and meaning."""
     lines = [
@@ -194,39 +174,41 @@ def help_text() -> str:
         "",
         "keys:",
     ]
-    docs = field_docs()
-    for f in dataclasses.fields(TrainConfig):
-        default = "required" if f.name in REQUIRED else f"default {_default(f)!r}"
-        lines.append(f"  --{f.name}  ({describe_type(field_types()[f.name])}; {default})")
-        lines.append(f"      {docs[f.name]}")
+    fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
+    for key, doc in field_docs().items():
+        default = "required" if key in REQUIRED else f"default {_default(fields[key])!r}"
+        lines.append(f"  --{key}  ({describe_type(field_types(TrainConfig)[key])}; {default})")
+        lines.append(f"      {doc}")
     return "\n".join(lines)
 
 
 def key_groups() -> dict[str, tuple[str, ...]]:
-    """The keys under each `# --- title` of ``TrainConfig``'s source."""
-    import inspect
-    import re
-
+    """The keys under each `# --- title` of the sections, as docs/configuration.md has them."""
     groups: dict[str, list[str]] = {}
-    for line in inspect.getsource(TrainConfig).splitlines():
-        if title := re.match(r"    # --- (.+)", line):
-            keys = groups.setdefault(title[1], [])
-        elif groups and (key := re.match(r"    (\w+): ", line)):
-            keys.append(key[1])
+    for section in _sections():
+        for line in inspect.getsource(section).splitlines():
+            if title := re.match(r"    # --- (.+)", line):
+                keys = groups.setdefault(title[1], [])
+            elif key := re.match(r"    (\w+): ", line):
+                keys.append(key[1])
     return {title: tuple(keys) for title, keys in groups.items()}
 
 
 def field_docs() -> dict[str, str]:
-    """The sentence under each key of ``TrainConfig``, read from its source."""
-    import ast
-    import inspect
-
-    body = ast.parse(inspect.getsource(TrainConfig)).body[0].body  # type: ignore[attr-defined]
+    """The sentence under each key, read from the sections' source."""
     docs = {}
-    for node, following in itertools.pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
-            docs[node.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
+    for section in _sections():
+        body = ast.parse(inspect.getsource(section)).body[0].body  # type: ignore[attr-defined]
+        for node, following in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(following, ast.Expr):
+                docs[node.target.id] = following.value.value  # type: ignore[union-attr,attr-defined]
     return docs
+
+
+def _sections() -> list[type]:
+    """Those that keys are written in: the rooms', then those that rooms share."""
+    written = [one for one in reversed(TrainConfig.__mro__) if vars(one).get("__annotations__")]
+    return sorted(written, key=lambda section: section.__module__ == shared.__name__)
 
 
 def _default(f: dataclasses.Field) -> Any:
@@ -259,7 +241,7 @@ def split_args(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
 
 def _kinds(key: str) -> tuple[Any, ...]:
     """The alternatives of a key's type: ``float | None`` gives both."""
-    hint = field_types().get(key)
+    hint = field_types(TrainConfig).get(key)
     return (hint,) if get_origin(hint) in (list, dict, Literal) else (get_args(hint) or (hint,))
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.settings import ConfigError
+from igrpo.settings.section import Section
 
 GYM, PACKAGED = "reasoning_gym:", "smollm2-135m"
 DRAFTS = (
@@ -118,21 +119,30 @@ TABLE = (
 )  # fmt: skip
 
 
-def unused(config: TrainConfig, on_cpu: bool) -> Iterator[tuple[str, str]]:
-    """Each key that was written and does nothing, with the reason.
-
-    Raises:
-        ConfigError: one of them promises hardware that this machine lacks.
+def check_hardware(config: Section, on_cpu: bool) -> None:
     """
-    defaults = {f.name: _default(f) for f in dataclasses.fields(TrainConfig)}
-    for row in TABLE:
-        for key in row.keys if row.idle(config, on_cpu) else ():
-            value = getattr(config, key)
-            if value == defaults[key]:
-                continue
-            if row.instead is not None:
-                raise ConfigError(f"{key}: {value} cannot be had, as {row.because}; {row.instead}")
-            yield key, row.because
+    Raises:
+        ConfigError: a setting promises hardware that this machine lacks.
+    """
+    for key, row in _idle(config, on_cpu, [row for row in TABLE if row.instead]):
+        raise ConfigError(f"{key}: {getattr(config, key)} cannot be had, as {row.because}; {row.instead}")
+
+
+def unused(config: TrainConfig, on_cpu: bool) -> Iterator[tuple[str, str]]:
+    """Each key that was written and does nothing, with the reason. Raises as ``check_hardware`` does."""
+    check_hardware(config, on_cpu)
+    for key, row in _idle(config, on_cpu, TABLE):
+        yield key, row.because
+
+
+def _idle(config: Section, on_cpu: bool, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    """Keys of this section that differ from their default and do nothing."""
+    defaults = {f.name: _default(f) for f in dataclasses.fields(config)}
+    for row in rows:
+        keys = [key for key in row.keys if key in defaults and getattr(config, key) != defaults[key]]
+        if keys and row.idle(config, on_cpu):  # type: ignore[arg-type]
+            for key in keys:
+                yield key, row
 
 
 def say_unused(config: TrainConfig, on_cpu: bool, rank: int) -> None:

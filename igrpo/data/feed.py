@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.data.config import DataConfig
 from igrpo.data.sources import ProblemSampler
 from igrpo.data_types import Problem
 
@@ -35,7 +35,7 @@ class ProblemFeed:
         self,
         problems: Sequence[Problem],
         sampler: ProblemSampler,
-        config: TrainConfig,
+        config: DataConfig,
         processes: int = 1,
         rank: int = 0,
         gather: Callable[[Any], list[Any]] = lambda one: [one],
@@ -79,7 +79,7 @@ class ProblemFeed:
         return tuple(self.problems[row] for row in rows[self.rank :: self.processes])
 
 
-def steps_of(config: TrainConfig, problems: int, processes: int) -> int:
+def steps_of(config: DataConfig, problems: int, processes: int) -> int:
     """Rollout batches of the whole run."""
     if config.max_steps > 0:
         return config.max_steps

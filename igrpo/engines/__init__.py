@@ -3,23 +3,16 @@
 
 from collections.abc import Sequence
 
-from igrpo.config.train_config import TrainConfig
-from igrpo.config.unused import unused
 from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling, WeightSource
-from igrpo.machine import this_machine
+from igrpo.engines.config import EngineConfig
 
 __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSource", "start_engine"]
 
 
 def start_engine(
-    path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
 ) -> Engine:
-    """The engine the config asks for; imports only the library it needs.
-
-    Raises:
-        ConfigError: the config asks for hardware that is not here.
-    """
-    list(unused(config, this_machine(config.use_cpu).device == "cpu"))
+    """The engine the config asks for; imports only the library it needs."""
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
 

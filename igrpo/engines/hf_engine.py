@@ -17,8 +17,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
+from igrpo.engines.config import EngineConfig
 from igrpo.learner.rotary import pin_rotary
 
 NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -63,7 +63,9 @@ class _Recorder(LogitsProcessor):
 class HFEngine:
     """See ``igrpo.engines.base.Engine``. Holds its own copy of the weights, as any engine does."""
 
-    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
+    def __init__(
+        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    ):
         self.path, self.config = path, config
         self.max_model_length = max_model_length
         self.stop_token_ids = list(stop_token_ids)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
-from igrpo.config.unused import unused
+from igrpo.config.unused import check_hardware
 from igrpo.engines.servers.auth import SECRET_VARIABLE, check_bind, secret_from_environment
 from igrpo.engines.servers.openmp import shared_cores
 from igrpo.engines.servers.supervise import Health, supervise
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("vllm_max_model_length: the model names no limit; write one that fits the refinements")
         on_cpu = this_machine(config.use_cpu).device == "cpu"
         # The recipe is the trainer's: what it says about reaching servers is none of this one's business.
-        list(unused(replace(config, use_vllm=True, vllm_mode="colocate"), on_cpu))
+        check_hardware(replace(config, use_vllm=True, vllm_mode="colocate"), on_cpu)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG

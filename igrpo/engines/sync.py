@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import TRIAL_VERSION, EngineError
+from igrpo.engines.config import EngineConfig
 from igrpo.settings import ConfigError
 
 PROBE_TOKENS = 64
@@ -26,7 +26,7 @@ class WeightSync:
         probe_ids: ids of a prompt, of which the first ``PROBE_TOKENS`` are read.
     """
 
-    def __init__(self, engine: Any, learner: Any, probe_ids: Sequence[int], config: TrainConfig):
+    def __init__(self, engine: Any, learner: Any, probe_ids: Sequence[int], config: EngineConfig):
         self.engine, self.learner = engine, learner
         self.probe = probe_ids[:PROBE_TOKENS]
         self.tolerance = config.weight_sync_tolerance

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import EngineError, Request, Result, WeightSource
+from igrpo.engines.config import EngineConfig
 from igrpo.engines.weights import fingerprint, forget_packed_experts, repack_tied_head, twins
 from igrpo.settings import ConfigError
 
@@ -39,7 +39,9 @@ class VLLMEngine:
         EngineError: vllm did not start.
     """
 
-    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
+    def __init__(
+        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    ):
         self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.stop_token_ids = list(stop_token_ids)

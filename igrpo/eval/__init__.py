@@ -1,5 +1,1 @@
 """Evaluation: ``igrpo eval`` and the bare-prompt evaluation during training, on the same sampling code."""
-
-from igrpo.eval.command import main
-
-__all__ = ["main"]

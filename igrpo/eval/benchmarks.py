@@ -54,6 +54,7 @@ class Benchmark:
     origin: str
     """Where the rows came from and which fields were read, in words."""
     reward_funcs: tuple[str, ...] = ("accuracy",)
+    reward_weights: tuple[float, ...] | None = None
 
 
 def load_benchmark(
@@ -156,4 +157,6 @@ def _held_out(n: int, max_samples: int | None, run_config: TrainConfig | None) -
         raise ConfigError(f"benchmarks: the run held nothing out (eval_samples: 0); name another than {HELD_OUT}")
     _, problems = load_data(run_config)
     problems = list(problems)[:max_samples]
-    return Benchmark(HELD_OUT, problems, n, f"held out of {run_config.dataset_name}", tuple(run_config.reward_funcs))
+    weights = run_config.reward_weights and tuple(run_config.reward_weights)
+    origin = f"held out of {run_config.dataset_name}"
+    return Benchmark(HELD_OUT, problems, n, origin, tuple(run_config.reward_funcs), weights)

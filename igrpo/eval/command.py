@@ -10,11 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from igrpo.config.recipe import build_config, coerce, key_groups, read_yaml, split_args
+from igrpo.config.recipe import build_config, coerce, read_yaml, split_args
 from igrpo.config.train_config import TrainConfig
+from igrpo.eval.config import EvalConfig
 from igrpo.run.checkpoints import saved_models
 from igrpo.run.output_folder import DiskFullError, disk_is_full, is_run, refused, usable
 from igrpo.settings import ConfigError
+from igrpo.settings.kinds import Mark
+from igrpo.settings.section import field_marks
 from igrpo.terminal import print_error, printable, shown_warnings
 
 if TYPE_CHECKING:
@@ -26,13 +29,6 @@ EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2,
 BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 """System prompt of a model that comes without a run."""
 DEFAULT_LENGTH = 4096
-MODEL_AND_ENGINE = (
-    "num_drafts", "max_completion_length", "bf16", "use_cpu", "use_vllm",
-    "vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib", "vllm_max_num_seqs",
-)  # fmt: skip
-"""What a checkpoint's run says about the model and the engine, beside all it says about prompts and rewards."""
-OF_THIS_MACHINE = ("judge_base_url", "judge_api_key_env", "reward_env")
-"""Where keys of this machine go. A run's folder may be somebody else's, so a recipe or the command line must say it."""
 EXAMPLES = """\
 examples:
   igrpo eval --model runs/quickstart --benchmarks held_out --n 8
@@ -157,32 +153,26 @@ def find_subject(name: str) -> Subject:
 
 def _config(
     subject: Subject, recipe: dict[str, Any], overrides: dict[str, Any], arguments: argparse.Namespace, drafts: bool
-) -> TrainConfig:
-    """The run's prompts and engine, the recipe's over them, the command line's over both."""
-    run = asdict(subject.run_config) if subject.run_config else {}
-    values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
-    values |= {key: run[key] for key in inherited() if key in run and key not in OF_THIS_MACHINE}
-    values |= {key: recipe[key] for key in inherited() if key in recipe}
-    values |= overrides
+) -> EvalConfig:
+    """The run's settings, the recipe's over them, the command line's over both; a ``Mark`` keeps a key out of them."""
     own = {
         "model_name_or_path": subject.path,
-        "dataset_name": "benchmarks",
         "algorithm": "igrpo" if drafts else "grpo",
+        "draft_selection": "best",  # by the rule of --two_stage
         "eval_temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed,
     }
-    if taken := [key for key in values if key in own]:
+    if taken := [key for key in overrides if key in own]:
         raise ConfigError(f"{taken[0]}: `igrpo eval` sets this itself; see --help")
-    return build_config({**values, **own})
-
-
-def inherited() -> tuple[str, ...]:
-    """Keys whose values an evaluation takes from a recipe and, but for ``OF_THIS_MACHINE``, from the run; everything
-    else is this command's or a default."""
-    groups = key_groups()
-    own = {"reward_funcs", "reward_weights"}  # a benchmark's, or `held_out`'s, which asks the run itself
-    return MODEL_AND_ENGINE + tuple(key for key in groups["prompts"] + groups["rewards"] if key not in own)
+    run = asdict(subject.run_config) if subject.run_config else {}
+    values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
+    for key, marks in field_marks(EvalConfig).items():
+        if key in run and Mark.NOT_FROM_A_RUN not in marks and Mark.ONLY_IF_ASKED not in marks:
+            values[key] = run[key]
+        if key in recipe and Mark.ONLY_IF_ASKED not in marks:
+            values[key] = recipe[key]
+    return build_config({**values, **overrides, **own}, EvalConfig)
 
 
 def _benchmarks(
@@ -199,7 +189,10 @@ def _benchmarks(
         raise ConfigError(f"benchmarks: {twice[0]} is given twice; rename one of the files")
     if "reward_funcs" in overrides:
         functions = tuple(coerce("reward_funcs", overrides["reward_funcs"]))
-        found = [replace(benchmark, reward_funcs=functions) for benchmark in found]
+        found = [replace(benchmark, reward_funcs=functions, reward_weights=None) for benchmark in found]
+    if overrides.get("reward_weights") is not None:
+        weights = tuple(coerce("reward_weights", overrides["reward_weights"]))
+        found = [replace(benchmark, reward_weights=weights) for benchmark in found]
     return found
 
 

@@ -17,15 +17,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.config.unused import check_hardware
 from igrpo.engines import Sampling, start_engine
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
 from igrpo.eval.command import Subject
+from igrpo.eval.config import EvalConfig
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
 from igrpo.learner.saved_format import saved_tensors
+from igrpo.machine import this_machine
 from igrpo.models.loading import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
@@ -59,7 +61,7 @@ class EvaluationRun:
     def __init__(
         self,
         subject: Subject,
-        config: TrainConfig,
+        config: EvalConfig,
         benchmarks: Sequence[Benchmark],
         rules: Sequence[str],
         folder: Path,
@@ -67,6 +69,7 @@ class EvaluationRun:
     ):
         self.subject, self.config, self.benchmarks, self.rules = subject, config, benchmarks, rules
         self.folder = folder / re.sub(r"[^\w.-]+", "--", subject.name.strip("./~"))
+        check_hardware(config, this_machine(config.use_cpu).device == "cpu")
         self.tokenizer = load_tokenizer(subject.path, config)
         self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(subject.path, config))
         self.length = self._context()
@@ -75,10 +78,10 @@ class EvaluationRun:
             config.eval_temperature, config.max_completion_length, config.top_p, config.top_k, config.min_p
         )
         self._check_n()
-        self._pools: dict[tuple[str, ...], RewardPool] = {}
+        self._pools: dict[tuple[Any, Any], RewardPool] = {}
         for benchmark in benchmarks:
-            self._start_pool(benchmark.reward_funcs, stack)
-            check_columns(self._pools[benchmark.reward_funcs].functions, benchmark.problems)
+            self._start_pool(benchmark, stack)
+            check_columns(self._pool(benchmark).functions, benchmark.problems)
         settings = {"model": subject.name, "weights": fingerprint(subject.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:
@@ -143,13 +146,13 @@ class EvaluationRun:
         engine.seed(random.Random(f"{self.config.seed}/{label}/{first}").getrandbits(31))
         done = sampler.sample(
             engine,
-            self._pools[benchmark.reward_funcs],
+            self._pool(benchmark),
             self.tokenizer,
             tasks,
             self.sampling,
             sampler.window(self.config),
         )
-        pool, unsaved = self._pools[benchmark.reward_funcs], []
+        pool, unsaved = self._pool(benchmark), []
         pool.tallies()
         with _Ticker(f"{self.subject.name} on {label}", len(records.by_row), len(tasks)) as ticker:
             for i, scored in done:
@@ -216,16 +219,21 @@ class EvaluationRun:
         return 1 if rule == "first" else self.config.num_drafts
 
     def _judge(self, benchmark: Benchmark) -> str:
-        return judge(replace(self.config, reward_funcs=list(benchmark.reward_funcs)))
+        return judge(self._config(benchmark))
 
     def _names(self, benchmark: Benchmark) -> list[str]:
-        return [function.name for function in self._pools[benchmark.reward_funcs].functions]
+        return [function.name for function in self._pool(benchmark).functions]
 
-    def _start_pool(self, names: tuple[str, ...], stack: ExitStack) -> None:
-        if names in self._pools:
-            return
-        pool = start_rewards(replace(self.config, reward_funcs=list(names)))
-        self._pools[names] = stack.enter_context(pool)
+    def _start_pool(self, benchmark: Benchmark, stack: ExitStack) -> None:
+        if (key := (benchmark.reward_funcs, benchmark.reward_weights)) not in self._pools:
+            self._pools[key] = stack.enter_context(start_rewards(self._config(benchmark)))
+
+    def _pool(self, benchmark: Benchmark) -> RewardPool:
+        return self._pools[benchmark.reward_funcs, benchmark.reward_weights]
+
+    def _config(self, benchmark: Benchmark) -> EvalConfig:
+        weights = benchmark.reward_weights and list(benchmark.reward_weights)
+        return replace(self.config, reward_funcs=list(benchmark.reward_funcs), reward_weights=weights)
 
 
 class _Ticker:

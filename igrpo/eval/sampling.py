@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Message, Problem, Scored
 from igrpo.engines import Engine, EngineError, Request, Result, Sampling
+from igrpo.eval.config import EvalConfig
 from igrpo.rewards.workers.pool import PendingScores, RewardPool
 from igrpo.rollout.metrics import judge
 from igrpo.rollout.prompts import PromptBuilder
@@ -100,7 +100,7 @@ def _receive(state: _Open, r: int, result: Result, rewards: RewardPool, tokenize
     state.scores = rewards.submit(task.problem, completions, list(task.messages), task.prompt_suffix)
 
 
-def window(config: TrainConfig) -> int:
+def window(config: EvalConfig) -> int:
     """Completions to keep in the engine: vLLM queues what it cannot run yet, Hugging Face batches all it is given."""
     return config.vllm_max_num_seqs * (2 if config.use_vllm else 1)
 
@@ -111,7 +111,7 @@ def evaluate(
     prompts: PromptBuilder,
     tokenizer: Any,
     problems: Sequence[Problem],
-    config: TrainConfig,
+    config: EvalConfig,
     gather: Callable[[Any], list[Any]] = lambda one: [one],
 ) -> dict[str, float]:
     """One single-shot completion per problem, no draft: the figure that training is judged by.

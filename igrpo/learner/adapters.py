@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.learner.config import LearnerConfig
 from igrpo.settings import ConfigError
 
 _BASE, _WRAPPED, _ADAPTER = ".base_layer", "base_model.model.", "default"
@@ -33,7 +33,7 @@ class Adapters:
             weight would not be what was trained.
     """
 
-    def __init__(self, model: Any, config: TrainConfig):
+    def __init__(self, model: Any, config: LearnerConfig):
         try:
             from peft import LoraConfig, get_peft_model
         except ImportError:
@@ -191,7 +191,7 @@ def _unlike_linear(model: Any) -> list[str]:
     return [n for n, m in model.named_modules() if isinstance(m, kind) and type(m).forward is not kind.forward]
 
 
-def _refusal(text: str, config: TrainConfig) -> str:
+def _refusal(text: str, config: LearnerConfig) -> str:
     if "lora_dropout" in text:
         return (
             f"lora_dropout: {config.lora_dropout} cannot be had beside the fused experts that lora_target_modules "

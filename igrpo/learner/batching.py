@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import RolloutGroup, TrainingSample
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.packed_attention import Layout
 from igrpo.learner.packing import Bin
 
@@ -57,7 +57,7 @@ class MicroBatch:
         return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
 
 
-def training_samples(groups: Sequence[RolloutGroup], config: TrainConfig) -> list[TrainingSample]:
+def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> list[TrainingSample]:
     """Refinements only; with ``train_on_drafts`` also the drafts, as groups under their bare prompts."""
     parts = [(group.prompt_ids, group.refinements, group.advantages) for group in groups]
     if config.train_on_drafts:
@@ -83,7 +83,7 @@ def count(samples: Sequence[TrainingSample]) -> Denominators:
     )
 
 
-def contributing(samples: Sequence[TrainingSample], config: TrainConfig) -> list[TrainingSample]:
+def contributing(samples: Sequence[TrainingSample], config: LearnerConfig) -> list[TrainingSample]:
     """Samples with a gradient.
 
     Without a KL term and an entropy bonus, every loss here is a multiple of the advantage: A = 0 has no gradient and

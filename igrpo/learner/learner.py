@@ -14,13 +14,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.learner import batching
 from igrpo.learner import state as learner_state
 from igrpo.learner.adapters import Adapters
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
 from igrpo.learner.optimizer import build_schedule
 from igrpo.learner.packed_attention import packed_kernel
@@ -50,7 +50,9 @@ class Learner:
         ConfigError: an optimiser or adapter that cannot be had, or a model whose log-probabilities cannot be computed.
     """
 
-    def __init__(self, model: Any, reference: Any, config: TrainConfig, pad_token_id: int, context: int | None = None):
+    def __init__(
+        self, model: Any, reference: Any, config: LearnerConfig, pad_token_id: int, context: int | None = None
+    ):
         self.config = config
         # A padding token may have been added to the tokenizer alone; any other fills as well.
         self.pad_token_id = pad_token_id if pad_token_id < len(model.get_input_embeddings().weight) else 0

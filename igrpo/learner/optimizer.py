@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from transformers import get_scheduler
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.learner.config import LearnerConfig
 from igrpo.settings import ConfigError
 
 
-def build_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(policy: torch.nn.Module, config: LearnerConfig) -> torch.optim.Optimizer:
     """Over the parameters that train; norms and biases get no weight decay.
 
     Raises:
@@ -28,7 +28,7 @@ def build_optimizer(policy: torch.nn.Module, config: TrainConfig) -> torch.optim
     return make([group for group in groups if group["params"]], **options)
 
 
-def check_settings(config: TrainConfig) -> None:
+def check_settings(config: LearnerConfig) -> None:
     """Refuses an optimiser or a schedule that cannot be had, before a model is loaded.
 
     Raises:
@@ -51,7 +51,7 @@ def check_settings(config: TrainConfig) -> None:
         raise ConfigError(f"lr_scheduler_kwargs: {config.lr_scheduler_kwargs} leads to a learning rate of {rate}")
 
 
-def _optimizer_class(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
+def _optimizer_class(config: LearnerConfig) -> tuple[Any, dict[str, Any]]:
     if config.optim in ("adamw_torch", "adamw_torch_fused"):
         betas = (config.adam_beta1, config.adam_beta2)
         options = {"lr": config.learning_rate, "betas": betas, "eps": config.adam_epsilon}
@@ -68,7 +68,7 @@ def _optimizer_class(config: TrainConfig) -> tuple[Any, dict[str, Any]]:
         ) from None
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, total_steps: int) -> Any:
+def build_schedule(optimizer: torch.optim.Optimizer, config: LearnerConfig, total_steps: int) -> Any:
     """The learning rate over ``total_steps`` optimiser steps.
 
     Raises:

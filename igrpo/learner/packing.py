@@ -12,8 +12,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
+from igrpo.learner.config import LearnerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Limits:
         return completions <= self.completions and (tokens <= self.tokens or completions == 1)
 
     @classmethod
-    def of(cls, config: TrainConfig) -> Limits:
+    def of(cls, config: LearnerConfig) -> Limits:
         if config.token_budget is not None:
             return cls(tokens=config.token_budget)
         return cls(completions=config.per_device_train_batch_size)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.learner.adapters import Adapters
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.policy import Policy
 from igrpo_kernels import GRPOLossOutput
 
@@ -37,7 +37,7 @@ class Placement(ABC):
     """What is told whether it trains."""
 
     @abstractmethod
-    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True): ...
+    def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True): ...
 
     @staticmethod  # noqa: B027 (most have nothing to say)
     def check_settings() -> None:

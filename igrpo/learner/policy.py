@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.learner.adapters import head_product
 from igrpo.learner.batching import MicroBatch
+from igrpo.learner.config import LearnerConfig
 from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
 from igrpo_kernels.model_logits import language_model, logit_transform_of
 
 
-def loss_config(config: TrainConfig, model_config: Any = None) -> GRPOLossConfig:
+def loss_config(config: LearnerConfig, model_config: Any = None) -> GRPOLossConfig:
     """The loss's settings from the run's.
 
     Raises:
@@ -66,7 +66,7 @@ class Policy(nn.Module):
         model: a Hugging Face causal LM with ``base_model`` and output embeddings.
     """
 
-    def __init__(self, model: Any, config: TrainConfig):
+    def __init__(self, model: Any, config: LearnerConfig):
         super().__init__()
         self.model = model
         self.loss_config = loss_config(config, model.config)

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.models.config import ModelConfig
 from igrpo.models.names import PACKAGED, looks_local
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import text_config
@@ -40,7 +40,7 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_tokenizer(path: str, config: TrainConfig) -> Any:
+def load_tokenizer(path: str, config: ModelConfig) -> Any:
     tokenizer = _load(AutoTokenizer, path, config)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -49,7 +49,7 @@ def load_tokenizer(path: str, config: TrainConfig) -> Any:
     return tokenizer
 
 
-def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa") -> Any:
+def load_policy(path: str, config: ModelConfig, attn_implementation: str = "sdpa") -> Any:
     """The causal LM, caching off, on the CPU; the learner moves it.
 
     float32 master weights; those that stay frozen beside adapters are kept in the compute dtype.
@@ -59,7 +59,7 @@ def load_policy(path: str, config: TrainConfig, attn_implementation: str = "sdpa
     return prepared(_load(AutoModelForCausalLM, path, config, **options), config)
 
 
-def prepared(model: Any, config: TrainConfig) -> Any:
+def prepared(model: Any, config: ModelConfig) -> Any:
     """A causal LM for training, caching off."""
     model.config.use_cache = text_config(model.config).use_cache = False
     if config.gradient_checkpointing:
@@ -67,14 +67,14 @@ def prepared(model: Any, config: TrainConfig) -> Any:
     return model
 
 
-def skeleton(path: str, config: TrainConfig) -> Any:
+def skeleton(path: str, config: ModelConfig) -> Any:
     """The causal LM without weights, on the meta device: names and shapes in a moment, whatever its size."""
     settings = model_config(path, config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
 
 
-def attention(config: TrainConfig) -> str:
+def attention(config: ModelConfig) -> str:
     """The attention the learner can have on this machine; says so when it is not the one asked for.
 
     Without flash-attn, packed sequences are as packed as with it: `packed_attention.packed_kernel` names the kernel.
@@ -92,7 +92,7 @@ def attention(config: TrainConfig) -> str:
     return asked
 
 
-def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int, ...]:
+def stop_token_ids(path: str, tokenizer: Any, config: ModelConfig) -> tuple[int, ...]:
     """Every id that ends a completion: the tokenizer's, and those the model's generation settings name."""
     ids = {tokenizer.eos_token_id}
     whole = model_config(path, config)
@@ -106,11 +106,11 @@ def stop_token_ids(path: str, tokenizer: Any, config: TrainConfig) -> tuple[int,
     return tuple(sorted(i for i in ids if i is not None))
 
 
-def model_config(path: str, config: TrainConfig) -> Any:
+def model_config(path: str, config: ModelConfig) -> Any:
     return _load(AutoConfig, path, config)
 
 
-def context_limit(path: str, config: TrainConfig) -> int | None:
+def context_limit(path: str, config: ModelConfig) -> int | None:
     """Positions the model was made for, or None if its config does not say."""
     return getattr(text_config(model_config(path, config)), "max_position_embeddings", None)
 
@@ -122,12 +122,12 @@ def model_sizes(settings: Any) -> dict[str, Any]:
     return part.to_dict() | aliases | {"tie_word_embeddings": settings.tie_word_embeddings}
 
 
-def vocabulary(path: str, config: TrainConfig) -> int | None:
+def vocabulary(path: str, config: ModelConfig) -> int | None:
     """Token ids that the model has an embedding for are below this; None if its config does not say."""
     return getattr(text_config(model_config(path, config)), "vocab_size", None)
 
 
-def _load(loader: Any, path: str, config: TrainConfig, **options: Any) -> Any:
+def _load(loader: Any, path: str, config: ModelConfig, **options: Any) -> Any:
     transformers_logging.disable_progress_bar()
     try:
         return loader.from_pretrained(

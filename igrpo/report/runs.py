@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from igrpo.config.ranges import check_value
-from igrpo.config.recipe import load_yaml
 from igrpo.log_lines import number_of, read_records, step_of
 from igrpo.settings import ConfigError, shown
+from igrpo.settings.section import check_value
+from igrpo.settings.yaml_text import load_yaml
 
 Series = list[tuple[float, float]]
 """(step, value) pairs, steps ascending, values finite."""

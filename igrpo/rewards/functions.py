@@ -32,7 +32,7 @@ from igrpo.rewards.grading.passages import (
 )
 
 if TYPE_CHECKING:
-    from igrpo.config.train_config import TrainConfig
+    from igrpo.rewards.config import RewardConfig
 
 
 def accuracy(
@@ -209,7 +209,7 @@ RUN_CODE = ("code", "binary_code", "ioi_code", "cf_code", "code_format")
 """open-r1's rewards of programs."""
 
 
-def highest_reward(config: TrainConfig) -> float | None:
+def highest_reward(config: RewardConfig) -> float | None:
     """The highest reward a completion can get; None where functions of the user's leave it open."""
     if config.early_stop_reward is not None:
         return config.early_stop_reward
@@ -249,7 +249,7 @@ class RewardFunction:
         return {**arguments, "completions": messages}
 
 
-def load_reward_functions(names: Sequence[str], config: TrainConfig | None = None) -> list[RewardFunction]:
+def load_reward_functions(names: Sequence[str], config: RewardConfig | None = None) -> list[RewardFunction]:
     """Resolve the names of ``reward_funcs``: built-in ones, or ``package.module:function``; each is imported once here.
 
     Args:

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Message
 from igrpo.log_lines import read_lines
+from igrpo.rewards.config import RewardConfig
 from igrpo.rewards.grading.passages import completion_text
 from igrpo.settings import ConfigError, key_from_environment
 
@@ -74,7 +74,7 @@ class Judge:
         ConfigError: the openai package is missing, or the key or the cache file cannot be used.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RewardConfig) -> None:
         try:
             from openai import OpenAI
         except ImportError as error:

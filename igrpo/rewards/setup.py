@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.rewards.config import RewardConfig
 from igrpo.rewards.functions import BUILTIN, load_reward_functions
 from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rewards.workers.process import worker_environment
@@ -14,7 +14,7 @@ from igrpo.settings import ConfigError
 logger = logging.getLogger(__name__)
 
 
-def start_rewards(config: TrainConfig) -> RewardPool:
+def start_rewards(config: RewardConfig) -> RewardPool:
     """
     Raises:
         ConfigError: a function or the judge that cannot be used.

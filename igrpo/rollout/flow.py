@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Problem, RolloutGroup, Scored
+from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.prompts import PromptParts
 
 
@@ -55,7 +55,7 @@ class Flow:
         )
 
 
-def select_draft(drafts: Sequence[Scored], config: TrainConfig, step: int, row: int) -> int | None:
+def select_draft(drafts: Sequence[Scored], config: RolloutConfig, step: int, row: int) -> int | None:
     """Index of the draft to show; ties go to the first, which for i.i.d. drafts favours none.
 
     ``random`` draws from (seed, step, row), so that a resumed run draws the same.
@@ -69,7 +69,7 @@ def select_draft(drafts: Sequence[Scored], config: TrainConfig, step: int, row: 
     return scores.index(wanted)
 
 
-def _selection_score(draft: Scored, config: TrainConfig) -> tuple[float, float]:
+def _selection_score(draft: Scored, config: RolloutConfig) -> tuple[float, float]:
     if config.draft_selection_score == "accuracy_first":
         return (draft.rewards.get("accuracy") or 0.0, draft.reward)
     return (draft.reward, 0.0)

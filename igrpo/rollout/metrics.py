@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import RolloutGroup, Scored
 from igrpo.rewards.functions import reward_names
+from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.rollout import RolloutStats
 
 Metrics = dict[str, float]
@@ -16,14 +16,14 @@ COPY_NGRAM = 4
 """Tokens per n-gram in the copy rate; shorter ones occur by chance."""
 
 
-def judge(config: TrainConfig) -> str:
+def judge(config: RolloutConfig) -> str:
     """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
     if "accuracy" in config.reward_funcs:
         return "accuracy"
     return reward_names(config.reward_funcs)[0]
 
 
-def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: TrainConfig) -> Metrics:
+def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: RolloutConfig) -> Metrics:
     """What can be read off the groups."""
     name = judge(config)
     refinements = [s for g in groups for s in g.refinements]

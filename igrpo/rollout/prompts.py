@@ -21,9 +21,9 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Message, Problem
 from igrpo.rewards.grading.passages import without_answer
+from igrpo.rollout.config import PromptsConfig
 from igrpo.settings import ConfigError
 
 # No chat template changes these characters, and no question contains them.
@@ -66,7 +66,7 @@ class PromptBuilder:
     """
 
     def __init__(
-        self, tokenizer: Any, config: TrainConfig, max_model_length: int | None = None, vocab_size: int | None = None
+        self, tokenizer: Any, config: PromptsConfig, max_model_length: int | None = None, vocab_size: int | None = None
     ):
         self.tokenizer = tokenizer
         self.config = config

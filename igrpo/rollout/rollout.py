@@ -20,12 +20,12 @@ from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any, TypeVar
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
 from igrpo.engines import Engine, EngineError, Request, Result, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import PendingScores, RewardPool
 from igrpo.rollout.advantage import group_advantages
+from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.flow import Flow, select_draft
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.run.timeline import Timeline
@@ -89,7 +89,7 @@ class Rollout:
         rewards: RewardPool,
         prompts: PromptBuilder,
         tokenizer: Any,
-        config: TrainConfig,
+        config: RolloutConfig,
         timeline: Timeline | None = None,
         rank: int = 0,
         gather: Callable[[Any], list[Any]] = lambda one: [one],

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.run.config import RunConfig
 from igrpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def saved_models(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: step_of(p) or 0)
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
+def find_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint to resume from, whole as far as its manifest can tell.
 
     Raises:
@@ -70,7 +70,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     return folder
 
 
-def locate_checkpoint(config: TrainConfig) -> Path | None:
+def locate_checkpoint(config: RunConfig) -> Path | None:
     """The checkpoint that ``resume_from_checkpoint`` names.
 
     Raises:

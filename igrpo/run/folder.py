@@ -12,8 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-from igrpo.config.recipe import dump_yaml
-from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import RolloutGroup, Scored
 from igrpo.log_lines import Broken, Line, read_lines
 from igrpo.run.checkpoints import (
@@ -28,6 +26,7 @@ from igrpo.run.checkpoints import (
     step_of,
     write_manifest,
 )
+from igrpo.run.config import RunConfig
 from igrpo.run.output_folder import (
     HEADER,
     LOGS,
@@ -40,6 +39,7 @@ from igrpo.run.output_folder import (
     is_run,
     set_aside,
 )
+from igrpo.settings.yaml_text import dump_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class RunFolder:
         ConfigError: an earlier run cannot be moved.
     """
 
-    def __init__(self, config: TrainConfig, resumed_step: int | None, processes: Processes):
+    def __init__(self, config: RunConfig, resumed_step: int | None, processes: Processes):
         self.path = Path(config.output_dir).expanduser()
         self.limit = config.save_total_limit
         self.processes = processes

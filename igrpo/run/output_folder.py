@@ -20,8 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.run.checkpoints import LAST, PREFIX, checkpoints, is_ours, step_of
+from igrpo.run.config import RunConfig
 from igrpo.run.lock import locked
 from igrpo.settings import ConfigError
 from igrpo.terminal import printable
@@ -65,7 +65,7 @@ class DiskFullError(RuntimeError):
 
 
 @contextmanager
-def claimed(config: TrainConfig, main_process: bool) -> Iterator[None]:
+def claimed(config: RunConfig, main_process: bool) -> Iterator[None]:
     """Checks the folder and, in the main process, holds it against other runs until the end. Folders that were made
     for this and are empty at the end go again.
 
@@ -223,7 +223,7 @@ def _check_contents(folder: Path, resumes: bool) -> None:
         )
 
 
-def _resumes_here(config: TrainConfig, folder: Path) -> bool:
+def _resumes_here(config: RunConfig, folder: Path) -> bool:
     asked = config.resume_from_checkpoint
     if asked is None or asked in LAST:
         return asked is not None

@@ -11,20 +11,20 @@ from typing import Literal, get_args, get_origin
 import pytest
 import yaml
 
-from igrpo.config.ranges import RANGES
 from igrpo.config.recipe import (
     DROPPED,
     RENAMED,
     build_config,
-    dump_yaml,
     field_docs,
-    field_types,
     help_text,
     parse_args,
 )
 from igrpo.config.train_config import TrainConfig
 from igrpo.learner.optimizer import check_settings
 from igrpo.settings import ConfigError
+from igrpo.settings.kinds import Interval
+from igrpo.settings.section import field_marks, field_types
+from igrpo.settings.yaml_text import dump_yaml
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl"}
 ROOT = Path(__file__).resolve().parents[2]
@@ -164,8 +164,8 @@ def test_dropped_keys_warn_once_and_say_why(key, capsys):
 
 
 def test_old_names_lead_to_keys_that_exist():
-    assert set(RENAMED.values()) <= set(field_types())
-    assert not set(DROPPED) & set(field_types()) and not set(RENAMED) & set(field_types())
+    assert set(RENAMED.values()) <= set(field_types(TrainConfig))
+    assert not set(DROPPED) & set(field_types(TrainConfig)) and not set(RENAMED) & set(field_types(TrainConfig))
 
 
 def test_a_config_survives_its_own_yaml():
@@ -175,7 +175,7 @@ def test_a_config_survives_its_own_yaml():
 
 def test_every_key_is_explained():
     docs, text = field_docs(), help_text()
-    assert set(docs) == set(field_types())
+    assert set(docs) == set(field_types(TrainConfig))
     assert all(f"--{key}" in text and doc in text for key, doc in docs.items())
 
 
@@ -208,7 +208,7 @@ ODD = [
 
 def test_every_recipe_is_a_config_or_one_line(tmp_path):
     recipe, tried, refused = tmp_path / "r.yaml", 0, 0
-    for i, key in enumerate(field_types()):
+    for i, key in enumerate(field_types(TrainConfig)):
         for value in ODD[i % 4 :: 4]:
             tried += 1
             text = "".join(f"{name}: {known}\n" for name, known in BASE.items() if name != key)
@@ -224,7 +224,7 @@ def test_every_recipe_is_a_config_or_one_line(tmp_path):
 
 
 def test_the_same_on_the_command_line():
-    for key in field_types():
+    for key in field_types(TrainConfig):
         for value in ODD[::9]:
             with contextlib.suppress(ConfigError):
                 parse(f"--{key}={value}")
@@ -233,10 +233,11 @@ def test_the_same_on_the_command_line():
 def test_every_number_has_an_interval():
     """A key that is new and has none would reach the run unchecked."""
     numeric = {
-        key for key, hint in field_types().items()
+        key for key, hint in field_types(TrainConfig).items()
         if {int, float} & set(walk_types(hint)) and Literal not in map(get_origin, walk_types(hint))
     }  # fmt: skip
-    assert set(RANGES) == numeric
+    ranged = {key for key, marks in field_marks(TrainConfig).items() if any(isinstance(m, Interval) for m in marks)}
+    assert ranged == numeric
 
 
 def walk_types(hint: object) -> list[object]:

@@ -8,9 +8,10 @@ import sys
 
 import pytest
 
-from igrpo.config.train_config import TrainConfig, field_types
+from igrpo.config.train_config import TrainConfig
 from igrpo.config.unused import TABLE, say_unused, unused
 from igrpo.settings import ConfigError
+from igrpo.settings.section import field_types
 
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
 RUNNING = {**SERVER, "vllm_server_base_url": "http://127.0.0.1:1"}
@@ -82,7 +83,7 @@ def another(key: str) -> object:
         return not default
     if isinstance(default, int | float):
         return default + 1
-    kinds = str(field_types()[key])
+    kinds = str(field_types(TrainConfig)[key])
     if "list" in kinds:
         return ["http://127.0.0.1:1"]
     return "other" if "str" in kinds else 7

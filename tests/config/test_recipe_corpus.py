@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from igrpo.config.recipe import DROPPED, RENAMED, build_config
-from igrpo.config.train_config import TrainConfig, field_types
+from igrpo.config.train_config import TrainConfig
+from igrpo.settings.section import field_types
 
 MODEL = "model_name_or_path model_revision torch_dtype attn_implementation dataset_name"
 OPEN_R1 = f"""{MODEL} bf16 use_vllm do_eval gradient_accumulation_steps gradient_checkpointing
@@ -77,7 +78,7 @@ def test_published_recipes_load_with_one_warning_per_dropped_key(recipe, capsys)
     assert len(keys) == len(set(keys))
     defaults = TrainConfig(model_name_or_path="m", dataset_name="d", reward_weights=[1.0, 1.0])
     config = build_config({key: plausible(key, defaults) for key in keys})
-    assert dataclasses.asdict(config).keys() == field_types().keys()
+    assert dataclasses.asdict(config).keys() == field_types(TrainConfig).keys()
     warned = [line.split()[1] for line in capsys.readouterr().err.splitlines()]
     expected = {key for key in keys if key in DROPPED or key in RENAMED}
     if "eval_steps" in keys:

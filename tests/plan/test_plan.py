@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from experiments import plan_paper, plan_scaling
-from igrpo.config.recipe import dump_yaml
 from igrpo.config.train_config import TrainConfig
 from igrpo.plan import main
 from igrpo.plan.calibrate import calibrate, predict, read_run
@@ -18,6 +17,7 @@ from igrpo.plan.generation import EngineCost, Lengths, Sequence_, decode, genera
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, parse_hardware
 from igrpo.plan.models import TABLE, find_shape, table_shape
 from igrpo.plan.workload import Workload
+from igrpo.settings.yaml_text import dump_yaml
 from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from igrpo.config.default_texts import DEFAULT_DRAFT_TEMPLATE
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Problem
+from igrpo.rollout.config import DEFAULT_DRAFT_TEMPLATE
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.settings import ConfigError
 from tests.support.tiny import CHAT_TEMPLATE, tiny_tokenizer

@@ -12,7 +12,7 @@ import secrets
 import socket
 from urllib.parse import urlsplit
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.engines.config import EngineConfig
 from igrpo.engines.servers.lease import App, Lease, Message, Receive, Scope, Send, respond
 from igrpo.settings import ConfigError, key_from_environment
 
@@ -74,7 +74,7 @@ def secret_from_environment() -> str:
     return secret
 
 
-def check_access(config: TrainConfig) -> None:
+def check_access(config: EngineConfig) -> None:
     """All that can be wrong with addresses and secret, before anything heavy loads.
 
     Raises:

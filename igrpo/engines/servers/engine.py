@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
+from igrpo.engines.config import EngineConfig
 from igrpo.engines.servers.client import SHORT_SECONDS, ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
 from igrpo.engines.servers.lease import LEASE_SECONDS
 from igrpo.engines.servers.process import address_towards
@@ -55,9 +55,10 @@ class ServerEngine:
         EngineError: a server did not come up in ``vllm_server_timeout`` seconds.
     """
 
-    def __init__(self, path: str, config: TrainConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int):
-        self.config, self.max_model_length = config, max_model_length
-        self.stop_token_ids = list(stop_token_ids)
+    def __init__(
+        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    ):
+        self.config, self.max_model_length, self.stop_token_ids = config, max_model_length, list(stop_token_ids)
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu)
         self.version = UNKNOWN_VERSION if config.server_urls else 0
@@ -73,8 +74,7 @@ class ServerEngine:
         self._fatal: str | None = None
         self._news = threading.Condition()
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._restarts = 0
-        self._pushing = False
+        self._restarts, self._pushing = 0, False
         self._removals: list[asyncio.Task[None]] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="igrpo-servers", daemon=True)

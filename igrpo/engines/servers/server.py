@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 import torch
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
+from igrpo.engines.config import EngineConfig
 from igrpo.engines.serve import server_command, server_environment
 from igrpo.engines.servers.auth import check_access, secret_from_environment
 from igrpo.engines.servers.client import (
@@ -218,7 +218,7 @@ class Server:
             shutil.rmtree(self.process.log.parent, ignore_errors=True)
 
 
-def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> tuple[list[Server], bool]:
+def start_servers(config: EngineConfig, path: str, length: int, on_cpu: bool) -> tuple[list[Server], bool]:
     """The run's servers, and whether this process leads: the first of those that train starts and feeds them.
 
     Raises:
@@ -252,7 +252,7 @@ def start_servers(config: TrainConfig, path: str, length: int, on_cpu: bool) -> 
 
 
 def _processes(
-    config: TrainConfig, path: str, length: int, on_cpu: bool, ports: list[int], secret: str
+    config: EngineConfig, path: str, length: int, on_cpu: bool, ports: list[int], secret: str
 ) -> list[ServerProcess]:
     processes = []
     for i, port in enumerate(ports):
@@ -263,7 +263,7 @@ def _processes(
     return processes
 
 
-def _devices(config: TrainConfig, i: int) -> str | None:
+def _devices(config: EngineConfig, i: int) -> str | None:
     """GPUs of the i-th server."""
     if config.vllm_server_devices is None:
         return None

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.optimizer import build_optimizer
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
@@ -40,7 +40,7 @@ SHARDS, PLAIN = "shards", "plain.json"
 class Fsdp2(Placement):
     divides = True
 
-    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True):
+    def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True):
         """accelerate's FSDP settings are used as far as ``reshard_after_forward`` and ``cpu_offload``."""
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
         options: dict[str, Any] = {

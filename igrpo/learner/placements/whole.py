@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch.nn.parallel import DistributedDataParallel
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.learner import state as learner_state
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.optimizer import build_optimizer
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
@@ -23,7 +23,7 @@ WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.bin"
 class Whole(Placement):
     divides = False
 
-    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True):
+    def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True):
         self.module = self._policy = policy.to(accelerator.device)
         self._accelerator = accelerator
         if trains:

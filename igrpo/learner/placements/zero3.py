@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from accelerate import DeepSpeedPlugin
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.learner import state as learner_state
 from igrpo.learner.adapters import Adapters
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.optimizer import build_optimizer
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
@@ -37,7 +37,7 @@ class Zero3(Placement):
     divides = True
     least_micro_batches = 1  # the engine cannot step without a backward pass
 
-    def __init__(self, policy: Policy, config: TrainConfig, accelerator: Any, trains: bool = True):
+    def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True):
         import deepspeed
 
         self.module = answers = _Answers(policy.to(accelerator.device))
@@ -165,7 +165,7 @@ class _Answers(torch.nn.Module):
         return out if isinstance(out, torch.Tensor) else {f.name: getattr(out, f.name) for f in fields(out)}
 
 
-def settings(launched: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+def settings(launched: dict[str, Any], config: LearnerConfig) -> dict[str, Any]:
     """One call of the engine is one micro-batch of any size, the loss is scaled by the loop, sums are fp32."""
     return _without_auto(launched) | {
         "train_micro_batch_size_per_gpu": 1,

@@ -1,0 +1,82 @@
+"""Settings of the engine that samples: this process's own, or servers, and how weights reach it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from igrpo.settings.kinds import (
+    Address,
+    Count,
+    Gibibytes,
+    Mark,
+    PathText,
+    Port,
+    Positive,
+    Processes,
+    Seconds,
+    ShareAboveZero,
+    Text,
+)
+from igrpo.settings.shared import SeedConfig, WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(SeedConfig, WeightsConfig):
+    # --- engine
+    use_vllm: bool = True
+    """vLLM generates (the CPU build on a machine without a GPU); false: Hugging Face `generate`."""
+    vllm_mode: Annotated[Literal["colocate", "server"], Mark.ONLY_IF_ASKED] = "colocate"
+    """`colocate`: in the trainer's process; `server`: `vllm serve` processes over HTTP (see docs/engines.md)."""
+    vllm_gpu_memory_utilization: ShareAboveZero = 0.3
+    """Share of the GPU's memory that vLLM may use."""
+    vllm_max_model_length: Annotated[Count | None, Mark.ONLY_IF_ASKED] = None
+    """Context of the engine in tokens; null: just long enough for the longest refinement of this data set."""
+    vllm_tensor_parallel_size: Processes = 1
+    """GPUs per engine."""
+    vllm_cpu_kvcache_gib: Gibibytes = 1.0
+    """KV-cache size of the CPU engine in GiB."""
+    vllm_max_num_seqs: Count = 128
+    """Sequences decoded at once."""
+    weight_sync_tolerance: Annotated[Positive, Mark.ONLY_IF_ASKED] = 0.2
+    """Largest mean log-probability gap (nats per token) of engine and learner on the probe after a weight push."""
+
+    # --- servers
+    vllm_server_base_url: Annotated[Address | None, Mark.ONLY_IF_ASKED] = None
+    """A running server (`python -m igrpo.engines.serve`); null: the trainer starts its own."""
+    vllm_server_urls: Annotated[list[Address], Mark.ONLY_IF_ASKED] = field(default_factory=list)
+    """The same for several servers, which then share the requests."""
+    vllm_server_host: Annotated[Text, Mark.ONLY_IF_ASKED] = "127.0.0.1"
+    """Address on which started servers listen; a public one is refused."""
+    vllm_server_port: Annotated[Port, Mark.ONLY_IF_ASKED] = 0
+    """Their first port; 0: any that is free (`igrpo.engines.serve`: 8000)."""
+    vllm_server_allow_public: Annotated[bool, Mark.ONLY_IF_ASKED] = False
+    """Let servers listen on, and the secret travel over, a public network."""
+    vllm_num_servers: Annotated[Processes, Mark.ONLY_IF_ASKED] = 1
+    """Servers that the trainer starts."""
+    vllm_server_devices: Annotated[str | None, Mark.ONLY_IF_ASKED] = None
+    """GPUs of the servers that the trainer starts (`"4,5,6,7"`), divided evenly; null: those the trainer sees."""
+    vllm_server_timeout: Annotated[Seconds, Mark.ONLY_IF_ASKED] = 240.0
+    """Seconds to wait for a server to come up, or back."""
+    vllm_request_timeout: Annotated[Seconds, Mark.ONLY_IF_ASKED] = 1800.0
+    """Seconds after which a request counts as hung and is given to another server."""
+    vllm_sync_timeout: Annotated[Seconds, Mark.ONLY_IF_ASKED] = 300.0
+    """Seconds that each phase of a weight push may take."""
+    vllm_weight_transfer: Annotated[Literal["auto", "file", "nccl", "ipc"], Mark.ONLY_IF_ASKED] = "auto"
+    """How weights reach servers; `auto`: `nccl` between GPUs, `file` (safetensors in a shared folder) on the CPU."""
+    vllm_weight_dir: Annotated[PathText | None, Mark.ONLY_IF_ASKED] = None
+    """Folder for `file`, seen by trainer and servers; null: shared memory, which servers on this machine see."""
+    vllm_group_port: Annotated[Port, Mark.ONLY_IF_ASKED] = 51216
+    """First port of the trainer's end of `nccl`, one per server."""
+
+    @property
+    def server_urls(self) -> list[str]:
+        """Servers that run already; empty: the trainer starts its own."""
+        return [*filter(None, [self.vllm_server_base_url]), *self.vllm_server_urls]
+
+    def weight_backend(self, on_cpu: bool) -> str:
+        """Name of the weight transfer as vLLM knows it."""
+        chosen = self.vllm_weight_transfer
+        if chosen == "auto":
+            chosen = "file" if on_cpu else "nccl"
+        return "igrpo_file" if chosen == "file" else chosen

@@ -1,0 +1,106 @@
+"""Settings of the learner: adapters, the loss and the optimiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from igrpo.models.config import ModelConfig
+from igrpo.settings.kinds import Count, Finite, Interval, NotNegative, Positive, Share, ShareBelowOne, Text
+from igrpo.settings.shared import BatchConfig, OutputConfig, SamplingConfig, WeightsConfig
+
+LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
+CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, WeightsConfig):
+    # --- adapters
+    lora_r: Count = 16
+    """Rank of the adapters."""
+    lora_alpha: Count = 32
+    """Scale of the adapters: alpha / r."""
+    lora_dropout: ShareBelowOne = 0.05
+    """Dropout before the adapters while training."""
+    lora_target_modules: list[str] | None = None
+    """Layers that get one: names or their ends, a regular expression, `all-linear`; null: the same as `all-linear`."""
+
+    # --- loss
+    loss_type: LossType = "grpo"
+    """Surrogate and normalisation; `grpo` is the paper's: mean over tokens per sequence, then over sequences."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """`sequence` is GSPO."""
+    epsilon: NotNegative = 0.2
+    """Lower clip range."""
+    epsilon_high: NotNegative | None = None
+    """Upper clip range; null: the same as `epsilon`."""
+    delta: Positive | None = None
+    """Upper bound of the ratio itself (two-sided clipping)."""
+    dual_clip: Annotated[float, Interval(1.0, above=True)] | None = None
+    """Lower bound of the objective for negative advantages, as a multiple of the advantage (> 1)."""
+    beta: NotNegative = 0.0
+    """KL coefficient; 0 loads no reference model."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of the KL to the reference model."""
+    use_bias_correction_kl: bool = True
+    """Weight the KL term by the importance ratio."""
+    entropy_coef: Finite = 0.0
+    """Entropy bonus."""
+    top_entropy_quantile: Share = 1.0
+    """Train only on the tokens with the highest entropy: this share of them."""
+    off_policy_mask_threshold: Finite | None = None
+    """Mask negative-advantage sequences whose sampler-to-learner KL exceeds this."""
+    vllm_importance_sampling_correction: bool = True
+    """Weight by the learner-to-sampler ratio, capped."""
+    vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
+    """Per token or per sequence; cap the ratio, or leave out what exceeds it."""
+    vllm_importance_sampling_clip_max: Positive | None = 3.0
+    """Upper cap of that ratio."""
+    vllm_importance_sampling_clip_min: NotNegative | None = None
+    """Lower cap of that ratio."""
+    sapo_temperature_pos: Positive = 1.0
+    """SAPO: gate temperature for positive advantages."""
+    sapo_temperature_neg: Positive = 1.05
+    """SAPO: gate temperature for negative advantages."""
+    vespo_k_pos: NotNegative = 2.0
+    """VESPO: exponent for advantages >= 0."""
+    vespo_lambda_pos: NotNegative = 3.0
+    """VESPO: decay for advantages >= 0."""
+    vespo_k_neg: NotNegative = 3.0
+    """VESPO: exponent for negative advantages."""
+    vespo_lambda_neg: NotNegative = 2.0
+    """VESPO: decay for negative advantages."""
+    mask_truncated_completions: bool = False
+    """Leave completions cut at the length limit out of the loss."""
+    loss_impl: Literal["auto", "torch", "triton", "cuda", "cpu"] = "auto"
+    """Implementation of the fused loss."""
+
+    # --- optimisation
+    learning_rate: NotNegative = 1.0e-6
+    """Peak learning rate."""
+    lr_scheduler_type: Text = "cosine_with_min_lr"
+    """Any schedule of transformers."""
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Its options; `cosine_with_min_lr` without any gets `min_lr_rate: 0.1`."""
+    warmup_steps: NotNegative = 0.0
+    """Warm-up: a number of steps, or below 1 a share of all steps."""
+    weight_decay: NotNegative = 0.0
+    """AdamW weight decay; as everywhere, not of norms and biases."""
+    optim: Text = "adamw_torch_fused"
+    """An optimiser of transformers; `adamw_8bit` and `paged_adamw_8bit` need the bitsandbytes package."""
+    adam_beta1: ShareBelowOne = 0.9
+    """AdamW."""
+    adam_beta2: ShareBelowOne = 0.999
+    """AdamW."""
+    adam_epsilon: Positive = 1.0e-8
+    """AdamW."""
+    max_grad_norm: NotNegative = 1.0
+    """Clip the gradient's norm to this; 0 = no clipping."""
+    token_budget: Count | None = None
+    """Tokens computed per micro-batch; null: `per_device_train_batch_size` completions per micro-batch."""
+    shared_prefix: bool = True
+    """Compute the prompt of a group once for all its completions; the gradient is the same."""
+    num_iterations: Count = 1
+    """Optimiser steps per rollout batch."""
+    trust_checkpoint: bool = False
+    """Unpickle what a checkpoint holds beyond tensors and plain data; its files can then run code on this machine."""

