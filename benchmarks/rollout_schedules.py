@@ -141,11 +141,11 @@ class Bench:
             groups, stats = rollout.run(problems, step, ahead=ahead)
             rolled_out = time.perf_counter()
             samples = training_samples(groups, config)
-            with rollout.timeline.span("learner", step):
+            with rollout.pump.timeline.span("learner", step):
                 rollout.during(lambda samples=samples: self.learner.train_on(samples))
             learnt = time.perf_counter()
             self.version += 1
-            with rollout.timeline.span("sync", step):
+            with rollout.pump.timeline.span("sync", step):
                 self.engine.push_weights(self.learner.named_tensors, self.version)
             end = time.perf_counter()
             if step > first:
@@ -155,7 +155,7 @@ class Bench:
                 into.push.append(end - learnt)
                 into.tokens.append(stats.draft_tokens + stats.refinement_tokens)
         rollout.finish_drafts()
-        rollout.timeline.flush()
+        rollout.pump.timeline.flush()
 
     def close(self) -> None:
         self.rewards.close()

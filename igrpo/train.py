@@ -1,7 +1,11 @@
 """iGRPO training: ``python -m igrpo.train --config recipes/quickstart.yaml`` or ``accelerate launch igrpo/train.py …``.
 
-The loop, from top to bottom: sample drafts -> score -> select -> refine -> score -> advantages (``rollout.run``) ->
-learner step -> push weights -> log -> checkpoint.
+Each step of ``loop`` below:
+
+    groups = job.sample(step)        two-stage GRPO, a coroutine per problem: igrpo/rollout/algorithm.py, one page
+    job.train_on(groups, step)       one optimiser step on the groups: igrpo/learner/
+    job.push_weights(step)           the engine samples from the new weights, verified: igrpo/engines/sync.py
+    job.log, evaluate, save          igrpo/run/, igrpo/eval/sampling.py
 """
 
 from __future__ import annotations

@@ -56,9 +56,9 @@ class Job:
         """The step's groups; drafts of the next step may still be on their way."""
         batch = self.feed.take(last=step == self.total_steps)
         self.view.begin_step(len(batch.problems))
-        spare = iter(batch.spare)
-        groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, spare)
-        self.feed.give_back(used=len(batch.spare) - sum(1 for _ in spare))
+        substitutes = iter(batch.substitutes)
+        groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, substitutes)
+        self.feed.give_back(used=len(batch.substitutes) - sum(1 for _ in substitutes))
         return groups, stats
 
     def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:

@@ -172,3 +172,11 @@ def test_a_message_of_the_troubleshooting_page_is_still_printed(message):
 
 def test_the_troubleshooting_page_is_no_stub():
     assert len(MESSAGES) >= 30 and len(set(MESSAGES)) == len(MESSAGES)
+
+
+# --- the algorithm
+
+
+def test_the_algorithm_of_the_page_stands_in_the_program():
+    (lines,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "algorithm.md").read_text("utf-8"), re.DOTALL)
+    assert lines in (ROOT / "igrpo" / "rollout" / "algorithm.py").read_text("utf-8")

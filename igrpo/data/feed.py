@@ -1,4 +1,4 @@
-"""Which problems a step works on, which come next, and which stand by; none is left out or taken twice."""
+"""Which problems a step works on, which come next, and which stand in; none is left out or taken twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Batch:
     problems: tuple[Problem, ...]
     ahead: tuple[Problem, ...]
     """Problems of the next step, when their drafts may begin now (``draft_policy_lag: 1``)."""
-    spare: tuple[Problem, ...]
+    substitutes: tuple[Problem, ...]
     """Replace problems whose group has no advantage (``zero_variance: resample``); give back what is not used."""
 
 
@@ -43,7 +43,7 @@ class ProblemFeed:
         self.problems, self.sampler, self.config = problems, sampler, config
         self.processes, self.rank, self.gather = processes, rank, gather
         self._ahead: list[int] = []
-        self._spare: list[int] = []
+        self._substitutes: list[int] = []
 
     def take(self, last: bool) -> Batch:
         """The next step's problems; ``last``: there is no step after it."""
@@ -51,16 +51,16 @@ class ProblemFeed:
         rows = self._ahead or self.sampler.next_batch(n)
         self._ahead = self.sampler.next_batch(n) if self.config.draft_policy_lag and not last else []
         if self.config.zero_variance == "resample":
-            self._spare = self.sampler.next_batch(n * (self.config.dynamic_sampling_max_gen_batches - 1))
-        return Batch(self._own(rows), self._own(self._ahead), self._own(self._spare))
+            self._substitutes = self.sampler.next_batch(n * (self.config.dynamic_sampling_max_gen_batches - 1))
+        return Batch(self._own(rows), self._own(self._ahead), self._own(self._substitutes))
 
     def give_back(self, used: int) -> None:
-        """After the step: this process took the first ``used`` of its spare problems; the rest come first next time."""
-        if self._spare:
+        """After the step: this process took the first ``used`` of its substitutes; the rest come first next time."""
+        if self._substitutes:
             taken = self.gather(used)
-            unused = [r for i, r in enumerate(self._spare) if i // self.processes >= taken[i % self.processes]]
+            unused = [r for i, r in enumerate(self._substitutes) if i // self.processes >= taken[i % self.processes]]
             self.sampler.give_back(unused)
-            self._spare = []
+            self._substitutes = []
 
     @property
     def epoch(self) -> int:

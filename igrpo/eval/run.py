@@ -25,7 +25,7 @@ from igrpo.eval.command import Subject
 from igrpo.eval.config import EvalConfig
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
-from igrpo.eval.two_stage import RULES, chosen_drafts, second_stage
+from igrpo.eval.two_stage import RULES, chosen_drafts
 from igrpo.learner.saved_format import saved_tensors
 from igrpo.machine import this_machine
 from igrpo.models.loading import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
@@ -35,6 +35,7 @@ from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rewards.workers.tally import check_tallies
 from igrpo.rollout.metrics import judge
 from igrpo.rollout.prompts import PromptBuilder
+from igrpo.rollout.pump import Call
 from igrpo.run.lock import locked
 from igrpo.run.output_folder import refused
 from igrpo.settings import ConfigError
@@ -107,11 +108,10 @@ class EvaluationRun:
         return rows
 
     def _single_shot(self, benchmark: Benchmark) -> Records:
-        records = Records(
-            self.folder / f"{benchmark.name}.jsonl", benchmark.problems, benchmark.n, self._names(benchmark)
-        )
+        path = self.folder / f"{benchmark.name}.jsonl"
+        records = Records(path, benchmark.problems, benchmark.n, self._names(benchmark))
         missing = records.missing(benchmark.problems)
-        tasks = [sampler.bare_task(problem, self.prompts, benchmark.n) for problem in missing]
+        tasks = [sampler.bare_task(problem, self.prompts, benchmark.n, self.sampling) for problem in missing]
         self._sample(benchmark, tasks, records, benchmark.name, {})
         return records
 
@@ -127,15 +127,16 @@ class EvaluationRun:
             )
         tasks, chosen = [], {}
         for problem in missing:
-            record = singles.by_row[problem.index]
-            tasks.append(second_stage(problem, record, rule, N, judged_by, self.prompts))
-            drafts = chosen_drafts(record, rule, N, judged_by, tasks[-1].prompt_suffix)
-            chosen[problem.index] = [(i, record["completions"][i]) for i in drafts]
+            record, question = singles.by_row[problem.index], self.prompts.parts(problem)
+            drafts = chosen_drafts(record, rule, N, judged_by, question.prompt_suffix)
+            chosen[problem.index] = drafts = [(i, record["completions"][i]) for i in drafts]
+            asked = [self.prompts.with_draft(question, draft["token_ids"])[0] for _, draft in drafts]
+            tasks.append(sampler.task(problem, question, asked, 1, self.sampling))
         self._sample(benchmark, tasks, records, f"{benchmark.name}, two-stage {rule}", chosen)
         return records
 
     def _sample(
-        self, benchmark: Benchmark, tasks: Sequence[sampler.Task], records: Records, label: str, chosen: dict[int, Any]
+        self, benchmark: Benchmark, tasks: Sequence[Call], records: Records, label: str, chosen: dict[int, Any]
     ) -> None:
         if not tasks:
             return
@@ -144,19 +145,11 @@ class EvaluationRun:
         # get the numbers that others already had. Servers seed each request by its name: theirs are the same again.
         first = 0 if self.config.vllm_mode == "server" else tasks[0].problem.index
         engine.seed(random.Random(f"{self.config.seed}/{label}/{first}").getrandbits(31))
-        done = sampler.sample(
-            engine,
-            self._pool(benchmark),
-            self.tokenizer,
-            tasks,
-            self.sampling,
-            sampler.window(self.config),
-        )
         pool, unsaved = self._pool(benchmark), []
+        done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config))
         pool.tallies()
         with _Ticker(f"{self.subject.name} on {label}", len(records.by_row), len(tasks)) as ticker:
-            for i, scored in done:
-                problem = tasks[i].problem
+            for problem, scored in done:
                 record = make_record(problem, scored, judged_by, with_ids=bool(self.rules) and not chosen)
                 if chosen:
                     drafts = chosen[problem.index]

@@ -2,55 +2,39 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from igrpo.data_types import Completion, Message, Problem, Scored
-from igrpo.engines import Engine, EngineError, Request, Result, Sampling
+from igrpo.data_types import Problem, Scored
+from igrpo.engines import Engine, Request, Sampling
 from igrpo.eval.config import EvalConfig
-from igrpo.rewards.workers.pool import PendingScores, RewardPool
+from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rollout.metrics import judge
-from igrpo.rollout.prompts import PromptBuilder
+from igrpo.rollout.prompts import PromptBuilder, PromptParts
+from igrpo.rollout.pump import Call, Pump
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One problem and the prompts to sample for it.
-
-    Example: ``Task(problem, messages=({"role": "user", "content": "3+4?"},), prompts=((1, 9, 8),), n=64)``
-    """
-
-    problem: Problem
-    messages: tuple[Message, ...]
-    """The conversation as reward functions see it."""
-    prompts: tuple[tuple[int, ...], ...]
-    """[R][P] token ids of each prompt."""
-    n: int
-    """Completions of each prompt."""
-    prompt_suffix: str = ""
-    """Of ``PromptParts``."""
+def task(
+    problem: Problem, question: PromptParts, prompts: Sequence[tuple[int, ...]], n: int, sampling: Sampling
+) -> Call:
+    """``n`` completions of each of a problem's prompts, in their order, all scored together."""
+    named = [(f"{problem.index}/{r}", prompt_ids) for r, prompt_ids in enumerate(prompts)]
+    return Call(problem, question, tuple(Request(name, prompt_ids, n, sampling) for name, prompt_ids in named))
 
 
-@dataclass
-class _Open:
-    task: Task
-    results: list[Result | None] = field(default_factory=list)
-    scores: PendingScores | None = None
-
-
-def bare_task(problem: Problem, prompts: PromptBuilder, n: int) -> Task:
+def bare_task(problem: Problem, prompts: PromptBuilder, n: int, sampling: Sampling) -> Call:
     """One shot from the question alone: how the model is deployed."""
-    parts = prompts.parts(problem)
-    return Task(problem, parts.messages, (parts.bare,), n, parts.prompt_suffix)
+    question = prompts.parts(problem)
+    return task(problem, question, [question.bare], n, sampling)
 
 
 def sample(
-    engine: Engine, rewards: RewardPool, tokenizer: Any, tasks: Sequence[Task], sampling: Sampling, window: int
-) -> Iterator[tuple[int, tuple[Scored, ...]]]:
-    """Yields ``(index of the task, [R * n] scored completions)`` as tasks finish, prompts in order. Requests are named
-    by the problem's row, from which servers make their seeds; rows must differ.
+    engine: Engine, rewards: RewardPool, tokenizer: Any, tasks: Sequence[Call], window: int
+) -> Iterator[tuple[Problem, tuple[Scored, ...]]]:
+    """Yields each problem with its scored completions as they finish. Requests are named by the problem's row, from
+    which servers make their seeds; rows must differ.
 
     What the engine is asked for, and when, depends on its own answers alone and never on how fast scores come back: the
     same engine seed gives the same completions wherever the engine itself repeats.
@@ -59,45 +43,15 @@ def sample(
         window: Completions in the engine at once; it is topped up as they finish, so that no barrier idles it.
 
     Raises:
-        EngineError: the engine read other ids than it was sent.
+        EngineError: the engine failed, or read other ids than it was sent.
     """
-    index = {task.problem.index: i for i, task in enumerate(tasks)}
-    waiting = [(i, r) for i, task in enumerate(tasks) for r in range(len(task.prompts))][::-1]
-    opened: dict[int, _Open] = {}
-    in_flight = 0
-    while waiting or opened:
-        while waiting and (not in_flight or in_flight + tasks[waiting[-1][0]].n <= window):
-            i, r = waiting.pop()
-            opened.setdefault(i, _Open(tasks[i], [None] * len(tasks[i].prompts)))
-            name = f"{tasks[i].problem.index}/{r}"
-            engine.submit(Request(name, tasks[i].prompts[r], tasks[i].n, sampling))
-            in_flight += tasks[i].n
-        for result in engine.poll() if in_flight else ():
-            row, r = map(int, result.request_id.split("/"))
-            i = index[row]
-            in_flight -= opened[i].task.n
-            _receive(opened[i], r, result, rewards, tokenizer)
-        for i in [i for i, state in opened.items() if state.scores and (not in_flight or state.scores.done())]:
-            yield i, opened.pop(i).scores.result()  # type: ignore[union-attr]
-
-
-def _receive(state: _Open, r: int, result: Result, rewards: RewardPool, tokenizer: Any) -> None:
-    task = state.task
-    if result.prompt_ids != task.prompts[r]:
-        raise EngineError(
-            f"row {task.problem.index}: the engine read {len(result.prompt_ids)} prompt ids, not the "
-            f"{len(task.prompts[r])} it was sent"
-        )
-    state.results[r] = result
-    if None in state.results:
-        return
-    completions = [
-        Completion(ids, logprobs, tokenizer.decode(ids, skip_special_tokens=True), reason, one.version)
-        for one in state.results
-        if one is not None
-        for ids, logprobs, reason in zip(one.token_ids, one.logprobs, one.finish_reasons, strict=True)
-    ]
-    state.scores = rewards.submit(task.problem, completions, list(task.messages), task.prompt_suffix)
+    pump = Pump(engine, rewards, tokenizer, None)
+    waiting = deque((call, request) for call in tasks for request in call.requests)
+    while waiting or pump.running or pump.scoring:
+        while waiting and (not pump.running or pump.in_flight + waiting[0][1].n <= window):
+            pump.submit(*waiting.popleft())
+        for call, scored in pump.advance():
+            yield call.problem, scored
 
 
 def window(config: EvalConfig) -> int:
@@ -125,10 +79,10 @@ def evaluate(
     """
     engine.seed(config.seed)
     sampling = Sampling(config.eval_temperature, config.max_completion_length)
-    tasks = [bare_task(problem, prompts, 1) for problem in problems]
+    tasks = [bare_task(problem, prompts, 1, sampling) for problem in problems]
     own = [
         (s.rewards, s.reward, s.completion.truncated)
-        for _, (s,) in sample(engine, rewards, tokenizer, tasks, sampling, window(config))
+        for _, (s,) in sample(engine, rewards, tokenizer, tasks, window(config))
     ]
     scores, totals, cut = zip(*(row for part in gather(own) for row in part), strict=True)
     figures = {name: fmean(one[name] or 0.0 for one in scores) for name in scores[0]}

@@ -15,11 +15,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from igrpo.data_types import Problem
-from igrpo.eval.sampling import Task
 from igrpo.rewards.grading.answers import read_reference
 from igrpo.rewards.grading.passages import extract_answer
-from igrpo.rollout.prompts import PromptBuilder
 
 RULES = {
     "first": "two-stage, first draft",
@@ -50,20 +47,6 @@ def vote_key(text: str) -> Any:
         return None
     read = read_reference(answer)
     return read.number.value if read.number is not None else read.normal
-
-
-def second_stage(
-    problem: Problem, record: dict[str, Any], rule: str, N: int, judge: str, prompts: PromptBuilder
-) -> Task:
-    """The refinement prompts of one problem: one per trial.
-
-    Args:
-        record: the problem's single-shot record, with token ids; gets nothing written.
-    """
-    parts = prompts.parts(problem)
-    ids = [record["completions"][i]["token_ids"] for i in chosen_drafts(record, rule, N, judge, parts.prompt_suffix)]
-    asked = tuple(prompts.with_draft(parts, draft)[0] for draft in ids)
-    return Task(problem, parts.messages, asked, 1, parts.prompt_suffix)
 
 
 def chosen_drafts(record: dict[str, Any], rule: str, N: int, judge: str, prompt_suffix: str = "") -> list[int]:

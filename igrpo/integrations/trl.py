@@ -10,13 +10,13 @@ wherever they are.
 import bisect
 import contextlib
 import math
-import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
+from igrpo.rollout.algorithm import choose
 from igrpo_kernels.integrations.trl import FusedGRPOTrainer
 from igrpo_kernels.model_logits import text_config
 
@@ -149,12 +149,9 @@ class IGRPOTrainer(FusedGRPOTrainer):
             engine.enable_sleep_mode = True
 
     def _choose(self, rewards: Sequence[float], prompt: int) -> int:
-        """Index of the draft to show; ties go to the first. `random` depends on the seed, the step and the prompt."""
-        if self.draft_selection == "random":
-            return random.Random(f"{self.args.seed}/{self.state.global_step}/{prompt}").randrange(len(rewards))
-        if self.draft_selection == "best":
-            return max(range(len(rewards)), key=lambda i: (not math.isnan(rewards[i]), rewards[i]))
-        return min(range(len(rewards)), key=lambda i: (math.isnan(rewards[i]), rewards[i]))
+        """Index of the draft to show. `random` depends on the seed, the step and the prompt."""
+        scores = [None if math.isnan(reward) else (reward,) for reward in rewards]
+        return choose(scores, self.draft_selection, f"{self.args.seed}/{self.state.global_step}/{prompt}")
 
     def _refinement_prompt(self, prompt: Any, draft_ids: list[int]) -> Any:
         """The prompt with the draft's text behind its last turn; the draft loses its beginning if it must."""

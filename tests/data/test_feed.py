@@ -1,4 +1,4 @@
-"""Which process gets which problem: none twice, none left out, whatever each process uses of its spare ones."""
+"""Which process gets which problem: none twice, none left out, whatever each process uses of its substitutes."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ def rows(problems) -> list[int]:
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("processes", [1, 3])
-def test_rows_used_are_the_samplers_in_order_whatever_was_used_of_the_spares(processes, lag):
+def test_rows_used_are_the_samplers_in_order_whatever_was_used_of_the_substitutes(processes, lag):
     everyone, used = feeds(processes, zero_variance="resample", draft_policy_lag=lag)
     rng, taken, ahead = random.Random(processes), [], []
     for step in range(1, 9):
         batches = [feed.take(last=step == 8) for feed in everyone]
-        assert all(len(b.problems) == 2 and len(b.spare) == 4 for b in batches)
+        assert all(len(b.problems) == 2 and len(b.substitutes) == 4 for b in batches)
         if ahead:
             assert [rows(b.problems) for b in batches] == ahead
         ahead = [rows(b.ahead) for b in batches] if lag and step < 8 else []
         used[:] = [rng.randint(0, 4) for _ in batches]
-        taken += [r for b, n in zip(batches, used, strict=True) for r in rows([*b.problems, *b.spare[:n]])]
+        taken += [r for b, n in zip(batches, used, strict=True) for r in rows([*b.problems, *b.substitutes[:n]])]
         for feed, n in zip(everyone, used, strict=True):
             feed.give_back(n)
         assert all(feed.epoch == (len(taken) - 1) // 20 for feed in everyone)

@@ -11,8 +11,9 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, Scored
 from igrpo.engines import EngineError, Request, Result
 from igrpo.rollout.advantage import group_advantages
+from igrpo.rollout.algorithm import select_draft, two_stage
 from igrpo.rollout.prompts import PromptBuilder
-from igrpo.rollout.rollout import Rollout, select_draft
+from igrpo.rollout.rollout import Rollout
 from tests.support.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -93,6 +94,23 @@ def make(seed: int = 0, **settings) -> tuple[Rollout, ShuffledEngine]:
 PROBLEMS = [Problem(i, f"Q{i}", "0") for i in range(6)]
 
 
+def test_the_algorithm_needs_no_engine():
+    settings = {"system_prompt": None, "draft_template": " [{draft}]", "num_drafts": 3, "num_generations": 2}
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+    coroutine = two_stage(PROBLEMS[0], 1, PromptBuilder(TOKENIZER, config), config)
+    wanted = coroutine.send(None)
+    assert (wanted.stage, wanted.n, wanted.prompt_ids) == ("draft", 3, wanted.question.bare)
+    completions = [Completion((*TOKENIZER.encode(f"{i}"), 1), (-1.0, -1.0), f"{i}", "stop", 0) for i in (4, 6, 5)]
+    scored = LateScores(completions, float).result()
+    wanted = coroutine.send(scored)
+    assert (wanted.stage, wanted.n) == ("refinement", 2) and "Q0 [6]" in TOKENIZER.decode(wanted.prompt_ids)
+    with pytest.raises(StopIteration) as end:
+        coroutine.send(scored[:2])
+    group = end.value.value
+    assert (group.drafts, group.chosen, group.refinements) == (scored, 1, scored[:2])
+    assert (group.prompt_ids, group.draft_prompt_ids) == (wanted.prompt_ids, wanted.question.bare)
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_every_problem_gets_its_own_best_draft_in_any_order_of_events(seed, deterministic):
@@ -151,15 +169,15 @@ def test_the_first_draft_with_the_highest_reward_ends_its_problems_first_stage()
     assert engine.aborted and not engine.waiting
 
 
-def test_groups_without_an_advantage_make_room_for_spare_problems():
+def test_groups_without_an_advantage_make_room_for_substitutes():
     rollout, _ = make(seed=3, num_drafts=2, num_generations=2, zero_variance="resample")
-    rollout.rewards.score = lambda number: float(number // 3 % 2)  # many groups are all-equal
-    spare = [Problem(i, f"Q{i}", "0") for i in range(6, 12)]
-    left = iter(spare)
-    groups, stats = rollout.run(PROBLEMS, step=1, spare=left)
+    rollout.pump.rewards.score = lambda number: float(number // 3 % 2)  # many groups are all-equal
+    substitutes = [Problem(i, f"Q{i}", "0") for i in range(6, 12)]
+    left = iter(substitutes)
+    groups, stats = rollout.run(PROBLEMS, step=1, substitutes=left)
     unused = list(left)
     assert stats.discarded and not any(g.contributes for g in stats.discarded)
-    assert len(groups) == 6 and len(stats.discarded) == len(spare) - len(unused)
+    assert len(groups) == 6 and len(stats.discarded) == len(substitutes) - len(unused)
     assert all(g.contributes for g in groups) or not unused
     rows = [g.problem.index for g in (*groups, *stats.discarded)]
     assert sorted(rows) == list(range(12 - len(unused)))
@@ -172,9 +190,9 @@ def test_the_learner_step_runs_beside_drafts_and_its_errors_come_through():
 
     def learner_step() -> str:
         deadline = time.monotonic() + 20
-        while not all(flow.drafted for flow in rollout._ahead) and time.monotonic() < deadline:
+        while not all(flow.ready for flow in rollout._coming) and time.monotonic() < deadline:
             time.sleep(0.001)
-        drafted.append(all(flow.drafted for flow in rollout._ahead))
+        drafted.append(all(flow.ready for flow in rollout._coming))
         return "done"
 
     assert rollout.during(learner_step) == "done"
@@ -239,7 +257,7 @@ def test_advantages_are_of_the_refinements_alone():
 def test_an_engine_that_read_other_ids_is_stopped():
     rollout, engine = make()
     engine.corrupt = True
-    with pytest.raises(EngineError, match="the learner would train on another context"):
+    with pytest.raises(EngineError, match="would see another context"):
         rollout.run(PROBLEMS, step=1)
 
 

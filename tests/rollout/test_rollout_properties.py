@@ -17,7 +17,7 @@ from igrpo.data.feed import ProblemFeed
 from igrpo.data.sources import ProblemSampler
 from igrpo.data_types import Problem, Scored
 from igrpo.engines import EngineError, Request, Result
-from igrpo.rollout.flow import select_draft
+from igrpo.rollout.algorithm import select_draft
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.rollout import Rollout
 from tests.support.tiny import tiny_tokenizer
@@ -103,14 +103,14 @@ class Run:
 
     def one_step(self) -> list:
         batch = self.feed.take(last=self.step + 1 == self.steps)
-        spare = iter(batch.spare)
-        groups, stats = self.rollout.run(batch.problems, self.step + 1, ahead=batch.ahead, spare=spare)
-        self.feed.give_back(len(batch.spare) - len(list(spare)))
+        substitutes = iter(batch.substitutes)
+        groups, stats = self.rollout.run(batch.problems, self.step + 1, ahead=batch.ahead, substitutes=substitutes)
+        self.feed.give_back(len(batch.substitutes) - len(list(substitutes)))
         for group in (*groups, *stats.discarded):
             self.check(group)
         texts = [s.completion.text for g in (*groups, *stats.discarded) for s in (*g.drafts, *g.refinements)]
         assert len(set(texts)) == len(texts)
-        assert all(g.contributes or not batch.spare or self._exhausted(batch, stats) for g in groups)
+        assert all(g.contributes or not batch.substitutes or self._exhausted(batch, stats) for g in groups)
         self.rollout.during(lambda: time.sleep(self.rng.random() * 0.001))
         if self.config.full_determinism:
             self.rollout.finish_drafts()
@@ -119,7 +119,7 @@ class Run:
         return [g.problem.index for g in (*groups, *stats.discarded)]
 
     def _exhausted(self, batch, stats) -> bool:
-        return self.config.zero_variance != "resample" or len(stats.discarded) == len(batch.spare)
+        return self.config.zero_variance != "resample" or len(stats.discarded) == len(batch.substitutes)
 
     def check(self, group) -> None:
         config = self.config
@@ -199,7 +199,7 @@ def test_every_problem_once_whatever_the_engine_does(values, seed, steps, deaths
         except EngineError:
             rows = list(saved_rows)
             run = Run(config, rng, steps, deaths.pop() if deaths else None, state)
-    assert not run.engine.waiting and not run.rollout._running and not run.rollout._held
+    assert not run.engine.waiting and not run.rollout.pump.running and not run.rollout._coming
     # The rows used are a beginning of the sampler's order: none lost, none twice before all others had their turn.
     order = ProblemSampler(ROWS, config.seed, True).next_batch(len(rows))
     assert Counter(rows) == Counter(order)

@@ -1,0 +1,69 @@
+"""Two-stage GRPO on one page: ``two_stage``, a coroutine that runs once per problem and step.
+
+    drafts d_1..d_N ~ pi(. | q)   ->   d^ = first argmax R(d_i)   ->   q' = template(q, d^)   ->   o_1..o_G ~ pi(. | q')
+
+While a problem waits for completions and their rewards, the others have the engine. The coroutine knows neither the
+engine nor the reward functions: ``rollout.py`` answers each ``await``, and ``schedule.py`` says when.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from igrpo.data_types import Problem, RolloutGroup, Scored
+from igrpo.rollout.config import RolloutConfig
+from igrpo.rollout.prompts import PromptBuilder, PromptParts
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """``n`` completions of a prompt: awaiting it gives them in sampling order, each with its rewards.
+
+    Of drafts those are missing that were aborted (``early_stop_drafts``).
+    """
+
+    stage: Literal["draft", "refinement"]
+    question: PromptParts
+    prompt_ids: tuple[int, ...]
+    n: int
+
+    def __await__(self) -> Generator[Sample, tuple[Scored, ...], tuple[Scored, ...]]:
+        return (yield self)
+
+
+async def two_stage(problem: Problem, step: int, prompts: PromptBuilder, config: RolloutConfig) -> RolloutGroup:
+    """The group of one problem, but for its advantages: a step's groups get those together (``advantage.py``).
+
+    ``algorithm: grpo`` is N = 0: there is no draft to choose, and the refinements answer the question alone.
+    """
+    question = prompts.parts(problem)
+    drafts = await Sample("draft", question, question.bare, config.drafts_per_prompt)
+    best = select_draft(drafts, config, step, problem.index)
+    prompt_ids, trimmed = question.bare, False
+    if best is not None:
+        prompt_ids, trimmed = prompts.with_draft(question, drafts[best].completion.token_ids)
+    refinements = await Sample("refinement", question, prompt_ids, config.num_generations)
+    unknown = (0.0,) * len(refinements)
+    return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare)
+
+
+def select_draft(drafts: Sequence[Scored], config: RolloutConfig, step: int, row: int) -> int | None:
+    """Index of the draft to show, if any; ``random`` draws from (seed, step, row), so a resumed run draws the same."""
+    scores = [(draft.reward,) for draft in drafts]
+    if config.draft_selection_score == "accuracy_first":
+        scores = [(draft.rewards.get("accuracy") or 0.0, draft.reward) for draft in drafts]
+    return choose(scores, config.draft_selection, f"{config.seed}/{step}/{row}")
+
+
+def choose(scores: Sequence[tuple[float, ...] | None], selection: str, seed: str) -> int | None:
+    """Index of the best, the worst or a random one of the scores; ties go to the first, which for i.i.d. drafts favours
+    none. A score of None could not be judged and is chosen by chance alone, or where no other is there."""
+    if selection == "none" or not scores:
+        return None
+    if selection == "random":
+        return random.Random(seed).randrange(len(scores))
+    judged = [score for score in scores if score is not None]
+    return scores.index(max(judged) if selection == "best" else min(judged)) if judged else 0

@@ -1,0 +1,139 @@
+"""Samples and scores: requests go to the engine; completions come back checked, decoded and with their rewards.
+
+Rollouts (``rollout.py``) and evaluations (``igrpo/eval/sampling.py``) differ only in what they ask for next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from igrpo.data_types import Completion, Problem, Scored
+from igrpo.engines import Engine, EngineError, Request, Result
+from igrpo.rewards.workers.pool import PendingScores, RewardPool
+from igrpo.rollout.prompts import PromptParts
+from igrpo.run.timeline import Timeline
+
+
+@dataclass(eq=False)
+class Call:
+    """Completions of one problem that the reward functions see together: of one request or of several."""
+
+    problem: Problem
+    question: PromptParts
+    requests: tuple[Request, ...]
+    stage: str = "eval"
+    step: int = 0
+    owner: Any = None
+    """Who waits for it."""
+    sent_at: int | None = None
+    """Version of the engine's weights then; None: not sent."""
+    arrived: dict[str, Result] = field(default_factory=dict)
+
+
+@dataclass
+class Usage:
+    """What the engine did."""
+
+    decoded_tokens: int = 0
+    prompt_tokens: int = 0
+    """Read by the engine for them."""
+    cached_tokens: int = 0
+    """Of those, served from the prefix cache."""
+
+
+class Pump:
+    """One engine and one reward pool.
+
+    Args:
+        tokenizer: decodes completions for the reward functions.
+        in_order: every score is waited for where it is first asked for, so that what is decoded beside what does not
+            hang on how fast a score came back.
+    """
+
+    def __init__(
+        self, engine: Engine, rewards: RewardPool, tokenizer: Any, timeline: Timeline | None, in_order: bool = False
+    ):
+        self.engine, self.rewards, self.tokenizer, self.in_order = engine, rewards, tokenizer, in_order
+        self.timeline, self.usage = timeline or Timeline(None), Usage()
+        self.running: dict[str, tuple[Call, Request]] = {}
+        self.scoring: dict[Call, PendingScores] = {}
+
+    @property
+    def in_flight(self) -> int:
+        """Completions in the engine."""
+        return sum(request.n for _, request in self.running.values())
+
+    def submit(self, call: Call, request: Request) -> None:
+        call.sent_at = self.engine.version
+        self.running[request.request_id] = (call, request)
+        self.timeline.start(call.stage, call.step, request.request_id)
+        self.engine.submit(request)
+
+    def advance(self, may_wait: bool = True) -> Iterator[tuple[Call, tuple[Scored, ...]]]:
+        """One step of the engine, then the calls whose scores are in, in the order in which their completions came.
+
+        Raises:
+            EngineError: the engine failed, read other ids than it was sent, or sampled a group from mixed weights.
+        """
+        for result in self.engine.poll():
+            self._receive(result)
+        for call in list(self.scoring):
+            if call not in self.scoring:  # aborted when a sibling's score came
+                continue
+            # An idle engine has nothing better to do than wait.
+            if self.scoring[call].done() or self.in_order or (may_wait and not self.running):
+                scored = self.scoring.pop(call).result()
+                self.timeline.end("reward", call.step, call.requests[0].request_id)
+                yield call, scored
+
+    def abort(self, calls: Collection[Call]) -> None:
+        """Forgets these calls, wherever they are."""
+        names = [name for name, (call, _) in self.running.items() if call in calls]
+        self.engine.abort(names)
+        for name in names:
+            call, _ = self.running.pop(name)
+            self.timeline.end(call.stage, call.step, name)
+        for call in [call for call in self.scoring if call in calls]:
+            del self.scoring[call]
+            self.timeline.end("reward", call.step, call.requests[0].request_id)
+
+    def _receive(self, result: Result) -> None:
+        if result.request_id not in self.running:
+            raise EngineError(f"the engine returned {result.request_id}, which is not running")
+        call, request = self.running.pop(result.request_id)
+        _check(result, request, call)
+        tokens = sum(map(len, result.token_ids))
+        self.timeline.end(call.stage, call.step, result.request_id, tokens)
+        self.usage.decoded_tokens += tokens
+        self.usage.prompt_tokens += len(result.prompt_ids)
+        self.usage.cached_tokens += result.cached_tokens
+        call.arrived[result.request_id] = result
+        if len(call.arrived) < len(call.requests):
+            return
+        self.timeline.start("reward", call.step, call.requests[0].request_id)
+        completions = [c for one in call.requests for c in self._completions(call.arrived.pop(one.request_id))]
+        prompt, suffix = list(call.question.messages), call.question.prompt_suffix
+        self.scoring[call] = self.rewards.submit(call.problem, completions, prompt, suffix)
+
+    def _completions(self, result: Result) -> list[Completion]:
+        texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.token_ids]
+        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, strict=True)
+        return [Completion(ids, logprobs, text, reason, result.version) for ids, logprobs, text, reason in outputs]
+
+
+def _check(result: Result, request: Request, call: Call) -> None:
+    row = call.problem.index
+    if result.prompt_ids != request.prompt_ids:
+        raise EngineError(
+            f"row {row}: the engine read {len(result.prompt_ids)} prompt ids, not the {len(request.prompt_ids)} it was "
+            "sent; rewards and learner would see another context"
+        )
+    if len(result.token_ids) != request.n:
+        raise EngineError(f"row {row}: the engine returned {len(result.token_ids)} completions of {request.n}")
+    if call.stage == "refinement" and result.version != call.sent_at:
+        raise EngineError(
+            f"row {row}: weights went from version {call.sent_at} to {result.version} while its refinements were "
+            "sampled; the group mixes two policies"
+        )

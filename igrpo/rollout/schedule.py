@@ -1,0 +1,71 @@
+"""Policies of the rollout, each by itself: ``rollout.py`` asks them around every step of the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from igrpo.data_types import Problem, RolloutGroup, Scored
+from igrpo.rollout.algorithm import Sample
+from igrpo.rollout.config import RolloutConfig
+from igrpo.rollout.pump import Call
+
+
+@dataclass(eq=False)
+class Flow:
+    """One problem in one step: its coroutine, what that waits for, and its group in the end."""
+
+    problem: Problem
+    step: int
+    name: str
+    """Unique over the run; requests are called after it."""
+    coroutine: Coroutine[Sample, tuple[Scored, ...], RolloutGroup]
+    stage: str = "draft"
+    open: dict[Call, int] = field(default_factory=dict)
+    """What is not scored yet, with its place in sampling order."""
+    scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
+    group: RolloutGroup | None = None
+
+    @property
+    def ready(self) -> bool:
+        """The coroutine has what it waits for and can go on."""
+        return self.group is None and not self.open
+
+
+def may_go_on(flows: Sequence[Flow], config: RolloutConfig) -> list[Flow]:
+    """``streaming``: every problem whose scores are in, at once. ``barrier``: to the refinements all go together."""
+    held = config.rollout_schedule == "barrier" and any(flow.stage == "draft" and flow.open for flow in flows)
+    return [flow for flow in flows if flow.ready and not (held and flow.stage == "draft")]
+
+
+def drafts_ahead(
+    coming: Sequence[Flow], flows: Sequence[Flow], in_flight: int, config: RolloutConfig
+) -> Iterator[Call]:
+    """``draft_policy_lag: 1``: the coming step's drafts that may be sent now.
+
+    They get the slots of the engine that this step leaves free, its refinements to come included, so they never delay
+    it; an engine that would be idle gets one in any case.
+    """
+    used = in_flight + sum(config.num_generations for flow in flows if flow.stage == "draft")
+    for call in unsent(coming):
+        if used >= config.vllm_max_num_seqs and in_flight:
+            return
+        yield call
+        used, in_flight = used + 1, in_flight + 1
+
+
+def unsent(flows: Sequence[Flow]) -> Iterator[Call]:
+    return (call for flow in flows for call in flow.open if call.sent_at is None)
+
+
+def surplus(flow: Flow, scored: Sequence[Scored], enough: float | None) -> Collection[Call]:
+    """``early_stop_drafts``: a problem's other drafts do not count once one has the highest reward there is."""
+    stop = enough is not None and flow.stage == "draft" and scored[0].reward >= enough
+    return list(flow.open) if stop else ()
+
+
+def uninformative(flows: Sequence[Flow]) -> Iterator[int]:
+    """``zero_variance: resample``: places of the groups whose rewards are all equal, for other problems to take."""
+    for place, flow in enumerate(flows):
+        if flow.group is not None and len({scored.reward for scored in flow.group.refinements}) == 1:
+            yield place
