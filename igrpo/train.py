@@ -2,10 +2,10 @@
 
 Each step of ``loop`` below:
 
-    groups = job.sample(step)        two-stage GRPO, a coroutine per problem: igrpo/rollout/algorithm.py, one page
-    job.train_on(groups, step)       one optimiser step on the groups: igrpo/learner/
-    job.push_weights(step)           the engine samples from the new weights, verified: igrpo/engines/sync.py
-    job.log, evaluate, save          igrpo/run/, igrpo/eval/sampling.py
+    groups = run.sample(step)        two-stage GRPO, a coroutine per problem: igrpo/rollout/algorithm.py, one page
+    run.train_on(groups, step)       one optimiser step on the groups: igrpo/learner/
+    run.push_weights(step)           the engine samples from the new weights, verified: igrpo/engines/sync.py
+    run.log, evaluate, save          igrpo/run/, igrpo/eval/sampling.py
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from igrpo.settings.shared import check_trackers
 from igrpo.terminal import Warnings, print_error, shown_warnings
 
 if TYPE_CHECKING:
-    from igrpo.training_run import Job
+    from igrpo.training_run import TrainingRun
 
 # Everything heavy is imported inside functions: a mistake in a recipe is answered at once.
 
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(config: TrainConfig) -> int:
-    """Runs the whole job; the exit codes are those of ``main``.
+    """Trains from beginning to end; the exit codes are those of ``main``.
 
     Raises:
         ConfigError: before anything is written.
@@ -72,9 +72,9 @@ def _train(config: TrainConfig, warnings: Warnings) -> int:
     from igrpo.training_run import build
 
     try:
-        with build(config) as job:
-            job.warnings = warnings
-            return loop(job)
+        with build(config) as run:
+            run.warnings = warnings
+            return loop(run)
     except EngineError as error:  # it did not start
         print_error(error, lines=True)
         return EXIT_ENGINE
@@ -104,43 +104,43 @@ def quiet_libraries() -> None:
     filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
-def loop(job: Job) -> int:
+def loop(run: TrainingRun) -> int:
     from igrpo.engines import EngineError
     from igrpo.rewards.workers.tally import RewardError
     from igrpo.rollout.metrics import rollout_metrics
     from igrpo.run.output_folder import DiskFullError
 
-    config, view = job.config, job.view
+    config, view = run.config, run.view
     stop = StopRequest()
     try:
         with view, stop:
-            before = job.evaluate("before training") if job.step == 0 else {}
-            while job.step < job.total_steps:
+            before = run.evaluate("before training") if run.step == 0 else {}
+            while run.step < run.total_steps:
                 start = time.perf_counter()
-                step = job.step + 1
-                groups, stats = job.sample(step)
+                step = run.step + 1
+                groups, stats = run.sample(step)
                 view.stage("learner")
-                job.check_rewards(f"step {step}")
+                run.check_rewards(f"step {step}")
                 metrics = rollout_metrics(groups, stats, config)
-                metrics |= job.train_on(groups, step)
+                metrics |= run.train_on(groups, step)
                 view.stage("weights to the engine")
-                metrics |= job.push_weights(step)
-                job.step = step
+                metrics |= run.push_weights(step)
+                run.step = step
                 metrics["step_time"] = time.perf_counter() - start
-                job.log(groups, metrics)
-                if job.due(config.eval_steps) and step < job.total_steps:
-                    job.evaluate(f"after step {step}")
+                run.log(groups, metrics)
+                if run.due(config.eval_steps) and step < run.total_steps:
+                    run.evaluate(f"after step {step}")
                 # The signal may reach processes in different steps, and all of them save together.
-                stopping = any(job.learner.gather(stop.requested or job.folder.asked_to_stop()))
-                if step == job.total_steps or stopping or job.due(config.save_steps):
-                    job.save()
+                stopping = any(run.learner.gather(stop.requested or run.folder.asked_to_stop()))
+                if step == run.total_steps or stopping or run.due(config.save_steps):
+                    run.save()
                 if stopping:
                     view.say(f"stopped after step {step}; go on with --resume_from_checkpoint last")
                     return EXIT_INTERRUPTED
-            job.report(before, job.evaluate("after training"))
+            run.report(before, run.evaluate("after training"))
         return 0
     except (EngineError, DiskFullError, RewardError) as error:
-        print_error(error, how_to_go_on(job.folder.path), lines=True)
+        print_error(error, how_to_go_on(run.folder.path), lines=True)
         codes = {EngineError: EXIT_ENGINE, DiskFullError: EXIT_DISK_FULL, RewardError: EXIT_REWARD}
         return next(code for kind, code in codes.items() if isinstance(error, kind))
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Job:
+class TrainingRun:
     """A run in progress: the parts, and how far it is."""
 
     config: TrainConfig
@@ -165,7 +165,7 @@ class Job:
 
 
 @contextmanager
-def build(config: TrainConfig) -> Iterator[Job]:
+def build(config: TrainConfig) -> Iterator[TrainingRun]:
     """Everything a run needs, taken down again at the end.
 
     Raises:
@@ -208,7 +208,7 @@ def build(config: TrainConfig) -> Iterator[Job]:
         rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather)
         if state:
             rollout.load_state_dict(state.get("drafts", []))
-        job = Job(
+        run = TrainingRun(
             config=config,
             problems=problems,
             held_out=held_out,
@@ -226,10 +226,10 @@ def build(config: TrainConfig) -> Iterator[Job]:
             total_steps=total_steps,
             step=state["step"] if state else 0,
         )
-        _announce(job)
-        job.push_weights(job.step)
+        _announce(run)
+        run.push_weights(run.step)
         stack.enter_context(learner.trackers())
-        yield job
+        yield run
 
 
 def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
@@ -353,19 +353,19 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         print(f"warning: activations may not fit beside it in {there}; if they do not: {plan.advice()}", flush=True)
 
 
-def _announce(job: Job) -> None:
-    config = job.config
+def _announce(run: TrainingRun) -> None:
+    config = run.config
     stages = f"{config.num_drafts} drafts, then " if config.drafts_per_prompt else ""
-    if job.folder.set_aside is not None:
-        job.view.say(f"an earlier run was kept as {job.folder.set_aside}")
-    if job.step:
-        job.view.say(f"resuming after step {job.step}")
-    device = job.learner.accelerator.device.type
-    job.view.say(
+    if run.folder.set_aside is not None:
+        run.view.say(f"an earlier run was kept as {run.folder.set_aside}")
+    if run.step:
+        run.view.say(f"resuming after step {run.step}")
+    device = run.learner.accelerator.device.type
+    run.view.say(
         f"{'vLLM' if config.use_vllm else 'Hugging Face generate'} samples, the learner trains, both on {device}"
     )
-    job.view.say(
-        f"{config.algorithm} on {config.dataset_name}: {len(job.problems)} problems, {job.total_steps} steps of "
-        f"{config.prompts_per_step * job.learner.accelerator.num_processes} problems, {stages}"
-        f"{config.num_generations} completions each -> {job.folder.path}"
+    run.view.say(
+        f"{config.algorithm} on {config.dataset_name}: {len(run.problems)} problems, {run.total_steps} steps of "
+        f"{config.prompts_per_step * run.learner.accelerator.num_processes} problems, {stages}"
+        f"{config.num_generations} completions each -> {run.folder.path}"
     )

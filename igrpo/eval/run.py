@@ -33,7 +33,7 @@ from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rewards.workers.tally import check_tallies
-from igrpo.rollout.metrics import judge
+from igrpo.rollout.metrics import correctness_reward
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.pump import Call
 from igrpo.run.lock import locked
@@ -79,9 +79,9 @@ class EvaluationRun:
             config.eval_temperature, config.max_completion_length, config.top_p, config.top_k, config.min_p
         )
         self._check_n()
+        self._stack = stack
         self._pools: dict[tuple[Any, Any], RewardPool] = {}
         for benchmark in benchmarks:
-            self._start_pool(benchmark, stack)
             check_columns(self._pool(benchmark).functions, benchmark.problems)
         settings = {"model": subject.name, "weights": fingerprint(subject.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
@@ -90,7 +90,6 @@ class EvaluationRun:
         with refused(str(self.folder)):
             open_folder(self.folder, settings)
             stack.enter_context(locked(self.folder))
-        self._stack = stack
         self._engine: Any = None
 
     def rows(self) -> list[Row]:
@@ -212,17 +211,15 @@ class EvaluationRun:
         return 1 if rule == "first" else self.config.num_drafts
 
     def _judge(self, benchmark: Benchmark) -> str:
-        return judge(self._config(benchmark))
+        return correctness_reward(self._config(benchmark))
 
     def _names(self, benchmark: Benchmark) -> list[str]:
         return [function.name for function in self._pool(benchmark).functions]
 
-    def _start_pool(self, benchmark: Benchmark, stack: ExitStack) -> None:
-        if (key := (benchmark.reward_funcs, benchmark.reward_weights)) not in self._pools:
-            self._pools[key] = stack.enter_context(start_rewards(self._config(benchmark)))
-
     def _pool(self, benchmark: Benchmark) -> RewardPool:
-        return self._pools[benchmark.reward_funcs, benchmark.reward_weights]
+        if (key := (benchmark.reward_funcs, benchmark.reward_weights)) not in self._pools:
+            self._pools[key] = self._stack.enter_context(start_rewards(self._config(benchmark)))
+        return self._pools[key]
 
     def _config(self, benchmark: Benchmark) -> EvalConfig:
         weights = benchmark.reward_weights and list(benchmark.reward_weights)

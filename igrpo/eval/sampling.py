@@ -11,7 +11,7 @@ from igrpo.data_types import Problem, Scored
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.eval.config import EvalConfig
 from igrpo.rewards.workers.pool import RewardPool
-from igrpo.rollout.metrics import judge
+from igrpo.rollout.metrics import correctness_reward
 from igrpo.rollout.prompts import PromptBuilder, PromptParts
 from igrpo.rollout.pump import Call, Pump
 
@@ -87,7 +87,7 @@ def evaluate(
     scores, totals, cut = zip(*(row for part in gather(own) for row in part), strict=True)
     figures = {name: fmean(one[name] or 0.0 for one in scores) for name in scores[0]}
     return {
-        "eval/accuracy": figures[judge(config)],
+        "eval/accuracy": figures[correctness_reward(config)],
         "eval/reward": fmean(totals),
         "eval/clipped_ratio": fmean(cut),
         **{f"eval/rewards/{name}": figure for name, figure in figures.items()},

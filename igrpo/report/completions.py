@@ -172,7 +172,7 @@ def _cut(text: str) -> str:
 
 
 def _judge(scored: Group) -> float:
-    """The reward that says right or wrong: ``accuracy`` if there is one, else the first (``metrics.judge``)."""
+    """The reward that says right or wrong: ``accuracy`` if there is one, else the first (``correctness_reward``)."""
     rewards = scored["rewards"]
     value = rewards.get("accuracy", next(iter(rewards.values()), None))
     return value if value is not None else 0.0

@@ -16,7 +16,7 @@ COPY_NGRAM = 4
 """Tokens per n-gram in the copy rate; shorter ones occur by chance."""
 
 
-def judge(config: RolloutConfig) -> str:
+def correctness_reward(config: RolloutConfig) -> str:
     """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
     if "accuracy" in config.reward_funcs:
         return "accuracy"
@@ -25,7 +25,7 @@ def judge(config: RolloutConfig) -> str:
 
 def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: RolloutConfig) -> Metrics:
     """What can be read off the groups."""
-    name = judge(config)
+    name = correctness_reward(config)
     refinements = [s for g in groups for s in g.refinements]
     drafts = [s for g in groups for s in g.drafts]
     metrics: Metrics = {

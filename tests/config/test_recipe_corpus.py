@@ -101,9 +101,11 @@ def test_a_share_of_all_steps_is_as_good_as_a_number(every, total, steps):
     """open-r1 writes `save_steps: 0.1`: a tenth of the run, rounded up to whole steps."""
     from types import SimpleNamespace
 
-    from igrpo.training_run import Job
+    from igrpo.training_run import TrainingRun
 
-    due = [step for step in range(1, total + 1) if Job.due(SimpleNamespace(step=step, total_steps=total), every)]
+    due = [
+        step for step in range(1, total + 1) if TrainingRun.due(SimpleNamespace(step=step, total_steps=total), every)
+    ]
     assert due == list(steps)
 
 

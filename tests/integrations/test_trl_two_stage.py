@@ -111,7 +111,8 @@ def test_refinements_see_the_chosen_draft_and_rewards_see_the_question(folder, c
 
 def test_a_draft_that_nobody_could_judge_is_never_the_best():
     nan = float("nan")
-    trainer = SimpleNamespace(draft_selection="best")
+    known = {"args": SimpleNamespace(seed=0), "state": SimpleNamespace(global_step=0)}
+    trainer = SimpleNamespace(draft_selection="best", **known)
     assert IGRPOTrainer._choose(trainer, [nan, -2.0, -1.0, -1.0], 0) == 2
     assert IGRPOTrainer._choose(trainer, [nan, nan], 0) == 0
     trainer.draft_selection = "worst"

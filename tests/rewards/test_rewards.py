@@ -349,7 +349,10 @@ def test_names_in_the_log_are_known_without_loading(names):
     """The reward that judges right from wrong is looked up by this name; a wrong one read as accuracy 0."""
     loaded = [function.name for function in load_reward_functions(names)]
     assert reward_names(names) == loaded
-    assert metrics.judge(TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=names)) == loaded[0]
+    assert (
+        metrics.correctness_reward(TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=names))
+        == loaded[0]
+    )
 
 
 @pytest.mark.parametrize(
