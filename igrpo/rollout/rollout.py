@@ -145,13 +145,11 @@ class Rollout:
 
         Thread(target=complete, name="learner", daemon=True).start()
         while not future.done():
-            if self.pump.running or any(unsent(self._coming)):
+            busy = self.pump.running or any(unsent(self._coming))
+            if busy or self.pump.scoring:
                 self._advance(may_wait=False)
-            elif self.pump.scoring:
-                self._advance(may_wait=False)
-                wait([future], IDLE_SECONDS)
-            else:
-                wait([future])
+            if not busy:
+                wait([future], IDLE_SECONDS if self.pump.scoring else None)
         return future.result()
 
     def finish_drafts(self) -> None:

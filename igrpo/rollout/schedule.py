@@ -38,20 +38,18 @@ def may_go_on(flows: Sequence[Flow], config: RolloutConfig) -> list[Flow]:
     return [flow for flow in flows if flow.ready and not (held and flow.stage == "draft")]
 
 
-def drafts_ahead(
-    coming: Sequence[Flow], flows: Sequence[Flow], in_flight: int, config: RolloutConfig
-) -> Iterator[Call]:
+def drafts_ahead(coming: Sequence[Flow], flows: Sequence[Flow], running: int, config: RolloutConfig) -> Iterator[Call]:
     """``draft_policy_lag: 1``: the coming step's drafts that may be sent now.
 
     They get the slots of the engine that this step leaves free, its refinements to come included, so they never delay
     it; an engine that would be idle gets one in any case.
     """
-    used = in_flight + sum(config.num_generations for flow in flows if flow.stage == "draft")
+    used = running + sum(config.num_generations for flow in flows if flow.stage == "draft")
     for call in unsent(coming):
-        if used >= config.vllm_max_num_seqs and in_flight:
+        if used >= config.vllm_max_num_seqs and running:
             return
         yield call
-        used, in_flight = used + 1, in_flight + 1
+        used, running = used + 1, running + 1
 
 
 def unsent(flows: Sequence[Flow]) -> Iterator[Call]:
