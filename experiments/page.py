@@ -44,20 +44,23 @@ COLUMNS = {
 INTRO = """\
 # Results
 
-Written by `python -m experiments.page` from the records in `experiments/results/`; a test fails when this page and the
-records differ. Accuracy is single-shot on the bare prompt, in per cent, on held-out problems, as the model would be
-deployed. `±` is the 95 % interval over seeds (Student's t), for accuracy, format and reward at least that of the
-answers alone; a figure without it stands on one seed and shows nothing. Differences are paired by seed, over the seeds
-that both arms have. Dozens are judged here, so one or two may pass for real that are not.
+`python -m experiments.page` writes this page from the records in `experiments/results/`, and a test fails when the
+two differ. Accuracy is in per cent of held-out problems. The model answers each once, from the bare prompt, as it
+would be deployed.
 
-Runs repeat: seeds 0 and 1 of iGRPO, trained again from nothing half a day of commits later, gave every figure but times
-and memory again to the last digit. That was under the grading rules of their day: the present ones (docs/rewards.md)
-are stricter, judge 44 of the 3,072 completions of a quickstart run otherwise, and a run trained with them goes another
-way.
+`±` is the 95 % interval of the mean over seeds (Student's t). For accuracy, format and reward it is never narrower
+than the error that so few answers have by chance. A figure without an interval comes from one seed and shows nothing.
+Differences are taken seed by seed, over the seeds that both arms have. This page judges dozens of differences, so
+expect one or two to look real by chance.
 
-Everything here was trained with SmolLM2-135M on two CPU cores, on one-digit sums and products. It can show whether the
-mechanism works and what it costs; it says nothing about 7B models on mathematics. The paper's figures stand beside ours
-to show what was asked, not because the scales compare.
+Runs repeat: seeds 0 and 1 of iGRPO were trained again half a day of commits later, and every figure but times and
+memory came out the same to the last digit. All runs here were graded by the rules of their day. The present rules
+(docs/rewards.md) are stricter: they judge 44 of the 3,072 completions of a quickstart run otherwise, so a run that is
+trained with them takes another course.
+
+Everything here was trained with SmolLM2-135M on two CPU cores, on one-digit sums and products. That can show whether
+the mechanism works and what it costs. It says nothing about 7B models on mathematics: the paper's figures stand
+beside ours to show what was asked, not because the scales compare.
 """
 
 HEADLINES = (

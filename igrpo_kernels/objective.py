@@ -291,7 +291,10 @@ def coupling(batch: TokenBatch, config: GRPOLossConfig) -> str:
 
 
 def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
-    """Bool (n,): rows whose gradient is not known to be zero before the logits are. Every policy term carries A."""
+    """Bool (n,): the rows that may have a gradient, judged without the logits.
+
+    Every policy term is a multiple of the advantage, so without KL and entropy a row of advantage 0 has none.
+    """
     if config.beta != 0.0 or config.entropy_coef != 0.0:
         return batch.mask
     weighted = batch.masked(batch.advantages) != 0
@@ -301,7 +304,7 @@ def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
 
 
 def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
-    """Bool (n,): rows without whose statistics the loss would be another one, gradient of their own or not."""
+    """Bool (n,): the rows whose statistics the loss needs, including rows that have no gradient of their own."""
     return batch.mask if coupling(batch, config) == "batch" else may_contribute(batch, config)
 
 

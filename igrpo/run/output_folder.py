@@ -148,7 +148,10 @@ def free_name(wanted: Path) -> Path:
 
 
 def disk_is_full(error: Exception, path: Path) -> bool:
-    """torch and safetensors do not keep the system's error number, so what is left on the disk says it too."""
+    """Whether an error means that the disk is full.
+
+    torch and safetensors lose the system's error number, so a disk with hardly any room left counts as well.
+    """
     if isinstance(error, OSError) and error.errno in _FULL:
         return True
     said = os.strerror(errno.ENOSPC) in str(error)

@@ -153,8 +153,11 @@ class _Reader:
 
 
 class _Answers(torch.nn.Module):
-    """The policy with its answer as a dict: the engine looks for tensors in tuples and dicts only, and one that it does
-    not find does not bring the head back for the backward pass."""
+    """The policy, which here returns its output as a dict.
+
+    DeepSpeed's engine looks for tensors in tuples and dicts only. Without having found one, it would not gather the
+    head's weight again for the backward pass.
+    """
 
     def __init__(self, policy: Any):
         super().__init__()

@@ -2,8 +2,8 @@
 
 A reward function reads text that a model made up, so it will one day loop for ever, raise, exhaust its stack or take
 its process down. None of that reaches the training loop: a worker past its deadline is killed and replaced, a call that
-failed for a batch is repeated one completion at a time, and only what fails alone gets ``reward_error_value``; whose
-process dies, only the third time, since others may have killed it.
+failed for a batch is repeated one completion at a time, and a completion that fails alone gets ``reward_error_value``.
+A completion whose worker dies gets it after the third death only, since somebody else may have killed the worker.
 
 The judge is the exception: it waits for a network and runs no foreign code, so it has threads here and timeouts of its
 own.
