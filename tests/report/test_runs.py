@@ -119,6 +119,7 @@ def test_timeline_keeps_the_last_steps_and_counts_requests_in_flight(tmp_path):
     assert steps == [4, 5, 6] and len(spans) == 6 and spans[0] == Span("draft", 4, "4/0", 40, 42, 0)
     assert len(read_spans(path)) == 12 and read_spans(path)[-6:] == spans
     assert in_flight([(0, 2), (1, 3)]) == ([0, 1, 2, 3], [1, 2, 1, 0])
+    assert in_flight([(1, 3)], [0, 1, 2, 3]) == ([0, 1, 2, 3], [0, 1, 1, 0])
 
 
 def test_evaluations_become_bars_and_pass_at_k(tmp_path):

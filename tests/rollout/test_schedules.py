@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from igrpo.run import timeline
+from igrpo.report import timeline
 from igrpo.run.timeline import read_spans
 from tests.test_train import _same_weights, model, questions, records, run, steps, untimed, words  # noqa: F401
 
