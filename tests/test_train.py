@@ -17,15 +17,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from igrpo.log_lines import read_records
-from tests.support.metrics_page import undocumented
-from tests.support.tiny import save_tiny, tiny_llama, tiny_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "train.jsonl"
-ENVIRONMENT = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"}
-"""The same number of threads everywhere: sums of another split differ in their last bits."""
-LOW_BYTES = "tests.support.reward_functions:low_bytes"
+from tests.support.tiny import save_tiny
+from tests.support.training import ENVIRONMENT, GSM8K, LOW_BYTES, ROOT, records, run, steps, untimed, words
 
 
 @pytest.fixture(scope="module")
@@ -39,43 +32,6 @@ def questions(tmp_path_factory) -> str:
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
-
-
-def words(model: str, data: str, output: Path, **settings) -> list[str]:
-    options = {
-        "model_name_or_path": model, "dataset_name": data, "dataset_prompt_column": "question",
-        "dataset_solution_column": "answer", "output_dir": output, "system_prompt": "null", "use_cpu": True,
-        "bf16": False, "num_drafts": 3, "num_generations": 4, "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2, "max_completion_length": 10, "temperature": 1.0, "learning_rate": 1e-3,
-        "reward_funcs": f"[{LOW_BYTES}]", "gradient_checkpointing": False, "full_determinism": True,
-        "max_steps": 3, "save_steps": 2, "save_total_limit": "null", "draft_template": " [{draft}]", **settings,
-    }  # fmt: skip
-    return [word for key, value in options.items() for word in (f"--{key}", str(value))]
-
-
-def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", "igrpo.train")) -> str:
-    command, environment = [sys.executable, *launcher, *arguments], {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:
-    found = list(read_records(folder / name, []))
-    if name == "metrics.jsonl":
-        assert not undocumented({key for line in found for key in line}), "write these into docs/metrics.md"
-    return found
-
-
-def steps(folder: Path) -> list[dict]:
-    return [r for r in records(folder) if "reward" in r]
-
-
-TIMED = ("seconds", "per_second", "step_time", "core_hours", "peak_memory_gib")
-
-
-def untimed(record: dict) -> dict:
-    return {k: v for k, v in record.items() if not k.endswith(TIMED)}
 
 
 def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path):
@@ -400,21 +356,3 @@ def test_real_gsm8k_rows_with_vllm(model, tmp_path):
     # What was written is bf16, whatever the master weights are.
     assert json.loads((tmp_path / "run" / "checkpoint-1" / "config.json").read_text())["dtype"] == "bfloat16"
     assert all("####" in g["solution"] for g in records(tmp_path / "run", "completions.jsonl"))
-
-
-def test_a_token_outside_the_vocabulary_is_told_with_its_row_before_the_model_loads(tmp_path, capsys):
-    """A tokenizer that grew beside a model that did not: the padding token alone does no harm."""
-    from igrpo.train import main
-
-    tokenizer = tiny_tokenizer()
-    tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
-    tokenizer.save_pretrained(tmp_path / "model")
-    tiny_llama().config.save_pretrained(tmp_path / "model")  # no weights
-    rows = [{"question": f"{i} + 1?", "answer": "1"} for i in range(5)] + [{"question": "2 + <30>?", "answer": "1"}]
-    (tmp_path / "q.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
-    arguments = words(str(tmp_path / "model"), str(tmp_path / "q.jsonl"), tmp_path / "run", use_vllm=False)
-    assert main(arguments) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"q.jsonl:11: the token '<30>' of the question has the id {tokenizer.convert_tokens_to_ids('<30>')}" in line
-    assert not (tmp_path / "run").exists()

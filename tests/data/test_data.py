@@ -7,15 +7,15 @@ import pickle
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from igrpo.data.sources import ProblemSampler, load_problems
+from igrpo.data.sources import load_problems
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.functions import accuracy, load_reward_functions, reasoning_gym_score
 from igrpo.settings import ConfigError
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -372,62 +372,22 @@ def test_reasoning_gym_mistakes(name, options, message):
     assert message in complaint(ValueError, name, dataset_kwargs=options)
 
 
-# --- the order of training
+def test_a_token_outside_the_vocabulary_is_told_with_its_row_before_the_model_loads(tmp_path, capsys):
+    """A tokenizer that grew beside a model that did not: the padding token alone does no harm."""
+    from igrpo.train import main
 
-
-@pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize(("rows", "batch"), [(10, 3), (7, 7), (5, 12), (1, 4), (100, 16)])
-def test_each_epoch_visits_every_row_once(rows, batch, shuffle):
-    sampler = ProblemSampler(rows, seed=1, shuffle=shuffle)
-    drawn = [row for _ in range(3 * rows) for row in sampler.next_batch(batch)]
-    assert len(drawn) == 3 * rows * batch
-    for epoch in range(len(drawn) // rows):
-        assert Counter(drawn[epoch * rows : (epoch + 1) * rows]) == Counter(range(rows))
-
-
-def test_epochs_and_seeds_differ_but_repeat():
-    def first_epochs(seed):
-        sampler = ProblemSampler(50, seed, shuffle=True)
-        return [sampler.next_batch(50) for _ in range(2)]
-
-    assert first_epochs(1) == first_epochs(1)
-    orders = [*first_epochs(1), *first_epochs(2), list(range(50))]
-    assert len({tuple(order) for order in orders}) == 5
-    assert ProblemSampler(50, 1, shuffle=False).next_batch(50) == list(range(50))
-
-
-def test_the_order_is_the_same_on_every_machine():
-    assert ProblemSampler(8, seed=42, shuffle=True).next_batch(8) == [1, 2, 5, 7, 6, 0, 3, 4]
-
-
-def test_epoch_counts_the_epochs_begun():
-    sampler = ProblemSampler(4, 0, True)
-    epochs = []
-    for _ in range(5):
-        sampler.next_batch(3)
-        epochs.append(sampler.epoch)
-    assert epochs == [0, 1, 2, 2, 3]
-
-
-@pytest.mark.parametrize("taken", [0, 1, 3, 4, 9])
-def test_resuming_continues_exactly(taken):
-    straight = ProblemSampler(10, 3, True)
-    for _ in range(taken):
-        straight.next_batch(3)
-    state = json.loads(json.dumps(straight.state_dict()))
-    resumed = ProblemSampler(10, 3, True)
-    resumed.next_batch(8)
-    resumed.load_state_dict(state)
-    assert [resumed.next_batch(3) for _ in range(20)] == [straight.next_batch(3) for _ in range(20)]
-
-
-@pytest.mark.parametrize("other", [{"num_problems": 11}, {"seed": 4}, {"shuffle": False}])
-def test_a_state_of_another_order_is_refused(other):
-    state = ProblemSampler(10, 3, True).state_dict()
-    with pytest.raises(ValueError, match=f"trained with {next(iter(other))}="):
-        ProblemSampler(**{"num_problems": 10, "seed": 3, "shuffle": True, **other}).load_state_dict(state)
-
-
-def test_an_empty_set_cannot_be_sampled():
-    with pytest.raises(ValueError, match="nothing to sample"):
-        ProblemSampler(0, 0, True)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_tokens([f"<{i}>" for i in range(40)])
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_llama().config.save_pretrained(tmp_path / "model")  # no weights
+    rows = [{"question": f"{i} + 1?", "answer": "1"} for i in range(5)] + [{"question": "2 + <30>?", "answer": "1"}]
+    (tmp_path / "q.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+    settings = {
+        "model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "q.jsonl", "output_dir": tmp_path / "run",
+        "dataset_prompt_column": "question", "dataset_solution_column": "answer", "use_vllm": False, "use_cpu": True,
+    }  # fmt: skip
+    assert main([word for key, value in settings.items() for word in (f"--{key}", str(value))]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"q.jsonl:11: the token '<30>' of the question has the id {tokenizer.convert_tokens_to_ids('<30>')}" in line
+    assert not (tmp_path / "run").exists()

@@ -5,24 +5,17 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 
-from igrpo.config.train_config import TrainConfig
 from igrpo.data.sources import load_problems
 from igrpo.rewards.functions import (
-    RewardFunction,
     accuracy,
-    highest_reward,
-    load_reward_functions,
-    reward_names,
 )
 from igrpo.rewards.functions import format as format_reward
 from igrpo.rewards.grading.answers import extract_answer, last_boxed, without_answer
-from igrpo.rollout import metrics
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at ../shared/data")
@@ -323,83 +316,6 @@ def test_the_next_rows_answer_is_wrong(name):
 def test_only_a_handful_of_references_cannot_be_parsed():
     cells = [cell for cell, _ in benchmark("minerva_math/test.jsonl")]
     assert accuracy([r"\boxed{100000!}"] * len(cells), solution=cells).count(None) == 4
-
-
-# --- naming reward functions
-
-
-def test_names_become_functions():
-    functions = load_reward_functions(["accuracy", "format", "tests.support.bad_rewards:raises"])
-    assert functions[0] == RewardFunction("accuracy", "igrpo.rewards.functions:accuracy")
-    assert [function.name for function in functions] == ["accuracy", "format", "raises"]
-    assert functions[2].load()(["abc"]) == [3.0]
-    (own,) = load_reward_functions(["tests.support.bad_rewards:length"])  # the name is a built-in's, chosen here or not
-    assert own.name == own.path and own.load()(["abc"]) == [3.0]
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ["tests.support.bad_rewards.raises"],  # as TRL writes it
-        ["tests.support.bad_rewards:length", "format"],  # a built-in's name
-        ["think_format_reward"],
-    ],
-)
-def test_names_in_the_log_are_known_without_loading(names):
-    """The reward that judges right from wrong is looked up by this name; a wrong one read as accuracy 0."""
-    loaded = [function.name for function in load_reward_functions(names)]
-    assert reward_names(names) == loaded
-    assert (
-        metrics.correctness_reward(TrainConfig(model_name_or_path="m", dataset_name="d", reward_funcs=names))
-        == loaded[0]
-    )
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["acuracy"], r"unknown 'acuracy' \(known: accuracy, format, reasoning_gym_score.*did you mean 'accuracy'"),
-        (["format", "format"], "'format' is given twice"),
-        (["no_such_module:f"], "cannot import module 'no_such_module'.*ModuleNotFoundError"),
-        (["tests.support.bad_rewards:lenght"], "no 'lenght'; did you mean 'length'"),
-        (["tests.support.bad_rewards:os"], "is a module, not a function"),
-        (["__main__:f"], "should read package.module:function"),
-        (["tests.support:"], "should read package.module:function"),
-    ],
-)
-def test_wrong_names_say_what_is_wrong(names, message):
-    with pytest.raises(ValueError, match=message):
-        load_reward_functions(names)
-
-
-def test_a_module_that_fails_to_import_says_why(tmp_path, monkeypatch):
-    (tmp_path / "broken_rewards.py").write_text("import surely_not_there\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match=r"broken_rewards.*No module named 'surely_not_there'"):
-        load_reward_functions(["broken_rewards:f"])
-
-
-def test_the_overlong_punishment_is_dapos_and_trls():
-    from trl.rewards import get_soft_overlong_punishment
-
-    config = TrainConfig(
-        model_name_or_path="m", dataset_name="d", reward_funcs=["soft_overlong_punishment"], max_completion_length=50,
-        soft_punish_cache=20,
-    )  # fmt: skip
-    (function,) = load_reward_functions(config.reward_funcs, config)
-    lengths = [[1] * n for n in range(61)]
-    theirs = get_soft_overlong_punishment(50, 20)(completion_ids=lengths)
-    assert function.load()(completion_ids=lengths, prompts=[""] * 61) == pytest.approx(theirs)
-    assert theirs[30] == 0.0 and theirs[40] == -0.5 and theirs[50] == theirs[60] == -1.0
-
-
-def test_the_highest_reward_counts_weights_and_leaves_users_functions_open():
-    config = TrainConfig(model_name_or_path="m", dataset_name="d", reward_weights=[2.0, 0.5])
-    assert highest_reward(config) == 2.5
-    assert highest_reward(replace(config, reward_funcs=["accuracy", "my.module:f"])) is None
-    assert highest_reward(replace(config, reward_funcs=["a:b", "c:d"], early_stop_reward=3.0)) == 3.0
-    dapo = replace(config, reward_funcs=["accuracy", "soft_overlong_punishment"], soft_punish_cache=100)
-    assert highest_reward(dapo) == 2.0
 
 
 def test_references_stay_parsed_however_many_answers_come():
