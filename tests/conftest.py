@@ -142,3 +142,19 @@ def root_logger_as_before():
     level = logging.root.level
     yield
     logging.root.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a tiny random model."""
+    from tests.support.tiny import save_tiny  # torch, which most tests of settings and pages do without
+
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
+    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

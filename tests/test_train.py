@@ -17,21 +17,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.tiny import save_tiny
-from tests.support.training import ENVIRONMENT, GSM8K, LOW_BYTES, ROOT, records, run, steps, untimed, words
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def questions(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("data") / "questions.jsonl"
-    rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(20)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+from tests.support.training import (
+    ENVIRONMENT,
+    GSM8K,
+    LOW_BYTES,
+    ROOT,
+    records,
+    run,
+    same_weights,
+    steps,
+    untimed,
+    words,
+)
 
 
 def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path):
@@ -68,7 +65,7 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     assert [r["step"] for r in steps(resumed)] == [1, 2, 3]
     assert untimed(steps(resumed)[-1]) == pytest.approx(untimed(logged[-1]), rel=1e-4, abs=1e-6)
     assert records(resumed, "completions.jsonl") == groups
-    _same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
+    same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
 
     before = {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
     back = {"resume_from_checkpoint": resumed / "checkpoint-2", "seed": 43}
@@ -86,12 +83,6 @@ def test_a_held_out_question_that_is_too_long_is_left_out(model, tmp_path):
     output = run(words(model, str(data), tmp_path / "run", **settings))
     assert "warning: 1 of 4 held-out questions are too long for a context of 100 tokens and are left out" in output
     assert "(3 held-out problems)" in output
-
-
-def _same_weights(a: Path, b: Path) -> None:
-    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
-    assert left.keys() == right.keys()
-    assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_the_checkpoint_is_a_model_anyone_can_load(model, questions, tmp_path):

@@ -30,7 +30,7 @@ from tests.engines.test_auth import ended
 from tests.engines.test_engines import PROMPT, SAMPLING, drain, log_probs, logprob_gap, source
 from tests.support.servers import LONG, Network, Served, config, http_of, is_idle, running, wait_until
 from tests.support.tiny import save_tiny
-from tests.test_train import records, words
+from tests.support.training import records, words
 
 ROOT = Path(__file__).resolve().parents[2]
 

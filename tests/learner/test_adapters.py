@@ -31,7 +31,7 @@ from igrpo.models.loading import skeleton
 from igrpo.settings import ConfigError
 from tests.learner.test_learner import fresh_accelerate, learner, some_samples  # noqa: F401
 from tests.support.tiny import tiny_tokenizer
-from tests.test_train import questions, run, steps, words  # noqa: F401
+from tests.support.training import run, steps, words
 
 SIZES = {
     "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -209,7 +209,7 @@ def test_every_spelling_of_all_linear(written):
     assert len(adapters.layers) == 2 * 7 and "lm_head" not in adapters.layers
 
 
-def test_the_engine_gets_an_adapted_head_and_embedding_merged(questions, tmp_path):  # noqa: F811
+def test_the_engine_gets_an_adapted_head_and_embedding_merged(questions, tmp_path):
     """A Phi-3 whose rotary factors are the long ones for the engine, and the short ones for each prompt alone."""
     torch.manual_seed(0)
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0 + i for i in range(16)]}

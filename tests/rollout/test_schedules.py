@@ -9,14 +9,14 @@ import pytest
 
 from igrpo.report import timeline
 from igrpo.run.timeline import read_spans
-from tests.test_train import _same_weights, model, questions, records, run, steps, untimed, words  # noqa: F401
+from tests.support.training import records, run, same_weights, steps, untimed, words
 
 
 def rows(folder) -> Counter:
     return Counter(group["row"] for group in records(folder, "completions.jsonl"))
 
 
-def test_drafts_of_the_next_step_are_sampled_by_vllm_while_the_learner_works(model, questions, tmp_path):  # noqa: F811
+def test_drafts_of_the_next_step_are_sampled_by_vllm_while_the_learner_works(model, questions, tmp_path):
     folder = tmp_path / "run"
     # Eight slots for eight refinements: the drafts of the next step begin as those end, and outlast the weight push.
     run(words(
@@ -47,7 +47,7 @@ def test_drafts_of_the_next_step_are_sampled_by_vllm_while_the_learner_works(mod
     assert timeline.main([str(tmp_path)]) == 2
 
 
-def test_a_resume_between_drafts_and_refinements_is_exact(model, questions, tmp_path):  # noqa: F811
+def test_a_resume_between_drafts_and_refinements_is_exact(model, questions, tmp_path):
     """The drafts sampled ahead are in the checkpoint: with them, 3 steps = 2 steps + resume 1, bit for bit."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     settings = {"use_vllm": False, "draft_policy_lag": 1, "zero_variance": "resample", "eval_samples": 4}
@@ -59,7 +59,7 @@ def test_a_resume_between_drafts_and_refinements_is_exact(model, questions, tmp_
     run(words(model, questions, resumed, resume_from_checkpoint="last", **settings))
     assert untimed(steps(resumed)[-1]) == pytest.approx(untimed(steps(whole)[-1]), rel=1e-6)
     assert records(resumed, "completions.jsonl") == records(whole, "completions.jsonl")
-    _same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
+    same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
     assert steps(whole)[-1]["draft/policy_lag"] == 1.0
     # Refinements are on-policy: before its update the learner gives the sampler's log-probabilities.
     assert all(r["sampling/sampling_logp_difference/max"] < 1e-3 for r in steps(whole))

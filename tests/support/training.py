@@ -7,6 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from igrpo.log_lines import read_records
 from tests.support.metrics_page import undocumented
 
@@ -52,3 +55,9 @@ TIMED = ("seconds", "per_second", "step_time", "core_hours", "peak_memory_gib")
 
 def untimed(record: dict) -> dict:
     return {k: v for k, v in record.items() if not k.endswith(TIMED)}
+
+
+def same_weights(a: Path, b: Path) -> None:
+    left, right = load_file(a / "model.safetensors"), load_file(b / "model.safetensors")
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
