@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import json
 import os
 import re
@@ -11,30 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
-from fractions import Fraction
-from math import comb
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 import numpy as np
 import pytest
 
-from igrpo.config.recipe import key_groups
 from igrpo.config.train_config import TrainConfig
-from igrpo.eval import command
 from igrpo.eval.benchmarks import BENCHMARKS, load_benchmark
-from igrpo.eval.command import Subject, main
-from igrpo.eval.config import EvalConfig
-from igrpo.eval.pass_at_k import average, bootstrap, pass_at_k
-from igrpo.eval.summary import make_row
-from igrpo.eval.two_stage import RULES, choose, chosen_drafts, vote_key
-from igrpo.report.benchmarks import row_colours, write_pass_at_k
-from igrpo.report.drawing import ARM_COLOURS
+from igrpo.eval.command import main
 from igrpo.rewards.functions import accuracy
 from igrpo.rewards.grading.answers import last_boxed
 from igrpo.settings import ConfigError
-from igrpo.settings.section import field_types
 from igrpo.settings.yaml_text import dump_yaml
 from tests.support.tiny import save_tiny
 
@@ -42,157 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "tests" / "data" / "benchmarks"
 SHARED = ROOT.parent / "shared" / "data"
 STARTS_LOW = "tests.support.reward_functions:starts_low"
-
-
-# --- settings
-
-
-def test_an_evaluation_samples_and_scores_as_its_run_did():
-    """All keys of the run, not a list of them: cosine_* and repetition_* came from defaults, top_k and min_p too."""
-    plain = TrainConfig(model_name_or_path="m", dataset_name="d")
-    arguments = argparse.Namespace(temperature=0.6, top_p=0.9, seed=1)
-    own = {
-        "model_name_or_path": "s", "algorithm": "grpo", "draft_selection": "best", "eval_temperature": 0.6,
-        "top_p": 0.9, "seed": 1,
-    }  # fmt: skip
-    tried = set()
-    for key, hint in field_types(EvalConfig).items():
-        changed = another_value(key, getattr(plain, key), hint)
-        assert changed != getattr(plain, key), key
-
-        def seen(run=None, recipe=None, overrides=None, key=key):
-            subject = Subject("s", "s", run)
-            return getattr(command._config(subject, recipe or {}, overrides or {}, arguments, False), key)
-
-        if key in own:
-            assert seen(replace(plain, **{key: changed})) == own[key]
-            with pytest.raises(ConfigError, match="sets this itself"):
-                seen(overrides={key: changed})
-            continue
-        default, run = seen(), replace(plain, **{key: changed})
-        assert seen(overrides={key: changed}) == changed, key
-        # A run's folder may be somebody else's: it must not say where this machine's keys go, or which code runs.
-        assert seen(run) == (default if key in NOT_THE_RUNS else changed), key
-        assert seen(recipe={key: changed}) == (default if key in NOT_THE_RECIPES else changed), key
-        tried.add(key)
-    assert tried >= NOT_THE_RUNS
-    # Whatever else a run says is about learning, about its own data or its own files.
-    others = set(key_groups()) - {group for group, keys in key_groups().items() if set(keys) & {*tried, *own}}
-    assert others == {"adapters", "batches", "data", "loss", "optimisation", "output", "rollout", "run"}
-
-
-NOT_THE_RECIPES = {
-    "model_revision", "trust_remote_code", "reward_funcs", "reward_weights", "vllm_mode", "vllm_max_model_length",
-    "weight_sync_tolerance", "vllm_num_servers", "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer",
-    "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
-    "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
-}  # fmt: skip
-NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "reward_env"}
-
-
-def another_value(key: str, value: object, hint: object) -> object:
-    special = {
-        "draft_template": "Look:\n{draft}", "few_shot_examples": [{"prompt": "p", "completion": "c"}],
-        "chat_template_kwargs": {"enable_thinking": False}, "repetition_max_penalty": -0.5,
-        "judge_base_url": "http://127.0.0.1:9", "judge_api_key_env": "OTHER", "reward_weights": [1.0, 0.5],
-        "vllm_gpu_memory_utilization": 0.5, "top_p": 0.8, "activation_offloading": True, "min_p": 0.1,
-        "reward_funcs": ["accuracy", "length"], "vllm_group_port": 1,
-    }  # fmt: skip
-    if key in special:
-        return special[key]
-    if get_origin(hint) is Literal:
-        return next(choice for choice in get_args(hint) if choice != value)
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, int | float):
-        return value * 2 + 1 if isinstance(value, int) else value * 1.25 + 0.1
-    if isinstance(value, list):
-        return ["OTHER"]
-    if value is None:
-        return 7 if int in get_args(hint) else 0.5 if float in get_args(hint) else "text"
-    return f"{value} and more"
-
-
-# --- estimators
-
-
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
-    for n in range(1, 8):
-        for c in range(n + 1):
-            right = [True] * c + [False] * (n - c)
-            for k in range(1, n + 1):
-                subsets = [any(s) for s in itertools.combinations(right, k)]
-                assert pass_at_k([c], n)[0, k - 1] == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
-
-
-def test_pass_at_k_equals_the_binomials_where_floats_would_overflow():
-    n, counts = 2048, [0, 1, 3, 700, 2047, 2048]
-    got = pass_at_k(counts, n)
-    assert got.shape == (6, n) and np.isfinite(got).all() and (np.diff(got, axis=1) >= 0).all()
-    for row, c in zip(got, counts, strict=True):
-        for k in (1, 2, 64, 1000, 2048):
-            exact = float(1 - Fraction(comb(n - c, k), comb(n, k)))
-            assert row[k - 1] == pytest.approx(exact, rel=1e-9, abs=1e-12)
-    with pytest.raises(ValueError, match="between 0 and n = 4"):
-        pass_at_k([5], 4)
-
-
-def test_bootstrap_intervals_have_the_width_that_theory_gives_and_repeat():
-    values = np.array([[float(i % 2), 1.0] for i in range(400)])
-    (half, sure), drawn = bootstrap(values, seed=3)
-    assert half.value == 0.5 and half.high - half.low == pytest.approx(2 * 1.96 * 0.5 / 20, rel=0.1)
-    assert tuple(sure) == pytest.approx((1.0, 1.0, 1.0))
-    assert bootstrap(values, seed=3)[0] == [half, sure] and drawn.std() == pytest.approx(0.025, rel=0.05)
-    assert bootstrap(values[:1], seed=3)[0][1] == (1.0, None, None)
-    _, other = bootstrap(values, seed=4)
-    both = average([drawn, other], [0.5, 0.5])
-    assert both.high - both.low == pytest.approx((half.high - half.low) / 2**0.5, rel=0.1)
-
-
-def test_the_plot_has_a_panel_per_benchmark_and_no_empty_one(tmp_path):
-    records = [{"correct": c, "score": c / 4, "completions": [{"rewards": {"accuracy": 0.0}, "finish_reason": "stop",
-                "tokens": 1}] * 4} for c in (0, 1, 4)]  # fmt: skip
-    modes = ["single shot", *(text.format(N=4) for text in RULES.values())]
-    rows = [make_row("m", mode, dict.fromkeys("abcd", records), 0) for mode in modes]
-    write_pass_at_k(rows, tmp_path)
-    svg = (tmp_path / "pass_at_k.svg").read_text()
-    assert [svg.count(f">{name}</text>") for name in "abcd"] == [1] * 4 and svg.count(">k</text>") == 4
-    assert svg.count("stroke-dasharray") == 3  # and the single shot's whole line
-    # A model's modes have one colour: each row once used one up.
-    assert row_colours([*rows, rows[0] | {"model": "other"}], ()) == [*ARM_COLOURS[:1] * 4, ARM_COLOURS[1]]
-    once = [
-        make_row(
-            "m", "single shot", {"a": [r | {"completions": r["completions"][:1], "correct": 1} for r in records]}, 0
-        )
-    ]
-    write_pass_at_k(once, tmp_path)
-    assert ">a</text>" in (tmp_path / "pass_at_k.svg").read_text()
-
-
-# --- choosing a draft at test time
-
-
-def test_the_majority_votes_by_value_and_the_first_such_draft_is_shown():
-    texts = [r"it is \boxed{7}", r"\boxed{0.5}", r"\boxed{\frac{1}{2}}", "no idea"]
-    assert vote_key(texts[1]) == vote_key(texts[2]) and vote_key(texts[3]) is None
-    assert choose("majority", texts, [1, 0, 0, 0]) == 1
-    assert choose("first", texts, [0, 1, 0, 0]) == 0
-    assert choose("oracle", texts, [0, 0, 0, 1]) == 3
-    assert choose("majority", ["no idea", "none"], [0, 1]) == 0, "without any answer the first draft stands"
-    assert choose("majority", [r"\boxed{1}", r"\boxed{2}"], [0, 1]) == 0, "a tie goes to the first"
-
-
-def test_trials_are_disjoint_and_only_the_oracle_reads_scores():
-    completions = [
-        {"text": rf"\boxed{{{a}}}", "rewards": {"accuracy": s}} for a, s in zip("12233", "00110", strict=True)
-    ]
-    for c in completions:
-        c["rewards"]["accuracy"] = float(c["rewards"]["accuracy"])
-    record = {"completions": completions}
-    assert chosen_drafts(record, "oracle", 2, "accuracy") == [0, 2]
-    assert chosen_drafts(record, "majority", 2, "accuracy") == [0, 2]
-    assert chosen_drafts(record, "majority", 4, "accuracy") == [1]
-    assert chosen_drafts(record, "first", 1, "accuracy") == [0, 1, 2, 3, 4]
 
 
 # --- benchmarks

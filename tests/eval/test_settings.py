@@ -1,0 +1,83 @@
+"""An evaluation samples and scores as its run did: over all keys there are."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Literal, get_args, get_origin
+
+import pytest
+
+from igrpo.config.recipe import key_groups
+from igrpo.config.train_config import TrainConfig
+from igrpo.eval import command
+from igrpo.eval.command import Subject
+from igrpo.eval.config import EvalConfig
+from igrpo.settings import ConfigError
+from igrpo.settings.section import field_types
+
+
+def test_an_evaluation_samples_and_scores_as_its_run_did():
+    """All keys of the run, not a list of them: cosine_* and repetition_* came from defaults, top_k and min_p too."""
+    plain = TrainConfig(model_name_or_path="m", dataset_name="d")
+    arguments = argparse.Namespace(temperature=0.6, top_p=0.9, seed=1)
+    own = {
+        "model_name_or_path": "s", "algorithm": "grpo", "draft_selection": "best", "eval_temperature": 0.6,
+        "top_p": 0.9, "seed": 1,
+    }  # fmt: skip
+    tried = set()
+    for key, hint in field_types(EvalConfig).items():
+        changed = another_value(key, getattr(plain, key), hint)
+        assert changed != getattr(plain, key), key
+
+        def seen(run=None, recipe=None, overrides=None, key=key):
+            subject = Subject("s", "s", run)
+            return getattr(command._config(subject, recipe or {}, overrides or {}, arguments, False), key)
+
+        if key in own:
+            assert seen(replace(plain, **{key: changed})) == own[key]
+            with pytest.raises(ConfigError, match="sets this itself"):
+                seen(overrides={key: changed})
+            continue
+        default, run = seen(), replace(plain, **{key: changed})
+        assert seen(overrides={key: changed}) == changed, key
+        # A run's folder may be somebody else's: it must not say where this machine's keys go, or which code runs.
+        assert seen(run) == (default if key in NOT_THE_RUNS else changed), key
+        assert seen(recipe={key: changed}) == (default if key in NOT_THE_RECIPES else changed), key
+        tried.add(key)
+    assert tried >= NOT_THE_RUNS
+    # Whatever else a run says is about learning, about its own data or its own files.
+    others = set(key_groups()) - {group for group, keys in key_groups().items() if set(keys) & {*tried, *own}}
+    assert others == {"adapters", "batches", "data", "loss", "optimisation", "output", "rollout", "run"}
+
+
+NOT_THE_RECIPES = {
+    "model_revision", "trust_remote_code", "reward_funcs", "reward_weights", "vllm_mode", "vllm_max_model_length",
+    "weight_sync_tolerance", "vllm_num_servers", "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer",
+    "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
+    "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
+}  # fmt: skip
+NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "reward_env"}
+
+
+def another_value(key: str, value: object, hint: object) -> object:
+    special = {
+        "draft_template": "Look:\n{draft}", "few_shot_examples": [{"prompt": "p", "completion": "c"}],
+        "chat_template_kwargs": {"enable_thinking": False}, "repetition_max_penalty": -0.5,
+        "judge_base_url": "http://127.0.0.1:9", "judge_api_key_env": "OTHER", "reward_weights": [1.0, 0.5],
+        "vllm_gpu_memory_utilization": 0.5, "top_p": 0.8, "activation_offloading": True, "min_p": 0.1,
+        "reward_funcs": ["accuracy", "length"], "vllm_group_port": 1,
+    }  # fmt: skip
+    if key in special:
+        return special[key]
+    if get_origin(hint) is Literal:
+        return next(choice for choice in get_args(hint) if choice != value)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 1 if isinstance(value, int) else value * 1.25 + 0.1
+    if isinstance(value, list):
+        return ["OTHER"]
+    if value is None:
+        return 7 if int in get_args(hint) else 0.5 if float in get_args(hint) else "text"
+    return f"{value} and more"
