@@ -277,7 +277,7 @@ def functions(cubin: bytes) -> dict[str, Function]:
 
 _CLASSES = {
     "fp32": ("FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2"),
-    "max, select": ("FMNMX", "FMNMX3", "FSETP", "FSEL", "FSET", "PLOP3", "P2R", "R2P"),
+    "max, select": ("FMNMX", "FMNMX3", "HMNMX2", "VHMNMX", "FSETP", "FSEL", "FSET", "PLOP3", "P2R", "R2P"),
     "convert": ("PRMT", "LOP3", "SHF", "F2F", "F2FP", "HADD2", "HMUL2", "I2F", "F2I"),
     "memory": ("LDG", "STG", "LDS", "STS", "LD", "ST", "LDGSTS"),
 }

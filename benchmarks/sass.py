@@ -90,7 +90,10 @@ class Row:
 
 
 def phases(function: Function) -> tuple[list[Phase], list[Phase]]:
-    """Loops with an exp that store nothing (statistics) and that store rows (gradient), those of most logits first."""
+    """Loops with an exp that store nothing (statistics) and that store rows (gradient).
+
+    First those of most logits, among them those that read shared memory: there the rows are.
+    """
     pieces = [(loop, function.trip(loop)) for loop in function.innermost]
     pieces = [(loop, code) for loop, code in pieces if _logits(code)]
     if not pieces:
@@ -98,7 +101,11 @@ def phases(function: Function) -> tuple[list[Phase], list[Phase]]:
     found = [Phase(loop, code, _logits(code)) for loop, code in pieces]
     storing = [p for p in found if any(i.stores and i.row_bytes for i in p.code)]
     reading = [p for p in found if p not in storing]
-    return tuple(sorted(group, key=lambda p: (-p.logits, p.per_logit)) for group in (reading, storing))
+    return tuple(sorted(group, key=lambda p: (*_place(p), p.per_logit)) for group in (reading, storing))
+
+
+def _place(phase: Phase) -> tuple[float, bool]:
+    return -phase.logits, not any(i.base == "LDS" and i.row_bytes >= 16 for i in phase.code)
 
 
 def _logits(code: list[Instruction]) -> float:
@@ -115,6 +122,7 @@ def row_overhead(kernel: Kernel, function: Function, hot: list[Phase]) -> float:
         return 0.0  # counted with the code itself
     least, most = function.around([phase.loop for phase in hot])
     warps = kernel.threads // WARP
+    least -= round(kernel.unrolled * sum(phase.per_logit for phase in hot))
     issued = warps * least + (most - least if kernel.leader else 0)
     return issued / (kernel.logits / WARP)
 
@@ -138,7 +146,7 @@ def count(path: LossKernels, capability: int) -> Row:
             statistics = reading[0]
         if storing:
             gradient = storing[0]
-            like = [p for p in storing[1:] if p.logits == gradient.logits]
+            like = [p for p in storing[1:] if _place(p) == _place(gradient)]
             bonus = like[0] if like else bonus
         used = resources(kernel.cubin)[name]["reg"]
         registers.append(used)

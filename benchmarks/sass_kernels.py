@@ -35,6 +35,7 @@ class Kernel:
     logits: int  # of a row, per block
     blocks_limit: int = 64  # per multiprocessor, where shared memory sets it
     leader: bool = False  # one thread does something for the whole block
+    unrolled: int = 0  # logits of a thread that it handles outside loops
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,10 @@ def cuda_paths(capability: int, variants: Iterable[str] = ("plain", "softcap")) 
         uses = ", ".join(f"(const void*){name}<__nv_bfloat16, {cap}>" for name in names)
         headers = "".join(f'#include "{kind}_kernel{"s" * (kind == "stream")}.cuh"\n' for kind in (on_chip, "stream"))
         cubin = nvcc(f"{headers}using namespace igrpo::cuda;\nconst void* kernels[] = {{{uses}}};\n", capability)
-        one = Kernel(cubin, names[0], threads, logits, limit, leader=on_chip == "cluster")
+        # Of the granules in registers; with a cap each may be left out, and is counted as if a loop had it.
+        held = 8 * cuda_constant("resident_kernel.cuh", "kRegisterGranules")
+        unrolled = held if (on_chip, variant) == ("resident", "plain") else 0
+        one = Kernel(cubin, names[0], threads, logits, limit, on_chip == "cluster", unrolled)
         two = tuple(Kernel(cubin, name, stream, V) for name in names[1:])
         found.append(LossKernels(f"cuda, {on_chip}", 4, (one,), variant, {90: 128} if on_chip == "cluster" else {}))
         found.append(LossKernels("cuda, two kernels", 6, two, variant))

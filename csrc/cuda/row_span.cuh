@@ -6,6 +6,14 @@
 
 namespace igrpo::cuda {
 
+// A row as another thread found it: two 64-bit divisions and a remainder, which only one needs to do.
+struct RowPlace {
+  const void* x;
+  void* y;
+  int head, granules, target;  // target = -1: outside [0, V)
+  bool masked;
+};
+
 template <class T>
 struct RowSpan {
   static constexpr int kCount = Pack<T>::kCount;
@@ -17,6 +25,14 @@ struct RowSpan {
   int granules;        // aligned 16-byte granules
   bool same_alignment;  // y's granules coincide with x's
 
+  // What one thread found out for all.
+  __device__ RowSpan(const RowPlace& place, int V)
+      : x(static_cast<const T*>(place.x)),
+        y(static_cast<T*>(place.y)),
+        vocab(V),
+        head(place.head),
+        granules(place.granules),
+        same_alignment(true) {}
   __device__ RowSpan(const Rows& rows, int64_t r) : vocab(static_cast<int>(rows.vocab)) {
     const int64_t outer = r / rows.inner, inner = r % rows.inner;
     x = static_cast<const T*>(rows.logits) + outer * rows.logits_stride_outer + inner * rows.logits_stride_inner;
@@ -34,46 +50,62 @@ struct RowSpan {
   __device__ int edge_column(int j) const { return j < head ? j : granules * kCount + j; }
   __device__ const uint4* x_granules() const { return reinterpret_cast<const uint4*>(x + head); }
 
-  __device__ void store(int granule, const uint4& bits) const {
-    T* to = y + head + granule * kCount;
+  // Granules `granule`, `granule` + kStride, ...
+  template <int kStride, int kMany>
+  __device__ void store(int granule, const uint4 (&bits)[kMany]) const {
     if (same_alignment) {
-      __stcs(reinterpret_cast<uint4*>(to), bits);  // not read again by this kernel
+      uint4* to = reinterpret_cast<uint4*>(y + head) + granule;
+#pragma unroll
+      for (int i = 0; i < kMany; ++i) __stcs(to + i * kStride, bits[i]);  // not read again by this kernel
       return;
     }
-    T values[kCount];
-    memcpy(values, &bits, sizeof values);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) to[i] = values[i];
+    for (int i = 0; i < kMany; ++i) {
+      T values[kCount], *to = y + head + (granule + i * kStride) * kCount;
+      memcpy(values, &bits[i], sizeof values);
+#pragma unroll
+      for (int j = 0; j < kCount; ++j) to[j] = values[j];
+    }
+  }
+  __device__ void store(int granule, const uint4& bits) const {
+    const uint4 one[1] = {bits};
+    store<0>(granule, one);
   }
 };
 
 template <class T>
-__device__ void fill_row(const RowSpan<T>& span, float value) {
-  float values[Pack<T>::kCount];
+__device__ uint4 granule_of(float value) {
+  Two values[Pack<T>::kPairs];
 #pragma unroll
-  for (int i = 0; i < Pack<T>::kCount; ++i) values[i] = value;
-  const uint4 bits = Pack<T>::pack(values);
+  for (Two& pair : values) pair = {value, value};
+  return Pack<T>::pack(values);
+}
+
+template <class T>
+__device__ void fill_row(const RowSpan<T>& span, float value) {
+  const uint4 bits = granule_of<T>(value);
   for (int g = threadIdx.x; g < span.granules; g += blockDim.x) span.store(g, bits);
   if (threadIdx.x < span.edges()) span.y[span.edge_column(threadIdx.x)] = static_cast<T>(value);
 }
 
-template <class T, bool kSoftcap>
-__device__ __forceinline__ void add_granule(const uint4& bits, const Transform<kSoftcap>& transform, Sums& sums) {
-  float z[Pack<T>::kCount];
-  Pack<T>::unpack(bits, z);
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kCount; ++i) z[i] = transform(z[i]);
-  sums.add(z);
+// The granules of one thread among `count`: handle<kMany>(g) takes g, g + kThreads, ...
+template <int kMany, int kThreads, class Handle>
+__device__ __forceinline__ void walk(int count, Handle handle) {
+  int g = threadIdx.x;
+#pragma unroll 1
+  for (; g + (kMany - 1) * kThreads < count; g += kMany * kThreads) handle.template operator()<kMany>(g);
+#pragma unroll 1
+  for (; g < count; g += kThreads) handle.template operator()<1>(g);
 }
 
-template <class T, bool kEntropy, bool kSoftcap>
-__device__ __forceinline__ uint4 grad_granule(const uint4& bits, const RowResult& row,
-                                              const Transform<kSoftcap>& transform) {
-  float x[Pack<T>::kCount];
-  Pack<T>::unpack(bits, x);
+template <bool kRising, int kMany, int kThreads, class T, bool kSoftcap, class Load>
+__device__ __forceinline__ void add_granules(int count, RunningSums<T, kSoftcap>& sums, Load load) {
+  walk<kMany, kThreads>(count, [&]<int kNow>(int g) {
+    uint4 bits[kNow];
 #pragma unroll
-  for (int i = 0; i < Pack<T>::kCount; ++i) x[i] = grad_of<kEntropy>(x[i], row, transform);
-  return Pack<T>::pack(x);
+    for (int i = 0; i < kNow; ++i) bits[i] = load(g + i * kThreads);
+    sums.template add_granules<kRising>(bits);
+  });
 }
 
 __device__ __forceinline__ bool masked_out(const Rows& rows, int64_t r) {

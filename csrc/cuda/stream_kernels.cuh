@@ -7,75 +7,84 @@
 namespace igrpo::cuda {
 
 constexpr int kStreamThreads = 512;
+constexpr int kStreamGranules = 4;  // of a thread in one trip
 
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     row_stats_kernel(const __grid_constant__ Rows rows, const __grid_constant__ RowStats out) {
-  __shared__ float3 scratch[kStreamThreads / kWarp];
-  const Transform<kSoftcap> transform(rows.transform);
+  __shared__ float4 scratch[kStreamThreads / kWarp];
+  const Transform<T, kSoftcap> transform(rows.transform);
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     if (masked_out(rows, r)) {
       if (threadIdx.x == 0) write_masked_stats(r, rows.n, out);
       continue;
     }
     const RowSpan<T> span(rows, r);
-    Sums sums;
-#pragma unroll 4
-    for (int g = threadIdx.x; g < span.granules; g += kStreamThreads) {
-      add_granule<T>(__ldcs(span.x_granules() + g), transform, sums);
+    RunningSums<T, kSoftcap> running(transform);
+    const auto load = [&](int g) { return __ldcs(span.x_granules() + g); };
+    if (transform.rising()) {
+      add_granules<true, kStreamGranules, kStreamThreads>(span.granules, running, load);
+    } else {
+      add_granules<false, kStreamGranules, kStreamThreads>(span.granules, running, load);
     }
-    if (threadIdx.x < span.edges()) {
-      const float z[1] = {transform(static_cast<float>(span.x[span.edge_column(threadIdx.x)]))};
-      sums.add(z);
-    }
-    sums = merge_block(sums, scratch);
+    if (threadIdx.x < span.edges()) running.add_one(static_cast<float>(span.x[span.edge_column(threadIdx.x)]));
+    const Sums sums = merge_block<kStreamThreads>(running.sums(), scratch, transform);
     if (threadIdx.x == 0) {
       const int64_t target = rows.index[r];
       const bool in_vocab = target >= 0 && target < rows.vocab;
-      const float z_target = in_vocab ? transform(static_cast<float>(span.x[target])) : 0.0f;
-      write_stats(row_result(sums, z_target, in_vocab), r, rows.n, out);
+      const float x_target = in_vocab ? static_cast<float>(span.x[target]) : 0.0f;
+      write_stats(row_result(sums, x_target, in_vocab, transform), r, rows.n, out);
     }
     __syncthreads();  // scratch is free again
   }
 }
 
-template <class T, bool kEntropy, bool kSoftcap>
-__device__ void stream_grad(const RowSpan<T>& span, const RowResult& row, int64_t target,
-                            const Transform<kSoftcap>& transform) {
-  const float x_target = static_cast<float>(span.x[target]);
-  __syncthreads();  // in place, the target's logit must be read before anyone overwrites it
-#pragma unroll 2
-  for (int g = threadIdx.x; g < span.granules; g += blockDim.x) {
-    span.store(g, grad_granule<T, kEntropy>(__ldcs(span.x_granules() + g), row, transform));
-  }
-  if (threadIdx.x < span.edges()) {
-    const int column = span.edge_column(threadIdx.x);
-    span.y[column] = static_cast<T>(grad_of<kEntropy>(static_cast<float>(span.x[column]), row, transform));
-  }
-  __syncthreads();  // the target's own value replaces what its granule stored
-  if (threadIdx.x == 0) span.y[target] = static_cast<T>(grad_at_target(x_target, row, transform));
+template <bool kFolded, class T, bool kSoftcap>
+__device__ void stream_grad(const RowSpan<T>& span, const RowSlope& slope, const Transform<T, kSoftcap>& transform) {
+  walk<kStreamGranules / 2, kStreamThreads>(span.granules, [&]<int kNow>(int g) {
+    uint4 bits[kNow];
+#pragma unroll
+    for (int i = 0; i < kNow; ++i) bits[i] = __ldcs(span.x_granules() + g + i * kStreamThreads);
+#pragma unroll
+    for (int i = 0; i < kNow; ++i) bits[i] = grad_granule<kFolded>(bits[i], slope, transform);
+    span.template store<kStreamThreads>(g, bits);
+  });
 }
 
 template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     row_grad_kernel(const __grid_constant__ Rows rows, const __grid_constant__ RowStats stats,
                     const __grid_constant__ RowGradients g) {
-  const Transform<kSoftcap> transform(rows.transform);
+  const Transform<T, kSoftcap> transform(rows.transform);
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     const RowSpan<T> span(rows, r);
     const int64_t target = rows.index[r];
     const RowResult row{stats.norm[r],    stats.norm[rows.n + r],
                         stats.logps[r],   stats.entropy[r],
                         g.logps[r],       g.entropy == nullptr ? 0.0f : g.entropy[r]};
-    if (masked_out(rows, r) || (row.grad_logp == 0.0f && row.grad_entropy == 0.0f && target >= 0 && target < rows.vocab)) {
+    const bool in_vocab = target >= 0 && target < rows.vocab, silent = row.grad_logp == 0.0f && row.grad_entropy == 0.0f;
+    if (masked_out(rows, r) || (silent && in_vocab)) {
       fill_row(span, 0.0f);
-    } else if (target < 0 || target >= rows.vocab) {
-      fill_row(span, quiet_nan());
-    } else if (row.grad_entropy == 0.0f) {
-      stream_grad<T, false>(span, row, target, transform);
-    } else {
-      stream_grad<T, true>(span, row, target, transform);
+      continue;
     }
+    if (!in_vocab) {
+      fill_row(span, quiet_nan());
+      continue;
+    }
+    const RowSlope slope(row, transform);
+    const float x_target = static_cast<float>(span.x[target]);
+    __syncthreads();  // in place, the target's logit must be read before anyone overwrites it
+    if (slope.folded) {
+      stream_grad<true>(span, slope, transform);
+    } else {
+      stream_grad<false>(span, slope, transform);
+    }
+    if (threadIdx.x < span.edges()) {
+      const int column = span.edge_column(threadIdx.x);
+      span.y[column] = grad_of_one(span.x[column], slope, transform);
+    }
+    __syncthreads();  // the target's own value replaces what its granule stored
+    if (threadIdx.x == 0) span.y[target] = grad_at_target<T>(x_target, row, transform);
   }
 }
 
@@ -88,10 +97,10 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     const RowSpan<T> span(rows, r);
     for (int g = threadIdx.x; g < span.granules; g += kStreamThreads) {
-      float x[Pack<T>::kCount];
+      Two x[Pack<T>::kPairs];
       Pack<T>::unpack(__ldcs(span.x_granules() + g), x);
 #pragma unroll
-      for (int i = 0; i < Pack<T>::kCount; ++i) x[i] *= f;
+      for (Two& pair : x) pair = mul(pair, {f, f});
       span.store(g, Pack<T>::pack(x));
     }
     if (threadIdx.x < span.edges()) {

@@ -70,7 +70,8 @@ def kernels(tmp_path_factory):
     """The device code as a library: the project's sources with the copy engine and dynamic shared memory replaced."""
     work = tmp_path_factory.mktemp("emulated")
     shutil.copytree(ROOT / "csrc", work / "csrc")
-    shutil.copy(EMULATOR / "bulk_copy.cuh", work / "csrc" / "cuda")
+    for replaced in ("bulk_copy.cuh", "fast_math.cuh"):
+        shutil.copy(EMULATOR / replaced, work / "csrc" / "cuda")
     replaced = 0
     for path in (work / "csrc" / "cuda").glob("*_kernel.cuh"):
         pattern = r"extern __shared__ (?:__align__\(128\) )?uint4 (\w+)\[\];"
@@ -180,7 +181,9 @@ def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False):
     assert_close_to_truth("log-probs", launch.logps[flat], logps.reshape(-1)[flat], rtol=1e-6, atol=1e-6)
     assert_close_to_truth("entropy", launch.entropy[flat], entropy.reshape(-1)[flat], rtol=1e-6, atol=1e-6)
     assert (launch.logps[~flat] == 0).all() and (launch.entropy[~flat] == 0).all()
-    assert_close_to_truth("gradient", launch.grad, truth * mask[..., None], rtol=RTOL[logits.dtype])
+    # A single logit's distance from itself is a rounding error, not 0.
+    atol = 1e-7 if logits.shape[-1] == 1 else 0.0
+    assert_close_to_truth("gradient", launch.grad, truth * mask[..., None], rtol=RTOL[logits.dtype], atol=atol)
     assert (launch.grad[~mask] == 0).all()
 
 
@@ -238,6 +241,69 @@ def test_bad_targets_and_rows_of_minus_infinity(kernels, plan):
         == [False, True, True, False, True, False]
     )
     assert (launch.grad[0, 3, 50:] == 0).all() and not launch.grad[0, 3].isnan().any()
+
+
+def run_plan(kernels, plan, logits, index, config, old=None):
+    """One token-level loss with advantage 1 over (1, n, V) logits, and the fp64 answers of the reference."""
+    n = index.numel()
+    launch = Launch(logits, index, config=config)
+    batch = TokenBatch.build(index.clamp(0).view(1, n), torch.ones(1), dtype=torch.float32, old_per_token_logps=old)
+    constants = launch.constants(batch, config)
+    PLANS[plan](kernels, *(ctypes.byref(x) for x in (launch.rows, launch.stats, constants)))
+    leaf = (logits.double() * config.logit_scale).requires_grad_()
+    logps, entropy = selective_log_softmax(
+        leaf, index.view(1, n), temperature=config.temperature, return_entropy=True, impl="torch"
+    )
+    weight = launch.coefficient.double().nan_to_num() * config.logit_scale
+    truth = torch.autograd.grad((weight * logps.view(-1).nan_to_num()).sum(), leaf)[0]
+    return launch, logps.detach().view(-1), entropy.detach().view(-1), truth
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("plan", ["resident", "cluster2x3"])
+def test_infinite_and_extreme_logits(kernels, plan, dtype, scale):
+    """-inf and the lowest finite number are probability 0, a row of that number alone is uniform; +inf and NaN are NaN.
+
+    With a negative scale the signs change places."""
+    kernels.configure(True, False)
+    sign = 1.0 if scale > 0 else -1.0
+    low, inf = torch.finfo(dtype).min, float("inf")
+    x = torch.randn(1, 6, 300, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 7:200] = -inf
+    x[0, 1, 7:] = low
+    x[0, 2] = low
+    x[0, 3, 11], x[0, 4, 11] = inf, float("nan")
+    x[0, 5] = x[0, 5] / 30 + 1000.0  # differences far below the logits, as large as half precision still has them
+    logits = (sign * x).to(dtype)
+    index = torch.tensor([3, 2, 9, 0, 0, 299])
+    launch, logps, entropy, truth = run_plan(kernels, plan, logits, index, GRPOLossConfig(logit_scale=scale))
+    bad = [False, False, False, True, True, False]
+    assert launch.logps.isnan().tolist() == launch.entropy.isnan().tolist() == bad
+    assert launch.grad[0].isnan().all(-1).tolist() == bad
+    good = ~torch.tensor(bad)
+    # fp32 keeps a product of 1,000 to 6e-5.
+    atol = torch.tensor([1e-6, 1e-6, 1e-6, 0, 0, 3e-4 * abs(scale)])[good]
+    assert ((launch.logps.double() - logps)[good].abs() <= atol + 1e-6 * logps[good].abs()).all()
+    assert ((launch.entropy.double() - entropy)[good].abs() <= atol + 1e-6 * entropy[good].abs()).all()
+    assert_close_to_truth("gradient", launch.grad[0, good], truth[0, good], rtol=max(RTOL[dtype], 3e-4 * abs(scale)))
+    assert (launch.grad[0, 0, 7:200] == 0).all() and (launch.grad[0, 1, 7:] == 0).all()
+
+
+@pytest.mark.parametrize("plan", ["resident", "cluster2x3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_flushed_to_zero(kernels, plan, dtype):
+    """Probabilities below 2^-126 of the largest are 0, and so are gradients below 2^-126; nothing above is."""
+    kernels.configure(True, False)
+    x = torch.zeros(1, 1, 64)
+    x[0, 0, 1:] = -(torch.arange(63) + 40.0)  # down to e^-102
+    logits = x.to(dtype)
+    launch, _, _, truth = run_plan(kernels, plan, logits, torch.tensor([0]), GRPOLossConfig())
+    grad, smallest = launch.grad[0, 0].double(), 2.0**-126
+    kept = truth[0, 0].abs() > 1.01 * smallest
+    assert 10 < int((~kept).sum()) < 60 and (grad[~kept] == 0).all()
+    relative = 2e-5 if dtype == torch.float32 else 2**-8
+    assert ((grad - truth[0, 0])[kept][1:].abs() <= relative * truth[0, 0][kept][1:].abs()).all()
 
 
 @pytest.mark.parametrize("mode", ["forward", "reversed"])

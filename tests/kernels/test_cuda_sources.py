@@ -55,8 +55,8 @@ def test_every_kernel_compiles_without_warnings_or_spills(tmp_path):
         assert {arch for _, arch, *_ in resources} == set(ARCHS)
         for name, arch, registers, spilled in resources:
             assert spilled == 0, f"{source}: {name} spills {spilled} bytes on sm_{arch}"
-            # What __launch_bounds__ leaves: 256 threads once per multiprocessor, or 512 twice.
-            assert registers <= (255 if name == "token_loss_resident" else 64)
+            # What __launch_bounds__ leaves: 256 threads once per multiprocessor or twice, or 512 twice.
+            assert registers <= {"token_loss_resident": 255, "token_loss_cluster": 128}.get(name, 64)
 
 
 @needs_nvcc

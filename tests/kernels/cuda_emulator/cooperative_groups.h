@@ -8,6 +8,7 @@ struct cluster_group {
     const auto& blocks = emulator::block->cluster->blocks;
     return std::find(blocks.begin(), blocks.end(), emulator::block) - blocks.begin();
   }
+  unsigned num_blocks() const { return emulator::block->cluster->blocks.size(); }
   // All fibers of the block first; the last of them meets the other blocks.
   void sync() const {
     emulator::Block& b = *emulator::block;

@@ -33,8 +33,9 @@
 
 struct uint3 { unsigned x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
-struct float3 { float x, y, z; };
-inline float3 make_float3(float x, float y, float z) { return {x, y, z}; }
+struct alignas(16) float4 { float x, y, z, w; };
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+using std::isinf;
 using std::max;
 using std::min;
 
@@ -179,12 +180,12 @@ inline void __syncthreads() {
   emulator::meet(b.arrived, b.generation, b.fibers.size());
 }
 
-inline float __shfl_down_sync(unsigned, float value, unsigned offset) {
+inline float __shfl_xor_sync(unsigned, float value, unsigned offset) {
   emulator::Block& b = *emulator::block;
   const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   b.lanes[warp][lane] = value;
   emulator::meet(b.warp_arrived[warp], b.warp_generation[warp], 32);
-  const float result = lane + offset < 32 ? b.lanes[warp][lane + offset] : value;
+  const float result = b.lanes[warp][lane ^ offset];
   emulator::meet(b.warp_arrived[warp], b.warp_generation[warp], 32);
   return result;
 }
@@ -194,8 +195,14 @@ inline float __int_as_float(unsigned bits) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
-inline float __expf(float x) { return std::exp(x); }
+inline int __float_as_int(float x) {
+  int bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
 template <class T>
 T __ldcs(const T* p) { return *p; }
+template <class T>
+T __ldcg(const T* p) { return *p; }
 template <class T>
 void __stcs(T* p, T value) { *p = value; }
