@@ -347,7 +347,7 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
         while error is not None and "401" not in error and time.monotonic() < deadline:
             time.sleep(1.0)
             error = _unreachable(f"{url}/health", secret, direct=True)
-        fix = "start it with python -m igrpo.engines.serve, and check address, port and firewall"
+        fix = "start it with python -m igrpo.serve, and check address, port and firewall"
         if error is not None and "401" in error:
             fix = f"the server was started with another {auth.SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"

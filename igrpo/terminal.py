@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from warnings import filterwarnings
 
 LONGEST = 4000
 """Characters of one message."""
@@ -87,3 +88,18 @@ def shown_warnings() -> Iterator[Warnings]:
             logger.removeHandler(shown)
             logger.setLevel(level)
             logger.propagate = propagate
+
+
+def quiet_libraries() -> None:
+    """Loading bars and notices of other libraries would bury ours; whoever sets these variables keeps their say."""
+    for name, value in {
+        "ACCELERATE_LOG_LEVEL": "ERROR",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
+    filterwarnings("ignore", category=FutureWarning, module="vllm")

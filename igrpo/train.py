@@ -21,14 +21,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
-from warnings import filterwarnings
 
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines.servers.openmp import shared_cores
 from igrpo.settings import ConfigError
 from igrpo.settings.shared import check_trackers
-from igrpo.terminal import Warnings, print_error, shown_warnings
+from igrpo.terminal import Warnings, print_error, quiet_libraries, shown_warnings
 
 if TYPE_CHECKING:
     from igrpo.training_run import TrainingRun
@@ -87,21 +86,6 @@ def _train(config: TrainConfig, warnings: Warnings) -> int:
             raise
         print_error(error, how_to_go_on(folder))
         return EXIT_DISK_FULL
-
-
-def quiet_libraries() -> None:
-    """Loading bars and notices of other libraries would bury ours; whoever sets these variables keeps their say."""
-    for name, value in {
-        "ACCELERATE_LOG_LEVEL": "ERROR",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }.items():
-        os.environ.setdefault(name, value)
-    filterwarnings("ignore", category=FutureWarning, module="vllm")
 
 
 def loop(run: TrainingRun) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from igrpo.config.train_config import TrainConfig
 from igrpo.config.unused import say_unused
 from igrpo.data.feed import ProblemFeed, steps_of
-from igrpo.data.sources import ProblemSampler, load_problems
+from igrpo.data.sources import ProblemSampler, load_data
 from igrpo.data_types import Problem, RolloutGroup
 from igrpo.machine import this_machine
 from igrpo.rewards.columns import check_columns
@@ -230,38 +230,6 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         run.push_weights(run.step)
         stack.enter_context(learner.trackers())
         yield run
-
-
-def load_data(config: TrainConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
-    options = {
-        "dataset_config": config.dataset_config,
-        "dataset_prompt_column": config.dataset_prompt_column,
-        "dataset_solution_column": config.dataset_solution_column,
-        "dataset_kwargs": config.dataset_kwargs,
-    }
-    try:
-        data = load_problems(
-            config.dataset_name,
-            dataset_split=config.dataset_train_split,
-            max_samples=config.max_train_samples,
-            **options,
-        )
-        problems = [data[i] for i in range(len(data))]
-        if not config.eval_samples:
-            return problems, []
-        if config.dataset_test_split is not None:
-            test = load_problems(
-                config.dataset_name, dataset_split=config.dataset_test_split, max_samples=config.eval_samples, **options
-            )
-            return problems, [test[i] for i in range(len(test))]
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    if len(problems) <= config.eval_samples:
-        raise ConfigError(
-            f"eval_samples: {config.eval_samples} of {len(problems)} rows leave none to train on; lower it or set "
-            "dataset_test_split"
-        )
-    return problems[: -config.eval_samples], problems[-config.eval_samples :]
 
 
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:

@@ -199,7 +199,7 @@ def engine_options() -> set[str]:
 
 def server_words() -> tuple[set[str], set[str]]:
     """Flags and environment variables of the servers."""
-    from igrpo.engines.serve import server_command, server_environment
+    from igrpo.engines.servers.launch import server_command, server_environment
 
     flags, variables = set(), set()
     for on_cpu in (True, False):

@@ -89,7 +89,7 @@ def check_script(words: list[str]) -> None:
 def check_python(words: list[str]) -> None:
     if words[0] == "-m" and words[1].startswith("igrpo.") and words[1] != "igrpo.report.timeline":
         verb = words[1].removeprefix("igrpo.")
-        check_verb("train" if verb == "engines.serve" else verb, words[2:])
+        check_verb("train" if verb == "serve" else verb, words[2:])
     elif words[0] == "-m" and words[1] == "pytest":
         for word in words[2:]:
             if word.startswith(("tests", "benchmarks")):

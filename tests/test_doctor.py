@@ -152,7 +152,7 @@ def test_servers_that_are_down_up_late_or_want_another_secret(capsys, recipe, mo
     assert code == 1 and f"{SECRET_VARIABLE} is not set" in output
     monkeypatch.setenv(SECRET_VARIABLE, SECRET)
     code, output = examine(capsys, settings)
-    assert code == 1 and f"{url} does not answer" in output and "igrpo.engines.serve" in output
+    assert code == 1 and f"{url} does not answer" in output and "igrpo.serve" in output
 
     servers = []
 

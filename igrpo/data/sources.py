@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from igrpo.data.config import DataConfig
 from igrpo.data.rows import Located, read_rows
 from igrpo.data_types import Problem
+from igrpo.settings import ConfigError
 
 GYM_PREFIX = "reasoning_gym:"
 
@@ -38,6 +40,43 @@ class ProblemSet(Sequence[Problem]):
         if not -self._length <= index < self._length:
             raise IndexError(f"row {index} of {self._length} in {self.name}")
         return self._make(index % self._length)
+
+
+def load_data(config: DataConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+    """The problems to train on, and those that are held out.
+
+    Raises:
+        ConfigError: data that are not there or cannot be read, or too few rows to hold some out.
+    """
+    options = {
+        "dataset_config": config.dataset_config,
+        "dataset_prompt_column": config.dataset_prompt_column,
+        "dataset_solution_column": config.dataset_solution_column,
+        "dataset_kwargs": config.dataset_kwargs,
+    }
+    try:
+        data = load_problems(
+            config.dataset_name,
+            dataset_split=config.dataset_train_split,
+            max_samples=config.max_train_samples,
+            **options,
+        )
+        problems = [data[i] for i in range(len(data))]
+        if not config.eval_samples:
+            return problems, []
+        if config.dataset_test_split is not None:
+            test = load_problems(
+                config.dataset_name, dataset_split=config.dataset_test_split, max_samples=config.eval_samples, **options
+            )
+            return problems, [test[i] for i in range(len(test))]
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    if len(problems) <= config.eval_samples:
+        raise ConfigError(
+            f"eval_samples: {config.eval_samples} of {len(problems)} rows leave none to train on; lower it or set "
+            "dataset_test_split"
+        )
+    return problems[: -config.eval_samples], problems[-config.eval_samples :]
 
 
 def load_problems(

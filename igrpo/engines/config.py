@@ -43,13 +43,13 @@ class EngineConfig(SeedConfig, WeightsConfig):
 
     # --- servers
     vllm_server_base_url: Annotated[Address | None, Mark.ONLY_IF_ASKED] = None
-    """A running server (`python -m igrpo.engines.serve`); null: the trainer starts its own."""
+    """A running server (`python -m igrpo.serve`); null: the trainer starts its own."""
     vllm_server_urls: Annotated[list[Address], Mark.ONLY_IF_ASKED] = field(default_factory=list)
     """The same for several servers, which then share the requests."""
     vllm_server_host: Annotated[Text, Mark.ONLY_IF_ASKED] = "127.0.0.1"
     """Address on which started servers listen; a public one is refused."""
     vllm_server_port: Annotated[Port, Mark.ONLY_IF_ASKED] = 0
-    """Their first port; 0: any that is free (`igrpo.engines.serve`: 8000)."""
+    """Their first port; 0: any that is free (`igrpo.serve`: 8000)."""
     vllm_server_allow_public: Annotated[bool, Mark.ONLY_IF_ASKED] = False
     """Let servers listen on, and the secret travel over, a public network."""
     vllm_num_servers: Annotated[Processes, Mark.ONLY_IF_ASKED] = 1

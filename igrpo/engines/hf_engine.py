@@ -19,7 +19,7 @@ from transformers import (
 
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
 from igrpo.engines.config import EngineConfig
-from igrpo.learner.rotary import pin_rotary
+from igrpo.models.rotary import pin_rotary
 
 NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """generate's own truncation, switched off."""

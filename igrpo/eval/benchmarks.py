@@ -11,7 +11,7 @@ from pathlib import Path
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data.rows import USUAL_NAMES
-from igrpo.data.sources import load_problems
+from igrpo.data.sources import load_data, load_problems
 from igrpo.data_types import Problem
 from igrpo.settings import ConfigError
 
@@ -149,8 +149,6 @@ def _other(asked: str, n: int, max_samples: int | None) -> Benchmark:
 
 
 def _held_out(n: int, max_samples: int | None, run_config: TrainConfig | None) -> Benchmark:
-    from igrpo.training_run import load_data
-
     if run_config is None:
         raise ConfigError(f"benchmarks: {HELD_OUT} needs --model RUN or a checkpoint of a run; this model has no run")
     if not run_config.eval_samples:

@@ -6,19 +6,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config.recipe import build_config, coerce, read_yaml, split_args
-from igrpo.config.train_config import TrainConfig
 from igrpo.eval.config import EvalConfig
-from igrpo.run.checkpoints import saved_models
-from igrpo.run.output_folder import DiskFullError, disk_is_full, is_run, refused, usable
+from igrpo.eval.evaluated import EvaluatedModel, find_model
+from igrpo.run.output_folder import DiskFullError, disk_is_full, refused, usable
 from igrpo.settings import ConfigError
 from igrpo.settings.kinds import Mark
 from igrpo.settings.section import field_marks
-from igrpo.terminal import print_error, printable, shown_warnings
+from igrpo.terminal import print_error, printable, quiet_libraries, shown_warnings
 
 if TYPE_CHECKING:
     from igrpo.eval.benchmarks import Benchmark
@@ -39,18 +38,6 @@ examples:
 Any key of `igrpo train` that concerns prompts or the engine can follow: --system_prompt, --use_vllm false,
 --bf16 false, --vllm_max_num_seqs 64. The same command again continues an evaluation that was stopped.
 """
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model to evaluate."""
-
-    name: str
-    """As the table shows it."""
-    path: str
-    """What transformers and vLLM load."""
-    run_config: TrainConfig | None
-    """Settings of the run it is a checkpoint of."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -96,8 +83,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
-    from igrpo.train import quiet_libraries
-
     quiet_libraries()
     _, overrides = split_args(list(rest))
     recipe = read_yaml(arguments.config) if arguments.config else {}
@@ -108,9 +93,9 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     # Every mistake in names and files is found before the first model is loaded.
     plans = []
     for name in [name for word in arguments.model for name in word.split(",") if name]:
-        subject = find_subject(name)
-        config = _config(subject, recipe, overrides, arguments, bool(rules))
-        plans.append((subject, config, _benchmarks(asked, arguments, subject, overrides)))
+        model = find_model(name)
+        config = _config(model, recipe, overrides, arguments, bool(rules))
+        plans.append((model, config, _benchmarks(asked, arguments, model, overrides)))
     from igrpo.engines import EngineError
     from igrpo.eval import summary
     from igrpo.eval.run import EvaluationRun
@@ -119,9 +104,9 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
 
     rows: list[dict[str, Any]] = []
     try:
-        for subject, config, benchmarks in plans:
+        for model, config, benchmarks in plans:
             with ExitStack() as stack:
-                run = EvaluationRun(subject, config, benchmarks, rules, folder, stack)
+                run = EvaluationRun(model, config, benchmarks, rules, folder, stack)
                 rows += run.rows()
     except (EngineError, RewardError) as error:
         print_error(f"{error}; finished problems are kept, and the same command goes on", lines=True)
@@ -135,28 +120,16 @@ def evaluate_all(arguments: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def find_subject(name: str) -> Subject:
-    """A run (its last checkpoint), a checkpoint of a run, or any model that ``resolve_model`` knows."""
-    from igrpo.models.loading import resolve_model
-
-    folder = Path(name).expanduser()
-    saved = saved_models(folder)
-    if (folder / "metrics.jsonl").is_file() or saved:
-        if not saved:
-            raise ConfigError(f"model: the run {name} has no checkpoint yet")
-        folder = saved[-1]
-    if folder.name.startswith("checkpoint-") and is_run(folder.parent):
-        run_config = build_config(read_yaml(str(folder.parent / "config.yaml")))
-        return Subject(f"{folder.parent.name}/{folder.name}", resolve_model(str(folder)), run_config)
-    return Subject(name.rstrip("/"), resolve_model(name), None)
-
-
 def _config(
-    subject: Subject, recipe: dict[str, Any], overrides: dict[str, Any], arguments: argparse.Namespace, drafts: bool
+    model: EvaluatedModel,
+    recipe: dict[str, Any],
+    overrides: dict[str, Any],
+    arguments: argparse.Namespace,
+    drafts: bool,
 ) -> EvalConfig:
     """The run's settings, the recipe's over them, the command line's over both; a ``Mark`` keeps a key out of them."""
     own = {
-        "model_name_or_path": subject.path,
+        "model_name_or_path": model.path,
         "algorithm": "igrpo" if drafts else "grpo",
         "draft_selection": "best",  # by the rule of --two_stage
         "eval_temperature": arguments.temperature,
@@ -165,7 +138,7 @@ def _config(
     }
     if taken := [key for key in overrides if key in own]:
         raise ConfigError(f"{taken[0]}: `igrpo eval` sets this itself; see --help")
-    run = asdict(subject.run_config) if subject.run_config else {}
+    run = asdict(model.run_config) if model.run_config else {}
     values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
     for key, marks in field_marks(EvalConfig).items():
         if key in run and Mark.NOT_FROM_A_RUN not in marks and Mark.ONLY_IF_ASKED not in marks:
@@ -176,13 +149,12 @@ def _config(
 
 
 def _benchmarks(
-    asked: Sequence[str], arguments: argparse.Namespace, subject: Subject, overrides: dict[str, Any]
+    asked: Sequence[str], arguments: argparse.Namespace, model: EvaluatedModel, overrides: dict[str, Any]
 ) -> list[Benchmark]:
     from igrpo.eval.benchmarks import load_benchmark
 
     found = [
-        load_benchmark(name, arguments.n, arguments.data_dir, arguments.max_samples, subject.run_config)
-        for name in asked
+        load_benchmark(name, arguments.n, arguments.data_dir, arguments.max_samples, model.run_config) for name in asked
     ]
     names = [benchmark.name for benchmark in found]
     if twice := [name for name in names if names.count(name) > 1]:

@@ -21,14 +21,14 @@ from igrpo.config.unused import check_hardware
 from igrpo.engines import Sampling, start_engine
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
-from igrpo.eval.command import Subject
 from igrpo.eval.config import EvalConfig
+from igrpo.eval.evaluated import EvaluatedModel
 from igrpo.eval.records import Records, fingerprint, make_record, open_folder
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts
-from igrpo.learner.saved_format import saved_tensors
 from igrpo.machine import this_machine
 from igrpo.models.loading import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
+from igrpo.models.saved_format import saved_tensors
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
@@ -61,18 +61,18 @@ class EvaluationRun:
 
     def __init__(
         self,
-        subject: Subject,
+        model: EvaluatedModel,
         config: EvalConfig,
         benchmarks: Sequence[Benchmark],
         rules: Sequence[str],
         folder: Path,
         stack: ExitStack,
     ):
-        self.subject, self.config, self.benchmarks, self.rules = subject, config, benchmarks, rules
-        self.folder = folder / re.sub(r"[^\w.-]+", "--", subject.name.strip("./~"))
+        self.model, self.config, self.benchmarks, self.rules = model, config, benchmarks, rules
+        self.folder = folder / re.sub(r"[^\w.-]+", "--", model.name.strip("./~"))
         check_hardware(config, this_machine(config.use_cpu).device == "cpu")
-        self.tokenizer = load_tokenizer(subject.path, config)
-        self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(subject.path, config))
+        self.tokenizer = load_tokenizer(model.path, config)
+        self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(model.path, config))
         self.length = self._context()
         self.prompts.max_model_length = self.length
         self.sampling = Sampling(
@@ -83,7 +83,7 @@ class EvaluationRun:
         self._pools: dict[tuple[Any, Any], RewardPool] = {}
         for benchmark in benchmarks:
             check_columns(self._pool(benchmark).functions, benchmark.problems)
-        settings = {"model": subject.name, "weights": fingerprint(subject.path)}
+        settings = {"model": model.name, "weights": fingerprint(model.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:
             settings["num_drafts"] = config.num_drafts
@@ -100,10 +100,10 @@ class EvaluationRun:
             single[benchmark.name] = records.of(benchmark.problems)
             for rule in self.rules:
                 staged[rule][benchmark.name] = self._two_stage(benchmark, records, rule).of(benchmark.problems)
-        rows = [make_row(self.subject.name, SINGLE_SHOT, single, self.config.seed)]
+        rows = [make_row(self.model.name, SINGLE_SHOT, single, self.config.seed)]
         for rule, by_benchmark in staged.items():
             mode = RULES[rule].format(N=self.config.num_drafts)
-            rows.append(make_row(self.subject.name, mode, by_benchmark, self.config.seed))
+            rows.append(make_row(self.model.name, mode, by_benchmark, self.config.seed))
         return rows
 
     def _single_shot(self, benchmark: Benchmark) -> Records:
@@ -147,7 +147,7 @@ class EvaluationRun:
         pool, unsaved = self._pool(benchmark), []
         done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config))
         pool.tallies()
-        with _Ticker(f"{self.subject.name} on {label}", len(records.by_row), len(tasks)) as ticker:
+        with _Ticker(f"{self.model.name} on {label}", len(records.by_row), len(tasks)) as ticker:
             for problem, scored in done:
                 record = make_record(problem, scored, judged_by, with_ids=bool(self.rules) and not chosen)
                 if chosen:
@@ -173,11 +173,11 @@ class EvaluationRun:
 
     def _started_engine(self) -> Any:
         if self._engine is None:
-            stop_ids = stop_token_ids(self.subject.path, self.tokenizer, self.config)
-            self._engine = start_engine(self.subject.path, self.config, self.length, stop_ids, self.config.seed)
+            stop_ids = stop_token_ids(self.model.path, self.tokenizer, self.config)
+            self._engine = start_engine(self.model.path, self.config, self.length, stop_ids, self.config.seed)
             self._stack.callback(self._engine.close)
             if self._engine.version != 0:  # servers that were running hold the weights of whoever pushed last
-                model = load_policy(self.subject.path, self.config)
+                model = load_policy(self.model.path, self.config)
                 dtype = torch.bfloat16 if self.config.bf16 else torch.float32
                 self._engine.push_weights(lambda: saved_tensors(model, dtype), 0)
         return self._engine
@@ -185,7 +185,7 @@ class EvaluationRun:
     def _context(self) -> int:
         """Tokens for the longest question, draft and completion; no question is left out or cut."""
         parts = [(p, b.name, self.prompts.parts(p)) for b in self.benchmarks for p in b.problems]
-        limit = self.config.vllm_max_model_length or context_limit(self.subject.path, self.config)
+        limit = self.config.vllm_max_model_length or context_limit(self.model.path, self.config)
         longest = max(self.prompts.longest_refinement(part) for _, _, part in parts)
         problem, name, tightest = max(parts, key=lambda entry: self.prompts.shortest_context(entry[2]))
         needed = self.prompts.shortest_context(tightest)

@@ -17,7 +17,7 @@ import torch
 from igrpo.data_types import TrainingSample
 from igrpo.learner.packed_attention import KERNELS, use_packed_attention, why_not_packable
 from igrpo.learner.packing import Bin, prefix_groups
-from igrpo.learner.rotary import varies_with_length
+from igrpo.models.rotary import varies_with_length
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import text_config
 

@@ -27,9 +27,9 @@ from igrpo.learner.packed_attention import packed_kernel
 from igrpo.learner.packing import Bin, Limits, PrefixGroup, pack, pad
 from igrpo.learner.placements import Placement, launched
 from igrpo.learner.policy import Policy
-from igrpo.learner.rotary import pin_rotary
-from igrpo.learner.saved_format import SavedFormat, tensors_of
 from igrpo.machine import peak_resident
+from igrpo.models.rotary import pin_rotary
+from igrpo.models.saved_format import SavedFormat, tensors_of
 from igrpo.settings import ConfigError
 
 OnProgress = Callable[[int, int], None]

@@ -14,7 +14,6 @@ from typing import Any
 import numpy
 import torch
 
-from igrpo.run.checkpoints import read_manifest
 from igrpo.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -50,10 +49,10 @@ def save_random_numbers(folder: Path, rank: int) -> None:
 
 
 def load_random_numbers(folder: Path, rank: int, trust: bool) -> None:
-    manifest = read_manifest(folder.parent)
-    if manifest is not None and rank >= manifest["processes"]:
+    processes = len(list(folder.glob(_random_numbers(folder, "*").name)))  # those that wrote the checkpoint
+    if rank >= processes > 0:
         logger.warning("%s was written by %d processes: this one begins with random numbers of its own",
-                       folder.parent, manifest["processes"])  # fmt: skip
+                       folder.parent, processes)  # fmt: skip
         return
     state = read(_random_numbers(folder, rank), trust)
     random.setstate(state["random_state"])
@@ -82,5 +81,5 @@ def read(path: Path, trust: bool, harmless: Sequence[Any] = ()) -> Any:
         ) from error
 
 
-def _random_numbers(folder: Path, rank: int) -> Path:
+def _random_numbers(folder: Path, rank: int | str) -> Path:
     return folder / f"random_states_{rank}.pkl"

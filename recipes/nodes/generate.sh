@@ -15,7 +15,7 @@ port=${FIRST_PORT:-8000}
 
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
 for ((gpu = 0; gpu < gpus; gpu++)); do
-    CUDA_VISIBLE_DEVICES=$gpu python -m igrpo.engines.serve --config "$recipe" \
+    CUDA_VISIBLE_DEVICES=$gpu python -m igrpo.serve --config "$recipe" \
         --vllm_server_host "$address" --vllm_server_port "$((port + gpu))" "$@" &
 done
 wait -n

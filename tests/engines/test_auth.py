@@ -16,8 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from igrpo import doctor, train
-from igrpo.engines import serve
+from igrpo import doctor, serve, train
 from igrpo.engines.servers.auth import SECRET_VARIABLE, RequireSecret, check_bind, check_url, secret_from_environment
 from igrpo.engines.servers.client import Client, ServerError
 from igrpo.settings import ConfigError

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.engines.serve import server_environment
+from igrpo.engines.servers.launch import server_environment
 from igrpo.engines.servers.openmp import SPINS, shared_cores
 
 TRAIN = """

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from igrpo.engines.serve import MAX_RESTARTS
 from igrpo.engines.servers.process import free_port
+from igrpo.serve import MAX_RESTARTS
 from tests.engines.test_auth import ended
 from tests.support.servers import wait_until
 
@@ -51,7 +51,7 @@ time.sleep(600)  # as vLLM, which waits for a request that nobody answers any mo
 """
 KEEPER = """
 import sys
-from igrpo.engines import serve
+from igrpo import serve
 from igrpo.engines.servers import supervise
 supervise.PROBE_SECONDS, supervise.PATIENCE_SECONDS = 0.1, 1.0
 supervise.Health.__init__.__defaults__ = (5.0,)

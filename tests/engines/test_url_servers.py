@@ -19,10 +19,10 @@ import psutil
 import pytest
 
 from igrpo.engines import EngineError, Request, start_engine
-from igrpo.engines.serve import KEEP_ALIVE_SECONDS
 from igrpo.engines.servers.auth import SECRET_VARIABLE
 from igrpo.engines.servers.client import IDLE_SECONDS
 from igrpo.engines.servers.engine import MAX_FAILURES
+from igrpo.engines.servers.launch import KEEP_ALIVE_SECONDS
 from igrpo.engines.servers.lease import OWNER_HEADER
 from igrpo.engines.servers.process import free_port
 from igrpo.settings import ConfigError

@@ -11,8 +11,8 @@ import pytest
 from igrpo.config.recipe import key_groups
 from igrpo.config.train_config import TrainConfig
 from igrpo.eval import command
-from igrpo.eval.command import Subject
 from igrpo.eval.config import EvalConfig
+from igrpo.eval.evaluated import EvaluatedModel
 from igrpo.settings import ConfigError
 from igrpo.settings.section import field_types
 
@@ -31,7 +31,7 @@ def test_an_evaluation_samples_and_scores_as_its_run_did():
         assert changed != getattr(plain, key), key
 
         def seen(run=None, recipe=None, overrides=None, key=key):
-            subject = Subject("s", "s", run)
+            subject = EvaluatedModel("s", "s", run)
             return getattr(command._config(subject, recipe or {}, overrides or {}, arguments, False), key)
 
         if key in own:

@@ -20,8 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import Denominators
-from igrpo.learner.rotary import pin_rotary, varies_with_length
 from igrpo.models.loading import load_policy
+from igrpo.models.rotary import pin_rotary, varies_with_length
 from igrpo.settings import ConfigError
 from tests.learner.test_learner import fresh_accelerate, learner  # noqa: F401
 

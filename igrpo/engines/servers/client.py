@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 
 from igrpo.engines.base import Request, Result
-from igrpo.engines.serve import SERVED_NAME
 from igrpo.engines.servers.auth import BOOT_HEADER, SECRET_VARIABLE
+from igrpo.engines.servers.launch import SERVED_NAME
 from igrpo.engines.servers.lease import LEASE_PATH, LOCKED, OWNER_HEADER, RESTART_PATH
 
 NEEDED_PATHS = (
@@ -24,7 +24,7 @@ SHORT_SECONDS = 30.0
 PATIENCE_SECONDS = 5.0
 """Deadline of calls to a server that may well be gone."""
 IDLE_SECONDS = 5.0
-"""This end closes an idle connection, much earlier than the server would (``serve.KEEP_ALIVE_SECONDS``): one that the
+"""This end closes an idle connection, much earlier than the server would (``launch.KEEP_ALIVE_SECONDS``): one that the
 server closes under a request on its way looks like a server that died."""
 
 
@@ -52,7 +52,7 @@ class InUse(ServerError):
     """Another trainer holds its lease, or held it since this one did."""
 
     def __init__(self, url: str, state: dict[str, Any]):
-        holder, hint = state["holder"], "start a server for this one (python -m igrpo.engines.serve)"
+        holder, hint = state["holder"], "start a server for this one (python -m igrpo.serve)"
         if state["alive"] or not state["busy"]:
             what = f"{url} is in use by another trainer ({holder}), and two cannot feed one server: end it, or {hint}"
         else:
@@ -123,10 +123,10 @@ class Client:
         missing = [path for path in NEEDED_PATHS if path not in paths]
         if missing:
             raise ServerError(
-                f"{self.url} has no {', '.join(missing)}; run vLLM 0.28 to 0.33 through `python -m igrpo.engines.serve`"
+                f"{self.url} has no {', '.join(missing)}; run vLLM 0.28 to 0.33 through `python -m igrpo.serve`"
             )
         if self.boot is None:
-            raise ServerError(f"{self.url} answers without the secret; start it with `python -m igrpo.engines.serve`")
+            raise ServerError(f"{self.url} answers without the secret; start it with `python -m igrpo.serve`")
         (model,) = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"]
         if model["id"] != SERVED_NAME or model["max_model_len"] < max_model_length:
             raise ServerError(

@@ -19,7 +19,6 @@ import torch
 
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
 from igrpo.engines.config import EngineConfig
-from igrpo.engines.serve import server_command, server_environment
 from igrpo.engines.servers.auth import check_access, secret_from_environment
 from igrpo.engines.servers.client import (
     PATIENCE_SECONDS,
@@ -30,6 +29,7 @@ from igrpo.engines.servers.client import (
     ServerError,
     ServerHung,
 )
+from igrpo.engines.servers.launch import server_command, server_environment
 from igrpo.engines.servers.process import ServerProcess, free_port, log_folder
 from igrpo.settings import ConfigError
 
@@ -145,7 +145,7 @@ class Server:
             hint = (
                 f"see {self.process.log}"
                 if self.process
-                else "check that it runs (python -m igrpo.engines.serve), its address, its port, and the firewall"
+                else "check that it runs (python -m igrpo.serve), its address, its port, and the firewall"
             )
             raise ServerError(
                 f"no vLLM server came up at {self.client.url} in {timeout:g} s ({error}); {hint}; vllm_server_timeout "

@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.learner.learner import Learner
-from igrpo.learner.saved_format import SavedFormat, saved_tensors, tensors_of
 from igrpo.models.loading import load_policy
+from igrpo.models.saved_format import SavedFormat, saved_tensors, tensors_of
 from igrpo.settings import ConfigError
 from tests.support.architectures import NOT_BUILT, SIZES, shared, tiny_config, tiny_model
 from tests.support.tiny import tiny_llama, tiny_tokenizer
