@@ -103,6 +103,8 @@ def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig
     known = field_types(section)
     settings: dict[str, Any] = {}
     for key, value in values.items():
+        if RENAMED.get(key, key) in field_types(TrainConfig).keys() - known.keys():
+            raise ConfigError(f"{key}: it is a key of `igrpo train` that has no effect here; leave it out")
         if key in DROPPED:
             _warn(f"{key} is ignored: {DROPPED[key]}")
         elif key in RENAMED:

@@ -46,6 +46,9 @@ def test_an_evaluation_samples_and_scores_as_its_run_did():
         assert seen(recipe={key: changed}) == (default if key in NOT_THE_RECIPES else changed), key
         tried.add(key)
     assert tried >= NOT_THE_RUNS
+    for key in ("learning_rate", "warmup_ratio", "dataset_name"):
+        with pytest.raises(ConfigError, match=f"{key}: it is a key of `igrpo train`"):
+            seen(overrides={key: 0.5})
     # Whatever else a run says is about learning, about its own data or its own files.
     others = set(key_groups()) - {group for group, keys in key_groups().items() if set(keys) & {*tried, *own}}
     assert others == {"adapters", "batches", "data", "loss", "optimisation", "output", "rollout", "run"}
