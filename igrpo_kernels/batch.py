@@ -5,6 +5,7 @@ deterministic (a row sum when padded, a segmented reduction without atomics when
 they depend neither on the layout nor on the other sequences, and a sequence of 100,000 tokens loses nothing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,9 @@ class TokenBatch:
     shape: tuple[int, ...]
     """Shape of the caller's completion_ids; outputs are returned in it."""
 
+    lengths_on_host: tuple[int, ...] | None = None
+    """(S,) rows per sequence as the caller knows them: then no row is masked, and all are computed."""
+
     old_per_token_logps: Tensor | None = None
     """(n,) compute dtype: log-probs under the policy that started this update; None = the current policy."""
 
@@ -71,6 +75,7 @@ class TokenBatch:
         ref_per_token_logps: Tensor | None = None,
         sampling_per_token_logps: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> "TokenBatch":
         """Validate and flatten. Shapes as in `grpo_loss`; raises ValueError naming the offending shapes."""
         _check_layout(completion_ids, cu_seqlens)
@@ -84,6 +89,8 @@ class TokenBatch:
         for name, x in per_token.items():
             _check_per_token(name, x, completion_ids)
 
+        if lengths is not None:
+            _check_lengths(lengths, n, cu_seqlens, completion_mask)
         if cu_seqlens is None:
             num_sequences = shape[0]
             seq_id = torch.arange(num_sequences, device=device)[:, None].expand(shape).reshape(n)
@@ -99,7 +106,7 @@ class TokenBatch:
             return None if x is None else torch.where(mask, x.detach().reshape(-1).to(dtype), 0.0)
 
         per_sequence = _advantages_are_per_sequence(advantages, completion_ids, num_sequences)
-        lengths = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
+        unmasked = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
         advantage_rows = advantages.detach()[seq_id] if per_sequence else advantages
         sequence_advantages = advantages.detach().to(dtype) if per_sequence else None
         return cls(
@@ -109,9 +116,10 @@ class TokenBatch:
             num_sequences=num_sequences,
             advantages=neutral(advantage_rows),
             sequence_advantages=sequence_advantages,
-            lengths=lengths,
+            lengths=unmasked,
             cu_seqlens=cu_seqlens,
             shape=shape,
+            lengths_on_host=None if lengths is None else tuple(lengths),
             old_per_token_logps=neutral(old_per_token_logps),
             ref_per_token_logps=neutral(ref_per_token_logps),
             sampling_per_token_logps=neutral(sampling_per_token_logps),
@@ -260,6 +268,18 @@ def _check_layout(completion_ids: Tensor, cu_seqlens: Tensor | None) -> None:
             raise ValueError(
                 f"cu_seqlens must rise from 0 to n={n}, the length of completion_ids; it goes from {first} to {last}"
             )
+
+
+def _check_lengths(lengths: Sequence[int], n: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    if cu_seqlens is None or mask is not None:
+        raise ValueError("lengths go with cu_seqlens, and without a completion_mask: every token counts")
+    if len(lengths) != cu_seqlens.numel() - 1 or sum(lengths) != n:
+        raise ValueError(
+            f"lengths has {len(lengths)} entries that add up to {sum(lengths)}; cu_seqlens has "
+            f"{cu_seqlens.numel() - 1} sequences of {n} tokens together"
+        )
+    if values_may_be_read(cu_seqlens) and cu_seqlens.diff().tolist() != list(lengths):
+        raise ValueError(f"lengths {list(lengths)} are not those of cu_seqlens, {cu_seqlens.diff().tolist()}")
 
 
 def _check_per_token(name: str, x: Tensor | None, completion_ids: Tensor) -> None:

@@ -10,7 +10,7 @@ fp32. FLOPs of `linear_grpo_loss` for n rows, forward and backward together, all
     8·n·H·V   rows of longer sequences, and all rows under top_entropy_quantile < 1 if they need several chunks:
               statistics first, logits again afterwards
     2·n·H·V   rows that only have statistics to report: A = 0 with beta = 0 and no entropy bonus; 0 without metrics
-    0         masked rows: dropped before the matmul, at the price of one host sync
+    0         masked rows: dropped before the matmul, at the price of one host sync (none with `lengths`)
 
 A frozen weight saves 2·n·H·V; on the CPU, so do rows whose coefficient turns out to be 0 (clipped), twice.
 `linear_selective_log_softmax`: 2·n·H·V forward, 6·n·H·V backward (logits again), since its upstream gradients are
@@ -36,8 +36,8 @@ def token_level_loss(
     weight: Tensor,  # (V, H)
     bias: Tensor | None,  # (V,)
     inputs: tuple[Tensor | None, ...],  # of `kernels.coefficient_inputs`
-    contributes: Tensor,  # (n,) bool: rows that may have a gradient
-    reported: Tensor,  # (n,) bool: rows of which only the statistics are wanted
+    contributes: Tensor | None,  # (n,) bool: rows that may have a gradient; None = all
+    reported: Tensor | None,  # (n,) bool: rows of which only the statistics are wanted; None = none
     config: GRPOLossConfig,
     needs: list[bool],  # of hidden, weight, bias
     plan: HeadPlan,
@@ -50,9 +50,9 @@ def token_level_loss(
         head, index = LmHead(hidden.detach(), weight, bias, plan), inputs[0]
         head.expect(*needs)
         stats = RowStats.zeros(hidden.shape[0], head.dtype, hidden.device)
-        for chunk in _split(reported.nonzero().squeeze(-1), plan.chunk_rows):
+        for chunk in _split(_rows(hidden, reported), plan.chunk_rows) if reported is not None else []:
             stats.put(chunk, kernels.statistics(head.logits(chunk), index[chunk], None, config.logit_transform))
-        for chunk in _split(contributes.nonzero().squeeze(-1), plan.chunk_rows):
+        for chunk in _split(_rows(hidden, contributes), plan.chunk_rows):
             logits = head.logits(chunk)
             some = [x if x is None or x.dim() == 0 else x[chunk] for x in inputs]
             logps, entropy, slope, grad = kernels.token_loss(logits, head.gradient_buffer(logits), some, config)
@@ -73,8 +73,8 @@ def coupled_loss(
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
-    contributes: Tensor,  # (n,) bool, as in `token_level_loss`
-    reported: Tensor,  # (n,) bool
+    contributes: Tensor | None,  # (n,) bool, as in `token_level_loss`
+    reported: Tensor | None,  # (n,) bool
     needs: list[bool],
     plan: HeadPlan,
     shard: VocabShard | None,
@@ -84,7 +84,7 @@ def coupled_loss(
         head = LmHead(hidden.detach(), weight, bias, plan, shard is not None)
         head.expect(*needs)
         walk = _Walk(kernels, head, batch, config, num_items_in_batch)
-        for chunk in _split(reported.nonzero().squeeze(-1), plan.chunk_rows):
+        for chunk in _split(_rows(hidden, reported), plan.chunk_rows) if reported is not None else []:
             walk.measure(chunk)
         whole, split = walk.closed_chunks(contributes)
         for chunk in split:  # what cannot wait in the buffer until its coefficients are known
@@ -145,15 +145,17 @@ class _Walk:
         )
         self.head.accumulate(chunk, grad)
 
-    def closed_chunks(self, contributes: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def closed_chunks(self, contributes: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Row numbers in chunks that need no other chunk's statistics, and in chunks that do."""
-        rows, size = contributes.nonzero().squeeze(-1), self.head.plan.chunk_rows
+        rows, size = _rows(self.head.hidden, contributes), self.head.plan.chunk_rows
         coupled = coupling(self.batch, self.config)
         if coupled == "token" or rows.numel() <= size:
             return _split(rows, size), []
         if coupled == "batch":
             return [], _split(rows, size)
-        counts = self.batch.segment_sum(contributes.to(self.batch.advantages.dtype)).long().tolist()
+        counts = self.batch.lengths_on_host
+        if contributes is not None:
+            counts = self.batch.segment_sum(contributes.to(self.batch.advantages.dtype)).long().tolist()
         whole, split, start, end = [], [], 0, 0
         for count in counts:
             if count > size or end - start + count > size:

@@ -43,6 +43,8 @@ def linear_grpo_loss(
     contributes = may_contribute(batch, config) if any(needs) else torch.zeros_like(batch.mask)
     measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
     reported = measured & ~contributes
+    if batch.lengths_on_host is not None and any(needs) and not tracing:  # nothing that the device must be asked for
+        contributes = reported = None
     one_pass = any(needs) and kernels.fits_one_pass(batch, config)
     plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
     # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with

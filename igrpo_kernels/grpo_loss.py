@@ -1,5 +1,7 @@
 """The two public losses: from logits, or from hidden states and the lm_head so that logits never exist whole."""
 
+from collections.abc import Sequence
+
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -126,6 +128,7 @@ def linear_grpo_loss(
     ref_per_token_logps: Tensor | None = None,  # shape of completion_ids
     sampling_per_token_logps: Tensor | None = None,  # shape of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
+    lengths: Sequence[int] | None = None,  # (S,)
     num_items_in_batch: Tensor | float | None = None,
     fp32_logits: bool = False,
     compute_metrics: bool = True,
@@ -147,6 +150,8 @@ def linear_grpo_loss(
             entropies are 0. The loss and its gradient do not change.
         process_group: lm_head_weight and lm_head_bias hold this rank's rows; see `grpo_loss`. The gradient of
             hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
+        lengths: of the sequences of cu_seqlens, where the host knows them. Every token then gets its full work
+            (completion_mask must be None), whether it contributes or not, and the host never waits for the device.
         inplace: has no effect here: the chunk buffers are this function's own.
         Everything else: see `grpo_loss`, including the denominators.
 
@@ -172,6 +177,7 @@ def linear_grpo_loss(
         ref_per_token_logps=ref_per_token_logps,
         sampling_per_token_logps=sampling_per_token_logps,
         cu_seqlens=cu_seqlens,
+        lengths=lengths,
     )
     columns, device = lm_head_weight.shape[0], hidden_states.device
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)

@@ -19,6 +19,7 @@ import torch
 
 from igrpo.data_types import RolloutGroup, TrainingSample
 from igrpo.learner.config import LearnerConfig
+from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
 from igrpo.learner.packing import Bin
 
@@ -41,6 +42,8 @@ class MicroBatch:
     cu_seqlens: torch.Tensor  # (S+1,) int64
     advantages: torch.Tensor  # (S,) fp32
     sampling_per_token_logps: torch.Tensor  # (n,) fp32
+    lengths: tuple[int, ...]
+    """Completion tokens of each sequence, for the host."""
     scale: float
     """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
@@ -54,7 +57,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {name: getattr(self, name) for name in self.__slots__}
-        return replace(self, **{k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        return replace(self, **sent({k: v for k, v in values.items() if isinstance(v, torch.Tensor)}, device))
 
 
 def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> list[TrainingSample]:
@@ -108,6 +111,7 @@ def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_i
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
+        lengths=tuple(sizes),
         scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
         **inputs,
     )

@@ -143,11 +143,7 @@ class Learner:
         metrics = Accumulator()
         for _ in range(self.config.num_iterations):
             self._step(micros, old, reference, totals, metrics, on_progress)
-        return metrics.means(self.accelerator) | {
-            **work(everyone, useful, bins),
-            "learner/unique_tokens": self._sum(sum(m.input_ids.numel() for m in micros if m.scale)),
-            "learning_rate": self.last_learning_rate,
-        }
+        return metrics.means() | work(everyone, useful, bins, self.packs) | {"learning_rate": self.last_learning_rate}
 
     def _step(
         self,
@@ -159,7 +155,7 @@ class Learner:
         on_progress: OnProgress,
     ) -> None:
         self.placement.begin_step()
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self.placement.micro_batch(last=i == len(micros) - 1):
                 out = self.placement(
@@ -171,19 +167,17 @@ class Learner:
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
                 self.placement.backward(loss)
-            loss_sum += float(out.loss.detach()) * micro.scale
+            loss_sum += out.loss.detach().double() * micro.scale
             if micro.scale:
                 metrics.add(micro, out)
             on_progress(i + 1, len(micros))
-        metrics.losses.append(loss_sum)
         self.last_learning_rate = self.scheduler.get_last_lr()[0]
         if self.adapters is not None and self.scheduler.last_epoch == 0 and (idle := self.adapters.untrained()):
             self._say(
                 f"warning: no gradient reaches the adapters of {', '.join(idle)}: the model does not call these layers"
             )
-        norm = self.placement.step(self.config.max_grad_norm)
-        metrics.norms.append(norm)
-        metrics.skipped_steps += not math.isfinite(norm)
+        norm = self.placement.clip(self.config.max_grad_norm or math.inf)
+        self.placement.step(metrics.end_step(loss_sum, norm, self.accelerator))
         self.scheduler.step()
 
     def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
@@ -204,10 +198,6 @@ class Learner:
         nothing = TrainingSample((self.pad_token_id,), (self.pad_token_id,), (0.0,), 0.0)
         made = self._micro_batch((PrefixGroup(nothing.prompt_ids, (nothing,)),), Denominators(1.0, 1.0), self.packs)
         return replace(made, scale=0.0)
-
-    def _sum(self, value: float) -> float:
-        """Over all processes."""
-        return float(self.accelerator.reduce(torch.tensor(value, device=self.accelerator.device, dtype=torch.float64)))
 
     @torch.no_grad()
     def _log_probs(

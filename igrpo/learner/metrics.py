@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,7 +12,7 @@ import torch
 
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import MicroBatch
-from igrpo.learner.packing import Bin, raw_tokens
+from igrpo.learner.packing import Bin, padded_tokens, raw_tokens, unique_tokens
 from igrpo_kernels import GRPOLossOutput
 
 Metrics = dict[str, float]
@@ -31,9 +32,9 @@ class Accumulator:
         self.weighted: dict[str, torch.Tensor] = {}
         self.extremes: dict[str, torch.Tensor] = {}
         self.tokens = 0
-        self.losses: list[float] = []
-        self.norms: list[float] = []
-        self.skipped_steps = 0
+        self.steps: list[tuple[float, float]] = []
+        """Loss and gradient norm of each optimiser step."""
+        self._read: dict[str, float] = {}
 
     def add(self, micro: MicroBatch, out: GRPOLossOutput) -> None:
         n = micro.completion_ids.numel()
@@ -48,14 +49,25 @@ class Accumulator:
                 self.weighted[name] = self.weighted.get(name, 0.0) + value * n
         self.tokens += n
 
-    def means(self, accelerator: Any) -> Metrics:
+    def end_step(self, loss: torch.Tensor, norm: torch.Tensor, accelerator: Any) -> float:
+        """The gradient's norm. Everything is read here at once: the host waits for the device once a step.
+
+        Args:
+            loss: () this process's share, which adds up over the processes.
+        """
+        total = accelerator.reduce(loss.float(), reduction="sum")
+        kept = self.weighted | self.extremes
+        numbers = torch.stack([x.to(total.device, torch.float64) for x in (total, norm, *kept.values())]).tolist()
+        self.steps.append((numbers[0], numbers[1]))
+        self._read = dict(zip(kept, numbers[2:], strict=True))
+        return numbers[1]
+
+    def means(self) -> Metrics:
         """Over this process's tokens; the loss is the sum over processes, since their shares add up to the whole."""
-        loss = torch.tensor(fmean(self.losses), device=accelerator.device)
-        result = {name: float(total) / self.tokens for name, total in self.weighted.items()}
-        result |= {name: float(value) for name, value in self.extremes.items()}
-        result["loss"] = float(accelerator.reduce(loss, reduction="sum"))
-        result["grad_norm"] = fmean(self.norms)
-        result["learner/skipped_steps"] = float(self.skipped_steps)
+        losses, norms = zip(*self.steps, strict=True)
+        result = {name: value / self.tokens if name in self.weighted else value for name, value in self._read.items()}
+        result["loss"], result["grad_norm"] = fmean(losses), fmean(norms)
+        result["learner/skipped_steps"] = float(sum(not math.isfinite(norm) for norm in norms))
         return result
 
 
@@ -75,7 +87,9 @@ def _combine(name: str, values: list[float]) -> float:
     return fmean(values)
 
 
-def work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin]) -> Metrics:
+def work(
+    samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bins: Sequence[Bin], packs: bool
+) -> Metrics:
     """What the whole step asks of the learner, over all processes."""
     prompts, trained = ({s.prompt_ids for s in some} for some in (samples, useful))
     return {
@@ -83,5 +97,6 @@ def work(samples: Sequence[TrainingSample], useful: Sequence[TrainingSample], bi
         "learner/sequences_skipped": float(len(samples) - len(useful)),
         "learner/groups_skipped": float(len(prompts - trained)),
         "learner/raw_tokens": float(sum(map(raw_tokens, bins))),
+        "learner/unique_tokens": float(sum(map(unique_tokens if packs else padded_tokens, bins))),
         "learner/micro_batches": float(len(bins)),
     }

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from igrpo.learner.copies import sent
 from igrpo_kernels.model_logits import text_config
 
 KERNELS = {"sdpa": "igrpo_per_run", "flex_attention": "igrpo_block_mask", "flash_attention_2": "igrpo_varlen"}
@@ -60,28 +61,21 @@ class Layout:
         spans = [torch.arange(a, a + n) for a, n in zip(firsts, self.lengths, strict=True)]
         return torch.cat(spans)
 
-    def cu_lengths(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cumulative lengths of the runs' queries (R+1,) and keys (R+1,), int32."""
-        return self._once(
-            ("cu", device),
-            lambda: tuple(
-                torch.tensor([0, *accumulate(n)], dtype=torch.int32, device=device)
-                for n in (self.lengths, self.key_lengths)
-            ),
-        )
+    def ragged(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cumulative lengths of the runs' queries (R+1,) and keys (R+1,), int32, and (sum of ``key_lengths``,) the
+        token of each key that the runs read, run after run."""
 
-    def key_index(self, device: torch.device) -> torch.Tensor:
-        """(sum of ``key_lengths``,) the token of each key that the runs read, run after run."""
-
-        def build() -> torch.Tensor:
+        def build() -> tuple[torch.Tensor, ...]:
             spans = []
             for start, length, parent in zip(self.starts, self.lengths, self.parents, strict=True):
                 if parent is not None:
                     spans.append(torch.arange(self.starts[parent], self.starts[parent] + self.lengths[parent]))
                 spans.append(torch.arange(start, start + length))
-            return torch.cat(spans).to(device)
+            lengths = {"queries": self.lengths, "keys": self.key_lengths}
+            ends = {name: torch.tensor([0, *accumulate(n)], dtype=torch.int32) for name, n in lengths.items()}
+            return tuple(sent(ends | {"index": torch.cat(spans)}, device).values())
 
-        return self._once(("index", device), build)
+        return self._once(("ragged", device), build)
 
     def block_mask(self, device: torch.device, window: int | None) -> Any:
         """flex_attention's mask: same sequence, not later, and less than ``window`` positions back.
@@ -93,20 +87,21 @@ class Layout:
         def build() -> Any:
             from torch.nn.attention.flex_attention import BlockMask
 
-            runs = torch.repeat_interleave(torch.tensor(self.lengths)).to(device)  # (L,) run of each token
-            roots = torch.tensor([i if p is None else p for i, p in enumerate(self.parents)], device=device)[runs]
-            positions = self.positions().to(device)
+            runs = torch.repeat_interleave(torch.tensor(self.lengths))  # (L,) run of each token
+            roots = torch.tensor([i if p is None else p for i, p in enumerate(self.parents)])[runs]
+            (some, read), (whole, wholly) = (_listed(x) for x in self._blocks(window))
+            parts = {"runs": runs, "roots": roots, "positions": self.positions()}
+            there = sent(parts | {"some": some, "read": read, "whole": whole, "wholly": wholly}, device)
+            runs, roots, positions = (there[name] for name in parts)
 
             def allowed(batch: Any, head: Any, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
                 same = (runs[q] == runs[k]) | (roots[q] == runs[k])
                 near = True if window is None else positions[q] - positions[k] < window
                 return same & (q >= k) & near
 
-            some, whole = (_listed(x.to(device)) for x in self._blocks(window))
+            blocks = (there[name] for name in ("some", "read", "whole", "wholly"))
             total = sum(self.lengths)
-            return BlockMask.from_kv_blocks(
-                *some, *whole, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(total, total)
-            )
+            return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=allowed, seq_lengths=(total, total))
 
         return self._once(("mask", device, window), build)
 
@@ -267,8 +262,7 @@ def _variable_length(
     """flash-attn aligns its causal mask with the last key, which is what a run that reads its parent first needs."""
     from flash_attn import flash_attn_varlen_func
 
-    index = layout.key_index(query.device)
-    cu_q, cu_k = layout.cu_lengths(query.device)
+    cu_q, cu_k, index = layout.ragged(query.device)
     window = (-1, -1) if options["window"] is None else (options["window"] - 1, 0)
     out = flash_attn_varlen_func(
         query[0].transpose(0, 1),  # (L, heads, d)

@@ -108,6 +108,11 @@ def unique_tokens(contents: Bin) -> int:
     return sum(group.tokens for group in contents)
 
 
+def padded_tokens(contents: Bin) -> int:
+    samples = [s for group in contents for s in group.samples]
+    return len(samples) * max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
+
+
 def raw_tokens(contents: Bin) -> int:
     return sum(group.raw_tokens for group in contents)
 

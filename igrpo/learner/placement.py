@@ -81,17 +81,19 @@ class Placement(ABC):
         """Adds to the gradients, which the processes average."""
         loss.backward()
 
-    def step(self, max_norm: float) -> float:
-        """Clips and steps; the gradient's norm before. A step from a broken gradient cannot be taken back, so it is
-        left out."""
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """The gradient's norm () before it was clipped, which the host has not waited for."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
         for p in trained:  # a step without contributing samples is a step with a zero gradient
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        norm = float(self.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm or math.inf)))
+        return self.whole(torch.nn.utils.clip_grad_norm_(trained, max_norm))
+
+    def step(self, norm: float) -> None:
+        """Steps. What a broken gradient did could not be taken back, so with a ``norm`` that is not finite it does
+        nothing."""
         if math.isfinite(norm):
             self.optimizer.step()
-        return norm
 
     def settle(self) -> None:  # noqa: B027
         """Drops gathered weights that a forward pass without backward has left: parameters are what is kept."""

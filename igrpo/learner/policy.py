@@ -116,6 +116,8 @@ class Policy(nn.Module):
             ref_per_token_logps=ref_per_token_logps,
             sampling_per_token_logps=batch.sampling_per_token_logps,
             cu_seqlens=batch.cu_seqlens,
+            # Every row has a gradient (``batching.contributing``), unless rows are ranked by their entropy.
+            lengths=batch.lengths if self.loss_config.top_entropy_quantile == 1.0 else None,
             num_items_in_batch=num_items_in_batch,
             config=self._settings(batch, num_items_in_batch),
             impl=self.impl,

@@ -138,7 +138,11 @@ class DeviceTrace(TorchDispatchMode):
         to_cpu = target is None or torch.device(target).type == "cpu"
         if not fakes and to_cpu and not self._fake_cpu:
             with unset_fake_temporarily():
-                return func(*args, **kwargs)
+                if not kwargs.get("pin_memory"):
+                    return func(*args, **kwargs)
+                out = func(*args, **{**kwargs, "pin_memory": None})  # no CUDA that could pin it
+                out.rehearsed_as_pinned = True
+                return out
         on_gpu = bool(fakes) and any(x.device.type == "cuda" for x in fakes)
         out = self._answer(func, args, kwargs) if on_gpu else NotImplemented
         if out is NotImplemented:

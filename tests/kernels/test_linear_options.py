@@ -10,6 +10,7 @@ from igrpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_selective_log_softmax,
+    lm_head,
     selective_log_softmax,
 )
 from tests.kernels.oracle import (
@@ -155,3 +156,22 @@ def test_a_checkpointed_loss_has_the_same_gradient(impl):
     torch.utils.checkpoint.checkpoint(loss, head[0], use_reentrant=False).backward()
     for leaf, grad in zip(head, expected, strict=True):
         torch.testing.assert_close(leaf.grad, grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_lengths_that_the_host_knows_change_nothing_but_who_is_asked(level, rows, impl, monkeypatch):
+    """Also with tokens that have no advantage and sequences longer than a chunk."""
+    config, inputs = smooth_config("grpo", level), packed(boundary_inputs(level=level))
+    inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(inputs.advantages.numel()) % 3 != 1))
+    head = random_head(inputs)
+    monkeypatch.setattr(lm_head, "CHUNK_BYTES", {"cpu": rows * V * head[0].element_size()})
+    with_mask, grads = linear_loss_and_grads(*head, inputs, config, impl=impl)
+    lengths = inputs.cu_seqlens.diff().tolist()
+    out, same = linear_loss_and_grads(*head, inputs, config, impl=impl, lengths=lengths)
+    for a, b in zip((out.loss, *same), (with_mask.loss, *grads), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    for wrong, said in (([*lengths, 0], "entries"), ([lengths[0] + 1, *lengths[1:]], "add up"),
+                        (lengths[1:] + lengths[:1], "are not those")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            linear_loss_and_grads(*head, inputs, config, impl=impl, lengths=wrong)

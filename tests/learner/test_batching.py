@@ -10,6 +10,7 @@ import torch
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, RolloutGroup, Scored, TrainingSample
 from igrpo.learner.batching import Denominators, MicroBatch, contributing, count, micro_batch, training_samples
+from igrpo.learner.copies import joined, parted
 from igrpo.learner.packing import prefix_groups
 
 
@@ -90,6 +91,17 @@ def test_zero_advantages_are_skipped_only_where_that_is_exact():
 def test_all_sequences_stay_in_the_denominators():
     samples = [sample(1, 2, 0.0), sample(1, 3, 1.0), sample(1, 4, 1.0, masked=True)]
     assert count(samples) == Denominators(sequences=3.0, tokens=5.0)
+
+
+def test_many_tensors_travel_as_one_and_come_out_as_they_were():
+    tensors = {
+        "ids": torch.arange(7), "empty": torch.zeros(0, 3), "flags": torch.tensor([True, False, True]),
+        "one": torch.tensor(2.5), "table": torch.randn(3, 5).half(), "columns": torch.randn(4, 6).t(),
+    }  # fmt: skip
+    buffer = joined(tensors)
+    for name, there in parted(buffer, tensors).items():
+        assert there.dtype == tensors[name].dtype and torch.equal(there, tensors[name]), name
+        assert (there.data_ptr() - buffer.data_ptr()) % 16 == 0 and there.is_contiguous()
 
 
 def test_only_refinements_become_samples():

@@ -189,9 +189,9 @@ def test_the_gpu_kernels_have_the_gradient_of_sdpa(name, kernel):
 
 def test_what_the_variable_length_kernel_is_told():
     layout = Layout(lengths=(3, 2, 1, 4), parents=(None, 0, 0, None))
-    queries, keys = layout.cu_lengths(torch.device("cpu"))
+    queries, keys, index = layout.ragged(torch.device("cpu"))
     assert queries.tolist() == [0, 3, 5, 6, 10] and keys.tolist() == [0, 3, 8, 12, 16]
-    assert layout.key_index(torch.device("cpu")).tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
+    assert index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5, 6, 7, 8, 9]
     assert layout.positions().tolist() == [0, 1, 2, 3, 4, 3, 0, 1, 2, 3]
 
 

@@ -60,7 +60,7 @@ def test_a_wait_is_one_whatever_asked_for_the_value(traced):
         "a number read (.item, float, bool)": 2, "nonzero": 1, "tolist": 1, "torch.cuda.synchronize": 1,
         "a copy from the computer's memory to the GPU": 1, "a copy from the GPU to the computer's memory": 1,
     }  # fmt: skip
-    assert found["line"].startswith("igrpo/learner/batching.py:")
+    assert [line.partition(":")[0] for line in found["line"]] == ["igrpo/learner/metrics.py"]
 
 
 def test_a_collective_counts_with_its_bytes(traced):
@@ -73,3 +73,10 @@ def test_eight_gpus_are_rehearsed_on_none(traced):
     assert "8 x 74.5 GiB, 2 micro-batches per step and process, the largest of 40" in said
     for part in ("loading", "micro-batches", "clip and optimiser", "weight push", "x allgather_base", "GiB are left"):
         assert part in said
+
+
+def test_the_host_waits_once_per_optimiser_step_and_not_within_it(traced):
+    _, said = traced
+    assert "micro-batches: the host waits 0 times" in said
+    assert "clip and optimiser: the host waits 1 times" in said
+    assert "weight push: the host waits 0 times" in said

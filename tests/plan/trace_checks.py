@@ -1,12 +1,14 @@
 """What the tracer sees of programs whose memory, waits and collectives are known; run by ``test_rehearsal.py``."""
 
 import json
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import Denominators, micro_batch
+from igrpo.learner.metrics import Accumulator
 from igrpo.learner.packing import PrefixGroup
 from igrpo.plan import main
 from igrpo.plan.device_trace import DeviceTrace
@@ -62,9 +64,11 @@ def waits(trace):
 
 def line(trace):
     sample = TrainingSample((1, 2), (3, 4), (0.0, 0.0), 1.0)
+    processes = SimpleNamespace(reduce=lambda tensor, reduction: tensor)
     with trace.phase("line") as phase:
-        micro_batch((PrefixGroup((1, 2), (sample,)),), Denominators(1.0, 2.0), "dapo").to(GPU)
-    return next(iter(phase.waits))[1]
+        micro_batch((PrefixGroup((1, 2), (sample,)),), Denominators(1.0, 2.0), "dapo").to(GPU)  # no wait
+        Accumulator().end_step(torch.zeros((), device=GPU), torch.zeros((), device=GPU), processes)
+    return [line for _, line in phase.waits]
 
 
 def collectives(trace):

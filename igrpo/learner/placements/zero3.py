@@ -93,17 +93,19 @@ class Zero3(Placement):
     def backward(self, loss: torch.Tensor) -> None:
         self.engine.backward(loss)
 
-    def step(self, max_norm: float) -> float:
-        """Clips, to the ``max_norm`` that it was made with, and steps.
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """Clips, to the ``max_norm`` of its settings, and steps: the engine does both in one call."""
+        self.engine.step()
+        return torch.as_tensor(self.engine.get_global_grad_norm())
+
+    def step(self, norm: float) -> None:
+        """Has been taken, and cannot be taken back.
 
         Raises:
-            FloatingPointError: the norm is not finite. The engine tells after the step, which cannot be taken back.
+            FloatingPointError: the norm was not finite.
         """
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm}: go on from a checkpoint (--resume_from_checkpoint last)")
-        return norm
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         if not hasattr(tensor, "ds_id"):  # a buffer, which is never divided
