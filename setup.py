@@ -47,7 +47,7 @@ OLDEST_TORCH = (2, 11)
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 
 # No errno, no traps: otherwise every comparison and conversion is compiled as if a signal could follow it.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi",
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=switch", "-Wno-psabi",
              "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]  # fmt: skip
 CPU_SOURCES = {  # source -> its own flags
     "bindings.cpp": [],

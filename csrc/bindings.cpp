@@ -48,6 +48,8 @@ struct Cpu {
 
 std::string cpu_capability() { return cpu::kernels().name; }
 
+std::string policy_terms() { return kPolicyTermNames; }
+
 std::string source_hash() { return IGRPO_SOURCE_HASH; }
 
 }  // namespace
@@ -70,6 +72,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(igrpo, m) {
         ") -> (Tensor, Tensor, Tensor)");
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");  // CUDA only: on the CPU the factor can simply be looked at
   m.def("cpu_capability() -> str");
+  m.def("policy_terms() -> str");
   m.def("source_hash() -> str");
 }
 
@@ -77,5 +80,6 @@ STABLE_TORCH_LIBRARY_IMPL(igrpo, CPU, m) { igrpo::Operators<igrpo::Cpu>::bind(m)
 
 STABLE_TORCH_LIBRARY_IMPL(igrpo, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&igrpo::cpu_capability));
+  m.impl("policy_terms", TORCH_BOX(&igrpo::policy_terms));
   m.impl("source_hash", TORCH_BOX(&igrpo::source_hash));
 }

@@ -11,7 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "checks.h"
-#include "params.h"
+#include "token_objective.h"
 
 namespace igrpo {
 
@@ -89,6 +89,9 @@ inline ObjectiveParams objective_of(const std::vector<double>& x) {
   IGRPO_CHECK(x.size() == 10, "the objective has 10 numbers, got ", x.size());
   const auto number = [&](size_t i) { return static_cast<float>(x[i]); };
   const auto choice = [&](size_t i) { return static_cast<int32_t>(x[i]); };
+  IGRPO_CHECK(choice(0) >= 0 && choice(0) < kPolicyTerms, "policy term ", choice(0), " is unknown; there are ",
+              kPolicyTermNames);
+  IGRPO_CHECK(choice(1) >= 1 && choice(1) <= 3, "KL estimator k", choice(1), " is unknown; there are k1 k2 k3");
   return {choice(0), choice(1), choice(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
 }
 

@@ -19,7 +19,7 @@ struct LogitTransform {
 
 // The numbers of a token-level loss (objective.py has the equations).
 struct ObjectiveParams {
-  int32_t policy;  // 0 clipped surrogate, 1 cispo, 2 sapo
+  int32_t term;    // PolicyTerm of token_objective.h
   int32_t kl;      // 1, 2, 3: the estimator k1, k2, k3
   int32_t bias_corrected_kl;
   float clip_low;

@@ -19,6 +19,23 @@
 
 namespace igrpo {
 
+// The policy terms of igrpo_kernels/losses.py whose slope is here; Python asks for this list to learn their codes.
+#define IGRPO_POLICY_TERMS(X) X(clipped) X(cispo) X(sapo)
+
+enum class PolicyTerm : int32_t {
+#define IGRPO_ENUMERATOR(name) name,
+  IGRPO_POLICY_TERMS(IGRPO_ENUMERATOR)
+#undef IGRPO_ENUMERATOR
+};
+
+#define IGRPO_NAME(name) #name " "
+constexpr char kPolicyTermNames[] = IGRPO_POLICY_TERMS(IGRPO_NAME);
+#undef IGRPO_NAME
+
+#define IGRPO_ONE(name) +1
+constexpr int32_t kPolicyTerms = IGRPO_POLICY_TERMS(IGRPO_ONE);
+#undef IGRPO_ONE
+
 struct Token {
   float logp;       // l
   float old_logp;   // o
@@ -57,10 +74,10 @@ IGRPO_HOST_DEVICE float sapo_slope(float w, float a, const ObjectiveParams& p) {
 IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& p) {
   const float w = expf(t.logp - t.old_logp);
   float through_w = 0.0f, direct = 0.0f;
-  if (p.policy == 1) {
-    direct = -fminf(w, p.clip_high) * t.advantage;
-  } else {
-    through_w = p.policy == 2 ? sapo_slope(w, t.advantage, p) : -surrogate_slope(w, t.advantage, p);
+  switch (static_cast<PolicyTerm>(p.term)) {  // the bindings refuse a code that is not in the list
+    case PolicyTerm::clipped: through_w = -surrogate_slope(w, t.advantage, p); break;
+    case PolicyTerm::cispo: direct = -fminf(fmaxf(w, p.clip_low), p.clip_high) * t.advantage; break;
+    case PolicyTerm::sapo: through_w = sapo_slope(w, t.advantage, p); break;
   }
   through_w = t.sampler == 0.0f ? 0.0f : through_w * t.sampler;
   direct = t.sampler == 0.0f ? 0.0f : direct * t.sampler;

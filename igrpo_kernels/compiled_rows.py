@@ -21,9 +21,7 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import coupling, entropy_slope, reduction_weights, rows, sampler_ratio
 from igrpo_kernels.source_hash import source_hash
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig, LogitTransform, RowStats
-
-_POLICY = {"cispo": 1, "sapo": 2} | dict.fromkeys(CLIPPED_LOSS_TYPES, 0)
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class CompiledRows:
         """Whether dloss/dl of a row follows from that row's logits and constants known beforehand."""
         sampled = config.importance_sampling_mode is not None and batch.sampling_per_token_logps is not None
         sampler_ratio_follows_logps = sampled and batch.old_per_token_logps is None
-        return coupling(batch, config) == "token" and not sampler_ratio_follows_logps
+        return config.loss.term.one_pass and coupling(batch, config) == "token" and not sampler_ratio_follows_logps
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
@@ -108,7 +106,7 @@ class CompiledRows:
 def objective_numbers(config: GRPOLossConfig) -> list[float]:
     """ObjectiveParams of csrc/params.h, in its order."""
     return [
-        _POLICY[config.loss_type],
+        _term_code(config.loss.term.name),
         int(config.kl_estimator[1]),
         float(config.use_bias_correction_kl),
         config.clip_low,
@@ -119,6 +117,17 @@ def objective_numbers(config: GRPOLossConfig) -> list[float]:
         config.sapo_temperature_pos,
         config.sapo_temperature_neg,
     ]
+
+
+def _term_code(name: str) -> int:
+    """The number that csrc/token_objective.h gives a policy term of `losses.py`."""
+    terms = torch.ops.igrpo.policy_terms().split()
+    if name not in terms:
+        raise ValueError(f"csrc/token_objective.h has no slope of the policy term {name!r}, only of {', '.join(terms)}")
+    return terms.index(name)
+
+
+_term_code._dynamo_marked_constant = True  # as `_resolve` in impls.py
 
 
 def _outer(x: Tensor) -> Tensor:

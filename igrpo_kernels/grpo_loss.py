@@ -46,7 +46,7 @@ def grpo_loss(
         sampling_per_token_logps: log-probs the sampler reported, NaN where unknown. Used by importance_sampling_mode,
             off_policy_mask_threshold and the `sampling/...` metrics.
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
-        num_items_in_batch: denominator of dapo, cispo and vespo (see below); None = this call's unmasked tokens.
+        num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens.
         process_group: `logits` hold this rank's contiguous columns of a vocabulary spread over the group in rank order,
             everything else is the same on every rank, ids included, which stay global. Every rank gets the loss,
             metrics, log-probs and entropies of the whole rows, to the last bit the same, and its own columns'
@@ -67,15 +67,10 @@ def grpo_loss(
     Returns:
         GRPOLossOutput with loss (), per_token_logps and entropy in the shape of completion_ids, and metrics.
 
-    Denominators. No collective is ever issued and no accumulation factor is applied. With S sequences (B if padded)
-    and n unmasked tokens in this call, and S_total and n_total in the whole optimiser step over all micro-batches and
-    ranks, the sum over micro-batches of the scaled losses is exactly the loss of the whole step:
-
-        loss_type              divides by                        to accumulate exactly
-        grpo, sapo, luspo      S (num_items has no effect)       loss · S / S_total
-        dr_grpo                S · max_completion_length         loss · S / S_total
-        bnpo                   n                                 loss · n / n_total
-        dapo, cispo, vespo     num_items_in_batch                pass num_items_in_batch = n_total, then add
+    Denominators. No collective is ever issued and no accumulation factor is applied. What each loss_type divides by,
+    and what makes the sum over the micro-batches of all ranks exactly the loss of the whole step, is a column each of
+    the table in docs/algorithm.md: scale a loss that divides by its own sequences or tokens with its share of the
+    step's; for the others pass num_items_in_batch = the step's tokens, and add.
 
     Where gradients are averaged over W ranks (DDP, FSDP), multiply by W (or pass n_total / W). The entropy bonus is a
     mean over this call's n tokens whatever the loss type; to make it exact as well, scale entropy_coef by

@@ -8,37 +8,36 @@ from collections.abc import Callable
 from torch import Tensor, inf, where
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig
+from igrpo_kernels.losses import CISPO, CLIPPED, VESPO, TermInputs, vespo_phi
+from igrpo_kernels.types import GRPOLossConfig
 
 
 def objective_metrics(
-    weight: Tensor,  # (n,) importance weight, before the delta clamp
+    rows: TermInputs,  # the importance weight before the delta clamp, the sampler ratio after truncation or masking
     old: Tensor,  # (n,)
     entropy: Tensor | None,  # (n,)
     kl: Tensor | None,  # (n,) bias-corrected if configured
-    sampler: Tensor | None,  # (n,) or (S,) sampler ratio after truncation or masking
-    phi: Tensor | None,  # (n,) VESPO weight
     policy_loss: Tensor,  # () loss without the entropy bonus
-    batch: TokenBatch,
     config: GRPOLossConfig,
 ) -> dict[str, Tensor]:
     """TRL's metric names -> detached 0-d tensors. Call under `no_grad`."""
     metrics: dict[str, Tensor] = {}
+    batch, weight = rows.batch, rows.weight
     if entropy is not None:
         metrics["entropy"] = _token_mean(entropy, batch)
     if kl is not None:
         metrics["kl"] = _token_mean(kl, batch)
     if config.entropy_coef != 0.0:
         metrics["policy_loss"] = policy_loss.detach().clone()
-    if config.loss_type in CLIPPED_LOSS_TYPES:
+    if config.loss.term is CLIPPED:
         metrics |= _clip_metrics(weight, batch, config)
-    elif config.loss_type == "cispo":
+    elif config.loss.term is CISPO:
         clipped, per_sequence = _decisions(weight, batch, config, lambda w, a: (w > config.clip_high) & (a > 0))
         metrics["cispo_clip_ratio"] = _decision_mean(clipped, per_sequence, batch)
-    elif config.loss_type == "vespo":
-        metrics["vespo/phi_seq_mean"] = _phi_mean(phi, batch)
+    elif config.loss.term is VESPO:
+        metrics["vespo/phi_seq_mean"] = _phi_mean(vespo_phi(rows, config), batch)
     if batch.sampling_per_token_logps is not None:
-        metrics |= _sampling_metrics(old, sampler, batch, config)
+        metrics |= _sampling_metrics(old, rows.sampler, batch, config)
     return metrics
 
 

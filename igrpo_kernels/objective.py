@@ -24,11 +24,8 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.loss_metrics import objective_metrics
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig
-
-_VESPO_LOG_RATIO_LIMIT = 20.0
-_VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
-_VESPO_LAMBDA_MIN = 1e-4
+from igrpo_kernels.losses import TermInputs, times
+from igrpo_kernels.types import GRPOLossConfig
 
 
 def grpo_objective(
@@ -54,7 +51,8 @@ def grpo_objective(
     log_ratio = logps - old  # d
     weight = importance_weight(log_ratio, batch, config)  # w
     sampler = sampler_ratio(old, batch, config)
-    per_token_loss, vespo_phi = policy_term(logps, log_ratio, weight, sampler, batch, config)
+    term, terms = config.loss.term, TermInputs(logps, log_ratio, weight, batch.advantages, sampler, batch)
+    per_token_loss = term.function(terms, config)
 
     if config.off_policy_mask_threshold is not None:
         per_token_loss = torch.where(off_policy_keep(logps.detach(), old, batch, config), per_token_loss, 0.0)
@@ -62,8 +60,8 @@ def grpo_objective(
     if config.top_entropy_quantile < 1.0:
         keep_entropy = top_entropy_keep(entropy.detach(), batch, config.top_entropy_quantile)
         per_token_loss = torch.where(keep_entropy, per_token_loss, 0.0)
-    if sampler is not None and config.loss_type != "vespo":
-        per_token_loss = _times(rows(sampler, batch, config), per_token_loss)
+    if sampler is not None and not term.takes_sampler:
+        per_token_loss = times(rows(sampler, batch, config), per_token_loss)
 
     kl = None
     if config.beta != 0.0:  # added after the gates: the KL term is neither masked nor corrected for the sampler
@@ -78,7 +76,7 @@ def grpo_objective(
         count = active.sum().clamp(min=1)
         loss = loss - config.entropy_coef * (torch.where(active, entropy, 0.0).sum() / count)
     with torch.no_grad():
-        metrics = objective_metrics(weight, old, entropy, kl, sampler, vespo_phi, policy_loss, batch, config)
+        metrics = objective_metrics(terms, old, entropy, kl, policy_loss, config)
     return loss, metrics
 
 
@@ -131,63 +129,6 @@ def rows(sampler: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     return batch.expand(sampler) if config.importance_sampling_mode.startswith("sequence") else sampler
 
 
-def policy_term(
-    logps: Tensor,  # (n,) l
-    log_ratio: Tensor,  # (n,) d
-    weight: Tensor,  # (n,) w
-    sampler: Tensor | None,  # (n,) or (S,), constant
-    batch: TokenBatch,
-    config: GRPOLossConfig,
-) -> tuple[Tensor, Tensor | None]:
-    """Loss per token (n,) before gates, sampler ratio and KL; and VESPO's phi (n,) for its metric."""
-    if config.loss_type in CLIPPED_LOSS_TYPES:
-        return clipped_surrogate(weight, batch.advantages, config), None
-    if config.loss_type == "cispo":
-        # -stop_gradient(min(w, epsilon_high)) · A · l
-        return -_times(weight.detach().clamp(max=config.clip_high) * batch.advantages, logps), None
-    if config.loss_type == "sapo":
-        return sapo_term(weight, batch.advantages, config), None
-    phi = vespo_phi(log_ratio.detach(), sampler, batch, config)
-    return -_times(phi * batch.advantages, logps), phi  # -phi · A · l
-
-
-def clipped_surrogate(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """-min(min(w, delta)·A, clip(w, 1-eps_low, 1+eps_high)·A), floored for A < 0 by dual-clip at c·A."""
-    clipped = _bounded(weight, config.clip_low, config.clip_high)
-    if config.delta is not None:
-        weight = _bounded(weight, -math.inf, config.delta)
-    surrogate = torch.min(_times(advantages, weight), advantages * clipped)
-    if config.dual_clip is not None:
-        floored = torch.max(surrogate, config.dual_clip * advantages)
-        surrogate = torch.where(advantages < 0, floored, surrogate)
-    return -surrogate
-
-
-def sapo_term(weight: Tensor, advantages: Tensor, config: GRPOLossConfig) -> Tensor:
-    """-(4/t)·sigmoid(t·(w - 1))·A with t = temperature_pos where A > 0, else temperature_neg."""
-    positive = torch.full_like(weight, config.sapo_temperature_pos)
-    temperature = torch.where(advantages > 0, positive, config.sapo_temperature_neg)
-    return -(torch.sigmoid(temperature * (weight - 1.0)) * 4.0 / temperature) * advantages
-
-
-def vespo_phi(log_ratio: Tensor, sampler: Tensor | None, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
-    """phi(W) = exp(lambda + k·log W - lambda·W) (n,), a constant; W = product of the sequence's token ratios.
-
-    log W = sum_t clip(d_t, ±20) [+ sum_t clip(log sampler ratio_t, log 1e-8, 20)], clipped to [log 1e-8, 20]; k and
-    lambda by the sign of A. phi(1) = 1.
-    """
-    log_weight = log_ratio.clamp(-_VESPO_LOG_RATIO_LIMIT, _VESPO_LOG_RATIO_LIMIT)
-    if sampler is not None:
-        log_weight = log_weight + sampler.log().clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT)
-    log_w = batch.expand(batch.segment_sum(log_weight).clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT))
-    not_negative = batch.advantages >= 0
-    k = torch.where(not_negative, torch.full_like(log_w, config.vespo_k_pos), config.vespo_k_neg)
-    decay = torch.where(not_negative, torch.full_like(log_w, config.vespo_lambda_pos), config.vespo_lambda_neg)
-    decay = decay.clamp(min=_VESPO_LAMBDA_MIN)
-    log_phi = decay + k * log_w - decay * log_w.exp()
-    return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
 def per_token_kl(logps: Tensor, ref: Tensor, weight: Tensor, config: GRPOLossConfig) -> Tensor:
     """KL(policy || reference) estimate per token (n,), x = r - l; times w (with its gradient) if bias-corrected.
 
@@ -229,29 +170,8 @@ def top_entropy_keep(entropy: Tensor, batch: TokenBatch, share: float) -> Tensor
 
 
 def sequence_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
-    """dloss / d(token loss) of each sequence's tokens (S,). n_b = unmasked tokens of sequence b, S = sequences (empty
-    ones included).
-
-    grpo, sapo:          1 / (S · max(n_b, 1))
-    luspo:               1 / S
-    bnpo:                1 / max(sum_b n_b, 1)
-    dr_grpo:             1 / (S · max_completion_length)
-    dapo, cispo, vespo:  1 / max(num_items_in_batch, 1); None counts this call's own tokens
-    """
-    lengths = batch.lengths
-    num_sequences = max(batch.num_sequences, 1)
-    if config.loss_type in ("grpo", "sapo"):
-        return 1.0 / (lengths.clamp(min=1.0) * num_sequences)
-    if config.loss_type in ("luspo", "dr_grpo"):
-        tokens = config.max_completion_length if config.loss_type == "dr_grpo" else 1
-        return torch.ones_like(lengths) / (num_sequences * tokens)
-    if config.loss_type == "bnpo" or num_items_in_batch is None:
-        denominator = lengths.sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        denominator = num_items_in_batch.to(lengths).reshape(())
-    else:
-        denominator = lengths.new_full((), num_items_in_batch)
-    return torch.ones_like(lengths) / denominator.clamp(min=1.0)
+    """dloss / d(token loss) of each sequence's tokens (S,), empty ones included: the reductions of `losses.py`."""
+    return config.loss.reduction.weights(batch.lengths, max(batch.num_sequences, 1), config, num_items_in_batch)
 
 
 def reduction_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
@@ -282,7 +202,7 @@ def coupling(batch: TokenBatch, config: GRPOLossConfig) -> str:
     ratio_follows_logps = batch.old_per_token_logps is None and batch.sampling_per_token_logps is not None
     if (
         config.importance_sampling_level == "sequence"
-        or config.loss_type == "vespo"
+        or config.loss.term.couples_sequence
         or config.off_policy_mask_threshold is not None
         or (ratio_follows_logps and (config.importance_sampling_mode or "").startswith("sequence"))
     ):
@@ -306,16 +226,6 @@ def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
 def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """Bool (n,): the rows whose statistics the loss needs, including rows that have no gradient of their own."""
     return batch.mask if coupling(batch, config) == "batch" else may_contribute(batch, config)
-
-
-def _times(a: Tensor, x: Tensor) -> Tensor:
-    """a·x for a constant a, with 0 · inf = 0 in value and in gradient. NaN stays NaN: a poisoned row must show."""
-    return torch.where((a == 0) & x.isinf(), 0.0, a * x)
-
-
-def _bounded(x: Tensor, low: float, high: float) -> Tensor:
-    """clamp, whose gradient on a bound is 1 whatever the torch; that of ``clamp`` is 0 since 2.14 and was 1 before."""
-    return torch.where(x > high, high, torch.where(x < low, low, x))
 
 
 class _Exp(torch.autograd.Function):

@@ -20,17 +20,15 @@ from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transfo
 from igrpo_kernels.triton_math import (
     grad_logits,
     kl_and_slope,
+    policy_slopes,
     row_pointer,
     row_statistics,
     sampler_correction,
-    sapo_slope,
-    surrogate_slope,
     target_log_prob,
     times,
 )
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES, GRPOLossConfig, LogitTransform
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 
-CLIPPED, CISPO, SAPO = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 NO_SAMPLER, TRUNCATE, MASK = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -70,7 +68,7 @@ class LossScalars(NamedTuple):
 class LossKind(NamedTuple):
     """Compile-time choices of the configuration: which equations, never which numbers."""
 
-    loss: int  # CLIPPED, CISPO or SAPO
+    term: str  # name of the policy term in `losses.py`
     sampler: int  # NO_SAMPLER, TRUNCATE or MASK: token-level correction inside the kernel
     kl: int  # 0, or the k of k1, k2, k3
     bias_corrected_kl: int  # 0 or 1
@@ -78,10 +76,9 @@ class LossKind(NamedTuple):
     @classmethod
     def of(cls, config: GRPOLossConfig) -> "LossKind":
         """The equations of a configuration."""
-        loss = CLIPPED if config.loss_type in CLIPPED_LOSS_TYPES else CISPO if config.loss_type == "cispo" else SAPO
         sampler = {"token_truncate": TRUNCATE, "token_mask": MASK}.get(config.importance_sampling_mode, NO_SAMPLER)
         kl = int(config.kl_estimator[1]) if config.beta != 0.0 else 0
-        return cls(loss.value, sampler.value, kl, int(config.use_bias_correction_kl))
+        return cls(config.loss.term.name, sampler.value, kl, int(config.use_bias_correction_kl))
 
 
 class CoefficientInputs(NamedTuple):
@@ -143,7 +140,7 @@ def token_coefficient(
     sampler_low,
     sampler_high,
     beta,
-    LOSS: tl.constexpr,
+    TERM: tl.constexpr,
     SAMPLER: tl.constexpr,
     KL: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
@@ -152,15 +149,11 @@ def token_coefficient(
     w = tl.exp(logp - old)
     if SAMPLER != NO_SAMPLER:
         policy_weight = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
-    direct = tl.zeros_like(logp)  # the part of the slope that does not go through w
-    if LOSS == CLIPPED:
-        ratio_slope = -surrogate_slope(w, advantage, clip_low, clip_high, delta, dual_clip)
-    elif LOSS == CISPO:
-        ratio_slope = tl.zeros_like(logp)
-        direct = -times(policy_weight, tl.minimum(w, clip_high) * advantage)
-    else:
-        ratio_slope = -sapo_slope(w, advantage, sapo_temperature_pos, sapo_temperature_neg)
+    ratio_slope, direct = policy_slopes(
+        w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
+    )
     ratio_slope = times(policy_weight, ratio_slope)
+    direct = times(policy_weight, direct)
     if KL != 0:
         kl, kl_slope = kl_and_slope(ref - logp, KL)
         if BIAS_CORRECTED:
@@ -207,7 +200,7 @@ def token_loss_kernel(
     sampler_high: tl.float64,
     beta: tl.float64,
     # constants
-    LOSS: tl.constexpr,
+    TERM: tl.constexpr,
     SAMPLER: tl.constexpr,
     KL: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
@@ -268,7 +261,7 @@ def token_loss_kernel(
         tl.full((), sampler_low, DTYPE),
         tl.full((), sampler_high, DTYPE),
         tl.full((), beta, DTYPE),
-        LOSS,
+        TERM,
         SAMPLER,
         KL,
         BIAS_CORRECTED,
@@ -319,7 +312,7 @@ def token_loss_fwd(
                 inner,
                 outer,
                 *scalars,
-                LOSS=kind.loss,
+                TERM=kind.term,
                 SAMPLER=kind.sampler,
                 KL=kind.kl,
                 BIAS_CORRECTED=bool(kind.bias_corrected_kl),

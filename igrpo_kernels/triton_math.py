@@ -126,6 +126,24 @@ def sapo_slope(w, advantage, temperature_pos, temperature_neg):
 
 
 @triton.jit
+def policy_slopes(
+    w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM: tl.constexpr
+):
+    """dL/dw, the part of the slope that goes through the ratio, and the part of dL/dlogp that does not."""
+    through_w = tl.zeros_like(w)
+    direct = tl.zeros_like(w)
+    if TERM == "clipped":
+        through_w = -surrogate_slope(w, advantage, clip_low, clip_high, delta, dual_clip)
+    elif TERM == "cispo":
+        direct = -tl.minimum(tl.maximum(w, clip_low), clip_high) * advantage
+    elif TERM == "sapo":
+        through_w = -sapo_slope(w, advantage, sapo_temperature_pos, sapo_temperature_neg)
+    else:
+        tl.static_assert(False, "triton_math.policy_slopes does not know this policy term of losses.py")
+    return through_w, direct
+
+
+@triton.jit
 def sampler_correction(log_ratio, low, high, MASK: tl.constexpr):
     """Ratio old / sampler of one token, truncated to [low, high], or zeroed outside it; 1 where unknown (NaN)."""
     ratio = tl.exp(tl.where(log_ratio != log_ratio, 0.0, log_ratio))

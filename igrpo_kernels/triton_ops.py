@@ -106,7 +106,8 @@ def token_loss_(
     softcap: float | None,
     temperature: float,
     scalars: Sequence[float],  # LossScalars
-    kind: Sequence[int],  # LossKind
+    term: str,  # LossKind
+    kind: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """logps and entropy (n,), and logits overwritten with their gradient."""
     rows = CoefficientInputs(
@@ -121,7 +122,7 @@ def token_loss_(
         grad_entropy,
     )
     transform = LogitTransform(scale, softcap, temperature)
-    return token_loss_fwd(logits, logits, rows, transform, LossScalars(*scalars), LossKind(*kind))
+    return token_loss_fwd(logits, logits, rows, transform, LossScalars(*scalars), LossKind(term, *kind))
 
 
 @token_loss_.register_fake
@@ -145,7 +146,8 @@ def token_loss(
     softcap: float | None,
     temperature: float,
     scalars: Sequence[float],  # LossScalars
-    kind: Sequence[int],  # LossKind
+    term: str,  # LossKind
+    kind: Sequence[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dlogits (contiguous, dtype of logits), logps and entropy (n,)."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
@@ -161,7 +163,7 @@ def token_loss(
         grad_entropy,
     )
     transform = LogitTransform(scale, softcap, temperature)
-    return grad, *token_loss_fwd(logits, grad, rows, transform, LossScalars(*scalars), LossKind(*kind))
+    return grad, *token_loss_fwd(logits, grad, rows, transform, LossScalars(*scalars), LossKind(term, *kind))
 
 
 @token_loss.register_fake

@@ -43,7 +43,7 @@ class TritonRows:
 
     def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
         """Whether dloss/dl of a row follows from that row's logits alone."""
-        return coupling(batch, config) == "token"
+        return config.loss.term.one_pass and coupling(batch, config) == "token"
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
@@ -70,10 +70,14 @@ class TritonRows:
     ) -> tuple[Tensor, Tensor, None, Tensor]:
         """One launch: two walks over each row, one write."""
         scalars, kind, transform = LossScalars.of(config), LossKind.of(config), config.logit_transform
+        arguments = (*inputs, *transform, [*scalars], kind.term, [*kind[1:]])
         if out is None:
-            grad, logps, entropy = ops.token_loss(logits, *inputs, *transform, [*scalars], [*kind])
+            grad, logps, entropy = ops.token_loss(logits, *arguments)
         elif out.data_ptr() == logits.data_ptr():
-            grad, (logps, entropy) = out, ops.token_loss_(logits, *inputs, *transform, [*scalars], [*kind])
+            grad, (logps, entropy) = (
+                out,
+                ops.token_loss_(logits, *arguments),
+            )
         else:
             inputs = CoefficientInputs(*inputs)
             grad, (logps, entropy) = out, ops.token_loss_fwd(logits, out, inputs, transform, scalars, kind)

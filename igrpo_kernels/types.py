@@ -7,11 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-CLIPPED_LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-IMPORTANCE_SAMPLING_MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-KL_ESTIMATORS = ("k1", "k2", "k3")
+from igrpo_kernels.losses import (
+    CONSTANT_LENGTH,
+    IMPORTANCE_SAMPLING_LEVELS,
+    IMPORTANCE_SAMPLING_MODES,
+    KL_ESTIMATORS,
+    LOSSES,
+    Loss,
+)
 
 
 class LogitTransform(NamedTuple):
@@ -69,7 +72,7 @@ class GRPOLossConfig:
     """
 
     loss_type: str = "grpo"
-    """Policy term and reduction: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo (see `objective.py`)."""
+    """Policy term and reduction: a row of the table in `losses.py`."""
 
     importance_sampling_level: str = "token"
     """"token": one ratio per token. "sequence" (GSPO): exp of the sequence's mean log-ratio, shared by its tokens."""
@@ -149,15 +152,23 @@ class GRPOLossConfig:
         _check_combinations(self)
 
     @property
+    def loss(self) -> Loss:
+        """The row of `loss_type` in the table."""
+        return LOSSES[self.loss_type]
+
+    @property
     def clip_low(self) -> float:
-        """1 - epsilon."""
-        return 1.0 - self.epsilon
+        """The lower bound that `epsilon` means for this loss."""
+        return self._bounds[0]
 
     @property
     def clip_high(self) -> float:
-        """1 + epsilon_high, or epsilon_high itself for cispo."""
-        epsilon_high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return epsilon_high if self.loss_type == "cispo" else 1.0 + epsilon_high
+        """The upper bound that `epsilon_high` (None: `epsilon`) means for this loss."""
+        return self._bounds[1]
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        return self.loss.bounds(self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high)
 
     @property
     def logit_transform(self) -> LogitTransform:
@@ -192,9 +203,9 @@ class GRPOLossOutput:
 
 def _check_choices(config: GRPOLossConfig) -> None:
     for name, choices in (
-        ("loss_type", LOSS_TYPES),
+        ("loss_type", tuple(LOSSES)),
         ("importance_sampling_level", IMPORTANCE_SAMPLING_LEVELS),
-        ("importance_sampling_mode", IMPORTANCE_SAMPLING_MODES),
+        ("importance_sampling_mode", (None, *IMPORTANCE_SAMPLING_MODES)),
         ("kl_estimator", KL_ESTIMATORS),
     ):
         value = getattr(config, name)
@@ -257,28 +268,30 @@ def _check_ranges(config: GRPOLossConfig) -> None:
 
 def _check_combinations(config: GRPOLossConfig) -> None:
     c = config
+    term = c.loss.term
     for name in ("delta", "dual_clip"):
-        if getattr(c, name) is not None and c.loss_type not in CLIPPED_LOSS_TYPES:
+        if getattr(c, name) is not None and name not in term.settings:
+            others = ", ".join(key for key, loss in LOSSES.items() if name in loss.term.settings)
             raise ValueError(
-                f"{name}={getattr(c, name)} has no effect with loss_type={c.loss_type!r}, which has no clipped "
-                f"surrogate; leave {name} unset or use one of {', '.join(CLIPPED_LOSS_TYPES)}"
+                f"{name}={getattr(c, name)} has no effect with loss_type={c.loss_type!r}; leave {name} unset or use "
+                f"one of {others}"
             )
     if c.delta is not None and c.dual_clip is not None:
         raise ValueError(
             f"delta={c.delta} and dual_clip={c.dual_clip} both bound the ratio of negative-advantage tokens; set one"
         )
-    if c.loss_type == "vespo" and c.importance_sampling_level == "sequence":
+    if c.importance_sampling_level not in term.levels:
         raise ValueError(
-            "importance_sampling_level='sequence' has no effect with loss_type='vespo', which computes sequence "
-            "weights itself; use importance_sampling_level='token'"
+            f"importance_sampling_level={c.importance_sampling_level!r} has no effect with loss_type={c.loss_type!r}, "
+            f"which computes its own weights; use importance_sampling_level={term.levels[0]!r}"
         )
-    if c.loss_type == "vespo" and c.importance_sampling_mode in ("sequence_truncate", "sequence_mask"):
+    if term.takes_sampler and c.importance_sampling_mode in ("sequence_truncate", "sequence_mask"):
         raise ValueError(
-            f"importance_sampling_mode={c.importance_sampling_mode!r} cannot be combined with loss_type='vespo', "
-            "which sums per-token log-ratios; use 'token_truncate' or 'token_mask'"
+            f"importance_sampling_mode={c.importance_sampling_mode!r} cannot be combined with "
+            f"loss_type={c.loss_type!r}, which sums per-token log-ratios; use 'token_truncate' or 'token_mask'"
         )
-    if c.loss_type == "dr_grpo" and c.max_completion_length is None:
-        raise ValueError("loss_type='dr_grpo' divides by B * max_completion_length: set max_completion_length")
+    if c.loss.reduction is CONSTANT_LENGTH and c.max_completion_length is None:
+        raise ValueError(f"loss_type={c.loss_type!r} divides by B * max_completion_length: set max_completion_length")
     low, high = c.importance_sampling_clip_min, c.importance_sampling_clip_max
     if low is not None and high is not None and low >= high:
         raise ValueError(f"importance_sampling_clip_min={low} must be less than importance_sampling_clip_max={high}")

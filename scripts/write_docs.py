@@ -117,14 +117,20 @@ def dataclass_section(cls: type) -> list[str]:
 
 
 def equations() -> list[str]:
-    from igrpo_kernels import objective, reference
+    from igrpo_kernels import losses, objective, reference
 
     lines = ["```text", inspect.getdoc(objective), "```", ""]
-    for name in (
-        "importance_weight", "clipped_surrogate", "sapo_term", "vespo_phi", "per_token_kl", "sampler_ratio",
-        "off_policy_keep", "top_entropy_keep", "reduce_loss",
-    ):  # fmt: skip
-        lines += [f"**{name}**", "", "```text", inspect.getdoc(getattr(objective, name)), "```", ""]
+    terms = dict.fromkeys([loss.term.function for loss in losses.LOSSES.values()] + [losses.vespo_phi])
+    around = [
+        "importance_weight",
+        "sampler_ratio",
+        "per_token_kl",
+        "off_policy_keep",
+        "top_entropy_keep",
+        "reduce_loss",
+    ]
+    for f in (*terms, *(getattr(objective, name) for name in around)):
+        lines += [f"**{f.__name__}**", "", "```text", inspect.getdoc(f), "```", ""]
     return [*lines, "**Log-probability and entropy**", "", "```text", inspect.getdoc(reference), "```", ""]
 
 
@@ -158,7 +164,26 @@ def signatures(node: ast.FunctionDef | ast.ClassDef, source: str) -> list[str]:
     return found
 
 
-PAGES = {"docs/configuration.md": configuration, "docs/api.md": api}
+def algorithm() -> str:
+    """The page as it is, with its table of losses written anew."""
+    from igrpo_kernels.losses import LOSSES
+
+    table = [
+        "| `loss_type` | loss per token | [low, high] | divides by | to accumulate exactly | passes |",
+        "|---" * 6 + "|",
+    ]
+    for name, loss in LOSSES.items():
+        equation = cell(inspect.getdoc(loss.term.function).split("\n\n")[0])
+        bounds = inspect.getdoc(loss.bounds) if "epsilon" in loss.term.settings else ""
+        passes = 1 if loss.term.one_pass else 2
+        row = (f"`{name}`", f"`{loss.term.function.__name__}`: {equation}", bounds, loss.reduction.divides_by)
+        table.append(f"| {' | '.join(row)} | {loss.reduction.to_accumulate} | {passes} |")
+    before, rest = (ROOT / "docs/algorithm.md").read_text(encoding="utf-8").split("<!-- losses", 1)
+    mark, rest = rest.split("\n", 1)
+    return before + "<!-- losses" + mark + "\n" + "\n".join(table) + "\n<!-- end -->" + rest.split("<!-- end -->", 1)[1]
+
+
+PAGES = {"docs/configuration.md": configuration, "docs/api.md": api, "docs/algorithm.md": algorithm}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from igrpo.config.train_config import TrainConfig
+from igrpo.learner.losses import takes
 from igrpo.settings import ConfigError
 from igrpo.settings.section import Section
 
@@ -93,9 +94,10 @@ TABLE = (
     Row("soft_overlong_punishment is not in reward_funcs", lambda c, _: "soft_overlong_punishment" not in
         c.reward_funcs, ("soft_punish_cache",)),
     # --- the loss
-    Row("loss_type is not sapo", lambda c, _: c.loss_type != "sapo", family("sapo_")),
-    Row("loss_type is not vespo", lambda c, _: c.loss_type != "vespo", family("vespo_")),
-    Row("this loss_type does not clip", lambda c, _: c.loss_type in ("sapo", "vespo"), ("epsilon", "epsilon_high")),
+    Row("loss_type is not sapo", lambda c, _: not takes(c.loss_type, "sapo_temperature_pos"), family("sapo_")),
+    Row("loss_type is not vespo", lambda c, _: not takes(c.loss_type, "vespo_k_pos"), family("vespo_")),
+    Row("this loss_type does not clip", lambda c, _: not takes(c.loss_type, "epsilon"),
+        ("epsilon", "epsilon_high")),
     Row("beta is 0", lambda c, _: c.beta == 0, ("kl_estimator", "use_bias_correction_kl")),
     Row("vllm_importance_sampling_correction is false", lambda c, _: not _correction(c),
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")),

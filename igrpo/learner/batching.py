@@ -22,6 +22,7 @@ from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
 from igrpo.learner.packing import Bin
+from igrpo_kernels.losses import LOSSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,6 @@ def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_i
     """
     samples = [s for group in contents for s in group.samples]
     sizes = [len(s.completion_ids) for s in samples]
-    share = {"bnpo": sum(sizes) / max(totals.tokens, 1.0), "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
     return MicroBatch(
         completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
@@ -112,7 +112,7 @@ def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_i
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
         lengths=tuple(sizes),
-        scale=share.get(loss_type, len(samples) / max(totals.sequences, 1.0)),
+        scale=LOSSES[loss_type].reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens),
         **inputs,
     )
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from igrpo.learner.losses import CorrectionMode, KLEstimator, Level, LossType
 from igrpo.models.config import ModelConfig
 from igrpo.settings.kinds import Count, Finite, Interval, NotNegative, Positive, Share, ShareBelowOne, Text
 from igrpo.settings.shared import BatchConfig, OutputConfig, SamplingConfig, WeightsConfig
-
-LossType = Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"]
-CorrectionMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +26,7 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     # --- loss
     loss_type: LossType = "grpo"
     """Surrogate and normalisation; `grpo` is the paper's: mean over tokens per sequence, then over sequences."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
+    importance_sampling_level: Level = "token"
     """`sequence` is GSPO."""
     epsilon: NotNegative = 0.2
     """Lower clip range."""
@@ -40,7 +38,7 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Lower bound of the objective for negative advantages, as a multiple of the advantage (> 1)."""
     beta: NotNegative = 0.0
     """KL coefficient; 0 loads no reference model."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_estimator: KLEstimator = "k3"
     """Estimator of the KL to the reference model."""
     use_bias_correction_kl: bool = True
     """Weight the KL term by the importance ratio."""

@@ -23,8 +23,8 @@ from torch import Tensor
 from igrpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, linear_selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.logprobs import selective_log_softmax
-from igrpo_kernels.objective import importance_weight, per_token_kl, policy_term
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES
+from igrpo_kernels.losses import CISPO, CLIPPED, LOSSES, NUM_ITEMS, SEQUENCE_SUM, TermInputs
+from igrpo_kernels.objective import importance_weight, per_token_kl
 
 __all__ = ["LigerFusedLinearGRPOLoss", "triton_grpo_loss"]
 
@@ -277,39 +277,37 @@ def _per_token(
     logps = batch.masked(logps.reshape(-1))
     old = logps.detach() if batch.old_per_token_logps is None else batch.old_per_token_logps
     weight = importance_weight(logps - old, lengths, config)
-    sampler = ratio.reshape(-1) if ratio is not None and config.loss_type == "vespo" else None
-    loss, _ = policy_term(logps, logps - old, weight, sampler, batch, config)
-    if ratio is not None and config.loss_type != "vespo":
+    term = config.loss.term
+    sampler = ratio.reshape(-1) if ratio is not None and term.takes_sampler else None
+    loss = term.function(TermInputs(logps, logps - old, weight, batch.advantages, sampler, batch), config)
+    if ratio is not None and not term.takes_sampler:
         loss = loss * ratio.reshape(-1)
     kl = None
     if config.beta != 0.0:
         kl = per_token_kl(logps, batch.ref_per_token_logps, weight, config)
         loss, kl = loss + config.beta * kl, kl.detach().view(batch.shape)
     above = (weight > config.clip_high) & (batch.advantages > 0)
-    if config.loss_type in CLIPPED_LOSS_TYPES:
+    if term is CLIPPED:
         clipped = above | ((weight < config.clip_low) & (batch.advantages < 0))
     else:
-        clipped = above & (config.loss_type == "cispo")
+        clipped = above & (term is CISPO)
     return loss.view(batch.shape), kl, clipped.float().view(batch.shape)
 
 
 def _reduce(loss: Tensor, mask: Tensor, config: GRPOLossConfig, num_items: Tensor | float | None) -> Tensor:
     """(B, T) -> (), as Liger reduces."""
     mask = mask.float()
-    if config.loss_type in ("grpo", "sapo"):
-        return (loss.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-    if config.loss_type == "bnpo":
-        return loss.sum() / mask.sum().clamp(min=1.0)
-    if config.loss_type == "dr_grpo":
-        return loss.sum() / (loss.shape[0] * config.max_completion_length)
-    if config.loss_type == "luspo":
+    if config.loss.reduction is SEQUENCE_SUM:
         return (loss * mask.sum(-1, keepdim=True)).mean()
-    return loss.sum() / _denominator(mask, num_items, config.loss_type)
+    weights = config.loss.reduction.weights(
+        mask.sum(-1), loss.shape[0], config, _denominator(mask, num_items, config.loss_type)
+    )
+    return (loss.sum(-1) * weights).sum()
 
 
 def _denominator(mask: Tensor, num_items: Tensor | float | None, loss_type: str) -> Tensor | None:
-    """Of dapo, cispo and vespo: this process's share of the step's tokens, at least 1."""
-    if loss_type not in ("dapo", "cispo", "vespo"):
+    """Of losses that divide by num_items: this process's share of the step's tokens, at least 1."""
+    if LOSSES[loss_type].reduction is not NUM_ITEMS:
         return None
     world = 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.objective import importance_weight, policy_term
+from igrpo_kernels.losses import LOSSES, TermInputs
+from igrpo_kernels.objective import importance_weight
 from igrpo_kernels.types import GRPOLossConfig
 
-EFFECTIVE = (
-    "loss_type", "importance_sampling_level", "epsilon", "delta", "dual_clip", "sapo_", "vespo_",
-    "max_completion_length",
-)  # fmt: skip
-"""Keys, or beginnings of keys, that shape the policy term or that a loss type must be given."""
+EFFECTIVE = {"loss_type", "importance_sampling_level", "max_completion_length"}.union(
+    *(loss.term.settings for loss in LOSSES.values())
+)
+"""Keys that shape the policy term or that a loss type must be given."""
 
 
 LOG_RATIO_LIMIT = 20.0
@@ -33,8 +33,7 @@ def per_token_policy_loss(
 ) -> tuple[Tensor, Tensor]:
     """Loss per token (B, T), differentiable in `logps`, and the importance weights (B, T), detached; 0 where masked.
 
-    The equations are `igrpo_kernels.objective`'s. Only the keys of `config` that shape the policy term have an effect:
-    loss_type, importance_sampling_level, epsilon, epsilon_high, delta, dual_clip, sapo_*, vespo_*.
+    The equations are those of `igrpo_kernels.losses`; only keys of `config` that shape the policy term have an effect.
     `log_ratio_limit` clamps each token's log-ratio; `sequence_weight(log_ratio (n,), batch) -> (n,)` takes the place of
     the weight that importance_sampling_level="sequence" defines.
     """
@@ -51,7 +50,8 @@ def per_token_policy_loss(
         weight = sequence_weight(log_ratio, batch)
     else:
         weight = importance_weight(log_ratio, batch, config)
-    loss, _ = policy_term(rows, log_ratio, weight, None, batch, config)
+    terms = TermInputs(rows, log_ratio, weight, batch.advantages, None, batch)
+    loss = config.loss.term.function(terms, config)
     return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
 
 
@@ -61,7 +61,7 @@ def policy_settings(config: GRPOLossConfig) -> GRPOLossConfig:
     idle = [
         name
         for name in (f.name for f in fields(GRPOLossConfig))
-        if not name.startswith(EFFECTIVE) and getattr(config, name) != getattr(default, name)
+        if name not in EFFECTIVE and getattr(config, name) != getattr(default, name)
     ]
     if idle:
         raise ValueError(

@@ -17,8 +17,8 @@ import trl
 from torch import Tensor
 
 from igrpo_kernels import GRPOLossConfig, linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels.losses import CONSTANT_LENGTH, LOSSES, NUM_ITEMS
 from igrpo_kernels.model_logits import language_model, logit_transform_of
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES
 
 SUPPORTED_VERSIONS = ("1.14", "1.15", "1.16")
 """TRL releases whose trainer this class is tested with; its private methods change between releases."""
@@ -35,7 +35,6 @@ def check_version(version: str) -> None:
 
 check_version(trl.__version__)
 
-_GLOBAL_TOKEN_LOSSES = ("dapo", "cispo", "vespo")  # divided by num_items_in_batch
 _CLIP_MEANS = ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio")
 _MEANS = ("entropy", "kl", *_CLIP_MEANS, "vespo/phi_seq_mean")
 
@@ -113,7 +112,8 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
         scale = 1.0 / accumulation
-        if self.loss_type in _GLOBAL_TOKEN_LOSSES:  # num_items_in_batch counts the whole generation batch, all ranks
+        divides_by_items = LOSSES[self.loss_type].reduction is NUM_ITEMS
+        if divides_by_items:  # num_items_in_batch counts the whole generation batch, all ranks
             steps = self.args.steps_per_generation if mode == "train" else 1
             scale = self.accelerator.num_processes * steps / accumulation
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -125,7 +125,7 @@ class FusedGRPOTrainer(trl.GRPOTrainer):
         loss, metrics = self._inside(model, loss_of, input_ids, attention_mask)
 
         if self._entropy_bonus_enabled:
-            policy_loss = metrics["policy_loss"] * (scale if self.loss_type in _GLOBAL_TOKEN_LOSSES else 1.0)
+            policy_loss = metrics["policy_loss"] * (scale if divides_by_items else 1.0)
             self._metrics[mode]["policy_loss"].append(self.accelerator.gather(policy_loss).nanmean().item())
             if mode == "train" and self.accelerator.sync_gradients:
                 self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
@@ -231,13 +231,13 @@ def _loss_config(
     trainer: trl.GRPOTrainer, corrects: bool, entropy_coef: float, transform: dict[str, Any]
 ) -> GRPOLossConfig:
     """The trainer's settings as a `GRPOLossConfig`; a key that TRL ignores for this loss type is left out."""
-    args, loss_type = trainer.args, trainer.loss_type
+    args, loss = trainer.args, LOSSES[trainer.loss_type]
     return GRPOLossConfig(
-        loss_type=loss_type,
+        loss_type=trainer.loss_type,
         importance_sampling_level=trainer.importance_sampling_level,
         epsilon=trainer.epsilon_low,
         epsilon_high=trainer.epsilon_high,
-        delta=args.delta if loss_type in CLIPPED_LOSS_TYPES else None,
+        delta=args.delta if "delta" in loss.term.settings else None,
         beta=trainer.beta,
         use_bias_correction_kl=args.use_bias_correction_kl,
         temperature=trainer.temperature,
@@ -247,7 +247,7 @@ def _loss_config(
         importance_sampling_mode=trainer.vllm_importance_sampling_mode if corrects else None,
         importance_sampling_clip_min=trainer.vllm_importance_sampling_clip_min if corrects else None,
         importance_sampling_clip_max=trainer.vllm_importance_sampling_clip_max if corrects else 3.0,
-        max_completion_length=trainer.max_completion_length if loss_type == "dr_grpo" else None,
+        max_completion_length=trainer.max_completion_length if loss.reduction is CONSTANT_LENGTH else None,
         sapo_temperature_neg=args.sapo_temperature_neg,
         sapo_temperature_pos=args.sapo_temperature_pos,
         vespo_k_pos=args.vespo_k_pos,
@@ -283,8 +283,9 @@ def _only_trl_can(trainer: trl.GRPOTrainer, inputs: dict[str, Any]) -> str | Non
         return "use_adaptive_entropy"
     if trainer.top_entropy_quantile < 1.0 and trainer.accelerator.num_processes > 1:
         return "top_entropy_quantile on several processes, whose quantile is taken over all of them"
-    if trainer.loss_type == "vespo" and trainer.importance_sampling_level == "sequence":
-        return "loss_type 'vespo' with importance_sampling_level 'sequence'"
+    level = trainer.importance_sampling_level
+    if level not in LOSSES[trainer.loss_type].term.levels:
+        return f"loss_type {trainer.loss_type!r} with importance_sampling_level {level!r}"
     if inputs.get("num_images") is not None or "pixel_values" in inputs:
         return "image inputs"
     return None

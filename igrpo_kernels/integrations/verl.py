@@ -24,7 +24,7 @@ from igrpo_kernels.integrations.per_token import (
     per_token_policy_loss,
     policy_settings,
 )
-from igrpo_kernels.types import CLIPPED_LOSS_TYPES
+from igrpo_kernels.losses import CISPO, CLIPPED
 
 __all__ = ["linear_cross_entropy", "policy_loss"]
 
@@ -73,10 +73,10 @@ def policy_loss(
         return total, _metrics(weight, log_prob, old_log_prob, advantages, response_mask)
 
     def _metrics(weight, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
-        if settings.loss_type in CLIPPED_LOSS_TYPES:
+        if settings.loss.term is CLIPPED:
             clip = clipped(weight, advantages, settings)
         else:
-            clip = (weight > settings.clip_high) & (settings.loss_type == "cispo")  # whatever the advantage, as verl's
+            clip = (weight > settings.clip_high) & (settings.loss.term is CISPO)  # whatever the advantage, as verl's
         dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
         shares = {
             "actor/pg_clipfrac": clip.to(log_prob.dtype),

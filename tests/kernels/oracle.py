@@ -5,17 +5,16 @@ let a zero gradient pass; `boundary_inputs` draws them around the current ones a
 """
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, available_impls, grpo_loss, linear_grpo_loss
-from igrpo_kernels.types import LOSS_TYPES
+from igrpo_kernels.losses import LOSSES
 
 # Implementations the shared tests run on, as far as this machine has them; a new one joins by adding its name.
 IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
-LOSS_LEVELS = [pair for pair in product(LOSS_TYPES, ("token", "sequence")) if pair != ("vespo", "sequence")]
+LOSS_LEVELS = [(name, level) for name, loss in LOSSES.items() for level in loss.term.levels]
 
 
 @dataclass(frozen=True)

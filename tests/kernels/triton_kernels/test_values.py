@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, grpo_loss, selective_log_softmax
+from igrpo_kernels.losses import LOSSES, SEQUENCE_MEAN, Loss, Term
 from igrpo_kernels.triton_rows import TRITON
 from tests.kernels.oracle import LOSS_LEVELS, assert_close_to_truth, loss_and_grad, packed
 
@@ -77,6 +78,13 @@ def test_one_pass_only_where_coefficients_are_local(small_inputs):
     assert TRITON.fits_one_pass(batch, GRPOLossConfig(**EVERYTHING))
     for options in (OPTIONS["sequence_mask"], OPTIONS["opsm"], OPTIONS["top_entropy"], {"loss_type": "vespo"}):
         assert not TRITON.fits_one_pass(batch, GRPOLossConfig(**options))
+
+
+def test_a_policy_term_that_the_kernel_does_not_know_is_refused(small_inputs, monkeypatch):
+    term = Term("made_up", lambda x, config: -x.weight * x.advantages, (), one_pass=True)
+    monkeypatch.setitem(LOSSES, "made_up", Loss(term, SEQUENCE_MEAN))
+    with pytest.raises(Exception, match="does not know this policy term"):
+        loss_and_grad(small_inputs(), GRPOLossConfig("made_up"), impl="triton")
 
 
 @pytest.mark.parametrize("mode", ["token_truncate", "sequence_mask"])

@@ -1,0 +1,224 @@
+"""The table of losses: what each `loss_type` computes, beside the line that computes it, and how it is reduced.
+
+A policy term gives the loss per token (n,) from l policy, o old policy, d = l - o, w importance weight and A advantages
+before gates, sampler ratio and KL (`objective.py`). Losses of one term differ in what epsilon means and in the
+reduction.
+
+Adding a loss: a row in LOSSES and, if it needs one, a term. It then works everywhere, in two passes over the logits.
+For one pass its slope dL/dl joins `policy_slopes` in `triton_math.py` and in `csrc/token_objective.h`, and the term
+says `one_pass=True`. All else follows from this table: the choices of both configurations (igrpo reads this file
+without importing torch, which is why no line here does), their checks, the kernels' dispatch, reductions, metrics, and
+the table in docs/algorithm.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Config = Any  # GRPOLossConfig, which reads this table
+Batch = Any  # TokenBatch
+
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
+IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+
+_VESPO_LOG_RATIO_LIMIT = 20.0
+_VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
+_VESPO_LAMBDA_MIN = 1e-4
+
+
+class TermInputs(NamedTuple):
+    """What a policy term is given; (n,) each, masked rows 0."""
+
+    logps: Tensor  # l
+    log_ratio: Tensor  # d
+    weight: Tensor  # w
+    advantages: Tensor  # A
+    sampler: Tensor | None  # sampler ratio, constant; (S,) where it belongs to sequences
+    batch: Batch
+
+
+# ---- policy terms
+
+
+def clipped(x: TermInputs, config: Config) -> Tensor:
+    """-min(min(w, delta)·A, clip(w, low, high)·A), floored for A < 0 by dual-clip at c·A."""
+    bounded = _bounded(x.weight, config.clip_low, config.clip_high)
+    weight = x.weight if config.delta is None else _bounded(x.weight, -math.inf, config.delta)
+    surrogate = times(x.advantages, weight).minimum(x.advantages * bounded)
+    if config.dual_clip is not None:
+        surrogate = surrogate.maximum(config.dual_clip * x.advantages).where(x.advantages < 0, surrogate)
+    return -surrogate
+
+
+def cispo(x: TermInputs, config: Config) -> Tensor:
+    """-stop_gradient(clip(w, low, high))·A·l"""
+    return -times(x.weight.detach().clamp(config.clip_low, config.clip_high) * x.advantages, x.logps)
+
+
+def sapo(x: TermInputs, config: Config) -> Tensor:
+    """-(4/t)·sigmoid(t·(w - 1))·A with t = temperature_pos where A > 0, else temperature_neg."""
+    positive = x.weight.new_full(x.weight.shape, config.sapo_temperature_pos)
+    t = positive.masked_fill(~(x.advantages > 0), config.sapo_temperature_neg)
+    return -((t * (x.weight - 1.0)).sigmoid() * 4.0 / t) * x.advantages
+
+
+def vespo(x: TermInputs, config: Config) -> Tensor:
+    """-phi(W)·A·l, with phi a constant; see `vespo_phi`."""
+    return -times(vespo_phi(x, config) * x.advantages, x.logps)
+
+
+def vespo_phi(x: TermInputs, config: Config) -> Tensor:
+    """phi(W) = exp(lambda + k·log W - lambda·W) (n,), a constant; W = product of the sequence's token ratios.
+
+    log W = sum_t clip(d_t, ±20) [+ sum_t clip(log sampler ratio_t, log 1e-8, 20)], clipped to [log 1e-8, 20]; k and
+    lambda by the sign of A. phi(1) = 1.
+    """
+    batch = x.batch
+    log_weight = x.log_ratio.detach().clamp(-_VESPO_LOG_RATIO_LIMIT, _VESPO_LOG_RATIO_LIMIT)
+    if x.sampler is not None:
+        log_weight = log_weight + x.sampler.log().clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT)
+    log_w = batch.expand(batch.segment_sum(log_weight).clamp(_VESPO_LOG_WEIGHT_MIN, _VESPO_LOG_RATIO_LIMIT))
+    negative = ~(x.advantages >= 0)
+    k = log_w.new_full(log_w.shape, config.vespo_k_pos).masked_fill(negative, config.vespo_k_neg)
+    decay = log_w.new_full(log_w.shape, config.vespo_lambda_pos).masked_fill(negative, config.vespo_lambda_neg)
+    decay = decay.clamp(min=_VESPO_LAMBDA_MIN)
+    log_phi = decay + k * log_w - decay * log_w.exp()
+    return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def times(a: Tensor, x: Tensor) -> Tensor:
+    """a·x for a constant a, with 0 · inf = 0 in value and in gradient. NaN stays NaN: a poisoned row must show."""
+    return (a * x).masked_fill((a == 0) & x.isinf(), 0.0)
+
+
+def _bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """clamp, whose gradient on a bound is 1 whatever the torch; that of ``clamp`` is 0 since 2.14 and was 1 before."""
+    return x.masked_fill(x < low, low).masked_fill(x > high, high)
+
+
+class Term(NamedTuple):
+    """A policy term."""
+
+    name: str
+    """What the kernels call it."""
+
+    function: Callable[[TermInputs, Config], Tensor]
+    """The equation is its docstring."""
+
+    settings: tuple[str, ...]
+    """Keys of GRPOLossConfig that belong to this term."""
+
+    one_pass: bool = False
+    """Whether the kernels know its slope, so that one pass over the logits gives the gradient."""
+
+    couples_sequence: bool = False
+    """Whether a token's term needs the log-probabilities of its whole sequence."""
+
+    levels: tuple[str, ...] = IMPORTANCE_SAMPLING_LEVELS
+    """Values of importance_sampling_level that it can be combined with."""
+
+    takes_sampler: bool = False
+    """Whether the sampler's ratio is part of it; it multiplies every other term."""
+
+
+_EPSILONS = ("epsilon", "epsilon_high")
+CLIPPED = Term("clipped", clipped, (*_EPSILONS, "delta", "dual_clip"), one_pass=True)
+CISPO = Term("cispo", cispo, _EPSILONS, one_pass=True)
+SAPO = Term("sapo", sapo, ("sapo_temperature_neg", "sapo_temperature_pos"), one_pass=True)
+VESPO = Term(
+    "vespo", vespo, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+    couples_sequence=True, levels=("token",), takes_sampler=True,
+)  # fmt: skip
+
+
+# ---- what epsilon and epsilon_high say: (low, high) from both
+
+
+def around_one(epsilon: float, epsilon_high: float) -> tuple[float, float]:
+    """[1 - epsilon, 1 + epsilon_high]"""
+    return 1.0 - epsilon, 1.0 + epsilon_high
+
+
+def above_only(epsilon: float, epsilon_high: float) -> tuple[float, float]:
+    """[0, epsilon_high]"""
+    return 0.0, epsilon_high
+
+
+# ---- reductions: weight of each sequence's tokens (S,), from their number n_b, S (empty ones included), num_items
+
+
+class Reduction(NamedTuple):
+    """A denominator."""
+
+    divides_by: str
+    to_accumulate: str
+    """What makes the sum over micro-batches exact; S_total and n_total count the whole optimiser step."""
+
+    weights: Callable[[Tensor, int, Config, Any], Tensor]
+    share: Callable[[float, float, float, float], float]
+    """Factor of a micro-batch's loss, from its S and n and those of the whole step."""
+
+
+def _of_tokens(lengths: Tensor, num_items: Tensor | float | None) -> Tensor:
+    if num_items is None:
+        denominator = lengths.sum()
+    elif isinstance(num_items, int | float):
+        denominator = lengths.new_full((), num_items)
+    else:
+        denominator = num_items.to(lengths).reshape(())
+    return lengths.new_ones(lengths.shape) / denominator.clamp(min=1.0)
+
+
+def _of_sequences(s: float, n: float, s_total: float, n_total: float) -> float:
+    return s / max(s_total, 1.0)
+
+
+SEQUENCE_MEAN = Reduction(
+    "S · n_b, n_b the sequence's tokens", "loss · S / S_total",
+    lambda lengths, s, config, _: 1.0 / (lengths.clamp(min=1.0) * s), _of_sequences,
+)  # fmt: skip
+SEQUENCE_SUM = Reduction(
+    "S", "loss · S / S_total",
+    lambda lengths, s, config, _: lengths.new_ones(lengths.shape) / s, _of_sequences,
+)  # fmt: skip
+CONSTANT_LENGTH = Reduction(
+    "S · max_completion_length", "loss · S / S_total",
+    lambda lengths, s, config, _: lengths.new_ones(lengths.shape) / (s * config.max_completion_length), _of_sequences,
+)  # fmt: skip
+TOKEN_MEAN = Reduction(
+    "n", "loss · n / n_total",
+    lambda lengths, s, config, _: _of_tokens(lengths, None), lambda s, n, s_total, n_total: n / max(n_total, 1.0),
+)  # fmt: skip
+NUM_ITEMS = Reduction(
+    "num_items_in_batch", "pass num_items_in_batch = n_total, then add",
+    lambda lengths, s, config, num_items: _of_tokens(lengths, num_items), lambda s, n, s_total, n_total: 1.0,
+)  # fmt: skip
+
+
+# ---- the losses
+
+
+class Loss(NamedTuple):
+    """A `loss_type`."""
+
+    term: Term
+    reduction: Reduction
+    bounds: Callable[[float, float], tuple[float, float]] = around_one
+
+
+LOSSES = {
+    "grpo": Loss(CLIPPED, SEQUENCE_MEAN),
+    "bnpo": Loss(CLIPPED, TOKEN_MEAN),
+    "dr_grpo": Loss(CLIPPED, CONSTANT_LENGTH),
+    "dapo": Loss(CLIPPED, NUM_ITEMS),
+    "cispo": Loss(CISPO, NUM_ITEMS, above_only),
+    "sapo": Loss(SAPO, SEQUENCE_MEAN),
+    "luspo": Loss(CLIPPED, SEQUENCE_SUM),
+    "vespo": Loss(VESPO, NUM_ITEMS),
+}
