@@ -20,7 +20,7 @@
 namespace igrpo {
 
 // The policy terms of igrpo_kernels/losses.py whose slope is here; Python asks for this list to learn their codes.
-#define IGRPO_POLICY_TERMS(X) X(clipped) X(cispo) X(sapo)
+#define IGRPO_POLICY_TERMS(X) X(clipped) X(cispo) X(sapo) X(dppo_tv) X(dppo_kl)
 
 enum class PolicyTerm : int32_t {
 #define IGRPO_ENUMERATOR(name) name,
@@ -70,6 +70,24 @@ IGRPO_HOST_DEVICE float sapo_slope(float w, float a, const ObjectiveParams& p) {
   return -4.0f * a * gate * (1.0f - gate);
 }
 
+// Whether a token's probability has moved too far the way its advantage pushes it.
+IGRPO_HOST_DEVICE bool dppo_tv_leaves(const Token& t, const ObjectiveParams& p) {
+  const float moved = expf(t.logp) - expf(t.old_logp);
+  return (t.advantage > 0.0f && moved > p.clip_high) || (t.advantage < 0.0f && moved < p.clip_low);
+}
+
+IGRPO_HOST_DEVICE bool dppo_kl_leaves(const Token& t, const ObjectiveParams& p) {
+  const float prob = expf(t.logp), mu = expf(t.old_logp), rest = fmaxf(1.0f - mu, 0.0f);
+  const float kl = mu * (t.old_logp - t.logp) + rest * logf((rest + 1e-8f) / (fmaxf(1.0f - prob, 0.0f) + 1e-8f));
+  return (t.advantage > 0.0f && prob > mu && kl > p.clip_high) ||
+         (t.advantage < 0.0f && prob < mu && kl > -p.clip_low);
+}
+
+// d/dl of -stop_gradient(min(w, delta)) · A · l inside the trust region, 0 outside.
+IGRPO_HOST_DEVICE float slope_inside(bool leaves, float w, const Token& t, const ObjectiveParams& p) {
+  return leaves || t.advantage == 0.0f ? 0.0f : -fminf(w, p.delta) * t.advantage;
+}
+
 // dL/dl, where L = sampler · policy_term + beta · KL. A factor of 0 beats an infinite ratio, as in objective.py.
 IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& p) {
   const float w = expf(t.logp - t.old_logp);
@@ -78,6 +96,8 @@ IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& 
     case PolicyTerm::clipped: through_w = -surrogate_slope(w, t.advantage, p); break;
     case PolicyTerm::cispo: direct = -fminf(fmaxf(w, p.clip_low), p.clip_high) * t.advantage; break;
     case PolicyTerm::sapo: through_w = sapo_slope(w, t.advantage, p); break;
+    case PolicyTerm::dppo_tv: direct = slope_inside(dppo_tv_leaves(t, p), w, t, p); break;
+    case PolicyTerm::dppo_kl: direct = slope_inside(dppo_kl_leaves(t, p), w, t, p); break;
   }
   through_w = t.sampler == 0.0f ? 0.0f : through_w * t.sampler;
   direct = t.sampler == 0.0f ? 0.0f : direct * t.sampler;

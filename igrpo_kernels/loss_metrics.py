@@ -14,7 +14,6 @@ from igrpo_kernels.types import GRPOLossConfig
 
 def objective_metrics(
     rows: TermInputs,  # the importance weight before the delta clamp, the sampler ratio after truncation or masking
-    old: Tensor,  # (n,)
     entropy: Tensor | None,  # (n,)
     kl: Tensor | None,  # (n,) bias-corrected if configured
     policy_loss: Tensor,  # () loss without the entropy bonus
@@ -34,10 +33,15 @@ def objective_metrics(
     elif config.loss.term is CISPO:
         clipped, per_sequence = _decisions(weight, batch, config, lambda w, a: (w > config.clip_high) & (a > 0))
         metrics["cispo_clip_ratio"] = _decision_mean(clipped, per_sequence, batch)
+    elif config.loss.term.leaves is not None:
+        leaves = config.loss.term.leaves(rows, config).to(batch.lengths.dtype)
+        metrics["clip_ratio/low_mean"] = _token_mean(leaves * (batch.advantages < 0), batch)
+        metrics["clip_ratio/high_mean"] = _token_mean(leaves * (batch.advantages > 0), batch)
+        metrics["clip_ratio/region_mean"] = _token_mean(leaves, batch)
     elif config.loss.term is VESPO:
         metrics["vespo/phi_seq_mean"] = _phi_mean(vespo_phi(rows, config), batch)
     if batch.sampling_per_token_logps is not None:
-        metrics |= _sampling_metrics(old, rows.sampler, batch, config)
+        metrics |= _sampling_metrics(rows.old, rows.sampler, batch, config)
     return metrics
 
 

@@ -30,12 +30,14 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 _VESPO_LOG_RATIO_LIMIT = 20.0
 _VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
 _VESPO_LAMBDA_MIN = 1e-4
+_TINY = 1e-8  # added to both sides of a quotient of probabilities
 
 
 class TermInputs(NamedTuple):
     """What a policy term is given; (n,) each, masked rows 0."""
 
     logps: Tensor  # l
+    old: Tensor  # o
     log_ratio: Tensor  # d
     weight: Tensor  # w
     advantages: Tensor  # A
@@ -102,6 +104,39 @@ def _bounded(x: Tensor, low: float, high: float) -> Tensor:
     return x.masked_fill(x < low, low).masked_fill(x > high, high)
 
 
+def dppo_tv(x: TermInputs, config: Config) -> Tensor:
+    """-stop_gradient(min(w, delta))·A·l, but 0 where A > 0 and exp(l) - exp(o) > high, or A < 0 and it is < low."""
+    return _inside(dppo_tv_leaves(x, config), x, config)
+
+
+def dppo_tv_leaves(x: TermInputs, config: Config) -> Tensor:
+    """Bool (n,): tokens whose probability has moved too far the way their advantage pushes it."""
+    moved = x.logps.detach().exp() - x.old.exp()
+    return ((x.advantages > 0) & (moved > config.clip_high)) | ((x.advantages < 0) & (moved < config.clip_low))
+
+
+def dppo_kl(x: TermInputs, config: Config) -> Tensor:
+    """-stop_gradient(min(w, delta))·A·l, but 0 where A > 0, exp(l) > exp(o) and K > high, or A < 0, exp(l) < exp(o)
+    and K > -low; K = KL(o || l) of "this token" against "any other".
+    """
+    return _inside(dppo_kl_leaves(x, config), x, config)
+
+
+def dppo_kl_leaves(x: TermInputs, config: Config) -> Tensor:
+    """Bool (n,), as `dppo_tv_leaves`."""
+    logps, a = x.logps.detach(), x.advantages
+    p, mu = logps.exp(), x.old.exp()
+    others = [(1.0 - q).clamp(min=0.0) for q in (mu, p)]
+    kl = mu * (x.old - logps) + others[0] * ((others[0] + _TINY) / (others[1] + _TINY)).log()
+    return ((a > 0) & (p > mu) & (kl > config.clip_high)) | ((a < 0) & (p < mu) & (kl > -config.clip_low))
+
+
+def _inside(leaves: Tensor, x: TermInputs, config: Config) -> Tensor:
+    weight = x.weight.detach()
+    weight = weight if config.delta is None else weight.clamp(max=config.delta)
+    return -times(times(x.advantages, weight).masked_fill(leaves, 0.0), x.logps)
+
+
 class Term(NamedTuple):
     """A policy term."""
 
@@ -126,6 +161,9 @@ class Term(NamedTuple):
     takes_sampler: bool = False
     """Whether the sampler's ratio is part of it; it multiplies every other term."""
 
+    leaves: Callable[[TermInputs, Config], Tensor] | None = None
+    """Bool (n,): tokens outside the trust region, for the clip metrics; None = the term has metrics of its own."""
+
 
 _EPSILONS = ("epsilon", "epsilon_high")
 CLIPPED = Term("clipped", clipped, (*_EPSILONS, "delta", "dual_clip"), one_pass=True)
@@ -135,6 +173,11 @@ VESPO = Term(
     "vespo", vespo, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
     couples_sequence=True, levels=("token",), takes_sampler=True,
 )  # fmt: skip
+
+
+_DPPO = {"settings": (*_EPSILONS, "delta"), "one_pass": True, "levels": ("token",)}
+DPPO_TV = Term("dppo_tv", dppo_tv, leaves=dppo_tv_leaves, **_DPPO)
+DPPO_KL = Term("dppo_kl", dppo_kl, leaves=dppo_kl_leaves, **_DPPO)
 
 
 # ---- what epsilon and epsilon_high say: (low, high) from both
@@ -148,6 +191,11 @@ def around_one(epsilon: float, epsilon_high: float) -> tuple[float, float]:
 def above_only(epsilon: float, epsilon_high: float) -> tuple[float, float]:
     """[0, epsilon_high]"""
     return 0.0, epsilon_high
+
+
+def around_zero(epsilon: float, epsilon_high: float) -> tuple[float, float]:
+    """[-epsilon, epsilon_high]"""
+    return -epsilon, epsilon_high
 
 
 # ---- reductions: weight of each sequence's tokens (S,), from their number n_b, S (empty ones included), num_items
@@ -221,4 +269,7 @@ LOSSES = {
     "sapo": Loss(SAPO, SEQUENCE_MEAN),
     "luspo": Loss(CLIPPED, SEQUENCE_SUM),
     "vespo": Loss(VESPO, NUM_ITEMS),
+    "cispo_two_sided": Loss(CISPO, NUM_ITEMS),
+    "dppo_tv": Loss(DPPO_TV, NUM_ITEMS, around_zero),
+    "dppo_kl": Loss(DPPO_KL, NUM_ITEMS, around_zero),
 }

@@ -51,7 +51,7 @@ def grpo_objective(
     log_ratio = logps - old  # d
     weight = importance_weight(log_ratio, batch, config)  # w
     sampler = sampler_ratio(old, batch, config)
-    term, terms = config.loss.term, TermInputs(logps, log_ratio, weight, batch.advantages, sampler, batch)
+    term, terms = config.loss.term, TermInputs(logps, old, log_ratio, weight, batch.advantages, sampler, batch)
     per_token_loss = term.function(terms, config)
 
     if config.off_policy_mask_threshold is not None:
@@ -76,7 +76,7 @@ def grpo_objective(
         count = active.sum().clamp(min=1)
         loss = loss - config.entropy_coef * (torch.where(active, entropy, 0.0).sum() / count)
     with torch.no_grad():
-        metrics = objective_metrics(terms, old, entropy, kl, policy_loss, config)
+        metrics = objective_metrics(terms, entropy, kl, policy_loss, config)
     return loss, metrics
 
 

@@ -150,7 +150,7 @@ def token_coefficient(
     if SAMPLER != NO_SAMPLER:
         policy_weight = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
     ratio_slope, direct = policy_slopes(
-        w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
+        logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
     )
     ratio_slope = times(policy_weight, ratio_slope)
     direct = times(policy_weight, direct)

@@ -126,8 +126,34 @@ def sapo_slope(w, advantage, temperature_pos, temperature_neg):
 
 
 @triton.jit
+def dppo_leaves(logp, old, advantage, low, high, TERM: tl.constexpr):
+    """Whether the token's probability has moved too far the way its advantage pushes it."""
+    p = tl.exp(logp)
+    mu = tl.exp(old)
+    if TERM == "dppo_tv":
+        up = p - mu > high
+        down = p - mu < low
+    else:
+        rest = tl.maximum(1.0 - mu, 0.0)
+        kl = mu * (old - logp) + rest * tl.log((rest + 1e-8) / (tl.maximum(1.0 - p, 0.0) + 1e-8))
+        up = (p > mu) & (kl > high)
+        down = (p < mu) & (kl > -low)
+    return ((advantage > 0.0) & up) | ((advantage < 0.0) & down)
+
+
+@triton.jit
 def policy_slopes(
-    w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM: tl.constexpr
+    logp,
+    old,
+    w,
+    advantage,
+    clip_low,
+    clip_high,
+    delta,
+    dual_clip,
+    sapo_temperature_pos,
+    sapo_temperature_neg,
+    TERM: tl.constexpr,
 ):
     """dL/dw, the part of the slope that goes through the ratio, and the part of dL/dlogp that does not."""
     through_w = tl.zeros_like(w)
@@ -138,6 +164,9 @@ def policy_slopes(
         direct = -tl.minimum(tl.maximum(w, clip_low), clip_high) * advantage
     elif TERM == "sapo":
         through_w = -sapo_slope(w, advantage, sapo_temperature_pos, sapo_temperature_neg)
+    elif TERM == "dppo_tv" or TERM == "dppo_kl":
+        leaves = dppo_leaves(logp, old, advantage, clip_low, clip_high, TERM)
+        direct = tl.where(leaves, 0.0, -times(advantage, tl.minimum(w, delta)))
     else:
         tl.static_assert(False, "triton_math.policy_slopes does not know this policy term of losses.py")
     return through_w, direct

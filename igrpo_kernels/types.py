@@ -81,7 +81,8 @@ class GRPOLossConfig:
     """Lower clip distance: ratios below 1 - epsilon are clipped when the advantage is negative."""
 
     epsilon_high: float | None = None
-    """Upper clip distance, None = `epsilon`. For cispo it is the bound on the ratio itself, not a distance from 1."""
+    """Upper clip distance, None = `epsilon`. For cispo it is the bound on the ratio itself, not a distance from 1; for
+    dppo_tv and dppo_kl both are bounds on how far a token's probability may move."""
 
     delta: float | None = None
     """Upper bound on the unclipped ratio (two-sided clipping, INTELLECT-2); useful values exceed 1 + epsilon_high."""

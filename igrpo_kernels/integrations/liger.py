@@ -279,7 +279,7 @@ def _per_token(
     weight = importance_weight(logps - old, lengths, config)
     term = config.loss.term
     sampler = ratio.reshape(-1) if ratio is not None and term.takes_sampler else None
-    loss = term.function(TermInputs(logps, logps - old, weight, batch.advantages, sampler, batch), config)
+    loss = term.function(TermInputs(logps, old, logps - old, weight, batch.advantages, sampler, batch), config)
     if ratio is not None and not term.takes_sampler:
         loss = loss * ratio.reshape(-1)
     kl = None

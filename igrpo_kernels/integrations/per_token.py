@@ -50,7 +50,7 @@ def per_token_policy_loss(
         weight = sequence_weight(log_ratio, batch)
     else:
         weight = importance_weight(log_ratio, batch, config)
-    terms = TermInputs(rows, log_ratio, weight, batch.advantages, None, batch)
+    terms = TermInputs(rows, batch.old_per_token_logps, log_ratio, weight, batch.advantages, None, batch)
     loss = config.loss.term.function(terms, config)
     return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
 

@@ -24,7 +24,7 @@ from igrpo_kernels.integrations.per_token import (
     per_token_policy_loss,
     policy_settings,
 )
-from igrpo_kernels.losses import CISPO, CLIPPED
+from igrpo_kernels.losses import CISPO, CLIPPED, TermInputs
 
 __all__ = ["linear_cross_entropy", "policy_loss"]
 
@@ -75,8 +75,12 @@ def policy_loss(
     def _metrics(weight, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
         if settings.loss.term is CLIPPED:
             clip = clipped(weight, advantages, settings)
-        else:
-            clip = (weight > settings.clip_high) & (settings.loss.term is CISPO)  # whatever the advantage, as verl's
+        elif settings.loss.term.leaves is not None:
+            rows = TermInputs(log_prob, old_log_prob, log_prob - old_log_prob, weight, advantages, None, None)
+            clip = settings.loss.term.leaves(rows, settings)
+        else:  # whatever the advantage, as verl's
+            outside = (weight > settings.clip_high) | (weight < settings.clip_low)
+            clip = outside & (settings.loss.term is CISPO)
         dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
         shares = {
             "actor/pg_clipfrac": clip.to(log_prob.dtype),

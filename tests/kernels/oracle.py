@@ -10,11 +10,24 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, available_impls, grpo_loss, linear_grpo_loss
-from igrpo_kernels.losses import LOSSES
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.losses import LOSSES, TermInputs
 
 # Implementations the shared tests run on, as far as this machine has them; a new one joins by adding its name.
 IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
 LOSS_LEVELS = [(name, level) for name, loss in LOSSES.items() for level in loss.term.levels]
+
+
+def _weight_is_constant(loss_type: str) -> bool:
+    """Whether the ratio enters the policy term as a constant: then the loss is a number times logp."""
+    logps, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    batch = TokenBatch.build(torch.zeros(1, 1, dtype=torch.int64), ones, dtype=torch.float64)
+    x = TermInputs(logps, logps, logps, ones.clone().requires_grad_(), ones, None, batch)
+    config = GRPOLossConfig(loss_type=loss_type, max_completion_length=1)
+    return not LOSSES[loss_type].term.function(x, config).requires_grad
+
+
+CONSTANT_WEIGHTS = tuple(name for name in LOSSES if _weight_is_constant(name))
 
 
 @dataclass(frozen=True)

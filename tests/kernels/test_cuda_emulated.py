@@ -209,6 +209,14 @@ def test_token_loss_with_a_softcap_out_of_place(kernels, plan, dtype):
     check_token_loss(kernels, plan, inputs.logits.to(dtype).contiguous(), inputs, config)
 
 
+@pytest.mark.parametrize(("loss_type", "threshold"), [("dppo_tv", 1e-3), ("dppo_kl", 1e-4), ("cispo_two_sided", 0.1)])
+def test_token_loss_of_other_policy_terms(kernels, loss_type, threshold):
+    kernels.configure(True, False)
+    config = GRPOLossConfig(loss_type, epsilon=threshold, epsilon_high=2 * threshold, beta=0.1)
+    inputs = boundary_inputs(B=2, T=12, V=37, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
+    check_token_loss(kernels, "two_pass", inputs.logits.contiguous(), inputs, config)
+
+
 @pytest.mark.parametrize("plan", LONG_PLANS)
 def test_rows_of_a_real_vocabulary(kernels, plan):
     kernels.configure(True, False)

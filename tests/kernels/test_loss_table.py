@@ -63,7 +63,7 @@ def test_a_code_that_no_kernel_has_is_refused(place, code, message):
 @triton.jit
 def slopes_kernel(x_ptr, TERM: tl.constexpr):
     w = tl.load(x_ptr)
-    through_w, direct = policy_slopes(w, w, w, w, w, w, w, w, TERM)
+    through_w, direct = policy_slopes(w, w, w, w, w, w, w, w, w, w, TERM)
     tl.store(x_ptr, through_w + direct)
 
 

@@ -14,7 +14,7 @@ from igrpo_kernels import (
 )
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import grpo_objective, objective_and_row_gradients
-from tests.kernels.oracle import LOSS_LEVELS, boundary_inputs, loss_and_grad, packed
+from tests.kernels.oracle import CONSTANT_WEIGHTS, LOSS_LEVELS, boundary_inputs, loss_and_grad, packed
 
 OPTIONS = {
     "plain": {},
@@ -44,7 +44,7 @@ def small_inputs(level):
 
 
 @pytest.mark.parametrize("options", list(OPTIONS), ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize(("loss_type", "level"), [p for p in LOSS_LEVELS if p[0] not in ("cispo", "vespo")])
+@pytest.mark.parametrize(("loss_type", "level"), [p for p in LOSS_LEVELS if p[0] not in CONSTANT_WEIGHTS])
 def test_logits_gradient(loss_type, level, options):
     config, inputs = make_config(loss_type, level, OPTIONS[options]), small_inputs(level)
 
@@ -55,9 +55,9 @@ def test_logits_gradient(loss_type, level, options):
 
 
 @pytest.mark.parametrize("options", list(OPTIONS), ids=lambda name: name.replace(" ", "-"))
-@pytest.mark.parametrize(("loss_type", "level"), [p for p in LOSS_LEVELS if p[0] in ("cispo", "vespo")])
+@pytest.mark.parametrize(("loss_type", "level"), [p for p in LOSS_LEVELS if p[0] in CONSTANT_WEIGHTS])
 def test_logits_gradient_with_detached_weights(loss_type, level, options):
-    """The weight of cispo and vespo is a constant: the loss is linear in logp, so differences of a surrogate whose
+    """The weight is a constant: the loss is linear in logp, so differences of a surrogate whose
     ratio is frozen at the point of evaluation must reproduce the gradient."""
     options = {"epsilon_high": 1.3, **OPTIONS[options]} if loss_type == "cispo" else OPTIONS[options]
     config, inputs = make_config(loss_type, level, options), small_inputs(level)
@@ -81,11 +81,11 @@ def test_logits_gradient_with_detached_weights(loss_type, level, options):
     logits = inputs.logits.clone().requires_grad_()
     assert torch.autograd.gradcheck(frozen, logits)
     torch.testing.assert_close(torch.autograd.grad(frozen(logits), logits)[0], grad, rtol=1e-10, atol=1e-14)
-    # loss = sum(slope·logp) for these two, which pins the slope itself
+    # loss = sum(slope·logp) for these, which pins the slope itself
     torch.testing.assert_close((slope * out.per_token_logps.flatten()).sum(), out.loss.detach())
 
 
-@pytest.mark.parametrize("loss_type", ["cispo", "vespo"])
+@pytest.mark.parametrize("loss_type", CONSTANT_WEIGHTS)
 def test_kl_and_entropy_beside_detached_weights(loss_type):
     """With A = 0 the detached policy term vanishes and everything left must pass finite differences."""
     config = make_config(loss_type, "token", {"beta": 0.3, "entropy_coef": 0.2})

@@ -80,6 +80,15 @@ def test_one_pass_only_where_coefficients_are_local(small_inputs):
         assert not TRITON.fits_one_pass(batch, GRPOLossConfig(**options))
 
 
+@pytest.mark.parametrize(("loss_type", "threshold"), [("dppo_tv", 2e-3), ("dppo_kl", 2e-4)])
+def test_thresholds_that_split_the_tokens(small_inputs, loss_type, threshold):
+    inputs = small_inputs()
+    config = GRPOLossConfig(loss_type, epsilon=threshold, epsilon_high=2 * threshold, delta=1.2, beta=0.1)
+    out, _ = compare(inputs, config)
+    assert out.metrics["clip_ratio/low_mean"] > 0.03 and out.metrics["clip_ratio/high_mean"] > 0.03
+    compare(inputs, GRPOLossConfig("cispo_two_sided", epsilon=0.1, epsilon_high=0.05))
+
+
 def test_a_policy_term_that_the_kernel_does_not_know_is_refused(small_inputs, monkeypatch):
     term = Term("made_up", lambda x, config: -x.weight * x.advantages, (), one_pass=True)
     monkeypatch.setitem(LOSSES, "made_up", Loss(term, SEQUENCE_MEAN))
