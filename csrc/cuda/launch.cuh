@@ -1,12 +1,12 @@
 // Launchers: the plan of a launch, and the launch. Included by one source per dtype.
 #pragma once
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
 #include "cluster_kernel.cuh"
 #include "launch.h"
+#include "plan.h"
 #include "resident_kernel.cuh"
 #include "stream_kernels.cuh"
 
@@ -34,11 +34,6 @@ inline Device current_device() {
   IGRPO_CUDA_CHECK(
       cudaDeviceGetAttribute(&device.shared_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id));
   return device;
-}
-
-inline bool plan_allows(const char* plan) {
-  const char* forced = std::getenv("IGRPO_CUDA_PLAN");
-  return forced == nullptr || *forced == '\0' || std::string(forced) == plan;
 }
 
 inline unsigned grid_of(const Rows& rows, int blocks) {
@@ -115,11 +110,16 @@ void launch_resident(const Rows& rows, const RowStats& out, const TokenConstants
 template <class T, bool kSoftcap>
 void launch_token_loss(const Rows& rows, const RowStats& out, const TokenConstants& constants, cudaStream_t stream) {
   const Device device = current_device();
-  const ClusterPlan plan = cluster_plan<T>(rows, device);
-  if (device.major >= 9 && plan.cluster > 0 && granules_coincide<T>(rows) && plan_allows("cluster")) {
-    launch_cluster<T, kSoftcap>(rows, out, constants, plan, device, stream);
+  const ClusterPlan cluster = cluster_plan<T>(rows, device);
+  const char* against_cluster = device.major < 9         ? "the device is older than sm_90"
+                                : cluster.cluster == 0   ? "a row is longer than a cluster's shared memory"
+                                : !granules_coincide<T>(rows) ? "logits and gradient start on different 16 bytes"
+                                                              : nullptr;
+  const Plan plan = choose_plan(against_cluster);
+  if (plan == Plan::cluster) {
+    launch_cluster<T, kSoftcap>(rows, out, constants, cluster, device, stream);
   } else {
-    launch_resident<T, kSoftcap>(rows, out, constants, device, plan_allows("resident"), stream);
+    launch_resident<T, kSoftcap>(rows, out, constants, device, plan == Plan::resident, stream);
   }
 }
 
