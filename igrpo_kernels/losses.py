@@ -137,6 +137,20 @@ def _inside(leaves: Tensor, x: TermInputs, config: Config) -> Tensor:
     return -times(times(x.advantages, weight).masked_fill(leaves, 0.0), x.logps)
 
 
+def gmpo(x: TermInputs, config: Config) -> Tensor:
+    """-A·exp(mean of m over the sequence), m = min(d, high) where A > 0, max(d, low) where A < 0"""
+    below = _bounded(x.log_ratio, -math.inf, config.clip_high)
+    bounded = below.where(x.advantages > 0, _bounded(x.log_ratio, config.clip_low, math.inf))
+    mean = x.batch.segment_sum(bounded.masked_fill(x.advantages == 0, 0.0)) / x.batch.lengths.clamp(min=1.0)
+    return -x.advantages * x.batch.expand(mean.exp())
+
+
+def gmpo_leaves(x: TermInputs, config: Config) -> Tensor:
+    """Bool (n,): tokens whose log-ratio is clipped."""
+    above, below = x.log_ratio > config.clip_high, x.log_ratio < config.clip_low
+    return (above & (x.advantages > 0)) | (below & (x.advantages < 0))
+
+
 class Term(NamedTuple):
     """A policy term."""
 
@@ -178,6 +192,7 @@ VESPO = Term(
 _DPPO = {"settings": (*_EPSILONS, "delta"), "one_pass": True, "levels": ("token",)}
 DPPO_TV = Term("dppo_tv", dppo_tv, leaves=dppo_tv_leaves, **_DPPO)
 DPPO_KL = Term("dppo_kl", dppo_kl, leaves=dppo_kl_leaves, **_DPPO)
+GMPO = Term("gmpo", gmpo, _EPSILONS, couples_sequence=True, levels=("token",), leaves=gmpo_leaves)
 
 
 # ---- what epsilon and epsilon_high say: (low, high) from both
@@ -272,4 +287,5 @@ LOSSES = {
     "cispo_two_sided": Loss(CISPO, NUM_ITEMS),
     "dppo_tv": Loss(DPPO_TV, NUM_ITEMS, around_zero),
     "dppo_kl": Loss(DPPO_KL, NUM_ITEMS, around_zero),
+    "gmpo": Loss(GMPO, SEQUENCE_MEAN, around_zero),
 }

@@ -270,14 +270,14 @@ def token_loss_kernel(
     grad_logp = tl.where((target >= 0) & (target < V), grad_logp, float("nan"))
 
     BLOCK: tl.constexpr = TILE * LANES
-    silent = (active == 0) | ((grad_logp == 0.0) & (grad_entropy == 0.0))
-    readable = tl.where(silent, 0, V)  # a row without a gradient is not read again
+    without_gradient = (active == 0) | ((grad_logp == 0.0) & (grad_entropy == 0.0))
+    readable = tl.where(without_gradient, 0, V)  # a row without a gradient is not read again
     blocks = tl.cdiv(V, BLOCK)
     for block in range(0, blocks):
         column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + column, mask=column < readable, other=0.0).to(DTYPE)
         grad = grad_logits(x, column, target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
-        grad = tl.where(silent, 0.0, grad)
+        grad = tl.where(without_gradient, 0.0, grad)
         tl.store(grad_row_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=column < V)
 
 

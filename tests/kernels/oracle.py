@@ -21,8 +21,9 @@ LOSS_LEVELS = [(name, level) for name, loss in LOSSES.items() for level in loss.
 def _weight_is_constant(loss_type: str) -> bool:
     """Whether the ratio enters the policy term as a constant: then the loss is a number times logp."""
     logps, ones = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    log_ratio, weight = logps.clone().requires_grad_(), ones.clone().requires_grad_()
     batch = TokenBatch.build(torch.zeros(1, 1, dtype=torch.int64), ones, dtype=torch.float64)
-    x = TermInputs(logps, logps, logps, ones.clone().requires_grad_(), ones, None, batch)
+    x = TermInputs(logps, logps, log_ratio, weight, ones, None, batch)
     config = GRPOLossConfig(loss_type=loss_type, max_completion_length=1)
     return not LOSSES[loss_type].term.function(x, config).requires_grad
 
