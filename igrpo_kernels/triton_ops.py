@@ -93,15 +93,7 @@ def _(logits, *_):
 @torch.library.custom_op("igrpo_kernels::token_loss_", mutates_args=("logits",))
 def token_loss_(
     logits: Tensor,  # (n, V) or (B, T, V); becomes dlogits
-    index: Tensor,  # the rest: see CoefficientInputs
-    mask: Tensor,
-    advantages: Tensor,
-    loss_weight: Tensor,
-    old_per_token_logps: Tensor | None,
-    ref_per_token_logps: Tensor | None,
-    sampling_per_token_logps: Tensor | None,
-    policy_weight: Tensor | None,
-    grad_entropy: Tensor | None,
+    inputs: Sequence[Tensor | None],  # CoefficientInputs
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -110,19 +102,8 @@ def token_loss_(
     kind: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """logps and entropy (n,), and logits overwritten with their gradient."""
-    rows = CoefficientInputs(
-        index,
-        mask,
-        advantages,
-        loss_weight,
-        old_per_token_logps,
-        ref_per_token_logps,
-        sampling_per_token_logps,
-        policy_weight,
-        grad_entropy,
-    )
-    transform = LogitTransform(scale, softcap, temperature)
-    return token_loss_fwd(logits, logits, rows, transform, LossScalars(*scalars), LossKind(term, *kind))
+    transform, kind = LogitTransform(scale, softcap, temperature), LossKind(term, *kind)
+    return token_loss_fwd(logits, logits, CoefficientInputs(*inputs), transform, LossScalars(*scalars), kind)
 
 
 @token_loss_.register_fake
@@ -133,15 +114,7 @@ def _(logits, *_):
 @torch.library.custom_op("igrpo_kernels::token_loss", mutates_args=())
 def token_loss(
     logits: Tensor,  # (n, V) or (B, T, V)
-    index: Tensor,  # the rest: see CoefficientInputs
-    mask: Tensor,
-    advantages: Tensor,
-    loss_weight: Tensor,
-    old_per_token_logps: Tensor | None,
-    ref_per_token_logps: Tensor | None,
-    sampling_per_token_logps: Tensor | None,
-    policy_weight: Tensor | None,
-    grad_entropy: Tensor | None,
+    inputs: Sequence[Tensor | None],  # CoefficientInputs
     scale: float,
     softcap: float | None,
     temperature: float,
@@ -151,19 +124,8 @@ def token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dlogits (contiguous, dtype of logits), logps and entropy (n,)."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = CoefficientInputs(
-        index,
-        mask,
-        advantages,
-        loss_weight,
-        old_per_token_logps,
-        ref_per_token_logps,
-        sampling_per_token_logps,
-        policy_weight,
-        grad_entropy,
-    )
-    transform = LogitTransform(scale, softcap, temperature)
-    return grad, *token_loss_fwd(logits, grad, rows, transform, LossScalars(*scalars), LossKind(term, *kind))
+    transform, kind = LogitTransform(scale, softcap, temperature), LossKind(term, *kind)
+    return grad, *token_loss_fwd(logits, grad, CoefficientInputs(*inputs), transform, LossScalars(*scalars), kind)
 
 
 @token_loss.register_fake

@@ -70,7 +70,7 @@ class TritonRows:
     ) -> tuple[Tensor, Tensor, None, Tensor]:
         """One launch: two walks over each row, one write."""
         scalars, kind, transform = LossScalars.of(config), LossKind.of(config), config.logit_transform
-        arguments = (*inputs, *transform, [*scalars], kind.term, [*kind[1:]])
+        arguments = ([*inputs], *transform, [*scalars], kind.term, [*kind[1:]])
         if out is None:
             grad, logps, entropy = ops.token_loss(logits, *arguments)
         elif out.data_ptr() == logits.data_ptr():

@@ -44,7 +44,7 @@ def test_opcheck(row_arguments, name, monkeypatch):
     logits, index, mask, (a, b, c, d, e) = row_arguments
     transform = (1.0, None, 0.7)
     row_max, log_sum = logits.amax(-1), torch.zeros_like(a)
-    loss_inputs = (index, mask, a, b, c, None, None, None, d[0], *transform, [1.0] * 9)
+    loss_inputs = ([index, mask, a, b, c, None, None, None, d[0]], *transform, [1.0] * 9)
     arguments = {
         "row_statistics": (logits, index, mask, *transform, True),
         "row_gradient": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
