@@ -227,7 +227,7 @@ def test_outputs_have_the_callers_shape_and_are_detached(layout, impl):
 
 
 def test_micro_batches_add_up_as_documented(impl):
-    """The recipe in `grpo_loss`'s docstring, for every loss type, with unequal micro-batches and an entropy bonus."""
+    """The recipe of docs/algorithm.md, for every loss type, with unequal micro-batches and an entropy bonus."""
     inputs = boundary_inputs()
     lengths = inputs.completion_mask.sum(-1)
     n_total, s_total = int(lengths.sum()), len(lengths)
@@ -238,7 +238,7 @@ def test_micro_batches_add_up_as_documented(impl):
         for part in (slice(0, 3), slice(3, 8)):
             micro = replace(inputs, **{k: v[part] for k, v in vars(inputs).items() if v is not None})
             n, s = int(lengths[part].sum()), len(lengths[part])
-            factor = {"bnpo": n / n_total, "dapo": 1.0, "cispo": 1.0, "vespo": 1.0}.get(loss_type, s / s_total)
+            factor = config.loss.reduction.share(s, n, s_total, n_total)
             micro_config = replace(config, entropy_coef=config.entropy_coef * (n / n_total) / factor)
             out, micro_grad = loss_and_grad(micro, micro_config, impl=impl, num_items_in_batch=n_total)
             loss += factor * out.loss
