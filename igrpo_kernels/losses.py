@@ -1,8 +1,8 @@
 """The table of losses: what each `loss_type` computes, beside the line that computes it, and how it is reduced.
 
 A policy term gives the loss per token (n,) from l policy, o old policy, d = l - o, w importance weight and A advantages
-before gates, sampler ratio and KL (`objective.py`). Losses of one term differ in what epsilon means and in the
-reduction.
+before gates, sampler ratio and KL (`objective.py`). It is a multiple of A: rows without one are left out of the work.
+Losses of one term differ in what epsilon means and in the reduction.
 
 Adding a loss: a row in LOSSES and, if it needs one, a term. It then works everywhere, in two passes over the logits.
 For one pass its slope dL/dl joins `policy_slopes` in `triton_math.py` and in `csrc/token_objective.h`, and the term

@@ -4,9 +4,11 @@ A step's loss is a mean over all its S sequences (or all its tokens), computed i
 Each micro-batch's own mean is scaled by its share of that denominator, so that the sum over micro-batches is the mean
 over the step, whatever the split:
 
-    grpo, sapo, luspo, dr_grpo:   L = sum_m (S_m / S) L_m          S_m: sequences of micro-batch m
-    bnpo:                         L = sum_m (n_m / n) L_m          n_m: its completion tokens
-    dapo, cispo, vespo:           L = sum_m L_m                    divided by n already (num_items_in_batch)
+    L = sum_m (S_m / S) L_m    S_m: sequences of micro-batch m      losses that divide by sequences
+    L = sum_m (n_m / n) L_m    n_m: its completion tokens           losses that divide by a call's tokens
+    L = sum_m L_m              divided by n already                 losses that take num_items_in_batch
+
+Which is which: docs/algorithm.md.
 """
 
 from __future__ import annotations
