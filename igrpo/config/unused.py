@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.learner.losses import takes
 from igrpo.settings import ConfigError
+from igrpo.settings.losses import takes
 from igrpo.settings.section import Section
 
 GYM, PACKAGED = "reasoning_gym:", "smollm2-135m"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from igrpo.learner.losses import CorrectionMode, KLEstimator, Level, LossType
 from igrpo.models.config import ModelConfig
 from igrpo.settings.kinds import Count, Finite, Interval, NotNegative, Positive, Share, ShareBelowOne, Text
+from igrpo.settings.losses import CorrectionMode, KLEstimator, Level, LossType
 from igrpo.settings.shared import BatchConfig, OutputConfig, SamplingConfig, WeightsConfig
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from igrpo.learner.losses import CorrectionMode, KLEstimator, Level, LossType, takes
+from igrpo.settings.losses import CorrectionMode, KLEstimator, Level, LossType, takes
 from igrpo_kernels import GRPOLossConfig, available_impls, losses
 from igrpo_kernels.compiled_rows import _term_code, objective_numbers
 from igrpo_kernels.losses import LOSSES, SEQUENCE_MEAN, Loss, Term
