@@ -65,7 +65,7 @@ def keep_up(command: Sequence[str], host: str, port: int, secret: str) -> int:
         if len(ends) > MAX_RESTARTS:
             often = f"for the {len(ends)}th time in {OFTEN_SECONDS / 60:g} minutes"
             return _say(f"the server {how}, {often}; starting it again would not help", end.code or EXIT_SERVER)
-        # The trainer sees by the boot number that this is another one, and sends it the weights.
+        # The trainer sees by the instance id that this is another one, and sends it the weights.
         _say(f"the server {how}; starting it again", 0)
 
 

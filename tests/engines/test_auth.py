@@ -76,13 +76,13 @@ def test_without_the_whole_secret_nothing_is_answered(app, headers, method):
     assert answer(app, headers, kind="websocket") == [{"type": "websocket.close", "code": 1008}]
 
 
-def test_with_the_secret_everything_passes_and_carries_the_boot_number(app):
+def test_with_the_secret_everything_passes_and_carries_the_instance_id(app):
     start, body = answer(app, [GOOD])
     assert start["status"] == 200 and body["body"] == b"in"
-    (boot,) = [value for name, value in start["headers"] if name == b"x-igrpo-boot"]
+    (instance,) = [value for name, value in start["headers"] if name == b"x-igrpo-instance"]
     assert answer(app, [GOOD])[0]["headers"] == start["headers"]
     other = [value for _, value in answer(RequireSecret(inner), [GOOD])[0]["headers"]]
-    assert other != [boot]  # a server started anew is told apart
+    assert other != [instance]  # a server started anew is told apart
     assert answer(app, [GOOD], kind="websocket") == [{"type": "websocket.accept"}]
 
 

@@ -36,7 +36,7 @@ class Answers(http.server.BaseHTTPRequestHandler):
         if how == "is slow":
             time.sleep(0.8)
         self.send_response(503 if asked > 1 and how == "says that it is dead" else 200)
-        self.send_header("x-igrpo-boot", "1")
+        self.send_header("x-igrpo-instance", "1")
         self.end_headers()
         if asked == 2 and how == "closes its port":
             threading.Thread(target=server.shutdown).start()

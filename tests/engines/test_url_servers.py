@@ -74,7 +74,7 @@ def test_every_route_of_the_real_server_is_closed(served):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"X-Request-Id": secret}):
                 answer = anybody.request(method, path, headers=headers, json={})
                 assert answer.status_code == 401, (method, path)
-                assert "x-igrpo-boot" not in answer.headers
+                assert "x-igrpo-instance" not in answer.headers
         assert anybody.post("/collective_rpc", headers=good, json={"method": "igrpo_checksums",
                             "kwargs": {"shapes": {}}}).status_code == 200  # fmt: skip
         assert anybody.get("/is_paused", headers=good).json() == {"is_paused": False}

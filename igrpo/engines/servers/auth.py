@@ -19,7 +19,7 @@ from igrpo.settings import ConfigError, key_from_environment
 SECRET_VARIABLE = "IGRPO_SERVER_SECRET"
 """Environment variable with the secret; never an argument, which every user of a machine can read."""
 SHORTEST_SECRET = 16
-BOOT_HEADER = b"x-igrpo-boot"
+INSTANCE_HEADER = b"x-igrpo-instance"
 """Header with a number drawn when the server starts: it tells an answer of the server that got the weights from one of
 another that was started in its place."""
 
@@ -32,7 +32,7 @@ class RequireSecret:
     def __init__(self, app: App):
         self.app, self.lease = app, Lease()
         self.expected = f"Bearer {secret_from_environment()}".encode()
-        self.boot = secrets.token_hex(8).encode()
+        self.instance = secrets.token_hex(8).encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":  # the server's own start and end; nobody sends it
@@ -50,12 +50,12 @@ class RequireSecret:
         await respond(send, 401, {"error": said})
 
     def _signed(self, send: Send) -> Send:
-        async def with_boot(message: Message) -> None:
+        async def with_instance(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), (BOOT_HEADER, self.boot)]
+                message["headers"] = [*message.get("headers", ()), (INSTANCE_HEADER, self.instance)]
             await send(message)
 
-        return with_boot
+        return with_instance
 
 
 def secret_from_environment() -> str:

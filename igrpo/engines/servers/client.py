@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from igrpo.engines.base import Request, Result
-from igrpo.engines.servers.auth import BOOT_HEADER, SECRET_VARIABLE
+from igrpo.engines.servers.auth import INSTANCE_HEADER, SECRET_VARIABLE
 from igrpo.engines.servers.launch import SERVED_NAME
 from igrpo.engines.servers.lease import LEASE_PATH, LOCKED, OWNER_HEADER, RESTART_PATH
 
@@ -70,8 +70,8 @@ class Client:
 
     def __init__(self, url: str, secret: str, owner: str = ""):
         self.url, self._secret = url.rstrip("/"), secret
-        self.boot: str | None = None
-        """Of the process that gave the last answer (see ``auth.BOOT_HEADER``)."""
+        self.instance: str | None = None
+        """Of the process that gave the last answer (see ``auth.INSTANCE_HEADER``)."""
         self.http = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {secret}", **({OWNER_HEADER: owner} if owner else {})},
@@ -103,7 +103,7 @@ class Client:
         if response.status_code != 200:
             kind = RequestRefused if response.status_code in (400, 422) else ServerError
             raise kind(f"{self.url}{path} answered {response.status_code}: {self._said(response)}")
-        self.boot = response.headers.get(BOOT_HEADER.decode())
+        self.instance = response.headers.get(INSTANCE_HEADER.decode())
         try:
             return response.json() if response.content else None
         except ValueError:
@@ -125,7 +125,7 @@ class Client:
             raise ServerError(
                 f"{self.url} has no {', '.join(missing)}; run vLLM 0.28 to 0.33 through `python -m igrpo.serve`"
             )
-        if self.boot is None:
+        if self.instance is None:
             raise ServerError(f"{self.url} answers without the secret; start it with `python -m igrpo.serve`")
         (model,) = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"]
         if model["id"] != SERVED_NAME or model["max_model_len"] < max_model_length:
@@ -169,7 +169,7 @@ class Client:
     async def complete(
         self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
     ) -> tuple[Result, str | None]:
-        """The finished request, its version still open, and the boot number of the server that answered.
+        """The finished request, its version still open, and the instance id of the server that answered.
 
         Closing the connection (cancelling this call, or the deadline) makes the server abort the request.
         """
@@ -205,7 +205,7 @@ class Client:
             version=-1,
             cached_tokens=details.get("cached_tokens") or 0,
         )
-        return result, self.boot
+        return result, self.instance
 
     async def score(self, token_ids: list[int], salt: str, timeout: float) -> list[float]:
         """Log-probability of each id after the first at temperature 1 (nats)."""

@@ -240,13 +240,13 @@ class ServerEngine:
 
     async def _probe(self, server: Server, reason: str) -> None:
         """After a request hung or lost its connection: a server that cannot do one token either is broken."""
-        boot, done = server.boot, await server.client.tokens_done()
+        instance, done = server.instance, await server.client.tokens_done()
         try:
             await server.client.score([0, 0], self._salt(), min(SHORT_SECONDS, self.config.vllm_request_timeout))
         except ServerError as error:
             hung = isinstance(error, ServerHung)
             # Else it has been replaced meanwhile, or is only long at work on others.
-            if server.boot == boot and not (hung and await server.client.tokens_done() > done):
+            if server.instance == instance and not (hung and await server.client.tokens_done() > done):
                 server.break_off(reason, hung)
 
     def _salt(self) -> str:

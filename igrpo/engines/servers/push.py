@@ -187,7 +187,7 @@ async def push_directly(
 
     sizes = [(await client.call("GET", "/get_world_size", timeout))["world_size"] for client in clients]
     await asyncio.gather(*(client.call("POST", "/pause", timeout, params={"mode": "keep"}) for client in clients))
-    members = [f"{client.url} {client.boot}" for client in clients]
+    members = [f"{client.url} {client.instance}" for client in clients]
     sending = asyncio.to_thread(transfer.send, source, members, [poster(client) for client in clients], sizes)
     try:
         await asyncio.wait_for(sending, timeout)

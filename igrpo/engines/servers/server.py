@@ -55,7 +55,7 @@ class Server:
         """Why it is no longer waited for."""
         self.lock = asyncio.Lock()
         self.keeper: asyncio.Task[None] | None = None
-        self.boot: str | None = None
+        self.instance: str | None = None
         """Of the process that came up; another one holds other weights."""
         self.hung = False
         """Whether it stopped answering without having ended."""
@@ -75,8 +75,8 @@ class Server:
     ) -> Result:
         """As ``Client.complete``; fails as soon as the server is known to be broken."""
         post = self.client.complete(request, stop_token_ids, seed, salt, timeout)
-        result, boot = await self.unless_broken(post, request.n)
-        if boot != self.boot or self.version is None:
+        result, instance = await self.unless_broken(post, request.n)
+        if instance != self.instance or self.version is None:
             raise ServerError(f"{self.client.url} was started anew, with other weights")
         self.failures = 0
         return dataclasses.replace(result, version=self.version)
@@ -133,7 +133,7 @@ class Server:
             if self.process is None:
                 await self.client.abandon_push()
             await self.client.call("POST", "/resume", SHORT_SECONDS)
-        self.boot, self._broken = self.client.boot, asyncio.get_running_loop().create_future()
+        self.instance, self._broken = self.client.instance, asyncio.get_running_loop().create_future()
 
     def _check_waiting(self, error: ServerError, deadline: float, timeout: float) -> None:
         if self.process is not None and not self.process.alive():
@@ -185,7 +185,7 @@ class Server:
                 except ServerError as error:
                     self.break_off(str(error), hung=isinstance(error, ServerHung))
                 else:
-                    if self.client.boot != self.boot:
+                    if self.client.instance != self.instance:
                         self.break_off("it was started anew, with other weights")
 
     async def wait_for_version(self, version: int, timeout: float) -> int:
@@ -210,7 +210,7 @@ class Server:
         """Ends it where it is ours, else leaves it to the next trainer."""
         self.hung = False
         await self.renew(leads)
-        if self.process is None and leads and self.boot is not None:
+        if self.process is None and leads and self.instance is not None:
             with contextlib.suppress(ServerError):
                 await self.client.lease("leave", timeout=PATIENCE_SECONDS)
         await self.client.close()

@@ -22,7 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from igrpo.engines.servers.auth import BOOT_HEADER
+from igrpo.engines.servers.auth import INSTANCE_HEADER
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
@@ -119,7 +119,7 @@ class Health:
             return "its port was closed"
         finally:
             connection.close()
-        if answer.status == 200 and answer.headers.get(BOOT_HEADER.decode()) is None:
+        if answer.status == 200 and answer.headers.get(INSTANCE_HEADER.decode()) is None:
             return "something else answered on its port"
         return "" if answer.status == 200 else f"it answered {answer.status}"
 
