@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from igrpo.rewards.grading.answers import judge, read_reference
+from igrpo.rewards.grading.answers import grade, read_reference
 from igrpo.rewards.grading.arithmetic import explodes
 from igrpo.rewards.grading.notation import MATH_FUNCTIONS
 from igrpo.rewards.grading.passages import (
@@ -62,7 +62,7 @@ def _graded(text: str, solution: str, question: str) -> float | None:
     reference = read_reference(solution)
     longest = max(MAX_ANSWER_CHARS, len(reference.text) + 100)
     answer = extract_answer(text, words=reference.words, lines=reference.lines, longest=longest)
-    return judge(reference, answer, question)
+    return grade(reference, answer, question)
 
 
 def _question(prompt: str | Sequence[Mapping[str, Any]]) -> str:

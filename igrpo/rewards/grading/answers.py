@@ -1,6 +1,6 @@
 r"""Comparing the answer of a completion with the reference answer of a data set.
 
-``extract_answer`` reads the one passage that counts (``passages.py``), ``judge`` compares it. Equal texts are
+``extract_answer`` reads the one passage that counts (``passages.py``), ``grade`` compares it. Equal texts are
 equal. Numbers and constants are worked out by ``arithmetic.py``, exactly or to 50 digits; a decimal may round an
 exact value (``rounds``). An answer in several values must give those of the reference and no more. A reference in words
 accepts only equal text. Formulas with variables go to math-verify, which compares values, not forms. Whether an
@@ -52,7 +52,7 @@ from igrpo.rewards.grading.passages import (
 from igrpo.rewards.grading.repetition import repeats
 
 __all__ = [
-    "CompletionText", "completion_text", "extract_answer", "judge", "last_boxed", "read_reference", "whole_text",
+    "CompletionText", "completion_text", "extract_answer", "grade", "last_boxed", "read_reference", "whole_text",
     "whole_texts", "without_answer",
 ]  # fmt: skip
 
@@ -127,7 +127,7 @@ def _in_words(answer: str) -> bool:
     return "\\" not in text and bool(re.search(r"\d \d", text) or (names and not re.search(r"[\d+*/^=()-]", text)))
 
 
-def judge(reference: Reference, answer: str | None, question: str = "") -> float | None:
+def grade(reference: Reference, answer: str | None, question: str = "") -> float | None:
     """1.0 or 0.0 for an extracted answer; None where the reference is empty or is a formula that cannot be parsed.
 
     Args:
@@ -175,9 +175,9 @@ def _readable(reference: Reference) -> bool:
 def _same_choice(choice: Choice, answer: str, question: str) -> float:
     given = read_choice(re.sub(r"^[A-Za-z]\s*=\s*", "", answer))
     if given is not None:
-        same_value = not (choice.value and given.value) or judge(read_reference(choice.value), given.value, question)
+        same_value = not (choice.value and given.value) or grade(read_reference(choice.value), given.value, question)
         return float(given.letter == choice.letter and bool(same_value))
-    return float(bool(choice.value) and bool(judge(read_reference(choice.value), answer, question)))
+    return float(bool(choice.value) and bool(grade(read_reference(choice.value), answer, question)))
 
 
 def _same_intervals(reference: Iterable[Interval], given: Iterable[Interval], question: str) -> bool:
