@@ -118,7 +118,7 @@ def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig
             settings[key] = coerce(key, value)
         else:
             name = key if key.isidentifier() and len(key) < 80 else shown(key)
-            raise ConfigError(f"{name}: there is no such key{_nearest(key[:80], known)}")
+            raise ConfigError(f"{name}: there is no such key{_nearest(key[:80], field_types(TrainConfig))}")
     if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
         _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
         del settings["eval_steps"]
