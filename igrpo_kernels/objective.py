@@ -103,8 +103,10 @@ def importance_weight(log_ratio: Tensor, batch: TokenBatch, config: GRPOLossConf
     """w (n,): exp(d_t), or on the sequence level exp(sum_t d_t / n_tokens) on every row of the sequence."""
     if config.importance_sampling_level == "token":
         return _Exp.apply(log_ratio)
-    mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
-    return batch.expand(_Exp.apply(mean_log_ratio))
+    if config.importance_sampling_level == "sequence":
+        mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
+        return batch.expand(_Exp.apply(mean_log_ratio))
+    raise ValueError(f"importance_sampling_level={config.importance_sampling_level!r} has no equation here")
 
 
 def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
@@ -120,6 +122,8 @@ def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Ten
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     if action == "truncate":
         return ratio.clamp(min=low, max=high)
+    if action != "mask":
+        raise ValueError(f"importance_sampling_mode={config.importance_sampling_mode!r} has no equation here")
     outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
     return ratio.masked_fill(outside, 0.0)
 
@@ -139,8 +143,10 @@ def per_token_kl(logps: Tensor, ref: Tensor, weight: Tensor, config: GRPOLossCon
         kl = -x
     elif config.kl_estimator == "k2":
         kl = 0.5 * x * x
-    else:
+    elif config.kl_estimator == "k3":
         kl = _Exp.apply(x) - x - 1.0
+    else:
+        raise ValueError(f"kl_estimator={config.kl_estimator!r} has no equation here")
     return kl * weight if config.use_bias_correction_kl else kl
 
 

@@ -76,7 +76,9 @@ class LossKind(NamedTuple):
     @classmethod
     def of(cls, config: GRPOLossConfig) -> "LossKind":
         """The equations of a configuration."""
-        sampler = {"token_truncate": TRUNCATE, "token_mask": MASK}.get(config.importance_sampling_mode, NO_SAMPLER)
+        sampler, mode = NO_SAMPLER, config.importance_sampling_mode
+        if mode is not None and mode.startswith("token"):  # a sequence's ratio arrives as a number per row
+            sampler = {"token_truncate": TRUNCATE, "token_mask": MASK}[mode]
         kl = int(config.kl_estimator[1]) if config.beta != 0.0 else 0
         return cls(config.loss.term.name, sampler.value, kl, int(config.use_bias_correction_kl))
 

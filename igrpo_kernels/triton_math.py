@@ -191,6 +191,7 @@ def kl_and_slope(x, KL: tl.constexpr):
         kl = 0.5 * x * x
         slope = -x
     else:
+        tl.static_assert(KL == 3, "triton_math.kl_and_slope does not know this estimator")
         kl = tl.exp(x) - x - 1.0
         slope = 1.0 - tl.exp(x)
     return kl, slope

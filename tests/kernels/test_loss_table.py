@@ -15,7 +15,7 @@ from igrpo_kernels import GRPOLossConfig, available_impls, losses
 from igrpo_kernels.compiled_rows import _term_code, objective_numbers
 from igrpo_kernels.losses import LOSSES, SEQUENCE_MEAN, Loss, Term
 from igrpo_kernels.triton_math import policy_slopes
-from tests.kernels.oracle import assert_close_to_truth, boundary_inputs, loss_and_grad
+from tests.kernels.oracle import IMPLS, assert_close_to_truth, boundary_inputs, loss_and_grad
 
 REASON = available_impls()["cpu"]
 needs_library = pytest.mark.skipif(REASON != "available", reason=REASON)
@@ -77,6 +77,19 @@ def test_triton_compiles_every_term_it_shall_and_no_other(term):
     with pytest.raises(triton.CompilationError) as refused:
         triton.compile(source, target=GPUTarget("cuda", 80, 32))
     assert "does not know this policy term" in str(refused.value.__cause__)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("kl_estimator", "k4"), ("importance_sampling_level", "group"), ("importance_sampling_mode", "token_drop")],
+)
+def test_a_choice_without_an_equation_is_refused(key, value, impl):
+    """As if somebody had added it to the choices and forgotten the rest."""
+    config = GRPOLossConfig(beta=0.1, importance_sampling_mode="token_mask")
+    object.__setattr__(config, key, value)
+    with pytest.raises((ValueError, RuntimeError), match=r"has no equation here|is unknown"):
+        loss_and_grad(boundary_inputs().to(torch.float32), config, impl=impl)
 
 
 def unclipped(x, config):
