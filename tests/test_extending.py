@@ -17,6 +17,18 @@ from tests.support.tiny import save_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+LOSS = """
+import torch
+from igrpo_kernels import GRPOLossConfig, grpo_loss
+logits = torch.randn(2, 5, 11, requires_grad=True)
+ids, advantages = torch.randint(11, (2, 5)), torch.tensor([1.0, -0.5])
+for impl in ("torch", "auto"):
+    out = grpo_loss(logits, ids, advantages, config=GRPOLossConfig(loss_type="reinforce"), impl=impl)
+    logps = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    wanted = -(advantages[:, None] * logps).mean()
+    torch.testing.assert_close(out.loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (out.loss, wanted)))
+"""
 
 
 def change(path: Path, hunk: list[str]) -> None:
@@ -55,13 +67,17 @@ def python(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_a_run_trains_with_the_new_reward_engine_and_schedule(extended, tmp_path):
+def test_the_new_loss_is_its_equation_on_every_path(extended):
+    python(extended, "-c", LOSS)
+
+
+def test_a_run_trains_with_the_new_loss_reward_engine_and_schedule(extended, tmp_path):
     rows = [{"question": f"What is {i} + 1?", "answer": f"#### {i + 1}"} for i in range(8)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {
         "model_name_or_path": save_tiny(tmp_path / "model"), "dataset_name": tmp_path / "rows.jsonl",
         "dataset_prompt_column": "question", "dataset_solution_column": "answer", "output_dir": tmp_path / "run",
-        "vllm_mode": "plain", "reward_funcs": "[my_rewards:variety]",
+        "vllm_mode": "plain", "loss_type": "reinforce", "reward_funcs": "[my_rewards:variety]",
         "rollout_schedule": "half", "num_drafts": 2, "num_generations": 2, "per_device_train_batch_size": 8,
         "max_completion_length": 24, "max_steps": 2, "use_cpu": "true", "bf16": "false", "system_prompt": "null",
     }  # fmt: skip
@@ -76,7 +92,7 @@ def test_a_run_trains_with_the_new_reward_engine_and_schedule(extended, tmp_path
 
 def test_every_part_says_which_files_it_touches():
     parts = PAGE.split("\n## ")[1:]
-    assert [part.splitlines()[0] for part in parts] == ["A reward", "An engine", "A schedule"]
+    assert [part.splitlines()[0] for part in parts] == ["A loss", "A reward", "An engine", "A schedule"]
     for part in parts:
         touched = set(re.findall(r"^\| `([^`]+\.py)` \|", part, re.MULTILINE))
         changed = set(re.findall(r"^(?:---|#) (igrpo\S*\.py)$", part, re.MULTILINE))
