@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.metadata
 import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
+
+from igrpo.settings import did_you_mean
 
 # Verb -> what it does. Each is a module igrpo.VERB or igrpo.VERB.command with main(argv) -> exit code, imported only
 # when it is asked for: `igrpo report` must not wait for torch.
@@ -70,9 +71,8 @@ def _run(words: list[str]) -> int:
         print(f"igrpo {importlib.metadata.version('igrpo')}")
         return 0
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"verbs: {', '.join(VERBS)}"
-        print(f"error: igrpo {verb}: there is no such verb; {hint}", file=sys.stderr)
+        hint = did_you_mean(verb, VERBS, f"; verbs: {', '.join(VERBS)}", cutoff=0.5)
+        print(f"error: igrpo {verb}: there is no such verb{hint}", file=sys.stderr)
         return EXIT_USAGE
     return main_of(verb)(rest)
 

@@ -25,7 +25,7 @@ import igrpo_kernels  # noqa: E402
 from igrpo.config.recipe import DROPPED, RENAMED, REQUIRED, field_docs, key_groups  # noqa: E402
 from igrpo.config.train_config import TrainConfig  # noqa: E402
 from igrpo.settings.kinds import describe_type  # noqa: E402
-from igrpo.settings.section import field_types  # noqa: E402
+from igrpo.settings.section import default_of, field_types  # noqa: E402
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput  # noqa: E402
 
 NOTE = "<!-- Written by scripts/write_docs.py from the source; change it there. -->\n"
@@ -52,10 +52,6 @@ def configuration() -> str:
     lines += ["| key | why |", "|---|---|"]
     lines += [f"| `{key}` | {cell(reason)} |" for key, reason in sorted(DROPPED.items())]
     return "\n".join(lines) + "\n"
-
-
-def default_of(field: dataclasses.Field) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def shown(value: Any) -> str:

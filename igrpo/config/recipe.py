@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
 import itertools
 import os
@@ -15,9 +14,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.settings import ConfigError, shared, shown
+from igrpo.settings import ConfigError, did_you_mean, shared, shown
 from igrpo.settings.kinds import describe_type
-from igrpo.settings.section import Section, field_types
+from igrpo.settings.section import Section, default_of, field_types
 from igrpo.settings.yaml_text import load_yaml
 from igrpo.terminal import printable
 
@@ -118,7 +117,9 @@ def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig
             settings[key] = coerce(key, value)
         else:
             name = key if key.isidentifier() and len(key) < 80 else shown(key)
-            raise ConfigError(f"{name}: there is no such key{_nearest(key[:80], field_types(TrainConfig))}")
+            raise ConfigError(
+                f"{name}: there is no such key{did_you_mean(key[:80], field_types(TrainConfig), quote='')}"
+            )
     if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
         _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
         del settings["eval_steps"]
@@ -132,7 +133,9 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise ConfigError(f"--config {path}: there is no such file{_nearest(file.name, _siblings(file))}")
+            raise ConfigError(
+                f"--config {path}: there is no such file{did_you_mean(file.name, _siblings(file), quote='')}"
+            )
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: it is not UTF-8 text") from None
@@ -178,7 +181,7 @@ def help_text() -> str:
     ]
     fields = {f.name: f for f in dataclasses.fields(TrainConfig)}
     for key, doc in field_docs().items():
-        default = "required" if key in REQUIRED else f"default {_default(fields[key])!r}"
+        default = "required" if key in REQUIRED else f"default {default_of(fields[key])!r}"
         lines.append(f"  --{key}  ({describe_type(field_types(TrainConfig)[key])}; {default})")
         lines.append(f"      {doc}")
     return "\n".join(lines)
@@ -211,10 +214,6 @@ def _sections() -> list[type]:
     """Those that keys are written in: the rooms', then those that rooms share."""
     written = [one for one in reversed(TrainConfig.__mro__) if vars(one).get("__annotations__")]
     return sorted(written, key=lambda section: section.__module__ == shared.__name__)
-
-
-def _default(f: dataclasses.Field) -> Any:
-    return f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
 
 
 def split_args(argv: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -255,11 +254,6 @@ def _parse_value(key: str, text: str) -> Any:
     if str in kinds:
         return text
     return load_yaml(text, f"--{key} {shown(text)}")
-
-
-def _nearest(word: str, known: Any) -> str:
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _siblings(file: Path) -> list[str]:

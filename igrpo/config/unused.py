@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from igrpo.config.train_config import TrainConfig
 from igrpo.settings import ConfigError
 from igrpo.settings.losses import takes
-from igrpo.settings.section import Section
+from igrpo.settings.section import Section, default_of
 
 GYM, PACKAGED = "reasoning_gym:", "smollm2-135m"
 DRAFTS = (
@@ -139,7 +139,7 @@ def unused(config: TrainConfig, on_cpu: bool) -> Iterator[tuple[str, str]]:
 
 def _idle(config: Section, on_cpu: bool, rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     """Keys of this section that differ from their default and do nothing."""
-    defaults = {f.name: _default(f) for f in dataclasses.fields(config)}
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(config)}
     for row in rows:
         keys = [key for key in row.keys if key in defaults and getattr(config, key) != defaults[key]]
         if keys and row.idle(config, on_cpu):  # type: ignore[arg-type]
@@ -152,7 +152,3 @@ def say_unused(config: TrainConfig, on_cpu: bool, rank: int) -> None:
     for key, because in list(unused(config, on_cpu)):
         if rank == 0:
             print(f"warning: {key} does nothing here: {because}", flush=True)
-
-
-def _default(f: dataclasses.Field) -> object:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()

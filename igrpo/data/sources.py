@@ -20,7 +20,7 @@ from typing import Any
 from igrpo.data.config import DataConfig
 from igrpo.data.rows import Located, read_rows
 from igrpo.data_types import Problem
-from igrpo.settings import ConfigError
+from igrpo.settings import ConfigError, did_you_mean
 
 GYM_PREFIX = "reasoning_gym:"
 
@@ -291,14 +291,12 @@ def _gym_task(task: str, options: Mapping[str, Any], size: int, seed: int) -> An
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS or task == "composite":
-        near = difflib.get_close_matches(task, DATASETS, n=1, cutoff=0.5)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; its GALLERY.md shows all {len(DATASETS) - 1}"
+        hint = did_you_mean(task, DATASETS, f"; its GALLERY.md shows all {len(DATASETS) - 1}", 0.5, "'")
         raise ValueError(f"dataset_name: reasoning-gym has no task '{task}'{hint}")
     known = [field.name for field in dataclasses.fields(DATASETS[task][1])]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else f"; it has {', '.join(known)}"
+            hint = did_you_mean(option, known, f"; it has {', '.join(known)}", quote="'")
             raise ValueError(f"dataset_kwargs: task '{task}' has no option '{option}'{hint}")
     try:
         data = reasoning_gym.create_dataset(task, size=size, seed=seed, **options)

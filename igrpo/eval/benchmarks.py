@@ -13,7 +13,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.data.rows import USUAL_NAMES
 from igrpo.data.sources import load_data, load_problems
 from igrpo.data_types import Problem
-from igrpo.settings import ConfigError
+from igrpo.settings import ConfigError, did_you_mean
 
 HELD_OUT = "held_out"
 """The rows a run kept from its own training data (``eval_samples``)."""
@@ -99,10 +99,10 @@ def _from_folder(name: str, source: Source, n: int, folder: Path, max_samples: i
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         there = sorted(str(p.relative_to(folder)) for p in folder.glob("**/*.jsonl"))[:20]
-        near = difflib.get_close_matches(name, [p.split("/")[0].removesuffix(".jsonl") for p in there], n=1)
+        hint = did_you_mean(name, [p.split("/")[0].removesuffix(".jsonl") for p in there])
         raise ConfigError(
             f"data_dir: {folder} has no file for {name}; put it at {name}/test.jsonl or {name}.jsonl. There are: "
-            f"{', '.join(there) or 'no .jsonl files'}{f'; did you mean {near[0]}?' if near else ''}"
+            f"{', '.join(there) or 'no .jsonl files'}{hint}"
         )
     return _from_file(name, path, n, source.file_prompt, source.file_solution, max_samples)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import socket
 import urllib.parse
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from igrpo.plan.memory import ModelShape, model_shape
-from igrpo.settings import ConfigError
+from igrpo.settings import ConfigError, did_you_mean
 
 TABLE = Path(__file__).with_name("architectures.json")
 HUB_SECONDS = 5.0
@@ -45,8 +44,7 @@ def find_config(name: str) -> tuple[dict[str, Any], str]:
         except OSError as error:  # what the hub's client raises for every way of not reaching it
             reason = type(error).__name__
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                hint = did_you_mean(name, known)
                 raise ConfigError(
                     f"model_name_or_path: the hub does not give {name} ({reason}) and the table of public figures "
                     f"lacks it; give a folder with its config.json{hint}"

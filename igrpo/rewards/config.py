@@ -42,7 +42,7 @@ class RewardConfig(SamplingConfig):
     stop_on_reward_failure: bool = True
     """End the run when a function has failed on every completion of a step; false: they get `reward_error_value`."""
     early_stop_reward: Finite | None = None
-    """That highest reward; null: what the built-in reward functions can give, by their weights."""
+    """Where `early_stop_drafts` stops: the highest reward there is; null: what built-in functions can give in all."""
     reward_workers: Processes = 1
     """Processes that score."""
     reward_memory_gib: Gibibytes = 8.0

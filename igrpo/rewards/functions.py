@@ -10,7 +10,6 @@ Importing this module is cheap: reward workers start with it. math-verify and re
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib
 import json
 import math
@@ -30,6 +29,7 @@ from igrpo.rewards.grading.passages import (
     extract_answer,
     whole_texts,
 )
+from igrpo.settings import did_you_mean
 
 if TYPE_CHECKING:
     from igrpo.rewards.config import RewardConfig
@@ -272,9 +272,7 @@ def load_reward_functions(names: Sequence[str], config: RewardConfig | None = No
             options = {key: getattr(config, key) for key in OPTIONS.get(name, ()) if config is not None}
             function = RewardFunction(name, BUILTIN[name], options)
         else:
-            near = difflib.get_close_matches(name, BUILTIN, n=1, cutoff=0.3)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
-            known = ", ".join(BUILTIN)
+            known, hint = ", ".join(BUILTIN), did_you_mean(name, BUILTIN, cutoff=0.3, quote="'")
             raise ValueError(f"unknown '{name}' (known: {known}, or package.module:function){hint}")
         _check_loads(function)
         if any(other.path == function.path for other in functions):
@@ -312,8 +310,7 @@ def _check_loads(function: RewardFunction) -> None:
     try:
         loaded = function.load()
     except AttributeError as error:
-        near = difflib.get_close_matches(attribute, dir(importlib.import_module(module)), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(attribute, dir(importlib.import_module(module)), quote="'")
         raise ValueError(f"module '{module}' has no '{attribute}'{hint}") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

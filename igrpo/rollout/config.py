@@ -80,7 +80,7 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     draft_selection_score: Literal["reward", "accuracy_first"] = "reward"
     """Rank drafts by the weighted reward, or by `accuracy` first and the reward second. Ties: the first draft."""
     early_stop_drafts: bool = False
-    """Abort a problem's other drafts once one has the highest reward there is; aborted drafts do not count."""
+    """Abort a problem's other drafts once one has `early_stop_reward`; aborted drafts do not count."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divide centred rewards by the group's or the batch's standard deviation, or not at all."""
     rollout_schedule: Literal["streaming", "barrier"] = "streaming"

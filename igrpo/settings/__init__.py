@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import reprlib
+from collections.abc import Iterable
 from typing import Any
 
 LONGEST_MESSAGE = 1500
@@ -26,6 +28,12 @@ def shown(value: Any) -> str:
         return f"a number of about {value.bit_length() * 3 // 10} digits"  # Python refuses to print it from 4,300 on
     text = _SHORT.repr(value)
     return text if len(text) <= 200 else f"{text[:199]}…"
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.6, quote: str = "") -> str:
+    """The end of a message about a name that is not known: the nearest of those that are, or ``otherwise``."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
+    return f"; did you mean {quote}{near[0]}{quote}?" if near else otherwise
 
 
 def key_from_environment(variable: str) -> str:

@@ -56,6 +56,10 @@ def field_marks(section: type) -> dict[str, tuple[Any, ...]]:
     return {field.name: tuple(marks_of(hints[field.name])) for field in dataclasses.fields(section)}
 
 
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def _check_secrets(key: str, value: Any, marks: tuple[Any, ...]) -> None:
     """What a setting holds is written into ``config.yaml``, to trackers and into messages: no key may be among it."""
     texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
