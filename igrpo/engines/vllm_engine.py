@@ -10,14 +10,14 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
 from igrpo.engines.base import EngineError, Request, Result, WeightSource
 from igrpo.engines.config import EngineConfig
-from igrpo.engines.weights import fingerprint, forget_packed_experts, repack_tied_head, twins
+from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
 from igrpo.settings import ConfigError
 
 CPU_BLOCK_SIZE = 32
@@ -52,7 +52,8 @@ class VLLMEngine:
         self._finished: list[Result] = []
         """Came out while ``score`` was stepping the engine."""
         self._source: WeightSource | None = None
-        self._fingerprints: dict[str, torch.Tensor] = {}
+        self._sent: dict[str, Sent] = {}
+        """With the last push."""
         self._restarts = 0
         self._set_environment()
         self._start()
@@ -183,7 +184,7 @@ class VLLMEngine:
 
     def _mend(self, error: Exception) -> None:
         """After the engine died: a new one with the weights of ``version``; unfinished requests start over."""
-        version, before = self.version, self._fingerprints
+        version, before = self.version, self._sent
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
             raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
@@ -192,7 +193,7 @@ class VLLMEngine:
         self.restart()
         if self._source is not None:
             self._push(self._source, version)
-            if any(not torch.equal(before[name], now) for name, now in self._fingerprints.items()):
+            if any(not torch.equal(before[name].fingerprint, now.fingerprint) for name, now in self._sent.items()):
                 raise EngineError(
                     f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone"
                 ) from error
@@ -214,11 +215,12 @@ class VLLMEngine:
         }
 
     def _push(self, source: WeightSource, version: int) -> int:
-        sent: dict[str, torch.Tensor] = {}
+        sent: dict[str, Sent] = {}
+        weights = recorded(source(), sent, torch.bfloat16 if self.config.bf16 else torch.float32)
         if self.on_cpu:
             self.llm.apply_model(forget_packed_experts)
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _recording(source(), sent)})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
         except Exception as error:  # whatever went wrong inside, the model is half loaded
             raise EngineError(f"the weight push of version {version} failed half-way: {error}") from error
         if self.on_cpu:
@@ -227,21 +229,14 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old weights")
         compared = self._compare(sent)
-        self.version, self._source = version, source
-        self._fingerprints = {name: fingerprint(tensor) for name, tensor in sent.items()}
+        self.version, self._source, self._sent = version, source, sent
         return compared
 
-    def _compare(self, sent: dict[str, torch.Tensor]) -> int:
+    def _compare(self, sent: dict[str, Sent]) -> int:
         """Every tensor the engine keeps under its own name and shape must equal what was sent, bit for bit; ``score``
         covers the others."""
-        shapes = {name: tuple(tensor.shape) for name, tensor in sent.items()}
-
-        def differing(model: torch.nn.Module) -> tuple[int, list[str]]:
-            kept = dict(twins(model, shapes))
-            return len(kept), [n for n, p in kept.items() if not torch.equal(p.cpu(), sent[n].to(p.dtype).cpu())]
-
         compared = 0
-        for count, wrong in self.llm.apply_model(differing):
+        for count, wrong in self.llm.apply_model(lambda model: differing(model, sent)):
             if wrong or not count:
                 raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
             compared += count
@@ -285,11 +280,3 @@ def _among_others() -> bool:
     for the sake of this one's engine."""
     dist = torch.distributed
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _recording(
-    named_tensors: Iterable[tuple[str, torch.Tensor]], sent: dict[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in named_tensors:
-        yield name, tensor
-        sent[name] = tensor  # noted after the engine came back for the next one

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 
 FILE_BACKEND = "igrpo_file"
 """Name under which vLLM's servers know ``vllm_worker.FileWeightTransferEngine``."""
+
+
+PIECE = 2**21
+"""Elements whose fingerprint is taken at a time."""
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensor: torch.Tensor) -> str:
@@ -19,8 +25,53 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum of the elements in fp64, left on its device: tells an optimiser step, not a flipped bit."""
-    return tensor.detach().sum(dtype=torch.float64)
+    """() int64 of the bits and their places, left on its device, without a copy of the tensor.
+
+    The sum of the elements' bits as numbers, each times an odd number of its place, modulo 2^64: one element that
+    changed, or two that changed places, always change it.
+    """
+    flat = tensor.detach().reshape(-1)
+    bits = flat.view(_INTEGERS[flat.element_size()])
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, len(bits), PIECE):
+        part = bits[start : start + PIECE]
+        total += (part * torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=flat.device)).sum()
+    return total
+
+
+class Sent(NamedTuple):
+    """What is remembered of a tensor that went to an engine."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    fingerprint: torch.Tensor
+    tensor: torch.Tensor | None
+    """Itself, if the engine may keep it in another dtype: a router's correction, in a model of bf16."""
+
+
+def recorded(
+    named_tensors: Iterable[tuple[str, torch.Tensor]], sent: dict[str, Sent], dtype: torch.dtype
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors on their way to an engine of ``dtype``, noted in ``sent``; none of that dtype is kept."""
+    for name, tensor in named_tensors:
+        noted = Sent(tuple(tensor.shape), tensor.dtype, fingerprint(tensor), None if tensor.dtype == dtype else tensor)
+        yield name, tensor
+        del tensor
+        sent[name] = noted  # after the engine came back for the next one
+
+
+def differing(model: torch.nn.Module, sent: Mapping[str, Sent]) -> tuple[int, list[str]]:
+    """How many of ``twins`` there are, and which of them are not bit for bit what was sent."""
+    same = {}
+    for name, kept in twins(model, {name: one.shape for name, one in sent.items()}):
+        _, dtype, expected, tensor = sent[name]
+        if tensor is not None:
+            expected = fingerprint(tensor.to(kept.dtype))
+        elif kept.dtype != dtype:  # a wider one, which holds the same numbers
+            kept = kept.to(dtype)
+        same[name] = fingerprint(kept) == expected.to(kept.device)
+    equal = torch.stack([*same.values()]).tolist() if same else []
+    return len(same), [name for name, one in zip(same, equal, strict=True) if not one]
 
 
 def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:

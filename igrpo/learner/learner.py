@@ -70,7 +70,7 @@ class Learner:
         models = [m for m in (model, reference) if m is not None]
         for one in models:
             pin_rotary(one, context)
-        self.policy = Policy(model, config).train()
+        self.unwrapped, self.policy = model, Policy(model, config).train()
         self.placement = kind(self.policy, config, self.accelerator)
         self.reference = None
         if reference is not None:
@@ -118,11 +118,6 @@ class Learner:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-
-    @property
-    def unwrapped(self) -> Any:
-        """The Hugging Face model inside."""
-        return self.policy.model
 
     def train_on(
         self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
@@ -200,24 +195,11 @@ class Learner:
         return replace(made, scale=0.0)
 
     @torch.no_grad()
-    def _log_probs(
-        self,
-        micro: MicroBatch,
-        placed: Placement | None = None,
-        temperature: float | None = None,
-        own: bool = False,
-        exact: bool = False,
-    ) -> torch.Tensor:
-        """(n,) without dropout, at the sampling temperature unless another is given.
-
-        Args:
-            placed: None: the policy that trains.
-            own: from the model's whole logits.
-            exact: see ``Placement``.
-        """
+    def _log_probs(self, micro: MicroBatch, placed: Placement | None = None, **options: Any) -> torch.Tensor:
+        """(n,) without dropout, of the policy that trains unless another is given; see ``Policy`` for the options."""
         placed = placed or self.placement
         with placed.evaluating():
-            return placed(micro, logps_only=True, temperature=temperature, own=own, exact=exact)
+            return placed(micro, logps_only=True, **options)
 
     def _reference_log_probs(self, micro: MicroBatch) -> torch.Tensor:
         if self.adapters is None:
@@ -239,17 +221,21 @@ class Learner:
         Adapters come merged into their layers. Every process must take every tensor: shards are gathered one by one.
         """
         compute = torch.bfloat16 if self.config.bf16 else torch.float32
-        full, saved = self._full_tensors(), self.saved_format
-        merged = full if self.adapters is None else self.adapters.merged(full)
+        saved = self.saved_format
+        if self.adapters is None:
+            return saved.convert(self._full_tensors(compute))
+        merged = self.adapters.merged(self._full_tensors())
         return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in merged)
 
-    def _full_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model."""
+    def _full_tensors(self, compute: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model; as
+        they are, or as they are written where the model computes in ``compute``."""
         # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
         self.placement.settle()
         for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
-                yield name, self.placement.whole(tensor).detach()
+                dtype = None if compute is None else self.saved_format.dtype(name, tensor, compute)
+                yield name, self.placement.whole(tensor, dtype)
 
     def gather(self, one: Any) -> list[Any]:
         """One plain object of each process, in the order of the processes, at every process."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from igrpo.learner.adapters import Adapters
 from igrpo.learner.config import LearnerConfig
@@ -38,14 +39,6 @@ class Placement(ABC):
 
     @abstractmethod
     def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True): ...
-
-    @staticmethod  # noqa: B027 (most have nothing to say)
-    def check_settings() -> None:
-        """Refuses launch settings that cannot work.
-
-        Raises:
-            ConfigError: says which, and what to write instead.
-        """
 
     @staticmethod  # noqa: B027 (most have nothing to say)
     def check_adapters(adapters: Adapters) -> None:
@@ -98,13 +91,14 @@ class Placement(ABC):
     def settle(self) -> None:  # noqa: B027
         """Drops gathered weights that a forward pass without backward has left: parameters are what is kept."""
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All of a parameter or buffer, for which every process must ask after ``settle``."""
-        return tensor
+    def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """All of a parameter or buffer, in ``dtype`` if given; every process must ask for it, after ``settle``."""
+        return tensor.detach().to(dtype or tensor.dtype)
 
-    @abstractmethod
     def local_parameters(self) -> list[torch.Tensor]:
         """This process's part of each weight, where it lies; none where copies would part from each other."""
+        self.settle()
+        return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.module.parameters()]
 
     @abstractmethod
     def save(self, state: Path) -> None:

@@ -4,6 +4,7 @@ before the first step, by name."""
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,11 @@ import torch
 import transformers
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.engines import start_engine
+from igrpo.engines import start_engine, weights
 from igrpo.engines.base import TRIAL_VERSION
 from igrpo.engines.hf_engine import HFEngine
 from igrpo.engines.sync import WeightSync, disturbed
-from igrpo.engines.weights import twins
+from igrpo.engines.weights import differing, fingerprint, recorded, twins
 from igrpo.learner.learner import Learner
 from igrpo.models.loading import load_policy
 from igrpo.settings import ConfigError
@@ -156,3 +157,43 @@ def test_what_an_engine_keeps_under_another_prefix_is_compared():
     sent = {f"model.language_model.{name}.weight": shape for name, shape in shapes.items()}
     found = {name: tuple(tensor.shape) for name, tensor in twins(model, sent)}
     assert found == {f"model.language_model.{name}.weight": shapes[name] for name in ("embed_tokens", "norm")}
+
+
+def test_a_fingerprint_knows_every_bit_and_its_place(monkeypatch):
+    for dtype in (torch.bfloat16, torch.float32, torch.bool, torch.int64):
+        tensor = (100 * torch.randn(7, 5)).to(dtype)
+        tensor[0, 0], tensor[3, 3] = 0, 1
+        whole = fingerprint(tensor)
+        changed, swapped = tensor.clone(), tensor.clone()
+        changed.reshape(-1).view(torch.uint8)[11] ^= 1
+        swapped[0, 0], swapped[3, 3] = tensor[3, 3], tensor[0, 0]
+        assert fingerprint(changed) != whole and fingerprint(swapped) != whole
+        monkeypatch.setattr(weights, "PIECE", 4)  # the tensor in pieces
+        assert fingerprint(tensor) == whole == fingerprint(tensor.t().contiguous().t())
+        monkeypatch.undo()
+    assert fingerprint(torch.zeros(0)) == 0
+
+
+def test_a_push_keeps_none_of_the_weights_and_finds_one_flipped_bit():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 7)).to(torch.bfloat16)
+    model.register_parameter("correction", torch.nn.Parameter(torch.randn(9)))  # float32, as it is sent
+    model.register_parameter("wider", torch.nn.Parameter(torch.randn(9, 2)))  # sent in bfloat16
+    with torch.no_grad():
+        model.wider.copy_(model.wider.bfloat16())
+    sent, alive = {}, []
+
+    def source():
+        for name, parameter in model.named_parameters():
+            tensor = parameter.detach().bfloat16() if name == "wider" else parameter.detach().clone()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+
+    for _ in recorded(source(), sent, torch.bfloat16):
+        pass
+    del _
+    assert [ref() is not None for ref in alive] == [name == "correction" for name in sent]
+    assert differing(model, sent) == (len(sent), [])
+    for name, parameter in model.named_parameters():
+        parameter.data.view(torch.int16).view(-1)[1] ^= 64
+        assert differing(model, sent) == (len(sent), [name])
+        parameter.data.view(torch.int16).view(-1)[1] ^= 64

@@ -13,5 +13,4 @@ def launched(processes: int) -> type[Placement]:
         ConfigError: with settings that cannot work.
     """
     kind = next((kind for kind in (Zero3, Fsdp2) if kind.asked_for()), Whole)
-    kind.check_settings()
     return Whole if kind is Fsdp2 and processes == 1 else kind

@@ -63,17 +63,18 @@ class Fsdp2(Placement):
 
     @staticmethod
     def asked_for() -> bool:
-        """Whether ``accelerate launch`` was given an FSDP configuration."""
-        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        """Whether ``accelerate launch`` was given an FSDP configuration.
 
-    @staticmethod
-    def check_settings() -> None:
-        """Refuses weights that transformers would load in the first process only."""
-        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
+        Raises:
+            ConfigError: with weights that transformers would load in the first process only.
+        """
+        asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        if asked and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
             raise ConfigError(
                 "fsdp_cpu_ram_efficient_loading: every process reads the model itself; write false in the file given "
                 "to accelerate launch --config_file, or take recipes/accelerate/fsdp2.yaml"
             )
+        return asked
 
     def __call__(self, *args: Any, exact: bool = False, **named: Any) -> GRPOLossOutput | torch.Tensor:
         return self.module(*args, **named)
@@ -95,12 +96,10 @@ class Fsdp2(Placement):
     def settle(self) -> None:
         self.module.reshard()
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Cast before it is gathered: half the bytes."""
+        tensor = super().whole(tensor, dtype)
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-    def local_parameters(self) -> list[torch.Tensor]:
-        self.settle()
-        return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.module.parameters()]
 
     def save(self, state: Path) -> None:
         """Every process writes its shards, as safetensors; the first one what is no tensor, as JSON."""

@@ -39,9 +39,6 @@ class Whole(Placement):
         """Processes exchange gradients once per step, with its last micro-batch."""
         return nullcontext() if last else self._accelerator.no_sync(self.module)
 
-    def local_parameters(self) -> list[torch.Tensor]:
-        return [p.detach() for p in self._policy.parameters()]
-
     def save(self, state: Path) -> None:
         if self._accelerator.is_main_process:
             save_model(self._policy, str(state / WEIGHTS))

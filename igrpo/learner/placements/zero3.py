@@ -49,13 +49,14 @@ class Zero3(Placement):
 
     @staticmethod
     def asked_for() -> bool:
-        """Whether ``accelerate launch`` was given a DeepSpeed configuration."""
-        return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+        """Whether ``accelerate launch`` was given a DeepSpeed configuration.
 
-    @staticmethod
-    def check_settings() -> None:
-        """Refuses to go on without deepspeed, at another stage, or with weights that transformers would divide while
-        it loads them."""
+        Raises:
+            ConfigError: without deepspeed, at another stage, or with weights that transformers would divide while it
+                loads them.
+        """
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+            return False
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(
                 "distributed_type: DEEPSPEED: the deepspeed package is not installed; pip install deepspeed, or take "
@@ -69,6 +70,7 @@ class Zero3(Placement):
                 "zero3_init_flag: every process reads the model itself; write false in the file given to accelerate "
                 "launch --config_file, or take recipes/accelerate/zero3.yaml"
             )
+        return True
 
     @staticmethod
     def check_adapters(adapters: Adapters) -> None:
@@ -107,13 +109,12 @@ class Zero3(Placement):
         if not math.isfinite(norm):
             raise FloatingPointError(f"gradient norm {norm}: go on from a checkpoint (--resume_from_checkpoint last)")
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not hasattr(tensor, "ds_id"):  # a buffer, which is never divided
-            return tensor.detach().clone()
+    def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([tensor]):
-            return tensor.detach().clone()
+        divided = [tensor] if hasattr(tensor, "ds_id") else []  # a buffer never is
+        with deepspeed.zero.GatheredParameters(divided, enabled=bool(divided)):
+            return tensor.detach().to(dtype or tensor.dtype, copy=True)
 
     def local_parameters(self) -> list[torch.Tensor]:
         return []
