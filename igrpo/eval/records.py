@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SETTINGS = "settings.yaml"
 
 
-def fingerprint(model: str) -> str | None:
+def weights_stamp(model: str) -> str | None:
     """Changes when a folder's weights do (names, sizes, times of writing); None for a hub id."""
     files = sorted(p for p in Path(model).glob("*") if p.suffix in (".safetensors", ".bin"))
     if not files:

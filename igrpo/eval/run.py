@@ -23,7 +23,7 @@ from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
 from igrpo.eval.config import EvalConfig
 from igrpo.eval.evaluated import EvaluatedModel
-from igrpo.eval.records import Records, fingerprint, make_record, open_folder
+from igrpo.eval.records import Records, make_record, open_folder, weights_stamp
 from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts
 from igrpo.machine import this_machine
@@ -83,7 +83,7 @@ class EvaluationRun:
         self._pools: dict[tuple[Any, Any], RewardPool] = {}
         for benchmark in benchmarks:
             check_columns(self._pool(benchmark).functions, benchmark.problems)
-        settings = {"model": model.name, "weights": fingerprint(model.path)}
+        settings = {"model": model.name, "weights": weights_stamp(model.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:
             settings["num_drafts"] = config.num_drafts

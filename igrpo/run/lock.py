@@ -24,7 +24,7 @@ BEAT_SECONDS = 5.0
 PATIENCE = 3
 """A run on another machine that leaves out so many beats has ended."""
 _WORDS = ("host", "process", "since", "boot")
-_held: set[int] = set()
+_open_locks: set[int] = set()
 """Descriptors; a forked child gives its copies up, or the lock would outlive the run."""
 
 
@@ -38,7 +38,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     descriptor = _take(path)
-    _held.add(descriptor)
+    _open_locks.add(descriptor)
     ended = threading.Event()
     beats = threading.Thread(target=_beat, args=(descriptor, ended), name="igrpo-lock", daemon=True)
     beats.start()
@@ -50,7 +50,7 @@ def locked(folder: Path) -> Iterator[None]:
         with suppress(OSError):  # the folder may have gone, or its disk
             if _same_file(descriptor, path):
                 path.unlink()
-        _held.discard(descriptor)
+        _open_locks.discard(descriptor)
         os.close(descriptor)
 
 
@@ -154,10 +154,10 @@ def _same_file(descriptor: int, path: Path) -> bool:
 
 
 def _give_up_copies() -> None:
-    for descriptor in _held:
+    for descriptor in _open_locks:
         with suppress(OSError):
             os.close(descriptor)
-    _held.clear()
+    _open_locks.clear()
 
 
 os.register_at_fork(after_in_child=_give_up_copies)
