@@ -39,7 +39,7 @@ class Sampling:
 class Request:
     """``n`` completions of one prompt.
 
-    Example: ``Request("7/drafts", prompt_ids=(1, 5, 9), n=4, sampling=Sampling(0.7, 512))``
+    Example: ``Request("refinement/3/7", prompt_ids=(1, 5, 9), n=4, sampling=Sampling(0.7, 512))``
     """
 
     request_id: str

@@ -59,15 +59,12 @@ class Pump:
         self.timeline, self.usage = timeline or Timeline(None), Usage()
         self.running: dict[str, tuple[Call, Request]] = {}
         self.scoring: dict[Call, PendingScores] = {}
-
-    @property
-    def in_flight(self) -> int:
-        """Completions in the engine."""
-        return sum(request.n for _, request in self.running.values())
+        self.in_flight = 0  # completions in the engine
 
     def submit(self, call: Call, request: Request) -> None:
         call.sent_at = self.engine.version
         self.running[request.request_id] = (call, request)
+        self.in_flight += request.n
         self.timeline.start(call.stage, call.step, request.request_id)
         self.engine.submit(request)
 
@@ -93,7 +90,8 @@ class Pump:
         names = [name for name, (call, _) in self.running.items() if call in calls]
         self.engine.abort(names)
         for name in names:
-            call, _ = self.running.pop(name)
+            call, request = self.running.pop(name)
+            self.in_flight -= request.n
             self.timeline.end(call.stage, call.step, name)
         for call in [call for call in self.scoring if call in calls]:
             del self.scoring[call]
@@ -103,6 +101,7 @@ class Pump:
         if result.request_id not in self.running:
             raise EngineError(f"the engine returned {result.request_id}, which is not running")
         call, request = self.running.pop(result.request_id)
+        self.in_flight -= request.n
         _check(result, request, call)
         tokens = sum(map(len, result.token_ids))
         self.timeline.end(call.stage, call.step, result.request_id, tokens)
