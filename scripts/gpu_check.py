@@ -1,33 +1,118 @@
-"""Tests and times everything on this machine's CUDA device and writes one JSON record.
+"""One visit to a GPU: builds, checks and times everything on this machine's CUDA device, in the order of what matters.
 
-    python scripts/gpu_check.py                        tests, then every benchmark; at most --minutes
-    python scripts/gpu_check.py --skip-tests -k linear        some of the benchmarks
-    python scripts/gpu_check.py --dry-run --output FILE       anywhere: the tests are collected, the benchmarks run on
-                                                              toy shapes under Triton's interpreter
+    python scripts/gpu_check.py                        at most --minutes (nine)
+    python scripts/gpu_check.py -k linear              only the benchmarks that pytest's -k chooses
+    python scripts/gpu_check.py --dry-run --output FILE       anywhere: the same order; tests are collected, benchmarks
+                                                              run on toy shapes under Triton's interpreter
 
-Each benchmark file runs in a process of its own, so that a kernel that breaks the device's context spoils one file and
-not the record. After --minutes no new case begins; what was measured until then is written. The record has the
-schema of benchmarks/records.py and one more key, `tests`. The exit status is 1 if a test or a benchmark failed.
+    build      the kernels, for this one architecture
+    correct    `cuda` and `triton` on the boundary cases
+    decide     the losses on the first shape, ours and the peers: what PROVEN_CUDA_CAPABILITIES asks for
+    learner    two steps of a 1.5B model, its memory beside the rehearsal's
+    rest       every other benchmark, until time is up
+
+A stage that takes longer than its share is ended and the next one begins. The record (benchmarks/records.py, with two
+more keys, `stages` and `learner`) is written after every row, so that whatever ends the visit leaves what was measured.
+The exit status is 1 if a stage failed or was cut off.
 """
 
+from __future__ import annotations
+
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/kernels", "tests/learner/test_packed_attention.py")
-FILES = ("bench_logits.py", "bench_linear.py", "bench_lengths.py", "bench_loop.py")
-TEST_SHARE = 0.4
-"""Of the time limit, at most, for the tests."""
+TESTS = ("tests/kernels/test_cuda_device.py", "tests/kernels/triton_kernels", "tests/learner/test_packed_attention.py")
+FILES = ("bench_linear.py", "bench_logits.py", "bench_lengths.py", "bench_loop.py")
+VARIANTS = ("token", "kl", "gspo", "entropy bonus", "frozen head")
+CUT_OFF = 124
+LEARNER = {"model": "Qwen/Qwen2.5-1.5B-Instruct", "token_budget": 16384}
+REHEARSED_GIB = 27.1
+"""Peak of that step: igrpo plan recipes/quickstart-gpu.yaml --hardware A100-80G --rehearse --token_budget 16384."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process; rows that it writes into ``part`` come into the record at once."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    """Its share of the visit; what it leaves is everybody's."""
+    part: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def run_stages(stages: Sequence[Stage], seconds: float, record: dict[str, Any], output: Path) -> int:
+    """Runs them in turn for ``seconds`` together, the record on disk all the while; 1 if one failed."""
+    began = time.monotonic()
+    for stage in stages:
+        left = seconds - (time.monotonic() - began)
+        if left <= 0:
+            break
+        report = {"name": stage.name, "command": " ".join(map(str, stage.command)), "exit_status": None}
+        record["stages"].append(report)
+        start = time.monotonic()
+        process = subprocess.Popen(stage.command, cwd=ROOT, env=os.environ | stage.environment)
+        while process.poll() is None and time.monotonic() - start < min(left, stage.seconds):
+            time.sleep(0.2)
+            take_rows(stage, record, output)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+            report["exit_status"] = CUT_OFF
+        else:
+            report["exit_status"] = 0 if process.returncode == 5 else process.returncode  # 5: -k chose nothing
+        report["seconds"] = round(time.monotonic() - start, 1)
+        take_rows(stage, record, output, last=True)
+    record["seconds"] = round(time.monotonic() - began)
+    save(record, output)
+    return int(any(stage["exit_status"] for stage in record["stages"]))
+
+
+def take_rows(stage: Stage, record: dict[str, Any], output: Path, last: bool = False) -> None:
+    """What the stage has written since the last look, into the record on disk."""
+    changed = stage.part is not None and stage.part.is_file() and stage.part.stat().st_size
+    if changed:
+        assert stage.part is not None
+        try:
+            found = json.loads(stage.part.read_text(encoding="utf-8"))
+        except ValueError:  # it is being written
+            return
+        if "learner" in found:
+            record["learner"] = found["learner"]
+        parts = record["parts"]
+        if parts.get(stage.name) == found.get("rows") and not last:
+            return
+        parts[stage.name] = found.get("rows", [])
+    if changed or last:
+        save(record, output)
+
+
+def save(record: dict[str, Any], output: Path) -> None:
+    """As a record: the parts' rows one after the other."""
+    whole = {key: value for key, value in record.items() if key != "parts"}
+    whole["rows"] = [row for rows in record["parts"].values() for row in rows]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = output.with_suffix(".writing")
+    unfinished.write_text(json.dumps(whole, indent=1), encoding="utf-8")
+    unfinished.replace(output)
 
 
 def main() -> int:
     arguments = parse()
     sys.path.insert(0, str(ROOT))
+    if arguments.learner:
+        return learner_step(arguments.learner, toy=arguments.dry_run)
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # for the child processes as well
     import torch
@@ -36,33 +121,110 @@ def main() -> int:
 
     if not arguments.dry_run and not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here; --dry-run shows what would run")
-    start = time.monotonic()
-    tests = None if arguments.skip_tests else run_tests(arguments)
     record = records.environment("python scripts/gpu_check.py " + " ".join(sys.argv[1:])) | {
-        "toy": arguments.dry_run, "load_average": [round(os.getloadavg()[0], 1)],
-        "tests": {"command": " ".join(["pytest", *TESTS]), "exit_status": tests, "collected_only": arguments.dry_run},
-        "exit_status": {}, "rows": [],
+        "toy": arguments.dry_run, "load_average": [round(os.getloadavg()[0], 1)], "stages": [], "parts": {},
     }  # fmt: skip
-    for name in FILES if not arguments.skip_benchmarks else ():
-        minutes = arguments.minutes - (time.monotonic() - start) / 60
-        status, rows = run_benchmarks(name, max(minutes, 0.0), arguments)
-        record["exit_status"][name] = status
-        record["rows"] += rows
-    record["load_average"].append(round(os.getloadavg()[0], 1))
-    record["seconds"] = round(time.monotonic() - start)
     output = arguments.output or records.path_of(record)
-    records.save(record, output)
-    print(
-        f"wrote {output}: {len(record['rows'])} rows in {record['seconds']} s, tests {tests}, {record['exit_status']}"
-    )
-    return int(bool(tests) or any(record["exit_status"].values()))
+    with tempfile.TemporaryDirectory() as folder:
+        stages = plan(arguments, Path(folder))
+        status = run_stages(stages, 60 * arguments.minutes, record, output)
+    said = ", ".join(f"{s['name']} {s['exit_status']} in {s.get('seconds')} s" for s in record["stages"])
+    print(f"wrote {output} after {record['seconds']} s: {said}")
+    return status
 
 
-def before(output: Path, arguments: argparse.Namespace) -> dict | None:
-    """The record that a run of some of the benchmarks adds to."""
-    from benchmarks import records
+def plan(arguments: argparse.Namespace, folder: Path) -> list[Stage]:
+    """The stages of a visit, or with -k the one that the reader chose."""
+    python = [sys.executable, "-m", "pytest"]
+    toy = ["--toy"] if arguments.dry_run else []
+    bench = [*toy, "--seconds", str(arguments.seconds)]
+    files = [f"benchmarks/{name}" for name in FILES]
 
-    return records.load(output) if output.is_file() and not arguments.dry_run else None
+    def part(name: str) -> Path:
+        return folder / f"{name}.json"
+
+    if arguments.expression:
+        chosen = [*python, *files, *bench, "-k", arguments.expression, "--output", str(part("rest"))]
+        return [Stage("rest", chosen, 1e9, part("rest"))]
+    decided = deciding_cases("toy" if arguments.dry_run else "cuda")
+    collect = ["--collect-only", "-q"] if arguments.dry_run else ["-q", "-x"]
+    here = [sys.executable, str(Path(__file__).resolve())]
+    dry = ["--dry-run"] if arguments.dry_run else []
+    without = [word for case in decided for word in ("--deselect", case)]
+    made = [
+        Stage(
+            "build", [sys.executable, "setup.py", "build_ext", "--inplace"], 75, None, architecture(arguments.dry_run)
+        ),
+        Stage("correct", [*python, *TESTS, *collect], 60),
+        Stage("decide", [*python, *decided, *bench, "--quick", "--output", str(part("decide"))], 180, part("decide")),
+        Stage("learner", [*here, *dry, "--learner", str(part("learner"))], 90, part("learner")),
+        Stage("rest", [*python, *files, *bench, *without, "--output", str(part("rest"))], 1e9, part("rest")),
+    ]
+    skipped = {"correct"} if arguments.skip_tests else set()
+    skipped |= {"decide", "rest"} if arguments.skip_benchmarks else set()
+    return [stage for stage in made if stage.name not in skipped | ({"build"} if arguments.dry_run else set())]
+
+
+def architecture(dry: bool) -> dict[str, str]:
+    """What setup.py needs to compile for this device alone."""
+    if dry:
+        return {}
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return {"IGRPO_BUILD_CUDA": "1", "IGRPO_CUDA_ARCHS": f"{major}{minor}{'a' if major >= 9 else ''}"}
+
+
+def deciding_cases(kind: str) -> list[str]:
+    """pytest's names of the losses' cases on their first shape, both ways to the loss after each other."""
+    from benchmarks.shapes import cases_of
+
+    cases = cases_of(kind)
+    found = []
+    for variant in VARIANTS:
+        for file, op in (("bench_linear.py", "linear_grpo_loss"), ("bench_logits.py", "grpo_loss")):
+            first = cases[op][0][0]
+            if (first, variant) in cases[op]:
+                name = f"{first.name}-{first.tokens}x{first.V}x{first.H}-{first.dtype_name}-{variant.replace(' ', '_')}"
+                found.append(f"benchmarks/{file}::bench_loss[{name}]")
+    return found
+
+
+def learner_step(output: Path, toy: bool) -> int:
+    """Two steps of the real learner on random weights; what they took goes to ``output``."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from igrpo.config.train_config import TrainConfig
+    from igrpo.learner.learner import Learner
+    from igrpo.models.loading import prepared
+    from igrpo.plan.models import TABLE
+    from igrpo.plan.rehearsal import full_micro_batches
+
+    sizes = dict(json.loads(TABLE.read_text(encoding="utf-8"))["models"][LEARNER["model"]])
+    budget = 256 if toy else LEARNER["token_budget"]
+    if toy:
+        sizes |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = TrainConfig(
+        model_name_or_path=LEARNER["model"], dataset_name="none", bf16=not toy, token_budget=budget, use_cpu=toy,
+        gradient_checkpointing=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.float32)
+    learner = Learner(prepared(model, config), None, config, 0)
+    learner.set_schedule(10)
+    (samples,) = full_micro_batches(config, 1, budget // 8, budget // 16, budget)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        learner.train_on(samples)
+        seconds.append(round(time.perf_counter() - start, 2))
+    found = {"model": LEARNER["model"], "token_budget": budget, "seconds": seconds, "rehearsed_gib": REHEARSED_GIB}
+    if not toy:
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    output.write_text(json.dumps({"learner": found, "rows": []}), encoding="utf-8")
+    print(found)
+    return 0
 
 
 def parse() -> argparse.Namespace:
@@ -70,44 +232,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--skip-benchmarks", action="store_true")
-    parser.add_argument("-k", dest="expression", default="", help="pytest's -k, for the benchmarks")
-    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of tests and benchmarks together")
+    parser.add_argument("-k", dest="expression", default="", help="pytest's -k: these benchmarks and nothing else")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of all stages together")
     parser.add_argument("--seconds", type=float, default=1.0, help="clock time per case")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>.json")
+    parser.add_argument("--learner", type=Path, metavar="FILE", help="only the learner's steps, in this process")
     return parser.parse_args()
-
-
-def run_tests(arguments: argparse.Namespace) -> int:
-    """Exit status of the tests, 124 where they ran out of time; the dry run collects them only."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        *TESTS,
-        *(["--collect-only", "-q"] if arguments.dry_run else []),
-    ]
-    output = subprocess.DEVNULL if arguments.dry_run else None
-    try:
-        return subprocess.run(command, cwd=ROOT, stdout=output, timeout=60 * TEST_SHARE * arguments.minutes).returncode
-    except subprocess.TimeoutExpired:
-        print("the tests ran out of time", file=sys.stderr)
-        return 124
-
-
-def run_benchmarks(name: str, minutes: float, arguments: argparse.Namespace) -> tuple[int, list[dict]]:
-    """Exit status and rows of one file; 0 rows if its process died before it wrote any."""
-    from benchmarks import records
-
-    with tempfile.TemporaryDirectory() as folder:
-        part = Path(folder) / "part.json"
-        command = [
-            sys.executable, "-m", "pytest", f"benchmarks/{name}", "--output", str(part), "--minutes", f"{minutes:.2f}",
-            "--seconds", str(arguments.seconds), *(["--toy"] if arguments.dry_run else []),
-            *(["-k", arguments.expression] if arguments.expression else []),
-        ]  # fmt: skip
-        status = subprocess.run(command, cwd=ROOT).returncode
-        rows = records.load(part)["rows"] if part.is_file() else []
-    return (0 if status == 5 else status), rows  # 5: -k chose nothing in this file
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def rehearse(
         ConfigError: what the learner refuses, or no C++ compiler.
     """
     config = replace(config, use_cpu=False, report_to="none")
-    everyone = _samples(config, devices, prompt, completion, context)
+    everyone = full_micro_batches(config, devices, prompt, completion, context)
     trace = DeviceTrace()
 
     def gathered(mine: Any) -> list[Any]:
@@ -157,7 +157,7 @@ def _model(model_config: Any, config: TrainConfig, trace: DeviceTrace) -> Any:
         return prepared(AutoModelForCausalLM.from_config(model_config, **options), config)
 
 
-def _samples(
+def full_micro_batches(
     config: TrainConfig, devices: int, prompt: int, completion: int, context: int
 ) -> list[list[TrainingSample]]:
     """Of each process: groups that fill ``MICRO_BATCHES`` micro-batches, completions of different lengths."""
