@@ -20,15 +20,15 @@ def test_a_visit_has_its_order_and_its_clock(tmp_path):
     seen = f"import json; assert json.load(open({str(output)!r}))['rows'] == [{{'n': 1}}]"
     python = [sys.executable, "-c"]
     stages = [
-        gpu_check.Stage("decide", [*python, f"{rows}; time.sleep(60)"], 1.5, part),
+        gpu_check.Stage("decide", [*python, f"{rows}; time.sleep(60)"], 3, part),
         gpu_check.Stage("look", [*python, seen], 20),
         gpu_check.Stage("rest", [*python, "import time; time.sleep(60)"], 1e9),
         gpu_check.Stage("never", [*python, ""], 1e9),
     ]
     record = {"stages": [], "parts": {}}
     start = time.monotonic()
-    assert gpu_check.run_stages(stages, 4, record, output) == 1
-    assert time.monotonic() - start < 12
+    assert gpu_check.run_stages(stages, 9, record, output) == 1
+    assert time.monotonic() - start < 15
     written = json.loads(output.read_text())
     assert [(stage["name"], stage["exit_status"]) for stage in written["stages"]] == [
         ("decide", gpu_check.CUT_OFF), ("look", 0), ("rest", gpu_check.CUT_OFF),

@@ -6,9 +6,10 @@
     plan.lines() / plan.fits / plan.advice()       the table, the verdict, and what to change
     largest_context(shape, config, machine)        tokens of one sequence that still fit
 
-Sizes are bytes per process. Items marked exact follow from the settings alone. Activations are an estimate: a count of
-what autograd keeps in one decoder layer, within 20 % of what a Llama layer was measured to keep. So only the exact
-items refuse a run; the estimate warns.
+Sizes are bytes per process, at the worse of two moments of a step. Items marked exact follow from the settings alone.
+Activations are an estimate: a count of what autograd keeps in one decoder layer, within 20 % of what a Llama layer was
+measured to keep; the whole is within 10 % of rehearsals (``rehearsal.py``). So only the exact items refuse a run; the
+estimate warns.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ class ModelShape:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def outside_layers(self) -> int:
+        """Parameters of embedding and head."""
+        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -161,9 +167,12 @@ def memory_plan(
         context: tokens of the longest sequence, prompt + draft + refinement.
         sharded: FSDP: weights, gradients and optimiser are divided by the number of processes.
     """
+    moment = max(
+        _moments(shape, config, machine, context, sharded), key=lambda items: sum(item.bytes for item in items)
+    )
     items = [
         *_weights(shape, config, machine, sharded),
-        *_activations(shape, config, machine, context),
+        *moment,
         *_engine(shape, config, machine, context),
     ]
     return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
@@ -206,11 +215,6 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
         items.append(Item("adapters", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters"))
     else:
         items = [Item("master weights", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters{split}")]
-    if config.bf16 and not config.use_peft:
-        copy = 2 * shape.parameters
-        if sharded:  # the head and embedding, and two layers: the one that computes and the next
-            copy = 2 * (2 * shape.layer_parameters + shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2))
-        items.append(Item("compute copy", copy, True, "bf16" + (", layers gathered as they run" if sharded else "")))
     items.append(Item("gradients", 4 * trained // parts, True, f"fp32{split}"))
     eight_bit = "8bit" in config.optim
     if "paged" in config.optim and machine.device == "cuda":
@@ -219,34 +223,86 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
         note = f"two moments in {'8 bits' if eight_bit else 'fp32'}{split}"
         items.append(Item("optimiser", (2 if eight_bit else 8) * trained // parts, True, note))
     if config.beta > 0 and not config.use_peft:
-        items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because beta > 0{split}"))
+        gathered = _width(config) * shape.outside_layers if parts > 1 else 0  # stays whole after it has scored
+        size = 4 * shape.parameters // parts + gathered
+        items.append(Item("reference model", size, True, f"fp32, because beta > 0{split}"))
     return items
 
 
-def _activations(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
+def _moments(
+    shape: ModelShape, config: TrainConfig, machine: Machine, context: int, sharded: bool
+) -> tuple[list[Item], list[Item]]:
+    """What comes on top at the two worst moments of a micro-batch: in the loss, when every layer has been computed and
+    the head's gradient is made; and when the last layer goes backward, computed again where it was checkpointed."""
     tokens = max(context, config.token_budget) if config.token_budget else context * config.per_device_train_batch_size
-    layer = activation_bytes_per_token(shape, config.bf16)
-    checkpoint = 4 * shape.hidden_size  # the residual stream, fp32 also under autocast
-    if config.gradient_checkpointing:
-        kept = 0 if config.activation_offloading else shape.num_layers * checkpoint
-        total, note = tokens * (kept + 2 * layer), "layer inputs, and one layer computed again with its gradients"
-    else:
-        kept = layer if config.activation_offloading else shape.num_layers * layer
-        total, note = tokens * (kept + layer), "of every layer"
-    chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * 4)
+    sharded = sharded and machine.processes > 1
+    layer = activation_bytes_per_token(shape, config.bf16, sharded or config.use_peft)
+    # The residual stream is float32 under autocast, whose embedding is; else what the weights are computed in.
+    stream = shape.hidden_size * (_width(config) if sharded or config.use_peft else 4)
+    again = config.gradient_checkpointing or config.use_peft
+    backward = _width(config) * 2 * (shape.intermediate_size + shape.hidden_size) if again else 0
+    if config.use_peft:  # what the adapters read, which autocast brings to float32
+        layer += (2 if sharded else 6) * shape.intermediate_size
+        backward += 12 * shape.kv_size + (0 if sharded else 4 * shape.intermediate_size)
+    kept = shape.num_layers * (stream if config.gradient_checkpointing else layer)
+    if config.activation_offloading:
+        kept = 0 if config.gradient_checkpointing else layer
+    backward += layer if config.gradient_checkpointing else 0
+    head = shape.vocab_size * shape.hidden_size
     frozen = config.use_peft and "lm_head" not in (config.lora_target_modules or ())
-    head = 0 if frozen else 4 * shape.vocab_size * shape.hidden_size
-    return [
-        Item("activations", total, False, f"{tokens} tokens: {note}"),
-        Item("logits chunk", chunk, False, "one chunk, then its gradient in place; logits never exist whole"),
-        *([Item("gradient of the head", head, True, "fp32, summed over the chunks")] if head else []),
+    chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * _width(config))
+    rows = tokens * 4 * stream
+    chunks = "one chunk, then its gradient in place; logits never exist whole"
+    outside = "layer inputs, and one layer computed again with its gradients" if config.gradient_checkpointing else (
+        "of every layer, and the gradients of one"
+    )  # fmt: skip
+    loss = [
+        Item("compute copy", _copies(shape, config, sharded, in_loss=True), True, _copied(sharded, config)),
+        Item(
+            "activations", tokens * kept + rows, False, f"{tokens} tokens: in the loss, before any layer goes backward"
+        ),
+        Item("logits chunk", chunk, False, chunks),
+        Item("gradient of the head", 0 if frozen else 4 * head, True, "fp32, summed over the chunks"),
     ]
+    held = 0 if frozen else _width(config) * head if sharded else 4 * head if shape.tied else 0
+    last = [
+        Item("compute copy", _copies(shape, config, sharded, in_loss=False), True, _copied(sharded, config)),
+        Item("activations", tokens * (kept + backward), False, f"{tokens} tokens: {outside}"),
+        Item("gradient of the head", held, True, "until the embedding has its own"),
+    ]
+    return tuple([item for item in moment if item.bytes] for moment in (loss, last))  # type: ignore[return-value]
 
 
-def activation_bytes_per_token(shape: ModelShape, bf16: bool) -> int:
-    """What autograd keeps of one decoder layer: fp32 residual stream and norms, matmul inputs in the compute dtype."""
+def _width(config: TrainConfig) -> int:
+    return 2 if config.bf16 else 4
+
+
+def _copies(shape: ModelShape, config: TrainConfig, sharded: bool, in_loss: bool) -> int:
+    """Weights beside the master weights. FSDP keeps embedding and head whole from the first layer to the last gradient,
+    and layers as they come: one gathered; in the backward pass also the next one, and this one's float32 gradient on
+    its way to its shards. Autocast keeps what it has cast to the end of the forward pass."""
+    width = _width(config)
+    if sharded:
+        layers = 1 if in_loss else 2 if config.use_peft else 4
+        return width * (shape.outside_layers + layers * shape.layer_parameters)
+    if config.use_peft or not config.bf16:
+        return 0
+    return 2 * (shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size) if in_loss else (
+        2 * shape.layer_parameters
+    )  # fmt: skip
+
+
+def _copied(sharded: bool, config: TrainConfig) -> str:
+    return ("bf16" if config.bf16 else "fp32") + (", layers gathered as they run" if sharded else ", cast by autocast")
+
+
+def activation_bytes_per_token(shape: ModelShape, bf16: bool, sharded: bool = False) -> int:
+    """What autograd keeps of one decoder layer: matmul inputs in the compute dtype, norms in float32, the residual
+    stream in float32 where autocast computes and in the weights' dtype where FSDP casts them."""
     hidden, inner, q, kv = shape.hidden_size, shape.intermediate_size, shape.attention_size, shape.kv_size
-    return 24 * hidden + 10 * inner + 4 * q + 8 * kv if bf16 else 24 * hidden + 16 * inner + 8 * q + 8 * kv
+    if not bf16:
+        return 24 * hidden + 16 * inner + 8 * q + 8 * kv
+    return 17 * hidden + 8 * inner + 8 * q if sharded else 24 * hidden + 10 * inner + 4 * q + 8 * kv
 
 
 def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:

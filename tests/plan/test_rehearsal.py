@@ -12,19 +12,19 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
-    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096, "tie_word_embeddings": False,
+    "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 4096, "tie_word_embeddings": False,
 }  # fmt: skip
 RECIPE = {
     "dataset_name": "d", "bf16": True, "token_budget": 4096, "max_completion_length": 512, "num_generations": 4,
     "gradient_checkpointing": True, "learning_rate": 1e-6,
 }  # fmt: skip
 CHILD = """
-import sys
+import json, sys
 from igrpo.plan import fake_gpu_library
 fake_gpu_library.load()
 from tests.plan import trace_checks
-sys.exit(trace_checks.run(sys.argv[1]))
+sys.exit(trace_checks.run(sys.argv[1], json.loads(sys.argv[2])))
 """
 
 
@@ -35,7 +35,9 @@ def traced(tmp_path_factory):
     (folder / "config.json").write_text(json.dumps(SIZES))
     recipe = folder / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE | {"model_name_or_path": str(folder)}))
-    done = subprocess.run([sys.executable, "-c", CHILD, str(recipe)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(recipe), json.dumps(SIZES)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     marked = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
     return json.loads(marked.removeprefix("FOUND ")), done.stdout
@@ -66,6 +68,12 @@ def test_a_wait_is_one_whatever_asked_for_the_value(traced):
 def test_a_collective_counts_with_its_bytes(traced):
     found, _ = traced
     assert found["collectives"] == {"allreduce": [1, 2**20], "allgather_base": [2, 2 * 2**22]}
+
+
+def test_the_memory_plan_is_within_a_tenth_of_the_rehearsal(traced):
+    found, _ = traced
+    assert len(found["planned"]) == 7
+    assert {case: ratio for case, ratio in found["planned"].items() if not 0.9 < ratio < 1.1} == {}
 
 
 def test_eight_gpus_are_rehearsed_on_none(traced):

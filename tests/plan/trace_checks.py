@@ -5,14 +5,20 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
+from transformers import AutoConfig
 
+from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import Denominators, micro_batch
 from igrpo.learner.metrics import Accumulator
 from igrpo.learner.packing import PrefixGroup
+from igrpo.machine import Machine
 from igrpo.plan import main
 from igrpo.plan.device_trace import DeviceTrace
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
+from igrpo.plan.memory import memory_plan, model_shape
+from igrpo.plan.rehearsal import rehearse
 
 MIB = 2**20
 GPU = torch.device("cuda", 0)
@@ -79,11 +85,29 @@ def collectives(trace):
     return {name: [traffic.calls, traffic.bytes] for name, traffic in phase.collectives.items()}
 
 
-def run(recipe):
+def planned(made):
+    """By devices and settings: what ``memory_plan`` says over what the rehearsal finds."""
+    kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
+    cases = ((8, {}), (8, kept), (8, adapters), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
+    common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
+    ratios = {}
+    for devices, settings in cases:
+        config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **settings})
+        AcceleratorState._reset_state(reset_partial_state=True)
+        found = rehearse(made, config, devices, 2**34, prompt=100, completion=450, context=8192)
+        machine = Machine("cuda", 2**34, devices)
+        plan = memory_plan(model_shape(made.to_dict()), config, machine, context=8192, sharded=devices > 1)
+        ratios[f"{devices} {settings}"] = plan.learner / found.peak
+    return ratios
+
+
+def run(recipe, sizes):
     """Prints a line of JSON, then the rehearsal of ``recipe``."""
     trace, found = DeviceTrace(), {}
     with fake_gpus(4, 80 * 2**30, trace.wait), FakeGPUMode(), trace:
         for check in (allocation, backward, resized, waits, line, collectives):
             found[check.__name__] = check(trace)
+    found["planned"] = planned(AutoConfig.for_model(**sizes))
     print("FOUND " + json.dumps(found))
+    AcceleratorState._reset_state(reset_partial_state=True)
     return main([recipe, "--hardware", "8xA100-80G", "--rehearse"])
