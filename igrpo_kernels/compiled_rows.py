@@ -121,13 +121,18 @@ def objective_numbers(config: GRPOLossConfig) -> list[float]:
 
 def _term_code(name: str) -> int:
     """The number that csrc/token_objective.h gives a policy term of `losses.py`."""
-    terms = torch.ops.igrpo.policy_terms().split()
+    terms = _policy_terms()
     if name not in terms:
         raise ValueError(f"csrc/token_objective.h has no slope of the policy term {name!r}, only of {', '.join(terms)}")
     return terms.index(name)
 
 
 _term_code._dynamo_marked_constant = True  # as `_resolve` in impls.py
+
+
+@functools.cache
+def _policy_terms() -> list[str]:
+    return torch.ops.igrpo.policy_terms().split()
 
 
 def _outer(x: Tensor) -> Tensor:
