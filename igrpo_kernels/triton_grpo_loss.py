@@ -18,6 +18,8 @@ from torch import Tensor
 from igrpo_kernels.batch import compute_dtype
 from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
 from igrpo_kernels.triton_math import (
+    grad_at_target,
+    grad_factors,
     grad_logits,
     kl_and_slope,
     policy_slopes,
@@ -210,6 +212,7 @@ def token_loss_kernel(
     VEC: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
     inner = tl.full((), inner, DTYPE)
@@ -222,7 +225,7 @@ def token_loss_kernel(
     target = tl.load(index_ptr + row)
     columns = tl.where(active, V, 0)  # a masked row is not read
 
-    row_max, s, e = row_statistics(row_ptr, columns, inner, outer, DTYPE, SOFTCAP, TILE, LANES)
+    row_max, s, e = row_statistics(row_ptr, columns, inner, outer, DTYPE, SOFTCAP, TILE, LANES, NEAR)
     s = tl.where(active, s, 1.0)
     log_sum = tl.log(s)
     entropy = log_sum - e / s
@@ -273,14 +276,30 @@ def token_loss_kernel(
 
     BLOCK: tl.constexpr = TILE * LANES
     without_gradient = (active == 0) | ((grad_logp == 0.0) & (grad_entropy == 0.0))
-    readable = tl.where(without_gradient, 0, V)  # a row without a gradient is not read again
-    blocks = tl.cdiv(V, BLOCK)
-    for block in range(0, blocks):
-        column = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(row_ptr + column, mask=column < readable, other=0.0).to(DTYPE)
-        grad = grad_logits(x, column, target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
-        grad = tl.where(without_gradient, 0.0, grad)
-        tl.store(grad_row_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=column < V)
+    out_type: tl.constexpr = grad_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK)
+    full = V // BLOCK * BLOCK
+    if without_gradient:  # a row without a gradient is not read again
+        zeros = tl.zeros((BLOCK,), out_type)
+        for start in range(0, full, BLOCK):
+            tl.store(grad_row_ptr + start + column, zeros)
+        tl.store(grad_row_ptr + full + column, zeros, mask=full + column < V)
+    else:
+        scale, shift, a, b = grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP)
+        in_vocab = (target >= 0) & (target < V)
+        x_target = tl.load(row_ptr + tl.where(in_vocab, target, 0)).to(DTYPE)
+        tl.debug_barrier()  # in place, it must be read before its block is stored
+        ENTROPY: tl.constexpr = grad_entropy_ptr is not None
+        x = tl.load(row_ptr + full + column, mask=full + column < V, other=0.0).to(DTYPE)
+        grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+        tl.store(grad_row_ptr + full + column, grad.to(out_type), mask=full + column < V)
+        for back in range(BLOCK, full + BLOCK, BLOCK):
+            x = tl.load(row_ptr + (full - back) + column).to(DTYPE)
+            grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+            tl.store(grad_row_ptr + (full - back) + column, grad.to(out_type))
+        tl.debug_barrier()  # the target's own value replaces what its block stored
+        at_target = grad_at_target(x_target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
+        tl.store(grad_row_ptr + tl.where(in_vocab, target, 0), at_target.to(out_type), mask=in_vocab)
 
 
 def token_loss_fwd(
@@ -296,7 +315,7 @@ def token_loss_fwd(
     dtype = compute_dtype(logits.dtype)
     logps, entropy = (torch.empty(layout.count, dtype=dtype, device=logits.device) for _ in range(2))
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, num_warps = tile_for("loss", V, logits.itemsize)
+    tile, lanes, near, num_warps = tile_for("loss", V, logits.itemsize)
     if layout.count:
         with on_device(logits):
             token_loss_kernel[(layout.count,)](
@@ -322,6 +341,7 @@ def token_loss_fwd(
                 VEC=vector_length(logits, grad),
                 TILE=tile,
                 LANES=lanes,
+                NEAR=near,
                 num_warps=num_warps,
                 enable_fp_fusion=True,
             )

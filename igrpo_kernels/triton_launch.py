@@ -12,18 +12,19 @@ from igrpo_kernels.types import LogitTransform
 
 
 class Tile(NamedTuple):
-    """Columns per step as (TILE, LANES), and the warps that share them."""
+    """Columns per step as (TILE, LANES), how many neighbours of them a thread takes, and the warps that share them."""
 
     tile: int
     lanes: int
+    near: int
     num_warps: int
 
 
 # kernel -> (columns per lane group when V is large, warps). One known-good choice each; nothing is tuned at run time.
 _TILES = {
-    "statistics": (4, 8),  # 4 rows of lanes amortise the rescaling of the running sums
+    "statistics": (4, 8),
     "gradient": (4, 8),
-    "loss": (2, 8),  # two walks over a row: fewer columns in flight keep every variant inside its registers
+    "loss": (4, 8),
 }
 _WARP = 32
 
@@ -36,7 +37,8 @@ def tile_for(kernel: str, vocab_size: int, itemsize: int) -> Tile:
     while warps > 1 and _WARP * warps * per_thread > width:
         warps //= 2
     lanes = min(_WARP * warps * per_thread, width)
-    return Tile(min(depth, triton.next_power_of_2(triton.cdiv(vocab_size, lanes))), lanes, warps)
+    tile = min(depth, triton.next_power_of_2(triton.cdiv(vocab_size, lanes)))
+    return Tile(tile, lanes, min(per_thread, lanes), warps)
 
 
 @dataclass(frozen=True)

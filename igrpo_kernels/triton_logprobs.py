@@ -11,7 +11,14 @@ from torch import Tensor
 
 from igrpo_kernels.batch import compute_dtype
 from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
-from igrpo_kernels.triton_math import grad_logits, row_pointer, row_statistics, target_log_prob
+from igrpo_kernels.triton_math import (
+    grad_at_target,
+    grad_factors,
+    grad_logits,
+    row_pointer,
+    row_statistics,
+    target_log_prob,
+)
 from igrpo_kernels.types import LogitTransform
 
 _STATISTICS_POINTERS = ["logits_ptr", "index_ptr", "mask_ptr", "logps_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr"]
@@ -41,6 +48,7 @@ def row_statistics_kernel(
     VEC: tl.constexpr,
     TILE: tl.constexpr,
     LANES: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
     inner = tl.full((), inner, DTYPE)
@@ -53,7 +61,7 @@ def row_statistics_kernel(
     if mask_ptr is not None:
         active = tl.load(mask_ptr + row) != 0
     columns = tl.where(active, V, 0)  # a masked row is not read
-    row_max, s, e = row_statistics(row_ptr, columns, inner, outer, DTYPE, SOFTCAP, TILE, LANES)
+    row_max, s, e = row_statistics(row_ptr, columns, inner, outer, DTYPE, SOFTCAP, TILE, LANES, NEAR)
     s = tl.where(active, s, 1.0)
     log_sum = tl.log(s)
     logp = target_log_prob(row_ptr, target, columns, inner, outer, row_max, log_sum, DTYPE, SOFTCAP)
@@ -76,7 +84,7 @@ def row_statistics_fwd(
     logps, row_max, log_sum = (torch.empty(rows.count, dtype=dtype, device=logits.device) for _ in range(3))
     entropy = torch.empty(rows.count if with_entropy else 0, dtype=dtype, device=logits.device)
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, num_warps = tile_for("statistics", V, logits.itemsize)
+    tile, lanes, near, num_warps = tile_for("statistics", V, logits.itemsize)
     if rows.count:
         with on_device(logits):
             row_statistics_kernel[(rows.count,)](
@@ -97,6 +105,7 @@ def row_statistics_fwd(
                 VEC=vector_length(logits),
                 TILE=tile,
                 LANES=lanes,
+                NEAR=near,
                 num_warps=num_warps,
                 enable_fp_fusion=True,
             )
@@ -148,9 +157,9 @@ def row_gradient_kernel(
     inner = tl.full((), inner, DTYPE)
     outer = tl.full((), outer, DTYPE)
     V = V // VEC * VEC
-    blocks = tl.cdiv(V, BLOCK)
-    row = tl.program_id(0).to(tl.int64) // blocks
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    full = V // BLOCK * BLOCK
+    column = tl.arange(0, BLOCK)
     row_ptr = row_pointer(logits_ptr, row, tokens, stride_batch, stride_token, VEC)
     grad_row_ptr = row_pointer(grad_ptr, row, tokens, grad_stride_batch, grad_stride_token, VEC)
     target = tl.load(index_ptr + row)
@@ -166,15 +175,30 @@ def row_gradient_kernel(
     active = (grad_logp != 0.0) | (grad_entropy != 0.0)
     if mask_ptr is not None:
         active = active & (tl.load(mask_ptr + row) != 0)
-    readable = tl.where(active, V, 0)  # masked, or coefficients exactly zero: not read, gradient zero
-    x = tl.load(row_ptr + column, mask=column < readable, other=0.0).to(DTYPE)
-    row_max = tl.load(row_max_ptr + row)
-    log_sum = tl.load(log_sum_ptr + row)
-    grad = grad_logits(
-        x, column, target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP=SOFTCAP
-    )
-    grad = tl.where(active, grad, 0.0)
-    tl.store(grad_row_ptr + column, grad.to(grad_ptr.dtype.element_ty), mask=column < V)
+    out_type: tl.constexpr = grad_ptr.dtype.element_ty
+    if active:
+        row_max = tl.load(row_max_ptr + row)
+        log_sum = tl.load(log_sum_ptr + row)
+        scale, shift, a, b = grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP)
+        in_vocab = (target >= 0) & (target < V)
+        x_target = tl.load(row_ptr + tl.where(in_vocab, target, 0), mask=in_vocab, other=0.0).to(DTYPE)
+        tl.debug_barrier()  # in place, it is read before its block is stored
+        ENTROPY: tl.constexpr = grad_entropy_ptr is not None
+        for block in range(0, full, BLOCK):
+            x = tl.load(row_ptr + block + column).to(DTYPE)
+            grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+            tl.store(grad_row_ptr + block + column, grad.to(out_type))
+        x = tl.load(row_ptr + full + column, mask=full + column < V, other=0.0).to(DTYPE)
+        grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+        tl.store(grad_row_ptr + full + column, grad.to(out_type), mask=full + column < V)
+        tl.debug_barrier()  # the target's own value replaces what its block stored
+        at_target = grad_at_target(x_target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
+        tl.store(grad_row_ptr + tl.where(in_vocab, target, 0), at_target.to(out_type), mask=in_vocab)
+    else:  # masked, or coefficients exactly zero: not read, gradient zero
+        zeros = tl.zeros((BLOCK,), out_type)
+        for block in range(0, full, BLOCK):
+            tl.store(grad_row_ptr + block + column, zeros)
+        tl.store(grad_row_ptr + full + column, zeros, mask=full + column < V)
 
 
 def row_gradient_bwd(
@@ -194,10 +218,10 @@ def row_gradient_bwd(
         grad_entropy = None
     rows, grad_rows, V = RowStrides.of(logits), RowStrides.of(grad), logits.shape[-1]
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, num_warps = tile_for("gradient", V, logits.itemsize)
+    tile, lanes, _, num_warps = tile_for("gradient", V, logits.itemsize)
     if rows.count:
         with on_device(logits):
-            row_gradient_kernel[(rows.count * triton.cdiv(V, tile * lanes),)](
+            row_gradient_kernel[(rows.count,)](
                 logits,
                 grad,
                 index,

@@ -4,9 +4,9 @@
     M = max z,  S = sum exp(z - M),  E = sum exp(z - M)·(z - M)
     log p_v = z_v - M - log S,      H = log S - E / S
 
-Accumulators are fp32 (fp64 for fp64 logits). A row is walked in tiles of (TILE, LANES) columns: TILE is reduced inside
-a thread, and each of the LANES keeps its own (M, S, E) until the row ends, so the walk needs no barrier. The order of
-every sum depends on V and the tile only, never on the other rows.
+Accumulators are fp32 (fp64 for fp64 logits). A row is walked in tiles of (TILE, LANES / NEAR, NEAR) columns: a thread
+reduces its NEAR neighbours, which it loads at once, and TILE of such groups, and keeps its own (M, S, E) until the row
+ends, so the walk needs no barrier. The order of every sum depends on V and the tile only, never on the other rows.
 """
 
 import triton
@@ -18,10 +18,39 @@ FLOOR = tl.constexpr(-1000.0)
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 
+LOG2E = tl.constexpr(1.4426950408889634)
+# The interpreter runs no machine instructions.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
 @triton.jit
 def floored(x):
     """max(x, FLOOR) that keeps NaN."""
-    return tl.where(x < FLOOR, FLOOR, x)
+    return tl.maximum(x, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def fast_exp2(x):
+    """2^x in one instruction for fp32, whose results below 2^-126 are 0; tl.exp2 takes four to keep them."""
+    if INTERPRETED or x.dtype != tl.float32:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def fast_exp(x):
+    """e^x; for fp32 as fast_exp2."""
+    if INTERPRETED or x.dtype != tl.float32:
+        return tl.exp(x)
+    return fast_exp2(x * LOG2E)
+
+
+@triton.jit
+def reciprocal(x):
+    """1/x, to within one ulp in fp32; of what is below 2^-126 or above 2^126, inf or 0."""
+    if INTERPRETED or x.dtype != tl.float32:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -42,11 +71,10 @@ def row_pointer(base, row, tokens, stride_batch, stride_token, VEC: tl.constexpr
 @triton.jit
 def policy_logits(x, inner, outer, SOFTCAP: tl.constexpr):
     """z and dz/dx. Without a cap z = inner·x; with one z = outer·tanh(inner·x)."""
-    if SOFTCAP:
-        decay = tl.exp(-2.0 * tl.abs(x * inner))
-        size = (1.0 - decay) / (1.0 + decay)
-        z = outer * tl.where(x * inner < 0, -size, size)
-        slope = (inner * outer) * (4.0 * decay / ((1.0 + decay) * (1.0 + decay)))
+    if SOFTCAP:  # tanh(y) = 1 - 2r and its derivative 4(r - r²), r = 1 / (1 + e^2y)
+        r = reciprocal(1.0 + fast_exp(x * (2.0 * inner)))
+        z = outer - (2.0 * outer) * r
+        slope = (4.0 * inner * outer) * (r - r * r)
     else:
         z = x * inner
         slope = inner
@@ -54,30 +82,57 @@ def policy_logits(x, inner, outer, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def within(x, SUM: tl.constexpr):
+    """Sum or maximum of a (TILE, GROUPS, NEAR) tile for each group: of what one thread holds."""
+    if SUM:
+        return tl.sum(tl.sum(x, axis=2), axis=0)
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def add_tile(z, m, s, e):
+    """The running M, S and E of every group with a tile's logits."""
+    m_new = tl.maximum(m, within(z, False))
+    d = floored(z - m_new[None, :, None])
+    p = fast_exp(d)
+    shift = floored(m - m_new)
+    decay = fast_exp(shift)
+    e = decay * (e + shift * s) + within(p * d, True)
+    return m_new, decay * s + within(p, True), e
+
+
+@triton.jit
 def row_statistics(
-    row_ptr, V, inner, outer, DTYPE: tl.constexpr, SOFTCAP: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr
+    row_ptr,
+    V,
+    inner,
+    outer,
+    DTYPE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    LANES: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """M, S and E of one row of V columns; V = 0 reads nothing."""
-    tile = tl.arange(0, TILE)[:, None] * LANES + tl.arange(0, LANES)[None, :]
-    m = tl.full((LANES,), LOWEST, DTYPE)
-    s = tl.zeros((LANES,), DTYPE)
-    e = tl.zeros((LANES,), DTYPE)
-    for start in range(0, V, TILE * LANES):
+    GROUPS: tl.constexpr = LANES // NEAR
+    tile = tl.arange(0, TILE)[:, None, None] * LANES + tl.arange(0, GROUPS)[None, :, None] * NEAR
+    tile += tl.arange(0, NEAR)[None, None, :]
+    m = tl.full((GROUPS,), LOWEST, DTYPE)
+    s = tl.zeros((GROUPS,), DTYPE)
+    e = tl.zeros((GROUPS,), DTYPE)
+    full = V // (TILE * LANES) * (TILE * LANES)
+    for start in range(0, full, TILE * LANES):
+        x = tl.load(row_ptr + start + tile).to(DTYPE)
+        z, _ = policy_logits(x, inner, outer, SOFTCAP)
+        m, s, e = add_tile(z, m, s, e)
+    for start in range(full, V, TILE * LANES):  # what fills no whole tile
         column = start + tile
         x = tl.load(row_ptr + column, mask=column < V, other=0.0).to(DTYPE)
         z, _ = policy_logits(x, inner, outer, SOFTCAP)
-        z = tl.where(column < V, z, float("-inf"))
-        m_new = tl.maximum(m, tl.max(z, axis=0))
-        d = floored(z - m_new[None, :])
-        p = tl.exp(d)
-        shift = floored(m - m_new)
-        decay = tl.exp(shift)
-        e = decay * (e + shift * s) + tl.sum(p * d, axis=0)
-        s = decay * s + tl.sum(p, axis=0)
-        m = m_new
+        m, s, e = add_tile(tl.where(column < V, z, float("-inf")), m, s, e)
     row_max = tl.max(m, axis=0)
     shift = floored(m - row_max)
-    decay = tl.exp(shift)
+    decay = fast_exp(shift)
     return row_max, tl.sum(decay * s, axis=0), tl.sum(decay * (e + shift * s), axis=0)
 
 
@@ -91,15 +146,44 @@ def target_log_prob(row_ptr, target, V, inner, outer, row_max, log_sum, DTYPE: t
 
 
 @triton.jit
-def grad_logits(
-    x, column, target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP: tl.constexpr
-):
-    """dloss/dx = (g_l·([v = target] - p) - g_H·p·(log p + H)) · dz/dx."""
+def grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP: tl.constexpr):
+    """(scale, shift, a, b) of `grad_logits`."""
+    weight = -tl.exp(-log_sum)
+    # Beyond 1e38 the products could overflow; there logits differ by so much that a part of it is as good.
+    scale = tl.full((), LOG2E, row_max.dtype)
+    scale = tl.where(tl.abs(row_max) < 1e38, scale, scale / 1024)
+    shift = row_max * scale
+    if not SOFTCAP:
+        weight = weight * inner
+        scale = scale * inner
+    return scale, shift, weight * (grad_logp + grad_entropy * (entropy - log_sum)), weight * (grad_entropy / LOG2E)
+
+
+@triton.jit
+def grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY: tl.constexpr, SOFTCAP: tl.constexpr):
+    """dloss/dx without the target's +g_l: 2^d·(a + b·d), d = (z - M)/ln 2, times the slope of a softcap.
+
+    `a` and `b` hold 1/S and, uncapped, the slope.
+    """
+    if SOFTCAP:
+        x, slope = policy_logits(x, inner, outer, SOFTCAP)
+    d = x * scale - shift
+    if ENTROPY:
+        d = floored(d)
+        grad = fast_exp2(d) * (a + b * d)
+    else:
+        grad = fast_exp2(d) * a
+    if SOFTCAP:
+        grad = grad * slope
+    return grad
+
+
+@triton.jit
+def grad_at_target(x, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP: tl.constexpr):
+    """(g_l·(1 - p) - g_H·p·(log p + H))·dz/dx."""
     z, slope = policy_logits(x, inner, outer, SOFTCAP)
     log_p = floored(z - row_max - log_sum)
-    p = tl.exp(log_p)
-    grad = -p * (grad_logp + grad_entropy * (log_p + entropy))
-    return slope * tl.where(column == target, grad + grad_logp, grad)
+    return slope * (grad_logp - tl.exp(log_p) * (grad_logp + grad_entropy * (log_p + entropy)))
 
 
 @triton.jit
