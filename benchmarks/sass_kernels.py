@@ -138,7 +138,7 @@ def launched(capability: int, functions: list, call: Callable[[], object]) -> li
     for function in functions:
         (kernel,) = function.device_caches[0][0].values()
         block = next((v for k, v in _constants(function, kernel).items() if k.startswith("BLOCK")), V)
-        looped = "for " in function.src
+        looped = "for " in function.src or "write_gradient" in function.src
         threads = 32 * kernel.metadata.num_warps
         found.append(Kernel(kernel.asm["cubin"], function.__name__, threads, V if looped else block))
     return found

@@ -18,9 +18,6 @@ from torch import Tensor
 from igrpo_kernels.batch import compute_dtype
 from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
 from igrpo_kernels.triton_math import (
-    grad_at_target,
-    grad_factors,
-    grad_logits,
     kl_and_slope,
     policy_slopes,
     row_pointer,
@@ -28,6 +25,7 @@ from igrpo_kernels.triton_math import (
     sampler_correction,
     target_log_prob,
     times,
+    write_gradient,
 )
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 
@@ -274,32 +272,11 @@ def token_loss_kernel(
     grad_logp = grad_logp * tl.load(loss_weight_ptr + row)
     grad_logp = tl.where((target >= 0) & (target < V), grad_logp, float("nan"))
 
-    BLOCK: tl.constexpr = TILE * LANES
-    without_gradient = (active == 0) | ((grad_logp == 0.0) & (grad_entropy == 0.0))
-    out_type: tl.constexpr = grad_ptr.dtype.element_ty
-    column = tl.arange(0, BLOCK)
-    full = V // BLOCK * BLOCK
-    if without_gradient:  # a row without a gradient is not read again
-        zeros = tl.zeros((BLOCK,), out_type)
-        for start in range(0, full, BLOCK):
-            tl.store(grad_row_ptr + start + column, zeros)
-        tl.store(grad_row_ptr + full + column, zeros, mask=full + column < V)
-    else:
-        scale, shift, a, b = grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP)
-        in_vocab = (target >= 0) & (target < V)
-        x_target = tl.load(row_ptr + tl.where(in_vocab, target, 0)).to(DTYPE)
-        tl.debug_barrier()  # in place, it must be read before its block is stored
-        ENTROPY: tl.constexpr = grad_entropy_ptr is not None
-        x = tl.load(row_ptr + full + column, mask=full + column < V, other=0.0).to(DTYPE)
-        grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
-        tl.store(grad_row_ptr + full + column, grad.to(out_type), mask=full + column < V)
-        for back in range(BLOCK, full + BLOCK, BLOCK):
-            x = tl.load(row_ptr + (full - back) + column).to(DTYPE)
-            grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
-            tl.store(grad_row_ptr + (full - back) + column, grad.to(out_type))
-        tl.debug_barrier()  # the target's own value replaces what its block stored
-        at_target = grad_at_target(x_target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
-        tl.store(grad_row_ptr + tl.where(in_vocab, target, 0), at_target.to(out_type), mask=in_vocab)
+    wanted = (active != 0) & ((grad_logp != 0.0) | (grad_entropy != 0.0))
+    write_gradient(
+        row_ptr, grad_row_ptr, target, V, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, wanted,
+        DTYPE, grad_entropy_ptr is not None, SOFTCAP, TILE * LANES,
+    )  # fmt: skip
 
 
 def token_loss_fwd(

@@ -12,12 +12,10 @@ from torch import Tensor
 from igrpo_kernels.batch import compute_dtype
 from igrpo_kernels.triton_launch import RowStrides, on_device, tile_for, transform_factors, vector_length
 from igrpo_kernels.triton_math import (
-    grad_at_target,
-    grad_factors,
-    grad_logits,
     row_pointer,
     row_statistics,
     target_log_prob,
+    write_gradient,
 )
 from igrpo_kernels.types import LogitTransform
 
@@ -158,8 +156,6 @@ def row_gradient_kernel(
     outer = tl.full((), outer, DTYPE)
     V = V // VEC * VEC
     row = tl.program_id(0).to(tl.int64)
-    full = V // BLOCK * BLOCK
-    column = tl.arange(0, BLOCK)
     row_ptr = row_pointer(logits_ptr, row, tokens, stride_batch, stride_token, VEC)
     grad_row_ptr = row_pointer(grad_ptr, row, tokens, grad_stride_batch, grad_stride_token, VEC)
     target = tl.load(index_ptr + row)
@@ -175,30 +171,12 @@ def row_gradient_kernel(
     active = (grad_logp != 0.0) | (grad_entropy != 0.0)
     if mask_ptr is not None:
         active = active & (tl.load(mask_ptr + row) != 0)
-    out_type: tl.constexpr = grad_ptr.dtype.element_ty
-    if active:
-        row_max = tl.load(row_max_ptr + row)
-        log_sum = tl.load(log_sum_ptr + row)
-        scale, shift, a, b = grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP)
-        in_vocab = (target >= 0) & (target < V)
-        x_target = tl.load(row_ptr + tl.where(in_vocab, target, 0), mask=in_vocab, other=0.0).to(DTYPE)
-        tl.debug_barrier()  # in place, it is read before its block is stored
-        ENTROPY: tl.constexpr = grad_entropy_ptr is not None
-        for block in range(0, full, BLOCK):
-            x = tl.load(row_ptr + block + column).to(DTYPE)
-            grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
-            tl.store(grad_row_ptr + block + column, grad.to(out_type))
-        x = tl.load(row_ptr + full + column, mask=full + column < V, other=0.0).to(DTYPE)
-        grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
-        tl.store(grad_row_ptr + full + column, grad.to(out_type), mask=full + column < V)
-        tl.debug_barrier()  # the target's own value replaces what its block stored
-        at_target = grad_at_target(x_target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
-        tl.store(grad_row_ptr + tl.where(in_vocab, target, 0), at_target.to(out_type), mask=in_vocab)
-    else:  # masked, or coefficients exactly zero: not read, gradient zero
-        zeros = tl.zeros((BLOCK,), out_type)
-        for block in range(0, full, BLOCK):
-            tl.store(grad_row_ptr + block + column, zeros)
-        tl.store(grad_row_ptr + full + column, zeros, mask=full + column < V)
+    row_max = tl.load(row_max_ptr + row)
+    log_sum = tl.load(log_sum_ptr + row)
+    write_gradient(
+        row_ptr, grad_row_ptr, target, V, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, active,
+        DTYPE, grad_entropy_ptr is not None, SOFTCAP, BLOCK,
+    )  # fmt: skip
 
 
 def row_gradient_bwd(

@@ -187,6 +187,52 @@ def grad_at_target(x, inner, outer, row_max, log_sum, entropy, grad_logp, grad_e
 
 
 @triton.jit
+def write_gradient(
+    row_ptr,  # logits of one row
+    grad_ptr,  # its gradient; may be row_ptr
+    target,
+    V,
+    inner,
+    outer,
+    row_max,
+    log_sum,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    wanted,  # whether the row has a gradient; else it is not read, and zeros are written
+    DTYPE: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dloss/dx of one row, from its end, which is still in L2, back to its start."""
+    out_type: tl.constexpr = grad_ptr.dtype.element_ty
+    column = tl.arange(0, BLOCK)
+    full = V // BLOCK * BLOCK
+    rest = full + column < V
+    if wanted:
+        scale, shift, a, b = grad_factors(row_max, log_sum, entropy, grad_logp, grad_entropy, inner, SOFTCAP)
+        in_vocab = (target >= 0) & (target < V)
+        x_target = tl.load(row_ptr + tl.where(in_vocab, target, 0), mask=in_vocab, other=0.0).to(DTYPE)
+        tl.debug_barrier()  # in place, it is read before its block is stored
+        x = tl.load(row_ptr + full + column, mask=rest, other=0.0).to(DTYPE)
+        grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+        tl.store(grad_ptr + full + column, grad.to(out_type), mask=rest)
+        for back in range(BLOCK, full + BLOCK, BLOCK):
+            x = tl.load(row_ptr + (full - back) + column).to(DTYPE)
+            grad = grad_logits(x, inner, outer, scale, shift, a, b, ENTROPY, SOFTCAP)
+            tl.store(grad_ptr + (full - back) + column, grad.to(out_type))
+        tl.debug_barrier()  # the target's own value replaces what its block stored
+        at_target = grad_at_target(x_target, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, SOFTCAP)
+        tl.store(grad_ptr + tl.where(in_vocab, target, 0), at_target.to(out_type), mask=in_vocab)
+    else:
+        zeros = tl.zeros((BLOCK,), out_type)
+        for start in range(0, full, BLOCK):
+            tl.store(grad_ptr + start + column, zeros)
+        tl.store(grad_ptr + full + column, zeros, mask=rest)
+
+
+@triton.jit
 def surrogate_slope(w, advantage, clip_low, clip_high, delta, dual_clip):
     """d/dw of min(min(w, delta)·A, clip(w)·A), floored for A < 0 at dual_clip·A; a tie takes half of each side."""
     bounded = times(advantage, tl.minimum(w, delta))
