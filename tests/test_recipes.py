@@ -115,3 +115,11 @@ def test_a_slurm_job_whose_time_is_up_stops_by_file(tmp_path):
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(job.pid, signal.SIGKILL)
+
+
+def test_every_full_size_recipe_bounds_its_micro_batches():
+    """Without a budget sixteen of the longest completions are one micro-batch of 87,000 tokens and more."""
+    configs = [parse_args(["--config", str(path)]) for path in RECIPES]
+    large = [c for c in configs if any(size in c.model_name_or_path for size in ("7B", "8B", "14B"))]
+    assert len(large) == 7
+    assert {c.model_name_or_path: c.token_budget for c in large if c.token_budget != 16384} == {}
