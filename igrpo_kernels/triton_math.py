@@ -12,8 +12,8 @@ ends, so the walk needs no barrier. The order of every sum depends on V and the 
 import triton
 import triton.language as tl
 
-# exp(-1000) is 0 in fp32 and fp64. Distances from the maximum stop there, so 0·(-inf) never appears.
-FLOOR = tl.constexpr(-1000.0)
+# exp and 2 to the power of -2000 are 0 in fp32 and fp64. Distances from the maximum stop there: no 0·(-inf).
+FLOOR = tl.constexpr(-2000.0)
 # The running maximum starts at the lowest finite fp32 rather than -inf: its differences are never inf - inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
