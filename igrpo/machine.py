@@ -45,4 +45,10 @@ def this_machine(use_cpu: bool = False, processes: int = 1) -> Machine:
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             memory = min(memory, int(text))
-    return Machine("cpu", memory // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))), processes)
+    return Machine("cpu", memory // local_processes(), processes)
+
+
+def local_processes() -> int:
+    """Of the run on this computer, as whatever launched it says and accelerate reads it."""
+    names = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
+    return max(1, int(next((os.environ[name] for name in names if name in os.environ), "1")))

@@ -14,7 +14,8 @@ from igrpo.config.unused import say_unused
 from igrpo.data.feed import ProblemFeed, steps_of
 from igrpo.data.sources import ProblemSampler, load_data
 from igrpo.data_types import Problem, RolloutGroup
-from igrpo.machine import this_machine
+from igrpo.engines.layout import beside_the_learner, visible_gpus
+from igrpo.machine import local_processes, this_machine
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
@@ -176,7 +177,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(start_rewards(config))
-        say_unused(config, this_machine(config.use_cpu).device == "cpu", place()[0])
+        placed = _placed(config)
         problems, held_out = load_data(config)
         check_columns(rewards.functions, [*problems, *held_out])
         tokenizer, prompts, path, stop_ids = _load_prompts(config)
@@ -196,7 +197,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
-        engine = start_engine(path, config, length, stop_ids, config.seed + learner.accelerator.process_index)
+        engine = start_engine(path, placed, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
         state = learner.load(resume_from) if resume_from else None
         sync = WeightSync(engine, learner, prompts.parts(problems[0]).bare, config)
@@ -230,6 +231,17 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         run.push_weights(run.step)
         stack.enter_context(learner.trackers())
         yield run
+
+
+def _placed(config: TrainConfig) -> TrainConfig:
+    """The config with GPUs for the servers that are started; says which keys do nothing on this machine.
+
+    Raises:
+        ConfigError: the machine cannot do what is asked.
+    """
+    rank, processes = place()
+    say_unused(config, this_machine(config.use_cpu).device == "cpu", rank)
+    return beside_the_learner(config, visible_gpus(config.use_cpu), local_processes(), processes)
 
 
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from igrpo.settings import ConfigError
 from igrpo.settings.kinds import (
     Address,
     Count,
@@ -33,7 +34,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
     vllm_max_model_length: Annotated[Count | None, Mark.ONLY_IF_ASKED] = None
     """Context of the engine in tokens; null: just long enough for the longest refinement of this data set."""
     vllm_tensor_parallel_size: Processes = 1
-    """GPUs per engine."""
+    """GPUs per engine; to train with more than one takes `vllm_mode: server`."""
     vllm_cpu_kvcache_gib: Gibibytes = 1.0
     """KV-cache size of the CPU engine in GiB."""
     vllm_max_num_seqs: Count = 128
@@ -55,7 +56,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
     vllm_num_servers: Annotated[Processes, Mark.ONLY_IF_ASKED] = 1
     """Servers that the trainer starts."""
     vllm_server_devices: Annotated[str | None, Mark.ONLY_IF_ASKED] = None
-    """GPUs of the servers that the trainer starts (`"4,5,6,7"`), divided evenly; null: those the trainer sees."""
+    """GPUs of the servers that the trainer starts (`"4,5,6,7"`), divided evenly; null: visible ones that are free."""
     vllm_server_timeout: Annotated[Seconds, Mark.ONLY_IF_ASKED] = 240.0
     """Seconds to wait for a server to come up, or back."""
     vllm_request_timeout: Annotated[Seconds, Mark.ONLY_IF_ASKED] = 1800.0
@@ -73,6 +74,17 @@ class EngineConfig(SeedConfig, WeightsConfig):
     def server_urls(self) -> list[str]:
         """Servers that run already; empty: the trainer starts its own."""
         return [*filter(None, [self.vllm_server_base_url]), *self.vllm_server_urls]
+
+    def check_in_process(self) -> None:
+        """
+        Raises:
+            ConfigError: an engine in the trainer's process to which weights cannot be pushed.
+        """
+        if self.vllm_tensor_parallel_size > 1:
+            raise ConfigError(
+                f"vllm_tensor_parallel_size: {self.vllm_tensor_parallel_size} needs servers to be trained with: "
+                "weights do not reach the other processes of an engine in the trainer's; write vllm_mode: server, or 1"
+            )
 
     def weight_backend(self, on_cpu: bool) -> str:
         """Name of the weight transfer as vLLM knows it."""

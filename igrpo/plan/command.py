@@ -82,6 +82,8 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         raise ConfigError(
             f"generation: {arguments.recipe} samples from servers; say on how many devices: --generation N"
         )
+    if config.use_vllm and hardware.device.kind == "cuda" and not hardware.generation:
+        config.check_in_process()
     shape, source = find_shape(config.model_name_or_path)
     mean = arguments.mean_length or min(MEAN_LENGTH, config.max_completion_length / 3)
     lengths = Lengths(arguments.question_tokens or 200, mean, config.max_completion_length)

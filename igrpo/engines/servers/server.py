@@ -19,6 +19,7 @@ import torch
 
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.layout import named_devices
 from igrpo.engines.servers.auth import check_access, secret_from_environment
 from igrpo.engines.servers.client import (
     PATIENCE_SECONDS,
@@ -254,27 +255,14 @@ def start_servers(config: EngineConfig, path: str, length: int, on_cpu: bool) ->
 def _processes(
     config: EngineConfig, path: str, length: int, on_cpu: bool, ports: list[int], secret: str
 ) -> list[ServerProcess]:
-    processes = []
+    processes, devices, each = [], named_devices(config), config.vllm_tensor_parallel_size
     for i, port in enumerate(ports):
         # One seed for all: a request's own seed decides what it samples, wherever it lands.
         command = server_command(config, path, length, port, config.seed, on_cpu)
-        environment = server_environment(config, secret, on_cpu, _devices(config, i))
+        own = None if devices is None else ",".join(devices[i * each : (i + 1) * each])
+        environment = server_environment(config, secret, on_cpu, own)
         processes.append(ServerProcess(command, environment, log_folder() / "server.log"))
     return processes
-
-
-def _devices(config: EngineConfig, i: int) -> str | None:
-    """GPUs of the i-th server."""
-    if config.vllm_server_devices is None:
-        return None
-    devices = [d.strip() for d in config.vllm_server_devices.split(",")]
-    each = config.vllm_tensor_parallel_size
-    if len(devices) != each * config.vllm_num_servers:
-        raise ConfigError(
-            f"vllm_server_devices names {len(devices)} GPUs; {config.vllm_num_servers} servers with "
-            f"vllm_tensor_parallel_size: {each} take {each * config.vllm_num_servers}"
-        )
-    return ",".join(devices[i * each : (i + 1) * each])
 
 
 def _check_same_machine(url: str) -> None:
