@@ -329,8 +329,9 @@ class MemoryOfAStep:
             self.before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         else:
-            activity = [torch.profiler.ProfilerActivity.CPU]
-            self.profile = torch.profiler.profile(activities=activity, profile_memory=True)
+            from benchmarks.measure import profile_of_allocations
+
+            self.profile = profile_of_allocations()
             self.profile.start()
 
     def stop(self) -> int:

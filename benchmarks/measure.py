@@ -19,6 +19,7 @@ import torch
 from benchmarks.problems import Problem, truth
 from benchmarks.provider import Forward, Provider
 from benchmarks.shapes import minimum_bytes, minimum_flops
+from igrpo_kernels import available_impls
 
 # Largest error, relative to the largest entry of each tensor, that passes as right. Wide enough for honest bf16: a
 # log-prob of -10 with 8 bits is off by 0.03, and so is the ratio. The error itself stands in the table.
@@ -36,6 +37,7 @@ class Measurement:
     error: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+    first_ms: dict[str, float] = field(default_factory=dict)
     samples_ms: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PASSES})
 
 
@@ -160,7 +162,9 @@ class Comparison:
                 measurement.samples_ms[name].append(value)
 
     def discard(self) -> None:
-        """Forgets the times so far: those of the warm-up."""
+        """Forgets the times so far: those of the warm-up, whose first turn had all its memory to fetch."""
+        for measurement in self.measurements:
+            measurement.first_ms = measurement.first_ms or {n: x[0] for n, x in measurement.samples_ms.items() if x}
         for measurement in [*self.measurements, self.floor]:
             for values in measurement.samples_ms.values():
                 values.clear()
@@ -174,6 +178,7 @@ class Comparison:
                 provider, samples = measurement.provider, measurement.samples_ms[name]
                 row = self._row(provider.name, provider.impl, name, samples, floors)
                 row |= {"peak_extra_bytes": measurement.peak_bytes, "max_rel_error": measurement.error}
+                row |= {"first_ms": measurement.first_ms.get(name)}
                 rows.append(row | {"note": measurement.note})
         return rows
 
@@ -300,10 +305,15 @@ def peak_extra_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    activity = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activity, profile_memory=True) as profile:
+    with profile_of_allocations() as profile:
         work()
     return peak_of(profile)
+
+
+def profile_of_allocations() -> torch.profiler.profile:
+    """For `peak_of`. Nothing is kept of earlier gradients: taking it again is no event."""
+    release_kept_gradients()
+    return torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
 
 
 def peak_of(profile: torch.profiler.profile) -> int:
@@ -316,11 +326,18 @@ def peak_of(profile: torch.profiler.profile) -> int:
     return peak
 
 
+def release_kept_gradients() -> None:
+    """The memory that `impl="cpu"` would hand out again."""
+    if available_impls()["cpu"] == "available":
+        torch.ops.igrpo.cpu_keep_at_most(0)
+
+
 def release(problem: Problem) -> None:
     """Drops what the last turn left, so that the next provider finds the memory it would have alone."""
     problem.leaf = None
     if problem.weight is not None:
         problem.weight.grad = None
+    release_kept_gradients()
     if problem.device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -4,7 +4,8 @@ A record has, at its top, `gpu` or `cpu`, `torch`, `triton`, `driver`, `commit`,
 while it ran, and `rows`. A row is one provider and pass of one case:
 
     op, pass (fwd, bwd, fwd+bwd, step, …), impl, provider, shape, tokens, vocab, hidden, dtype, variant
-    time_ms (median), samples_ms, floor_ms, peak_extra_bytes, max_rel_error, note (why there is no figure)
+    time_ms (median), first_ms (the first turn, without kept memory), samples_ms, floor_ms, peak_extra_bytes,
+    max_rel_error, note (why there is no figure)
 
 The guard never compares times, only ratios within a run. For one of our implementations and each other provider x of
 the same case, let r = median over rounds of log(ours / x), and dr its change against the record:

@@ -1,8 +1,10 @@
 // The operators' schemas, and their CPU implementation. _C_cuda adds a CUDA implementation to the same schemas.
 #include <sys/mman.h>
 
+#include <cstdlib>
 #include <string>
 
+#include "cpu/kept.h"
 #include "cpu/kernels.h"
 #include "operators.h"
 
@@ -19,18 +21,48 @@ struct Cpu {
     torch::stable::parallel_for(0, rows.n, grain, [&](int64_t begin, int64_t end) { f(kernels, begin, end); });
   }
 
-  // A fresh gradient is hundreds of megabytes of untouched pages. Asking for 2 MiB ones saves most of the page faults.
+  // A fresh gradient is hundreds of megabytes of untouched pages, whose faults can take longer than the kernel. So memory
+  // that held one is kept for the next, from the moment that nobody holds it any more: then, and not before, its storage
+  // calls the deleter.
   static Tensor new_grad(const Tensor& logits) {
-    Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1), logits.size(2)});
+    const std::vector<int64_t> shape{logits.size(0), logits.size(1), logits.size(2)};
+    const int64_t bytes = logits.numel() * static_cast<int64_t>(logits.element_size()), limit = kept_limit();
+    if (bytes < kHuge || bytes > limit) return new_pages(logits, shape);
+    std::optional<Tensor> found = kept().take(bytes, limit);
+    Tensor block = found.has_value() ? std::move(*found) : new_pages(logits, shape);
+    const auto give_back = [block](void*) {
+      const int64_t size = block.numel() * static_cast<int64_t>(block.element_size());
+      kept().give_back(block, size, kept_limit());
+    };
+    return torch::stable::from_blob(block.data_ptr(), shape, {shape[1] * shape[2], shape[2], 1}, logits.device(),
+                                    logits.scalar_type(), give_back);
+  }
+
+  // Never destroyed: a gradient may outlive every static object.
+  static cpu::Kept<Tensor>& kept() {
+    static auto& blocks = *new cpu::Kept<Tensor>;
+    return blocks;
+  }
+
+  // Read at every call, as the instruction set is.
+  static int64_t kept_limit() {
+    const char* mib = std::getenv("IGRPO_CPU_KEEP_MIB");
+    return (mib == nullptr || *mib == '\0' ? int64_t{2048} : std::strtoll(mib, nullptr, 10)) << 20;
+  }
+
+  static constexpr int64_t kHuge = int64_t{1} << 21;
+
+  // Asking for 2 MiB pages saves most of the faults.
+  static Tensor new_pages(const Tensor& like, const std::vector<int64_t>& shape) {
+    Tensor pages = torch::stable::new_empty(like, shape);
 #if defined(__linux__)
-    constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(grad.data_ptr());
-    const uintptr_t end = begin + static_cast<uintptr_t>(grad.numel()) * grad.element_size();
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(pages.data_ptr());
+    const uintptr_t end = begin + static_cast<uintptr_t>(pages.numel()) * pages.element_size();
     const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = end / kHuge * kHuge;
     // Only advice: where it is refused nothing changes but the time.
     if (first < last) (void)madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
-    return grad;
+    return pages;
   }
 
   static void row_stats(const Tensor&, const Rows& rows, const RowStats& out) {
@@ -47,6 +79,8 @@ struct Cpu {
 };
 
 std::string cpu_capability() { return cpu::kernels().name; }
+
+int64_t cpu_keep_at_most(int64_t bytes) { return Cpu::kept().keep_at_most(bytes); }
 
 std::string policy_terms() { return kPolicyTermNames; }
 
@@ -72,6 +106,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(igrpo, m) {
         ") -> (Tensor, Tensor, Tensor)");
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");  // CUDA only: on the CPU the factor can simply be looked at
   m.def("cpu_capability() -> str");
+  m.def("cpu_keep_at_most(int bytes) -> int");
   m.def("policy_terms() -> str");
   m.def("source_hash() -> str");
 }
@@ -80,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(igrpo, CPU, m) { igrpo::Operators<igrpo::Cpu>::bind(m)
 
 STABLE_TORCH_LIBRARY_IMPL(igrpo, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&igrpo::cpu_capability));
+  m.impl("cpu_keep_at_most", TORCH_BOX(&igrpo::cpu_keep_at_most));
   m.impl("policy_terms", TORCH_BOX(&igrpo::policy_terms));
   m.impl("source_hash", TORCH_BOX(&igrpo::source_hash));
 }
