@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from igrpo.settings import did_you_mean
+from igrpo.settings import EXIT_BAD_CONFIG, EXIT_INTERRUPTED, did_you_mean
 
 # Verb -> what it does. Each is a module igrpo.VERB or igrpo.VERB.command with main(argv) -> exit code, imported only
 # when it is asked for: `igrpo report` must not wait for torch.
@@ -38,7 +38,7 @@ examples:
 Exit codes: 0 done; 2 a mistake in the command or the settings; 130 stopped by Ctrl-C; others are the verb's own.
 """
 
-EXIT_USAGE, EXIT_INTERRUPTED, EXIT_PIPE_CLOSED = 2, 130, 141
+EXIT_PIPE_CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +62,7 @@ def help_text() -> str:
 def _run(words: list[str]) -> int:
     if not words:
         print(help_text(), file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_BAD_CONFIG
     verb, rest = words[0], words[1:]
     if verb in ("-h", "--help", "help"):
         print(help_text())
@@ -73,7 +73,7 @@ def _run(words: list[str]) -> int:
     if verb not in VERBS:
         hint = did_you_mean(verb, VERBS, f"; verbs: {', '.join(VERBS)}", cutoff=0.5)
         print(f"error: igrpo {verb}: there is no such verb{hint}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_BAD_CONFIG
     return main_of(verb)(rest)
 
 

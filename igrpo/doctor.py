@@ -27,10 +27,10 @@ from pathlib import Path
 
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
-from igrpo.settings import ConfigError, key_from_environment
+from igrpo.settings import EXIT_BAD_CONFIG, ConfigError, key_from_environment
 from igrpo.terminal import print_error, printable
 
-EXIT_PROBLEM, EXIT_BAD_CONFIG = 1, 2
+EXIT_PROBLEM = 1
 PYTHONS = ((3, 11), (3, 13))
 BREAKS_CPU_TRANSFORMERS = ("torchvision", "torchaudio", "torchcodec")
 FREE_GIB, LITTLE_MEMORY_GIB = 5.0, 4.0
@@ -206,7 +206,9 @@ def check_gpus(config: TrainConfig | None) -> Iterator[Check]:
 
 
 def check_memory() -> Iterator[Check]:
-    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines()) if _linux() else {}
+    if sys.platform != "linux":
+        return
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     if "MemAvailable" not in fields:
         return
     free = int(fields["MemAvailable"].split()[0]) / 2**20
@@ -216,10 +218,6 @@ def check_memory() -> Iterator[Check]:
         )
     else:
         yield Check("ok", "memory", f"{free:.1f} GiB free")
-
-
-def _linux() -> bool:
-    return sys.platform == "linux"
 
 
 # --- the recipe

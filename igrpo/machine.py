@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
+"""Options of ``process_control``."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +24,12 @@ class Machine:
     """Processes of the run, which share a sharded model."""
 
 
+def process_control(option: int, value: int) -> None:
+    """Linux's ``prctl``; nothing elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
 def peak_resident() -> int:
     """Highest resident memory of this process, in bytes.
 
@@ -29,7 +40,6 @@ def peak_resident() -> int:
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return 1024 * int(line.split()[1])
     import resource
-    import sys
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

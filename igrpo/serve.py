@@ -18,10 +18,10 @@ from igrpo.engines.servers.auth import check_bind, secret_from_environment
 from igrpo.engines.servers.launch import server_command, server_environment
 from igrpo.engines.servers.supervise import Health, supervise
 from igrpo.machine import this_machine
-from igrpo.settings import ConfigError
+from igrpo.settings import EXIT_BAD_CONFIG, ConfigError
 
 DEFAULT_PORT = 8000
-EXIT_BAD_CONFIG, EXIT_SERVER = 2, 1
+EXIT_SERVER = 1
 MAX_RESTARTS, OFTEN_SECONDS = 5, 1800.0
 """A server that ends more often than this in so many seconds would do so again."""
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines.servers.openmp import shared_cores
-from igrpo.settings import ConfigError
+from igrpo.settings import EXIT_BAD_CONFIG, EXIT_DISK_FULL, EXIT_ENGINE, EXIT_INTERRUPTED, EXIT_REWARD, ConfigError
 from igrpo.settings.shared import check_trackers
 from igrpo.terminal import Warnings, print_error, quiet_libraries, shown_warnings
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from igrpo.training_run import TrainingRun
 
 # Everything heavy is imported inside functions: a mistake in a recipe is answered at once.
-
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

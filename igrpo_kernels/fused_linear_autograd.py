@@ -66,15 +66,9 @@ def linear_grpo_loss(
         else:
             inputs = kernels.coefficient_inputs(batch, config, num_items_in_batch)
             if tracing:
+                rows = (list(inputs), contributes, reported)
                 logps, entropy, *gradients = linear_token_loss(
-                    kernels.name,
-                    *detached,
-                    list(inputs),
-                    contributes,
-                    reported,
-                    *_config_arguments(config),
-                    needs,
-                    *plan,
+                    kernels.name, *detached, *rows, *_config_arguments(config), needs, *plan
                 )
                 gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
             else:

@@ -74,10 +74,7 @@ class TritonRows:
         if out is None:
             grad, logps, entropy = ops.token_loss(logits, *arguments)
         elif out.data_ptr() == logits.data_ptr():
-            grad, (logps, entropy) = (
-                out,
-                ops.token_loss_(logits, *arguments),
-            )
+            grad, (logps, entropy) = out, ops.token_loss_(logits, *arguments)
         else:
             inputs = CoefficientInputs(*inputs)
             grad, (logps, entropy) = out, ops.token_loss_fwd(logits, out, inputs, transform, scalars, kind)

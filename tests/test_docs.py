@@ -118,7 +118,7 @@ def check_verb(verb: str, words: list[str]) -> None:
         for name in (n.partition("@")[0] for word in arguments.benchmarks for n in word.split(",")):
             assert name in (*BENCHMARKS, HELD_OUT) or name.endswith(".jsonl"), name
     elif verb == "plan":
-        from igrpo.plan import main
+        from igrpo.plan.command import main
 
         if "--calibrate" in words:  # a run that the reader has
             at = words.index("--calibrate")

@@ -48,10 +48,6 @@ def _starts_engine(c: TrainConfig) -> bool:
     return c.use_vllm and not (c.vllm_mode == "server" and c.server_urls)
 
 
-def _correction(c: TrainConfig) -> bool:
-    return c.vllm_importance_sampling_correction
-
-
 TABLE = (
     # --- what the machine lacks
     Row("on the CPU an engine is one process", lambda c, cpu: cpu and _starts_engine(c),
@@ -99,7 +95,7 @@ TABLE = (
     Row("this loss_type does not clip", lambda c, _: not takes(c.loss_type, "epsilon"),
         ("epsilon", "epsilon_high")),
     Row("beta is 0", lambda c, _: c.beta == 0, ("kl_estimator", "use_bias_correction_kl")),
-    Row("vllm_importance_sampling_correction is false", lambda c, _: not _correction(c),
+    Row("vllm_importance_sampling_correction is false", lambda c, _: not c.vllm_importance_sampling_correction,
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")),
     # --- the learner
     Row("use_peft is false", lambda c, _: not c.use_peft, family("lora_")),

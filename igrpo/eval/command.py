@@ -14,7 +14,7 @@ from igrpo.config.recipe import build_config, coerce, read_yaml, split_args
 from igrpo.eval.config import EvalConfig
 from igrpo.eval.evaluated import EvaluatedModel, find_model
 from igrpo.run.output_folder import DiskFullError, disk_is_full, refused, usable
-from igrpo.settings import ConfigError
+from igrpo.settings import EXIT_BAD_CONFIG, EXIT_DISK_FULL, EXIT_ENGINE, EXIT_INTERRUPTED, EXIT_REWARD, ConfigError
 from igrpo.settings.kinds import Mark
 from igrpo.settings.section import field_marks
 from igrpo.terminal import print_error, printable, quiet_libraries, shown_warnings
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 # Heavy imports are inside functions: a mistake in the arguments is answered at once.
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
 BOXED_PROMPT = r"Think step by step, then put the final answer inside \boxed{}."
 """System prompt of a model that comes without a run."""
 DEFAULT_LENGTH = 4096

@@ -24,11 +24,12 @@ from igrpo.eval.benchmarks import Benchmark
 from igrpo.eval.config import EvalConfig
 from igrpo.eval.evaluated import EvaluatedModel
 from igrpo.eval.records import Records, make_record, open_folder, weights_stamp
-from igrpo.eval.summary import SINGLE_SHOT, Row, make_row
+from igrpo.eval.summary import make_row
 from igrpo.eval.two_stage import RULES, chosen_drafts
 from igrpo.machine import this_machine
 from igrpo.models.loading import context_limit, load_policy, load_tokenizer, stop_token_ids, vocabulary
 from igrpo.models.saved_format import saved_tensors
+from igrpo.report.benchmarks import SINGLE_SHOT, Row
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool

@@ -12,16 +12,11 @@ from typing import Any
 import numpy as np
 
 from igrpo.eval.pass_at_k import Estimate, average, bootstrap, pass_at_k
+from igrpo.report.benchmarks import Row, names, row_label
 from igrpo.run.folder import write_atomically
 from igrpo.run.output_folder import free_name
 
-Row = dict[str, Any]
-"""One model in one mode: name, mode, benchmarks {name: figures}, average."""
-
-
 logger = logging.getLogger(__name__)
-
-SINGLE_SHOT = "single shot"
 
 
 def figures(records: Sequence[dict[str, Any]], seed: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -84,14 +79,14 @@ def _read(path: Path) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: avg@n in per cent with the 95 % interval in brackets; Avg where a row has every benchmark."""
-    benchmarks = list(dict.fromkeys(b for row in rows for b in row["benchmarks"]))
+    benchmarks = names(rows)
     lines = [["model", "n", *benchmarks, "Avg"], ["---", "--:", *("--:" for _ in benchmarks), "--:"]]
     for row in rows:
         found = row["benchmarks"]
         cells = [percent(Estimate(**found[b]["accuracy"])) if b in found else "–" for b in benchmarks]
         mean = percent(Estimate(**row["average"])) if len(found) == len(benchmarks) else "–"
         n = ", ".join(dict.fromkeys(str(f["n"]) for f in found.values()))
-        lines.append([_label(row), n, *cells, mean])
+        lines.append([row_label(row), n, *cells, mean])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -103,12 +98,8 @@ def pass_table(rows: Sequence[Row]) -> str:
         for benchmark, f in row["benchmarks"].items():
             values = {p["k"]: p["value"] for p in f["pass_at_k"]}
             cells = (f"{100 * values[k]:.1f}" if k in values else "–" for k in ks)
-            lines.append([_label(row), benchmark, *cells])
+            lines.append([row_label(row), benchmark, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _label(row: Row) -> str:
-    return row["model"] if row["mode"] == SINGLE_SHOT else f"{row['model']}, {row['mode']}"
 
 
 def shown_k(n: int) -> list[int]:

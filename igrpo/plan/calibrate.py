@@ -95,11 +95,11 @@ def predict(measured: Measured, hardware: Hardware, rates: Rates) -> StepTime:
     return work.step("iGRPO", scheduler, config.num_drafts, config.num_generations)
 
 
-def calibrate(measured: Measured, hardware: Hardware, rates: Rates = GUESSED) -> Rates:
+def calibrate(measured: Measured, hardware: Hardware) -> Rates:
     """Scales that make the plan agree with this run, stage by stage."""
-    step = predict(measured, hardware, rates)
+    step = predict(measured, hardware, GUESSED)
     return replace(
-        rates,
+        GUESSED,
         generation_scale=measured.generation / (step.drafts + step.refinements),
         learner_scale=measured.learner / step.learner,
         sync_scale=measured.sync / step.sync if measured.sync else 1.0,

@@ -12,10 +12,9 @@ from typing import Any
 from igrpo.config.recipe import build_config, read_yaml, split_args
 from igrpo.plan import fake_gpu_library
 from igrpo.plan.hardware import DEVICES, GUESSED, parse_hardware
-from igrpo.settings import ConfigError
+from igrpo.settings import EXIT_BAD_CONFIG, ConfigError
 from igrpo.terminal import print_error
 
-EXIT_BAD_CONFIG = 2
 MEAN_LENGTH = 700
 EXAMPLES = """\
 examples:

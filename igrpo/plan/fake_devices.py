@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -103,27 +104,16 @@ def fake_gpus(
     launched = {"WORLD_SIZE": str(count), "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(count)}
     launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}  # nobody is asked
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
-    before = dict(os.environ)
-    os.environ.update(launched | sharded if count > 1 else {"RANK": "0", "WORLD_SIZE": "1"})
-    changes = [(torch.cuda, _cuda(memory, on_wait)), (torch.accelerator, _accelerator())]
-    changes.append(
-        (dist, {"all_gather_object": lambda out, mine, group=None: out.__setitem__(slice(None), everyone(mine))})
-    )
-    kept = [(module, name, getattr(module, name)) for module, made in changes for name in made]
-    try:
-        for module, made in changes:
-            for name, value in made.items():
-                setattr(module, name, value)
+    environment = launched | sharded if count > 1 else {"RANK": "0", "WORLD_SIZE": "1"}
+    gather = {"all_gather_object": lambda out, mine, group=None: out.__setitem__(slice(None), everyone(mine))}
+    with ExitStack() as stack:
+        stack.enter_context(patch.dict(os.environ, environment))
+        for module, made in ((torch.cuda, _cuda(memory, on_wait)), (torch.accelerator, _accelerator()), (dist, gather)):
+            stack.enter_context(patch.multiple(module, **made))
+        stack.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
         if count > 1:
             dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
         yield
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        for module, name, value in kept:
-            setattr(module, name, value)
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def _cuda(memory: int, on_wait: Callable[[str], None]) -> dict[str, Any]:
@@ -134,16 +124,6 @@ def _cuda(memory: int, on_wait: Callable[[str], None]) -> dict[str, Any]:
         regs_per_multiprocessor=65536, L2_cache_size=40 << 20, gcnArchName="", uuid="0",
     )  # fmt: skip
 
-    class Guard:
-        def __init__(self, *_: Any):
-            pass
-
-        def __enter__(self) -> None:
-            pass
-
-        def __exit__(self, *_: object) -> None:
-            pass
-
     answers: dict[str, Any] = {
         "is_available": True, "is_initialized": True, "device_count": 1, "current_device": 0, "is_bf16_supported": True,
         "get_device_name": "fake", "get_device_properties": card, "get_device_capability": CAPABILITY,
@@ -153,8 +133,9 @@ def _cuda(memory: int, on_wait: Callable[[str], None]) -> dict[str, Any]:
     }  # fmt: skip
     silent = ("set_device", "set_stream", "_lazy_init", "init", "empty_cache", "manual_seed", "manual_seed_all")
     made = {name: _answer(value) for name, value in answers.items()} | {name: _answer(None) for name in silent}
-    classes = {"Stream": _Stream, "Event": _Event, "StreamContext": Guard, "device": Guard, "device_of": Guard}
-    return made | classes | {"stream": Guard, "synchronize": lambda device=None: on_wait("torch.cuda.synchronize")}
+    guards = dict.fromkeys(("StreamContext", "device", "device_of", "stream"), nullcontext)
+    waits = {"synchronize": lambda device=None: on_wait("torch.cuda.synchronize")}
+    return made | guards | waits | {"Stream": _Stream, "Event": _Event}
 
 
 def _accelerator() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -235,11 +236,7 @@ def _stand_ins(trace: DeviceTrace, adapters: bool) -> Iterator[None]:
         import peft
 
         places.append((peft, "get_peft_model", trace.fake_weights()(peft.get_peft_model)))
-    kept = [getattr(owner, name) for owner, name, _ in places]
-    try:
-        for owner, name, value in places:
-            setattr(owner, name, value)
+    with ExitStack() as stack:
+        for place in places:
+            stack.enter_context(patch.object(*place))
         yield
-    finally:
-        for (owner, name, _), value in zip(places, kept, strict=True):
-            setattr(owner, name, value)

@@ -1,5 +1,1 @@
 """``igrpo report RUN [RUN …]``: one self-contained page from run folders. It reads files only: no torch, no GPU."""
-
-from igrpo.report.command import main
-
-__all__ = ["main"]

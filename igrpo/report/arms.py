@@ -66,12 +66,9 @@ def _labels(groups: list[list[Run]]) -> list[str]:
         return [_short(first[0].config.get("algorithm", first[0].name))]
     differing = sorted((key for key in config_diff(first) if key not in SAME_ARM), key=lambda key: key != "algorithm")
     if all(run.config for run in first):
-        for count in range(1, min(len(differing), 3) + 1):
-            labels = [_describe(run, differing[:count]) for run in first]
-            if len(set(labels)) == len(labels):
-                return labels
-        for key in differing:
-            labels = [_describe(run, [key]) for run in first]
+        few = [differing[:count] for count in range(1, min(len(differing), 3) + 1)]
+        for keys in (*few, *([key] for key in differing)):
+            labels = [_describe(run, keys) for run in first]
             if len(set(labels)) == len(labels):
                 return labels
     names = [run.name for run in first]

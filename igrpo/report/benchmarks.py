@@ -18,7 +18,7 @@ from igrpo.report.svg import save
 from igrpo.settings import shown
 
 Row = dict[str, Any]
-"""One model in one mode, as ``igrpo eval`` writes it: model, mode, benchmarks {name: figures}."""
+"""One model in one mode, as ``igrpo eval`` writes it: model, mode, benchmarks {name: figures}, average."""
 SINGLE_SHOT = "single shot"
 LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority": "--", "two-stage,": ":"}
 """Line styles by mode, without what stands behind it; the colour is the model's."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from igrpo.settings import EXIT_BAD_CONFIG
 from igrpo.terminal import print_error
 
 if TYPE_CHECKING:
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from igrpo.report.arms import Arm
     from igrpo.report.page import Drawn
 
-EXIT_USAGE = 2
 DESCRIPTION = "One self-contained HTML page (no network needed) and PNG figures from one or more runs."
 EXAMPLES = """\
 examples:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = write_report(args.runs, args.output, png=not args.no_png, completions=args.completions)
     except OSError as error:  # no run there, or no place for the page
         print_error(error)
-        return EXIT_USAGE
+        return EXIT_BAD_CONFIG
     print(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB)")
     return 0
 

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -206,28 +207,14 @@ def changes(draft: str, refinement: str) -> list[Change]:
     a, b = (re.findall(r"\s*\S+|\s+", text) for text in (draft, refinement))
     if len(a) * len(b) > MOST_COMPARED:
         a, b = draft.splitlines(keepends=True), refinement.splitlines(keepends=True)
-    starts_a, starts_b = _starts(a), _starts(b)
+    starts_a, starts_b = (list(accumulate(map(len, parts), initial=0)) for parts in (a, b))
     spans: list[Change] = []
     for tag, i, j, k, m in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
         if tag != "equal":
-            same = _blanks_alike("".join(a[i:j]), "".join(b[k:m]))
+            pairs = zip("".join(a[i:j]), "".join(b[k:m]), strict=False)
+            same = len(list(takewhile(lambda pair: pair[0] == pair[1] and pair[0].isspace(), pairs)))
             spans.append([starts_a[i] + same, starts_a[j], starts_b[k] + same, starts_b[m]])
     return spans
-
-
-def _blanks_alike(a: str, b: str) -> int:
-    """How many blank characters both texts begin with."""
-    count = 0
-    while count < min(len(a), len(b)) and a[count] == b[count] and a[count].isspace():
-        count += 1
-    return count
-
-
-def _starts(parts: Sequence[str]) -> list[int]:
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part))
-    return starts
 
 
 def _size(group: Group) -> int:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,8 @@ MOST_POINTS = 400
 """Points per line; more cannot be told apart on 1280 pixels, and thousands make the page heavy."""
 
 
-@contextmanager
-def styled() -> Iterator[None]:
-    with matplotlib.rc_context(STYLE):
-        yield
+def styled() -> AbstractContextManager[None]:
+    return matplotlib.rc_context(STYLE)
 
 
 def colour_of(index: int) -> str:
@@ -63,9 +62,8 @@ def draw(figure: Figure, arms: Sequence[Arm]) -> Canvas:
     # Arms side by side must be comparable by eye, so they share one scale.
     share = "all" if figure.panels[0].kind != "overlay" else "none"
     axes = list(canvas.subplots(rows, columns, squeeze=False, sharey=share).flat)
-    ends = []
-    for ax, (panel, shown) in zip(axes, cells, strict=False):
-        ends.append({"stack": _stack}.get(panel.kind, _lines)(ax, panel, shown, arms))
+    drawers = [_stack if panel.kind == "stack" else _lines for panel, _ in cells]
+    ends = [drawer(ax, *cell, arms) for drawer, ax, cell in zip(drawers, axes, cells, strict=False)]
     for ax, (panel, shown) in zip(axes, cells, strict=False):  # only now: axes that share a scale have seen all data
         _finish(ax, panel, shown, arms)
     for ax, labels in zip(axes, ends, strict=False):
@@ -188,12 +186,8 @@ def _label_ends(ax: Any, ends: list[End]) -> None:
 
 def _fraction(y: float, low: float, high: float, log: bool) -> float:
     if log:
-        y, low, high = (_log10(v) for v in (y, low, high))
+        y, low, high = (math.log10(max(value, 1e-300)) for value in (y, low, high))
     return (y - low) / (high - low) if high > low else 0.5
-
-
-def _log10(value: float) -> float:
-    return math.log10(max(value, 1e-300))
 
 
 def smooth(points: Series) -> Series:
@@ -201,9 +195,7 @@ def smooth(points: Series) -> Series:
     if len(points) < SMOOTH_FROM:
         return points
     half = max(2, len(points) // 40)
-    sums = [0.0]
-    for _, value in points:
-        sums.append(sums[-1] + value)
+    sums = list(accumulate((value for _, value in points), initial=0.0))
     result = []
     for i, (step, _) in enumerate(points):
         first, last = max(0, i - half), min(len(points), i + half + 1)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +99,12 @@ def in_flight(
 ) -> tuple[list[float], list[int]]:
     """Step function: how many spans are open from each time on; the times are those at which it changes, or ``times``,
     which must hold them."""
-    changes: dict[float, int] = {}
+    changes: Counter[float] = Counter()
     for start, end in spans:
-        changes[start] = changes.get(start, 0) + 1
-        changes[end] = changes.get(end, 0) - 1
+        changes[start] += 1
+        changes[end] -= 1
     times = sorted(changes) if times is None else list(times)
-    counts, open_now = [], 0
-    for t in times:
-        open_now += changes.get(t, 0)
-        counts.append(open_now)
-    return times, counts
+    return times, list(accumulate(changes[t] for t in times))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import importlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ def accuracy(
         solution: Reference answers; where one is a list, each of it is right.
     """
     scores = []
-    questions = [_question(prompt) for prompt in prompts or [""] * len(completions)]
+    questions = map(completion_text, prompts or [""] * len(completions))
     for text, cell, question in zip(whole_texts(completions, prompt_suffix), solution, questions, strict=True):
         accepted = [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell
         judged = [score for one in accepted if (score := _graded(text, str(one), question)) is not None]
@@ -63,10 +63,6 @@ def _graded(text: str, solution: str, question: str) -> float | None:
     longest = max(MAX_ANSWER_CHARS, len(reference.text) + 100)
     answer = extract_answer(text, words=reference.words, lines=reference.lines, longest=longest)
     return grade(reference, answer, question)
-
-
-def _question(prompt: str | Sequence[Mapping[str, Any]]) -> str:
-    return prompt if isinstance(prompt, str) else completion_text(prompt)
 
 
 def format(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None = None, **_: Any) -> list[float]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from igrpo.data_types import RolloutGroup, Scored
-from igrpo.log_lines import Broken, Line, read_lines
+from igrpo.log_lines import Broken, read_lines
 from igrpo.run.checkpoints import (
     HASHES,
     PREFIX,
@@ -217,16 +217,12 @@ def _drop_lines_after(path: Path, step: int) -> None:
             if line.step is None:
                 unsure.append(line)
             elif line.step <= step:
-                file.writelines(map(_ended, (*unsure, line)))
+                file.writelines(one.raw if one.whole else one.raw + b"\n" for one in (*unsure, line))
                 for one in unsure:
                     broken.add(one)
                 unsure.clear()
     for sentence in broken.sentences():
         logger.warning(sentence)
-
-
-def _ended(line: Line) -> bytes:
-    return line.raw if line.whole else line.raw + b"\n"
 
 
 def _sync_to_disk(folder: Path) -> None:

@@ -119,7 +119,9 @@ def set_aside(folder: Path) -> Path | None:
     there = folder.resolve()
     if not there.is_dir() or not (is_run(there) or checkpoints(there)):
         return None
-    names = sorted((name for name in os.listdir(there) if _written(there / name)), key=_last_to_move)
+    # What says that the folder is a run's goes last: a move that is killed goes on the next time.
+    written = (name for name in os.listdir(there) if _written(there / name))
+    names = sorted(written, key=lambda name: name == "config.yaml")
     dated = there / "config.yaml" if (there / "config.yaml").exists() else there
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(dated.stat().st_mtime))
     reason = ""
@@ -162,11 +164,6 @@ def concerns(error: OSError, folder: Path) -> bool:
     """Whether the system speaks of a file in the folder: of a log that it can write no more, for example."""
     name = error.filename
     return isinstance(name, str) and Path(os.path.realpath(name)).is_relative_to(os.path.realpath(folder))
-
-
-def _last_to_move(name: str) -> bool:
-    """What says that the folder is a run's goes last: a move that is killed goes on the next time."""
-    return name == "config.yaml"
 
 
 def usable(text: str) -> Path:

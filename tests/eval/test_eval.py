@@ -18,7 +18,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.eval.benchmarks import BENCHMARKS, load_benchmark
 from igrpo.eval.command import main
 from igrpo.rewards.functions import accuracy
-from igrpo.rewards.grading.answers import last_boxed
+from igrpo.rewards.grading.passages import last_boxed
 from igrpo.settings import ConfigError
 from igrpo.settings.yaml_text import dump_yaml
 from tests.support.tiny import save_tiny

@@ -11,8 +11,8 @@ import pytest
 
 from experiments import plan_paper, plan_scaling
 from igrpo.config.train_config import TrainConfig
-from igrpo.plan import main
 from igrpo.plan.calibrate import calibrate, predict, read_run
+from igrpo.plan.command import main
 from igrpo.plan.generation import EngineCost, Lengths, Sequence_, decode, generate
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, parse_hardware
 from igrpo.plan.models import TABLE, find_shape, table_shape

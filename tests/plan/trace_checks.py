@@ -14,7 +14,7 @@ from igrpo.learner.batching import Denominators, micro_batch
 from igrpo.learner.metrics import Accumulator
 from igrpo.learner.packing import PrefixGroup
 from igrpo.machine import Machine
-from igrpo.plan import main
+from igrpo.plan.command import main
 from igrpo.plan.device_trace import DeviceTrace
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
 from igrpo.plan.memory import memory_plan, model_shape

@@ -15,7 +15,7 @@ from igrpo.rewards.functions import (
     accuracy,
 )
 from igrpo.rewards.functions import format as format_reward
-from igrpo.rewards.grading.answers import extract_answer, last_boxed, without_answer
+from igrpo.rewards.grading.passages import extract_answer, last_boxed, without_answer
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the benchmark files are not at ../shared/data")

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -84,7 +83,3 @@ def address_towards(url: str) -> str:
     with socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing
         return probe.getsockname()[0]
-
-
-def log_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="igrpo-servers-"))

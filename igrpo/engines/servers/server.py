@@ -10,8 +10,10 @@ import os
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,7 +33,7 @@ from igrpo.engines.servers.client import (
     ServerHung,
 )
 from igrpo.engines.servers.launch import server_command, server_environment
-from igrpo.engines.servers.process import ServerProcess, free_port, log_folder
+from igrpo.engines.servers.process import ServerProcess, free_port
 from igrpo.settings import ConfigError
 
 T = TypeVar("T")
@@ -261,18 +263,16 @@ def _processes(
         command = server_command(config, path, length, port, config.seed, on_cpu)
         own = None if devices is None else ",".join(devices[i * each : (i + 1) * each])
         environment = server_environment(config, secret, on_cpu, own)
-        processes.append(ServerProcess(command, environment, log_folder() / "server.log"))
+        log = Path(tempfile.mkdtemp(prefix="igrpo-servers-"), "server.log")
+        processes.append(ServerProcess(command, environment, log))
     return processes
 
 
 def _check_same_machine(url: str) -> None:
     host = urlsplit(url).hostname or ""
     local = host == "localhost"
-    if not local:
-        try:
-            local = ipaddress.ip_address(host).is_loopback
-        except ValueError:
-            local = False
+    with contextlib.suppress(ValueError):  # a name, not an address
+        local = local or ipaddress.ip_address(host).is_loopback
     if not local:
         raise ConfigError(
             f"vllm_weight_dir: {url} is on another machine; write a folder of a file system that both see, or set "

@@ -11,7 +11,6 @@ trainer watches) when the server does not answer any more.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import http.client
 import os
 import signal
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from igrpo.engines.servers.auth import INSTANCE_HEADER
+from igrpo.machine import SET_PARENT_DEATH_SIGNAL, process_control
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0
@@ -32,7 +32,6 @@ PATIENCE_SECONDS = 5.0
 """For a server whose port is closed, or that says that it is dead, to end by itself."""
 SILENCE_SECONDS = 30.0
 SILENT = "it gave no answer"
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +83,11 @@ class Health:
     """Whether a server that came up still answers: one that hangs while it dies keeps its process.
 
     Loading may take as long as it takes. A busy server answers in time, since its front end does nothing else; one
-    whose port is closed is given ``PATIENCE_SECONDS`` to end by itself.
-
-    Args:
-        limit: seconds that it may be silent.
+    whose port is closed is given ``PATIENCE_SECONDS`` to end by itself, one that is silent ``SILENCE_SECONDS``.
     """
 
-    def __init__(self, host: str, port: int, secret: str, limit: float = SILENCE_SECONDS):
-        self.host, self.port, self.secret, self.limit = host, port, secret, limit
+    def __init__(self, host: str, port: int, secret: str):
+        self.host, self.port, self.secret = host, port, secret
         self.came_up = False
         self.lost = ""
         """Why it is taken for dead."""
@@ -103,13 +99,13 @@ class Health:
             if not problem:
                 self.came_up, answered = True, time.monotonic()
             silent = time.monotonic() - answered
-            if self.came_up and problem and silent > (self.limit if problem == SILENT else PATIENCE_SECONDS):
+            if self.came_up and problem and silent > (SILENCE_SECONDS if problem == SILENT else PATIENCE_SECONDS):
                 self.lost = f"{problem} for {silent:.0f} s"
                 return
 
     def _ask(self) -> str:
         """What is wrong with it; empty where it is well."""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.limit)
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=SILENCE_SECONDS)
         try:
             connection.request("GET", "/health", headers={"Authorization": f"Bearer {self.secret}"})
             answer = connection.getresponse()
@@ -126,7 +122,7 @@ class Health:
 
 def _die_with_parent() -> None:
     # Should even this process be killed with -9, the kernel takes the server's front end along.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

@@ -113,14 +113,10 @@ class Fsdp2(Placement):
             (folder / PLAIN).write_text(json.dumps(plain), encoding="utf-8")
 
     def load(self, state: Path, trust: bool) -> None:
+        """Unpickles nothing, whoever is to be trusted."""
         folder = state / SHARDS
         self.settle()
-        if (folder / ".metadata").is_file():
-            check_pickled(folder, trust)
-            _load_pickled(self.module, self.optimizer, folder)
-            return
-        values = _state(self.module, self.optimizer)
-        plain = json.loads((folder / PLAIN).read_text(encoding="utf-8"))
+        values, plain = _state(self.module, self.optimizer), read_plain(folder)
         with _one_error():  # in place
             dcp.load(_once(values, self.module), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
         parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
@@ -136,13 +132,14 @@ class Fsdp2(Placement):
         )
 
 
-def check_pickled(folder: Path, trust: bool) -> None:
-    """Refuses what a version wrote that pickled, unless it can be trusted."""
-    if not trust:
+def read_plain(folder: Path) -> dict[str, Any]:
+    """What ``save`` wrote as JSON. Raises ConfigError where a version wrote the folder that pickled."""
+    if (folder / ".metadata").is_file() and not (folder / PLAIN).is_file():
         raise ConfigError(
-            f"resume_from_checkpoint: {folder} was pickled by an older version, and loading it may run code; only if "
-            "you trust whoever wrote it, write trust_checkpoint: true"
+            f"resume_from_checkpoint: {folder} was pickled by an older version, and loading it may run code; go on "
+            "with that version, or start from the model that lies beside it"
         )
+    return json.loads((folder / PLAIN).read_text(encoding="utf-8"))
 
 
 def _state(policy: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -176,10 +173,3 @@ def _one_error() -> Iterator[None]:
     except CheckpointException as error:
         first, _ = next(iter(error.failures.values()))
         raise RuntimeError(str(first)) from error
-
-
-def _load_pickled(policy: Any, optimizer: torch.optim.Optimizer, folder: Path) -> None:
-    model, moments = get_state_dict(policy, optimizer)
-    state = {"model": model, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])

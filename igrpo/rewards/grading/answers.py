@@ -39,22 +39,8 @@ from igrpo.rewards.grading.notation import (
     read_number,
     tidy,
 )
-from igrpo.rewards.grading.passages import (
-    MAX_ANSWER_CHARS,
-    CompletionText,
-    completion_text,
-    extract_answer,
-    last_boxed,
-    whole_text,
-    whole_texts,
-    without_answer,
-)
+from igrpo.rewards.grading.passages import MAX_ANSWER_CHARS, last_boxed
 from igrpo.rewards.grading.repetition import repeats
-
-__all__ = [
-    "CompletionText", "completion_text", "extract_answer", "grade", "last_boxed", "read_reference", "whole_text",
-    "whole_texts", "without_answer",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)

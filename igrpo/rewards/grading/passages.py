@@ -40,15 +40,11 @@ def completion_text(completion: CompletionText) -> str:
     return (content_text(completion[-1]["content"]) or "") if completion else ""
 
 
-def whole_text(completion: CompletionText, prompt_suffix: str) -> str:
-    """A completion's text behind the tags that its prompt already ended with."""
-    return prompt_suffix + completion_text(completion)
-
-
 def whole_texts(completions: Sequence[CompletionText], prompt_suffix: Sequence[str] | None) -> list[str]:
-    """[n] ``whole_text`` of each; ``prompt_suffix`` is the column of that name, None where a caller has none."""
+    """[n] Each completion's text behind the tags that its prompt already ended with; ``prompt_suffix`` is the column of
+    that name, None where a caller has none."""
     suffixes = prompt_suffix or [""] * len(completions)
-    return [whole_text(one, suffix) for one, suffix in zip(completions, suffixes, strict=True)]
+    return [suffix + completion_text(one) for one, suffix in zip(completions, suffixes, strict=True)]
 
 
 def _last_box(text: str) -> re.Match[str] | None:

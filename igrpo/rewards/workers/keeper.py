@@ -19,15 +19,9 @@ import struct
 import sys
 from collections.abc import Sequence
 
+from igrpo.machine import SET_CHILD_SUBREAPER, SET_PARENT_DEATH_SIGNAL, process_control
 from igrpo.rewards.functions import BUILTIN, RewardFunction
-from igrpo.rewards.workers.worker import (
-    SET_CHILD_SUBREAPER,
-    SET_PARENT_DEATH_SIGNAL,
-    end_descendants,
-    process_control,
-    receive,
-    serve,
-)
+from igrpo.rewards.workers.worker import end_descendants, receive, serve
 
 SETUP = struct.Struct(">I")
 """Bytes of the pickled ``(functions, bytes of memory that a worker may take, sys.argv)`` that follow, the first

@@ -233,12 +233,6 @@ class RewardPool:
         if shown < len(lines) and printed < PRINTED_A_MINUTE:
             logger.info("%s printed: … %s", name, printable(lines[-1], 500))
 
-    def _enqueue(self, call: _Call) -> None:
-        if call.function in self._local:
-            self._queue.put(call)
-        else:
-            self._to_judge.put(call)
-
     def _judge_calls(self) -> None:
         """A thread's life: one completion after the other."""
         while not self._closed:
@@ -327,7 +321,7 @@ class PendingScores:
         arguments = function.sees(arguments)
         call = _Call(function, rows, pickle.dumps(arguments), attempt, alone)
         self._open.append(call)
-        self._pool._enqueue(call)
+        (self._pool._queue if function in self._pool._local else self._pool._to_judge).put(call)
 
     def _take(self, call: _Call) -> None:
         """Keep the scores of a call that succeeded; repeat one that failed, row by row; give up on a single row."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import builtins
 import contextlib
-import ctypes
 import errno
 import functools
 import inspect
@@ -41,18 +40,11 @@ REQUEST = struct.Struct(">QHQ")
 """Number of the call, index of its function, bytes of its pickled arguments, which follow."""
 REPLY = struct.Struct(">I")
 """Bytes of the JSON that follows: ``[number of the call, outcome, why the worker must be replaced or null]``."""
-SET_PARENT_DEATH_SIGNAL, SET_CHILD_SUBREAPER = 1, 36
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBADF)
 """Errors of a process that has run out of something or lost its files: later calls would fail with them, too."""
 FILES_LEFT, THREADS_LEFT, BYTES_LEFT = 32, 8, 2**29
 """How much more than after each function's first call a worker may hold, times its patience; a first call may load
 twice as many bytes."""
-
-
-def process_control(option: int, value: int) -> None:
-    """Linux's ``prctl``; nothing elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def has_children() -> bool:
