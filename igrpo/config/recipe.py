@@ -117,9 +117,7 @@ def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig
             settings[key] = coerce(key, value)
         else:
             name = key if key.isidentifier() and len(key) < 80 else shown(key)
-            raise ConfigError(
-                f"{name}: there is no such key{did_you_mean(key[:80], field_types(TrainConfig), quote='')}"
-            )
+            raise ConfigError(f"{name}: there is no such key{did_you_mean(key[:80], field_types(TrainConfig))}")
     if "eval_steps" in settings and "eval_samples" not in settings and {"do_eval", "eval_strategy"} & values.keys():
         _warn("eval_steps is ignored: eval_samples says how many prompts to evaluate, and there is none")
         del settings["eval_steps"]
@@ -133,9 +131,7 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise ConfigError(
-                f"--config {path}: there is no such file{did_you_mean(file.name, _siblings(file), quote='')}"
-            )
+            raise ConfigError(f"--config {path}: there is no such file{did_you_mean(file.name, _siblings(file))}")
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: it is not UTF-8 text") from None

@@ -48,27 +48,19 @@ def load_data(config: DataConfig) -> tuple[Sequence[Problem], Sequence[Problem]]
     Raises:
         ConfigError: data that are not there or cannot be read, or too few rows to hold some out.
     """
-    options = {
-        "dataset_config": config.dataset_config,
-        "dataset_prompt_column": config.dataset_prompt_column,
-        "dataset_solution_column": config.dataset_solution_column,
-        "dataset_kwargs": config.dataset_kwargs,
-    }
+
+    def load(split: str, most: int | None) -> list[Problem]:
+        keys = ("dataset_name", "dataset_config", "dataset_prompt_column", "dataset_solution_column", "dataset_kwargs")
+        options = {key: getattr(config, key) for key in keys}
+        data = load_problems(**options, dataset_split=split, max_samples=most)
+        return [data[i] for i in range(len(data))]
+
     try:
-        data = load_problems(
-            config.dataset_name,
-            dataset_split=config.dataset_train_split,
-            max_samples=config.max_train_samples,
-            **options,
-        )
-        problems = [data[i] for i in range(len(data))]
+        problems = load(config.dataset_train_split, config.max_train_samples)
         if not config.eval_samples:
             return problems, []
         if config.dataset_test_split is not None:
-            test = load_problems(
-                config.dataset_name, dataset_split=config.dataset_test_split, max_samples=config.eval_samples, **options
-            )
-            return problems, [test[i] for i in range(len(test))]
+            return problems, load(config.dataset_test_split, config.eval_samples)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
     if len(problems) <= config.eval_samples:

@@ -7,7 +7,7 @@ padding positions never meet the vocabulary.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -22,39 +22,19 @@ from igrpo_kernels.model_logits import language_model, logit_transform_of
 
 
 def loss_config(config: LearnerConfig, model_config: Any = None) -> GRPOLossConfig:
-    """The loss's settings from the run's.
+    """The loss's settings from the run's: those of the same names, and the sampler's correction under its own.
 
     Raises:
         ConfigError: settings of the loss that exclude each other.
     """
+    same = {f.name: getattr(config, f.name) for f in fields(GRPOLossConfig) if hasattr(config, f.name)}
     correct = config.vllm_importance_sampling_correction
+    correction = {
+        f"importance_sampling_{part}": getattr(config, f"vllm_importance_sampling_{part}") if correct else None
+        for part in ("mode", "clip_min", "clip_max")
+    }
     try:
-        return GRPOLossConfig(
-            loss_type=config.loss_type,
-            importance_sampling_level=config.importance_sampling_level,
-            epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high,
-            delta=config.delta,
-            dual_clip=config.dual_clip,
-            beta=config.beta,
-            kl_estimator=config.kl_estimator,
-            use_bias_correction_kl=config.use_bias_correction_kl,
-            temperature=config.temperature,
-            entropy_coef=config.entropy_coef,
-            top_entropy_quantile=config.top_entropy_quantile,
-            off_policy_mask_threshold=config.off_policy_mask_threshold,
-            importance_sampling_mode=config.vllm_importance_sampling_mode if correct else None,
-            importance_sampling_clip_min=config.vllm_importance_sampling_clip_min if correct else None,
-            importance_sampling_clip_max=config.vllm_importance_sampling_clip_max if correct else None,
-            max_completion_length=config.max_completion_length,
-            sapo_temperature_pos=config.sapo_temperature_pos,
-            sapo_temperature_neg=config.sapo_temperature_neg,
-            vespo_k_pos=config.vespo_k_pos,
-            vespo_lambda_pos=config.vespo_lambda_pos,
-            vespo_k_neg=config.vespo_k_neg,
-            vespo_lambda_neg=config.vespo_lambda_neg,
-            **logit_transform_of(model_config),
-        )
+        return GRPOLossConfig(**same, **correction, **logit_transform_of(model_config))
     except ValueError as error:
         raise ConfigError(str(error).replace("importance_sampling_mode", "vllm_importance_sampling_mode")) from None
 

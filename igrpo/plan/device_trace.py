@@ -183,7 +183,8 @@ class DeviceTrace(TorchDispatchMode):
             source, result = (args[0], out) if func is aten._to_copy.default else (args[1], args[0])
             if isinstance(source, torch.Tensor) and source.device.type != result.device.type:
                 asked = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
-                if not (asked and (source.device.type == "cuda" or _pinned(source))):
+                pinned = getattr(source, "rehearsed_as_pinned", False)
+                if not (asked and (source.device.type == "cuda" or pinned)):
                     self.wait(f"a copy from {_name(source)} to {_name(result)}")
 
     def _allocated(self, tensor: torch.Tensor) -> None:
@@ -246,10 +247,6 @@ def _nested(shape: list[int]) -> Any:
 
 def _name(tensor: torch.Tensor) -> str:
     return "the GPU" if tensor.device.type == "cuda" else "the computer's memory"
-
-
-def _pinned(tensor: torch.Tensor) -> bool:
-    return getattr(tensor, "rehearsed_as_pinned", False)
 
 
 _PLANNING = "shapes that DTensor works out"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable, Sequence
 
 from igrpo.data_types import Problem
 from igrpo.rewards.functions import BUILTIN, RewardFunction
-from igrpo.settings import ConfigError
+from igrpo.settings import ConfigError, did_you_mean
 
 ALWAYS = ("prompts", "completions", "completion_ids", "solution", "prompt_suffix")
 """What every reward function can name, whatever the data set's columns."""
@@ -34,12 +33,8 @@ def check_columns(functions: Iterable[RewardFunction], problems: Sequence[Proble
                 continue
             there = sorted({column for problem in problems for column in problem.columns})
             which = f"row {lacking.index} lacks" if name in there else "the data set has not"
-            near = difflib.get_close_matches(name, [*ALWAYS, *there], n=1)
-            hint = (
-                f"; did you mean '{near[0]}'?"
-                if near and name not in there
-                else "; give it a default or add the column"
-            )
+            known = () if name in there else (*ALWAYS, *there)
+            hint = did_you_mean(name, known, "; give it a default or add the column", quote="'")
             raise ConfigError(
                 f"reward_funcs: {function.name} needs '{name}', which {which}: there are {', '.join(ALWAYS)} and the "
                 f"columns {', '.join(there) or '(none)'}{hint}"

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from functools import cache
 from typing import Any, NamedTuple
 
 from igrpo.rewards.grading.notation import repeating
@@ -44,18 +45,14 @@ class Unknown(NamedTuple):
     degree: int = 1
 
 
+@cache
 def context_of(digits: int) -> Any:
     """One of mpmath's own worlds, so that nobody else's precision is changed."""
-    context = _CONTEXTS.get(digits)
-    if context is None:
-        from mpmath.ctx_mp import MPContext
+    from mpmath.ctx_mp import MPContext
 
-        context = _CONTEXTS[digits] = MPContext()
-        context.dps = digits
+    context = MPContext()
+    context.dps = digits
     return context
-
-
-_CONTEXTS: dict[int, Any] = {}
 
 
 def real(context: Any, number: Fraction) -> Any:
