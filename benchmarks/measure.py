@@ -164,7 +164,8 @@ class Comparison:
     def discard(self) -> None:
         """Forgets the times so far: those of the warm-up, whose first turn had all its memory to fetch."""
         for measurement in self.measurements:
-            measurement.first_ms = measurement.first_ms or {n: x[0] for n, x in measurement.samples_ms.items() if x}
+            first = {name: significant(x[0]) for name, x in measurement.samples_ms.items() if x}
+            measurement.first_ms = measurement.first_ms or first
         for measurement in [*self.measurements, self.floor]:
             for values in measurement.samples_ms.values():
                 values.clear()

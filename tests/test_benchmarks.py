@@ -171,7 +171,14 @@ def test_a_provider_with_a_wrong_gradient_gets_no_figure_but_its_error():
     comparison = Comparison(problem, measurements, ("fwd", "bwd", "fwd+bwd"))
     comparison.prepare()
     comparison.round()
+    first = comparison.measurements[0].samples_ms["bwd"][0]
+    comparison.discard()
+    comparison.round()
+    comparison.discard()
+    comparison.round()
     rows = {(row["provider"], row["pass"]): row for row in comparison.rows()}
+    assert rows["right", "bwd"]["first_ms"] == pytest.approx(first, rel=1e-3)
+    assert len(rows["right", "bwd"]["samples_ms"]) == 1
     assert rows["right", "bwd"]["time_ms"] > 0 and rows["right", "bwd"]["max_rel_error"] < 1e-5
     assert rows["wrong", "bwd"]["time_ms"] is None
     assert rows["wrong", "bwd"]["max_rel_error"] == pytest.approx(0.01, rel=1e-3)
