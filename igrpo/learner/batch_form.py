@@ -2,7 +2,8 @@
 
 The learner reads sequences in a row with an attention of its own and meets the vocabulary only in the fused loss.
 Before the first step its log-probabilities of made-up sequences are held against the model's own, taken from its whole
-logits for one sequence at a time. The first form that has them is used; where none has, another model would be trained.
+logits for one sequence at a time, and a packed kernel is run backward. The first form that passes is used; where none
+does, another model would be trained.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ def find_form(
         """What is wrong with the log-probabilities that ``compute`` makes with an attention; None if nothing is."""
         try:
             for one in models:
-                use_packed_attention(one, attention) if attention in KERNELS else one.set_attn_implementation(attention)
+                if attention in KERNELS:
+                    use_packed_attention(one, attention, tried=True)
+                else:
+                    one.set_attn_implementation(attention)
             return _gap(compute(), own, ROUNDED if rounds(models[0].config._attn_implementation) else tolerance)
         except Exception as error:  # whatever a kernel or a model's own code raises: there is another way
             return str(error).strip().partition("\n")[0] or type(error).__name__
@@ -80,6 +84,8 @@ def find_form(
         for kernel in kernels if reason is None else ():
             reason = off_by(lambda: log_probs(together, Form.PACKED), kernel)
             if reason is None:
+                for one in models:
+                    use_packed_attention(one, kernel)
                 return Form.PACKED
             say(f"packed attention does without {kernel}: {reason}")
         for attention in dict.fromkeys((asked, "eager")):  # only eager caps scores, where a model does

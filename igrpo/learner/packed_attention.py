@@ -156,9 +156,9 @@ def packed_kernel(asked: str, device: torch.device) -> str:
     return "flash_attention_2" if asked.startswith("flash_attention") else "flex_attention"
 
 
-def use_packed_attention(model: Any, kernel: str) -> None:
-    """Registers the kernel with transformers and makes ``model`` call it."""
-    AttentionInterface.register(KERNELS[kernel], partial(packed_attention, kernel=kernel))
+def use_packed_attention(model: Any, kernel: str, tried: bool = False) -> None:
+    """Registers the kernel with transformers and makes ``model`` call it; ``tried``: backward as well, each time."""
+    AttentionInterface.register(KERNELS[kernel], partial(_tried if tried else packed_attention, kernel=kernel))
     model.set_attn_implementation(KERNELS[kernel])
 
 
@@ -213,6 +213,16 @@ def packed_attention(
     else:
         return _variable_length(query, key, value, packed_layout, options), None
     return out.transpose(1, 2).contiguous(), None
+
+
+def _tried(module: torch.nn.Module, *tensors: torch.Tensor | None, **options: Any) -> tuple[torch.Tensor, None]:
+    """``packed_attention`` of ``query, key, value, attention_mask``, after whose forward pass the kernel's own backward
+    pass is run: one that fails inside a model's would leave hooks of sharded weights half done."""
+    inputs = [x.detach().requires_grad_() for x in tensors[:3] if x is not None]
+    with torch.enable_grad():
+        out, _ = packed_attention(module, *inputs, *tensors[3:], **options)
+        torch.autograd.grad(out, inputs, torch.ones_like(out))
+    return out.detach(), None
 
 
 def _per_run(

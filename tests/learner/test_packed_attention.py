@@ -17,10 +17,18 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import Denominators, micro_batch
-from igrpo.learner.packed_attention import KERNELS, Layout, packed_kernel, use_packed_attention, why_not_packable
+from igrpo.learner.packed_attention import (
+    KERNELS,
+    Layout,
+    packed_attention,
+    packed_kernel,
+    use_packed_attention,
+    why_not_packable,
+)
 from igrpo.learner.packing import prefix_groups
 from tests.learner.test_learner import fresh_accelerate, learner  # noqa: F401
 
@@ -228,6 +236,17 @@ def test_a_model_with_other_layers_is_padded_and_says_so(capsys):
     whole, split = big.train_on(samples), small.train_on(samples)
     assert whole["learner/micro_batches"] == 1.0 and split["learner/micro_batches"] > 3.0
     assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_a_kernel_without_a_backward_pass_is_found_out_before_the_first_step(capsys, monkeypatch):
+    """flex_attention is such a one on a CPU: its forward pass is right, and the first step would end the run."""
+    monkeypatch.setattr("igrpo.learner.learner.packed_kernel", lambda asked, device: "flex_attention")
+    made = learner(tiny("llama"))
+    said = capsys.readouterr().out
+    assert said.startswith("packed attention does without flex_attention: ") and "backward" in said
+    assert made.packs and made.unwrapped.config._attn_implementation == KERNELS["sdpa"]
+    assert ALL_ATTENTION_FUNCTIONS[KERNELS["sdpa"]].func is packed_attention
+    made.train_on(groups_of_samples())
 
 
 def test_a_model_that_ignores_the_layout_is_found_out(capsys):

@@ -137,6 +137,20 @@ def runs_no_code(learner: Learner, folder: Path) -> None:
         raise AssertionError("it was unpickled")
 
 
+def refuses_an_optimiser_of_whole_weights() -> None:
+    drawn = torch.get_rng_state()
+    try:
+        build(fsdp=True, optim="adafactor")
+    except ConfigError as error:
+        assert str(error).startswith("optim: adafactor cannot step on weights that FSDP divides")
+        assert "write adamw_torch_fused" in str(error)
+    else:
+        assert torch.distributed.get_world_size() == 1  # nothing is divided
+    for name in ("sgd", "adamw_torch"):
+        build(fsdp=True, optim=name)
+    torch.set_rng_state(drawn)
+
+
 def main_zero3(output: str) -> None:
     results: dict[str, Any] = {}
     for name, settings in ZERO3.items():
@@ -165,6 +179,7 @@ def main(output: str) -> None:
         train(learner, advantage=0.0)
         scores = learner.score((5, 6, 7, 8))
         results[name] = {"figures": figures, "weights": weights(learner), "score": scores, "gathers": gathers}
+    refuses_an_optimiser_of_whole_weights()
     if learner.accelerator.is_main_process:
         torch.save({"processes": learner.accelerator.num_processes, "results": results}, output)
 

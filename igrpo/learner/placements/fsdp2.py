@@ -20,7 +20,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -52,6 +52,8 @@ class Fsdp2(Placement):
             ),
             "offload_policy": getattr(plugin, "cpu_offload", None) or OffloadPolicy(),
         }
+        if trains:
+            _check_optimizer(config, options["mesh"])
         names = set(policy.model._no_split_modules or ())
         layers = [m for m in policy.modules() if type(m).__name__ in names]
         for layer in layers:
@@ -130,6 +132,31 @@ class Fsdp2(Placement):
             optim_state_dict=parts["optimizer"],
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
+
+
+def _check_optimizer(config: LearnerConfig, mesh: DeviceMesh) -> None:
+    """Steps once on a small weight: not every optimiser can on a divided one (the factors of transformers' Adafactor
+    are plain tensors, which do not mix with shards).
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    # 4096 numbers in each process, since some optimisers treat smaller weights otherwise, and a vector.
+    small = torch.nn.Module()
+    for shape in ((16 * mesh.size(), 256), (16 * mesh.size(),)):
+        small.register_parameter(f"of_{len(shape)}", torch.nn.Parameter(torch.zeros(shape, device=mesh.device_type)))
+    fully_shard(small, mesh=mesh)
+    optimizer = build_optimizer(small, config)
+    for p in small.parameters():
+        p.grad = torch.zeros_like(p)
+    try:
+        optimizer.step()
+    except Exception as error:  # whatever an optimiser raises
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"optim: {config.optim} cannot step on weights that FSDP divides ({reason}); write adamw_torch_fused, or "
+            "take recipes/accelerate/ddp.yaml"
+        ) from error
 
 
 def read_plain(folder: Path) -> dict[str, Any]:
