@@ -190,7 +190,7 @@ def engine_options() -> set[str]:
     from igrpo.engines.vllm_engine import VLLMEngine, launched_with_others
 
     engine = VLLMEngine.__new__(VLLMEngine)
-    engine.config, engine.path, engine.max_model_length, engine._seed = _config(), "m", 64, 0
+    engine.config, engine.path, engine.max_model_length, engine._rank_seed = _config(), "m", 64, 0
     options: set[str] = set()
     for engine.on_cpu in (True, False):
         options |= set(engine._options())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -46,6 +47,18 @@ class Request:
     prompt_ids: tuple[int, ...]
     n: int
     sampling: Sampling
+
+
+def request_seed(run: int, sampler: int, request_id: str) -> int:
+    """A seed of its own for each request: what it samples hangs neither on what runs beside it nor on a retry.
+
+    vLLM adds 0, 1, … n - 1 to it for the n completions.
+
+    Args:
+        run: seed of the run and the process.
+        sampler: of the last ``Engine.seed``.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{run}/{sampler}/{request_id}".encode(), digest_size=7).digest())
 
 
 @dataclass(frozen=True, slots=True)

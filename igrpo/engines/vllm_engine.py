@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from igrpo.engines.base import EngineError, Request, Result, WeightSource
+from igrpo.engines.base import EngineError, Request, Result, WeightSource, request_seed
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
 from igrpo.settings import ConfigError
@@ -45,10 +45,10 @@ class VLLMEngine:
         self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.stop_token_ids = list(stop_token_ids)
-        self._seed = seed
+        self._rank_seed = self._seed = seed
         self._submitted = 0
-        self._running: dict[str, Request] = {}
-        """By vLLM's id, which is unique over the engine's life: the caller's may come again next step."""
+        self._running: dict[str, tuple[Request, int | None]] = {}
+        """And their seeds, by vLLM's id, which is unique over the engine's life: the caller's may come again."""
         self._finished: list[Result] = []
         """Came out while ``score`` was stepping the engine."""
         self._source: WeightSource | None = None
@@ -98,7 +98,7 @@ class VLLMEngine:
             "disable_log_stats": True,
             "generation_config": "vllm",  # no sampling defaults from the model's files
             "use_tqdm_on_load": False,
-            "seed": self._seed,
+            "seed": self._rank_seed,
         }
         if self.on_cpu:
             return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
@@ -112,6 +112,10 @@ class VLLMEngine:
         )
 
     def submit(self, request: Request) -> None:
+        seed = None if self.on_cpu else request_seed(self._rank_seed, self._seed, request.request_id)
+        self._submit(request, seed)
+
+    def _submit(self, request: Request, seed: int | None) -> None:
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = request.sampling
@@ -121,6 +125,7 @@ class VLLMEngine:
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
+            seed=seed,
             max_tokens=sampling.max_tokens,
             stop_token_ids=self.stop_token_ids,
             logprobs=0,  # the sampled token's and no other
@@ -129,7 +134,7 @@ class VLLMEngine:
         )
         name = f"{self._submitted}"
         self._submitted += 1
-        self._running[name] = request
+        self._running[name] = (request, seed)
         self.engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
 
     def poll(self) -> list[Result]:
@@ -144,7 +149,7 @@ class VLLMEngine:
         return finished
 
     def abort(self, request_ids: Collection[str]) -> None:
-        names = [name for name, request in self._running.items() if request.request_id in request_ids]
+        names = [name for name, (request, _) in self._running.items() if request.request_id in request_ids]
         self.engine.abort_request(names)
         for name in names:
             del self._running[name]
@@ -153,7 +158,7 @@ class VLLMEngine:
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         return Result(
-            request_id=self._running.pop(output.request_id).request_id,
+            request_id=self._running.pop(output.request_id)[0].request_id,
             prompt_ids=tuple(output.prompt_token_ids),
             token_ids=tuple(tuple(s.token_ids) for s in samples),
             logprobs=tuple(
@@ -165,13 +170,16 @@ class VLLMEngine:
         )
 
     def seed(self, seed: int) -> None:
-        # Seeds per request rewind a generator when a prompt is prefilled in chunks, which the CPU backend cannot.
-        torch.manual_seed(seed)
+        # Seeds per request rewind a generator when a prompt is prefilled in chunks, which the CPU backend cannot. On a
+        # GPU vLLM would draw those of requests without one from numpy's, and torch's are the learner's.
+        if self.on_cpu:
+            torch.manual_seed(seed)
+        self._seed = seed
 
     def restart(self) -> None:
         """A new engine. On a GPU this works where the old one's memory can be freed; a lost CUDA context cannot be
         mended inside its process, and starting fails with EngineError."""
-        requests = list(self._running.values())
+        begun = list(self._running.values())
         self.close()
         self._running.clear()
         del self.engine, self.llm
@@ -179,8 +187,8 @@ class VLLMEngine:
         if not self.on_cpu:
             torch.cuda.empty_cache()
         self._start()
-        for request in requests:  # they start over at the next poll
-            self.submit(request)
+        for request, seed in begun:  # they start over at the next poll
+            self._submit(request, seed)
 
     def _mend(self, error: Exception) -> None:
         """After the engine died: a new one with the weights of ``version``; unfinished requests start over."""
@@ -254,7 +262,9 @@ class VLLMEngine:
     def _score(self, token_ids: Sequence[int]) -> list[float]:
         from vllm.sampling_params import SamplingParams
 
-        params = SamplingParams(temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        params = SamplingParams(
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, seed=None if self.on_cpu else 0
+        )
         self.engine.add_request("score", {"prompt_token_ids": list(token_ids)}, params)
         logprobs = None
         while logprobs is None:

@@ -9,7 +9,6 @@ right version; one whose server breaks starts over elsewhere, with the seed it h
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import shutil
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource
+from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource, request_seed
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.servers.client import SHORT_SECONDS, ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
 from igrpo.engines.servers.lease import LEASE_SECONDS
@@ -91,9 +90,7 @@ class ServerEngine:
     def submit(self, request: Request) -> None:
         if self.version == UNKNOWN_VERSION:
             raise EngineError("the servers were running before this trainer and hold unknown weights: push first")
-        # Its own seed for each request: what it samples hangs neither on what runs beside it nor on a retry.
-        text = f"{self._rank_seed}/{self._seed}/{request.request_id}"
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+        seed = request_seed(self._rank_seed, self._seed, request.request_id)
         self._loop.call_soon_threadsafe(self._spawn, request, seed)
 
     def poll(self) -> list[Result]:
