@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import sys
@@ -44,11 +45,12 @@ def started(model):
 
 def close(engines: list) -> None:
     while engines:
-        engine = engines.pop()
-        fronts = [s.process.pid for s in engine.servers if s.process.pid and psutil.pid_exists(s.process.pid)]
-        left = [child for pid in fronts for child in psutil.Process(pid).children(recursive=True)]
+        engine, left = engines.pop(), []
+        for server in engine.servers:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended a moment ago
+                left += psutil.Process(server.process.pid).children(recursive=True) if server.process.pid else []
         engine.close()
-        wait_until(lambda left=left: all(map(ended, left)), seconds=10)
+        wait_until(lambda left=left: all(map(ended, left)), seconds=30)
 
 
 @pytest.fixture
