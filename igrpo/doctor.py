@@ -27,6 +27,7 @@ from pathlib import Path
 
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
+from igrpo.engines.layout import beside_the_learner
 from igrpo.settings import EXIT_BAD_CONFIG, ConfigError, key_from_environment
 from igrpo.terminal import print_error, printable
 
@@ -199,12 +200,19 @@ def check_gpus(config: TrainConfig | None) -> Iterator[Check]:
         return
     if for_the_cpu():
         yield Check("warning", "environment", "made for a CPU, beside a GPU that stays idle", "DEVICE=gpu make setup")
-    for line in done.stdout.splitlines():
-        index, name, total, used = (part.strip() for part in line.split(","))
+    gpus = [[part.strip() for part in line.split(",")] for line in done.stdout.splitlines()]
+    for index, name, total, used in gpus:
         busy = used.isdigit() and total.isdigit() and int(used) > 0.1 * int(total)
         found = f"{name}, {used} of {total} MiB used"
         fix = f"another program holds its memory: nvidia-smi -i {index}"
         yield judged(not busy, f"gpu {index}", found, fix, "warning")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(index for index, *_ in gpus)).split(",")
+    try:
+        if config is not None and not for_the_cpu():
+            beside_the_learner(config, visible, local=1, processes=1)  # at least
+    except ConfigError as error:
+        key, _, reason = str(error).partition(": ")
+        yield Check("problem", key, reason, "the run would stop here")
 
 
 def check_memory() -> Iterator[Check]:

