@@ -44,13 +44,12 @@ def beside_the_learner(config: C, gpus: Sequence[str], local: int, processes: in
         _check_ipc(config, gpus, processes)
     if config.server_urls or backend == "ipc":
         return config
-    used, needed = gpus[:local], config.vllm_num_servers * config.vllm_tensor_parallel_size
-    named = named_devices(config)
+    used, free = gpus[:local], gpus[local:]
+    placed = with_own_gpus(config, free)
+    named = named_devices(placed)
     if named is None:
-        free = gpus[local:]
-        if len(free) >= needed:
-            return replace(config, vllm_server_devices=",".join(free[:needed]))
         if backend == "nccl":
+            needed = config.vllm_num_servers * config.vllm_tensor_parallel_size
             raise ConfigError(
                 f"vllm_server_devices: the servers take {needed} GPU{'s' * (needed > 1)} that no learner process uses, "
                 f"and of the {len(gpus)} that the trainer sees {len(free)} are free; name others, start fewer learner "
@@ -61,7 +60,16 @@ def beside_the_learner(config: C, gpus: Sequence[str], local: int, processes: in
             f"vllm_server_devices: {', '.join(taken)} belongs to a learner process, and NCCL takes a GPU once only; "
             "name others, or write vllm_weight_transfer: file to share GPUs"
         )
-    return config
+    return placed
+
+
+def with_own_gpus(config: C, free: Sequence[str]) -> C:
+    """The config whose started servers have GPUs of ``free``, where none are named and these are enough."""
+    needed = config.vllm_num_servers * config.vllm_tensor_parallel_size
+    starts = config.use_vllm and config.vllm_mode == "server" and not config.server_urls
+    if not starts or config.vllm_server_devices is not None or len(free) < needed:
+        return config
+    return replace(config, vllm_server_devices=",".join(free[:needed]))
 
 
 def named_devices(config: EngineConfig) -> list[str] | None:

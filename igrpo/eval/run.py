@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from igrpo.config.unused import check_hardware
 from igrpo.engines import Sampling, start_engine
+from igrpo.engines.layout import visible_gpus, with_own_gpus
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
 from igrpo.eval.config import EvalConfig
@@ -175,7 +176,8 @@ class EvaluationRun:
     def _started_engine(self) -> Any:
         if self._engine is None:
             stop_ids = stop_token_ids(self.model.path, self.tokenizer, self.config)
-            self._engine = start_engine(self.model.path, self.config, self.length, stop_ids, self.config.seed)
+            placed = with_own_gpus(self.config, visible_gpus(self.config.use_cpu))
+            self._engine = start_engine(self.model.path, placed, self.length, stop_ids, self.config.seed)
             self._stack.callback(self._engine.close)
             if self._engine.version != 0:  # servers that were running hold the weights of whoever pushed last
                 model = load_policy(self.model.path, self.config)

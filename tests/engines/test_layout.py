@@ -6,7 +6,7 @@ import pytest
 
 from igrpo import train, training_run
 from igrpo.config.train_config import TrainConfig
-from igrpo.engines.layout import beside_the_learner, named_devices, visible_gpus
+from igrpo.engines.layout import beside_the_learner, named_devices, visible_gpus, with_own_gpus
 from igrpo.plan.command import main as plan
 from igrpo.settings import ConfigError
 
@@ -75,9 +75,13 @@ def test_what_no_push_would_reach_is_refused(gpus, local, settings, says):
     assert says in str(refused.value) and hasattr(config(), key.split()[0])
 
 
-def test_an_evaluation_divides_named_gpus_without_a_learner():
-    assert named_devices(config(vllm_server_devices="0, 1", vllm_num_servers=2)) == ["0", "1"]
-    assert named_devices(config()) is None
+def test_an_evaluation_has_no_learner_and_gives_every_server_its_own():
+    two = config(vllm_num_servers=2)
+    assert with_own_gpus(two, FOUR).vllm_server_devices == "0,1"
+    named = config(vllm_num_servers=2, vllm_server_devices="0, 3")
+    assert named_devices(with_own_gpus(named, FOUR)) == ["0", "3"]
+    for alone, gpus in ((two, FOUR[:1]), (two, []), (config(vllm_mode="colocate"), FOUR)):
+        assert with_own_gpus(alone, gpus) is alone
 
 
 def test_on_the_cpu_no_gpu_is_seen(monkeypatch):
