@@ -270,7 +270,9 @@ class Learner:
             model = self.unwrapped
             # Already as they are to be written: the rules must not be applied twice.
             model.save_pretrained(folder, state_dict=weights, save_original_format=False)
-            _write_config(model, torch.bfloat16 if self.config.bf16 else torch.float32, folder)
+            written = copy.deepcopy(model.config)  # which named the dtype of the master weights
+            written.dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+            written.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if self.adapters is not None:
                 self.adapters.save(folder / "adapter", iter(adapters))
@@ -293,13 +295,6 @@ class Learner:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ConfigError(f"resume_from_checkpoint: {folder} cannot be loaded ({reason})") from error
         return extra
-
-
-def _write_config(model: Any, dtype: torch.dtype, folder: Path) -> None:
-    """With the dtype of the weights as written; ``save_pretrained`` names that of the master weights."""
-    config = copy.deepcopy(model.config)
-    config.dtype = dtype
-    config.save_pretrained(folder)
 
 
 def seed_everything(seed: int) -> None:

@@ -15,43 +15,32 @@ NOTHING = "–"
 
 
 def results(arms: Sequence[Arm]) -> Table:
-    header = ["arm", "runs", "steps", "bare-prompt accuracy", "reward, last tenth", "refinement accuracy, last tenth",
-              "completion length", "cut"]  # fmt: skip
-    rows = [
-        [
-            arm.label,
-            str(len(arm.runs)),
-            _steps(arm),
-            _before_after(arm, "eval/accuracy"),
-            _over(arm, lambda run: late(run.series("reward")), "{:.3f}"),
-            _over(arm, lambda run: late(run.series("refinement/accuracy")), "{:.1%}"),
-            _over(arm, lambda run: late(run.series("completions/mean_length")), "{:.1f} tokens"),
-            _over(arm, lambda run: late(run.series("completions/clipped_ratio")), "{:.1%}"),
-        ]
-        for arm in arms
-    ]
-    return header, rows
+    return _table(arms, {
+        "arm": lambda arm: arm.label,
+        "runs": lambda arm: str(len(arm.runs)),
+        "steps": _steps,
+        "bare-prompt accuracy": lambda arm: _before_after(arm, "eval/accuracy"),
+        "reward, last tenth": _each(lambda run: late(run.series("reward")), "{:.3f}"),
+        "refinement accuracy, last tenth": _each(lambda run: late(run.series("refinement/accuracy")), "{:.1%}"),
+        "completion length": _each(lambda run: late(run.series("completions/mean_length")), "{:.1f} tokens"),
+        "cut": _each(lambda run: late(run.series("completions/clipped_ratio")), "{:.1%}"),
+    })  # fmt: skip
 
 
 def resources(arms: Sequence[Arm]) -> Table:
     """As the paper's resource table has them, and what makes them up."""
-    header = ["arm", "peak memory", "samples/s", "tokens/s", "step time", "rollout share", "tokens sampled",
-              "learner tokens", "hours"]  # fmt: skip
-    rows = [
-        [
-            arm.label,
-            _over(arm, lambda run: highest(run.series("peak_memory_gib")), "{:.2f} GiB"),
-            _over(arm, samples_per_second, "{:.2f}"),
-            _over(arm, lambda run: middle(run.series("rollout/tokens_per_second")), "{:,.0f}"),
-            _over(arm, lambda run: middle(run.series("step_time")), "{:.2f} s"),
-            _over(arm, rollout_share, "{:.0%}"),
-            _over(arm, lambda run: _sum(run, "rollout/draft_tokens", "rollout/refinement_tokens"), "{:,.0f}"),
-            _over(arm, lambda run: _sum(run, "learner/unique_tokens"), "{:,.0f}"),
-            _hours(arm),
-        ]
-        for arm in arms
-    ]
-    return header, rows
+    sampled = ("rollout/draft_tokens", "rollout/refinement_tokens")
+    return _table(arms, {
+        "arm": lambda arm: arm.label,
+        "peak memory": _each(lambda run: highest(run.series("peak_memory_gib")), "{:.2f} GiB"),
+        "samples/s": _each(samples_per_second, "{:.2f}"),
+        "tokens/s": _each(lambda run: middle(run.series("rollout/tokens_per_second")), "{:,.0f}"),
+        "step time": _each(lambda run: middle(run.series("step_time")), "{:.2f} s"),
+        "rollout share": _each(rollout_share, "{:.0%}"),
+        "tokens sampled": _each(lambda run: _sum(run, *sampled), "{:,.0f}"),
+        "learner tokens": _each(lambda run: _sum(run, "learner/unique_tokens"), "{:,.0f}"),
+        "hours": _hours,
+    })  # fmt: skip
 
 
 def settings(runs: Sequence[Run]) -> Table:
@@ -116,6 +105,14 @@ def _sum(run: Run, *metrics: str) -> float | None:
     """Over all steps; where only every so many were logged, their mean stands for the others."""
     means = [fmean(v for _, v in run.series(metric)) for metric in metrics if run.series(metric)]
     return sum(means) * run.steps if means else None
+
+
+def _table(arms: Sequence[Arm], columns: dict[str, Callable[[Arm], Cell]]) -> Table:
+    return list(columns), [[cell(arm) for cell in columns.values()] for arm in arms]
+
+
+def _each(figure: Callable[[Run], float | None], form: str) -> Callable[[Arm], Cell]:
+    return lambda arm: _over(arm, figure, form)
 
 
 def _over(arm: Arm, figure: Callable[[Run], float | None], form: str) -> Cell:

@@ -7,8 +7,9 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,16 +180,13 @@ async def push_directly(
     """
     loop = asyncio.get_running_loop()
 
-    def poster(client: Client) -> Callable[[str, dict[str, Any] | None], None]:
-        def post(path: str, json: dict[str, Any] | None) -> None:  # called from the sending thread
-            asyncio.run_coroutine_threadsafe(client.call("POST", path, timeout, json=json), loop).result()
-
-        return post
+    def post(client: Client, path: str, json: dict[str, Any] | None) -> None:  # called from the sending thread
+        asyncio.run_coroutine_threadsafe(client.call("POST", path, timeout, json=json), loop).result()
 
     sizes = [(await client.call("GET", "/get_world_size", timeout))["world_size"] for client in clients]
     await asyncio.gather(*(client.call("POST", "/pause", timeout, params={"mode": "keep"}) for client in clients))
     members = [f"{client.url} {client.instance}" for client in clients]
-    sending = asyncio.to_thread(transfer.send, source, members, [poster(client) for client in clients], sizes)
+    sending = asyncio.to_thread(transfer.send, source, members, [partial(post, client) for client in clients], sizes)
     try:
         await asyncio.wait_for(sending, timeout)
     except (EngineError, TimeoutError) as error:

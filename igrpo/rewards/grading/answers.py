@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from igrpo.rewards.grading.arithmetic import Value, decimal_of, evaluate, explodes, same_value
@@ -367,10 +368,7 @@ def _parse_formula(text: str) -> list[Any]:
 def _postpones_work(reference: str, answer: str) -> bool:
     """Whether an answer leaves to the checker what the reference has worked out, or would drown it."""
     commands = set(re.findall(r"\\(?:sum|prod|int|lim|binom|choose)(?![a-z])|!", answer))
-    depth = deepest = 0
-    for character in answer:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
+    deepest = max(accumulate(((c in "([{") - (c in ")]}") for c in answer), initial=0))
     if len(answer) > 200 + 4 * len(reference) or deepest > 20 or explodes(answer):
         return True
     return not commands <= set(re.findall(r"\\[a-z]+|!", reference))

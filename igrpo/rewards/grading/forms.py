@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import NamedTuple
 
 from igrpo.rewards.grading.notation import DENIAL, plain_words, tidy
@@ -58,12 +59,9 @@ def _inside(text: str, opening: str, closing: str) -> str | None:
     """What stands between brackets that embrace a whole text."""
     if not (text.startswith(opening) and text.endswith(closing)) or len(text) < len(opening) + len(closing):
         return None
-    inner, depth = text[len(opening) : -len(closing)], 0
-    for character in inner:
-        depth += (character in _OPEN) - (character in _CLOSE)
-        if depth < 0:
-            return None
-    return inner if depth == 0 else None
+    inner = text[len(opening) : -len(closing)]
+    depths = list(accumulate(((c in _OPEN) - (c in _CLOSE) for c in inner), initial=0))
+    return inner if min(depths) == 0 == depths[-1] else None
 
 
 def read_claims(text: str) -> Claims | None:
