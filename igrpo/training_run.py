@@ -210,23 +210,11 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         if state:
             rollout.load_state_dict(state.get("drafts", []))
         run = TrainingRun(
-            config=config,
-            problems=problems,
-            held_out=held_out,
-            feed=feed,
-            tokenizer=tokenizer,
-            prompts=prompts,
-            rewards=rewards,
-            engine=engine,
-            rollout=rollout,
-            learner=learner,
-            sync=sync,
-            folder=folder,
-            timeline=timeline,
+            config=config, problems=problems, held_out=held_out, feed=feed, tokenizer=tokenizer, prompts=prompts,
+            rewards=rewards, engine=engine, rollout=rollout, learner=learner, sync=sync, folder=folder,
+            timeline=timeline, total_steps=total_steps, step=state["step"] if state else 0,
             view=LiveView(total_steps, state["step"] if state else 0, not learner.accelerator.is_main_process),
-            total_steps=total_steps,
-            step=state["step"] if state else 0,
-        )
+        )  # fmt: skip
         _announce(run)
         run.push_weights(run.step)
         stack.enter_context(learner.trackers())
