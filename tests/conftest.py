@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+ROOMS = {path.parent for path in (ROOT / "tests").glob("*/__init__.py") if path.parent.name != "support"}
+"""Each is a mark of its tests, so that ``-m "rewards or data"`` can choose them."""
 RECORD = Path(__file__).with_name("slow_tests.json")
 SLOW_SECONDS = 2.0
 # Each of their tests starts trainers, servers or an installation of its own: slow, measured or not.
@@ -32,6 +34,11 @@ missing_packages: Counter[str] = Counter()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--measure", action="store_true", help="write tests/slow_tests.json for the tests that run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for room in sorted(ROOMS):
+        config.addinivalue_line("markers", f"{room.name}: is in tests/{room.name}")
 
 
 def record() -> dict[str, float]:
@@ -52,6 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     slow = set(record())
     kept, left = [], []
     for item in items:
+        for folder in item.path.parents:
+            if folder in ROOMS:
+                item.add_marker(folder.name)
         fixtures = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
         starts = item.path.as_posix().endswith(STARTS_PROGRAMS)
         if starts or function_of(item.nodeid) in slow or any(fixture_name(fixture) in slow for fixture in fixtures):
