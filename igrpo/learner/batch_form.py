@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from igrpo.data_types import TrainingSample
-from igrpo.learner.packed_attention import KERNELS, use_packed_attention, why_not_packable
+from igrpo.learner.packed_attention import KERNELS, register_kernel, use_packed_attention, why_not_packable
 from igrpo.learner.packing import Bin, prefix_groups
 from igrpo.models.rotary import varies_with_length
 from igrpo.settings import ConfigError
@@ -74,6 +74,9 @@ def find_form(
             return _gap(compute(), own, ROUNDED if rounds(models[0].config._attn_implementation) else tolerance)
         except Exception as error:  # whatever a kernel or a model's own code raises: there is another way
             return str(error).strip().partition("\n")[0] or type(error).__name__
+        finally:
+            if attention in KERNELS:  # whichever form is taken in the end: through a tried one no gradient comes
+                register_kernel(attention)
 
     with _short_windows(models):
         samples = _samples(model, context)
@@ -84,8 +87,6 @@ def find_form(
         for kernel in kernels if reason is None else ():
             reason = off_by(lambda: log_probs(together, Form.PACKED), kernel)
             if reason is None:
-                for one in models:
-                    use_packed_attention(one, kernel)
                 return Form.PACKED
             say(f"packed attention does without {kernel}: {reason}")
         for attention in dict.fromkeys((asked, "eager")):  # only eager caps scores, where a model does

@@ -157,9 +157,14 @@ def packed_kernel(asked: str, device: torch.device) -> str:
 
 
 def use_packed_attention(model: Any, kernel: str, tried: bool = False) -> None:
-    """Registers the kernel with transformers and makes ``model`` call it; ``tried``: backward as well, each time."""
-    AttentionInterface.register(KERNELS[kernel], partial(_tried if tried else packed_attention, kernel=kernel))
+    """Makes ``model`` call the kernel, see ``register_kernel``."""
+    register_kernel(kernel, tried)
     model.set_attn_implementation(KERNELS[kernel])
+
+
+def register_kernel(kernel: str, tried: bool = False) -> None:
+    """Tells transformers of it; ``tried``: each call runs backward as well, and passes no gradient on."""
+    AttentionInterface.register(KERNELS[kernel], partial(_tried if tried else packed_attention, kernel=kernel))
 
 
 def why_not_packable(model: Any) -> str | None:
