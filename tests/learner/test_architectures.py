@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
+from igrpo.learner import batching
 from igrpo.learner.batching import Denominators
 from igrpo.models.loading import load_policy
 from igrpo.models.rotary import pin_rotary, varies_with_length
@@ -156,6 +157,32 @@ def test_log_probs_are_those_of_each_sequence_alone(kind, capsys):
         assert gap(made, model, samples()) <= NOISY.get(kind, 1e-4)
     said = capsys.readouterr().out
     assert ("micro-batches are padded, not packed" in said) != made.packs
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss", "jamba", "gemma4_text", "longrope"])
+def test_gradients_are_those_of_each_sequence_alone(kind):
+    """Packed, padded and one by one, in the attention that the checks before the first step have left."""
+    model = varying(kind) if kind == "longrope" else tiny(kind)
+    made = learner(model, token_budget=100_000, vllm_importance_sampling_correction=False, temperature=0.7)
+    forms = {"gpt_oss": (False, True), "jamba": (False, True), "longrope": (False, False)}
+    assert (made.packs, made.pads) == forms.get(kind, (True, True))
+    made.unwrapped.eval()
+    batch, totals = samples(), batching.count(samples())
+    for contents in made._plan(batch):
+        micro = made._micro_batch(contents, totals, made.packs)
+        (made.placement(micro, num_items_in_batch=totals.tokens).loss * micro.scale).backward()
+    got = {name: p.grad.clone() for name, p in made.unwrapped.named_parameters() if p.grad is not None}
+    model.set_attn_implementation("eager")
+    for s in batch:
+        ids = torch.tensor([s.prompt_ids + s.completion_ids])
+        logps = (model(input_ids=ids, use_cache=False).logits[0, len(s.prompt_ids) - 1 : -1] / 0.7).log_softmax(-1)
+        own = logps.gather(-1, torch.tensor(s.completion_ids)[:, None]).mean()
+        (-s.advantage * own / len(batch)).backward()  # on-policy: the ratio is 1, its gradient that of logp
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == wanted.keys()
+    assert all(float(grad.abs().max()) > 0 for name, grad in wanted.items() if "proj.weight" in name)
+    for name, grad in wanted.items():
+        assert float((got[name] - grad).norm()) <= 1e-3 * float(grad.norm()) + 1e-6, name
 
 
 def test_what_is_not_tried_exists():
