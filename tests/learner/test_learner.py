@@ -14,6 +14,7 @@ from igrpo.data_types import TrainingSample
 from igrpo.learner.learner import Learner
 from igrpo.learner.policy import loss_config
 from igrpo.settings import ConfigError
+from igrpo_kernels.losses import LOSSES
 from tests.support.tiny import tiny_llama
 
 
@@ -55,7 +56,7 @@ def gradients(made: Learner, samples) -> tuple[dict[str, float], torch.Tensor]:
     return metrics, torch.cat([p.grad.flatten() for p in made.policy.parameters()])
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo"])
+@pytest.mark.parametrize("loss_type", LOSSES)
 def test_micro_batches_add_up_to_one_big_batch(loss_type):
     samples = some_samples()
     whole, big = gradients(learner(loss_type=loss_type, per_device_train_batch_size=8, max_grad_norm=0.0), samples)
