@@ -111,6 +111,7 @@ class Rollout:
         if self._flows and [flow.problem.index for flow in self._flows] != [problem.index for problem in problems]:
             raise ValueError(f"step {step} was given other problems than those whose drafts were sampled ahead")
         self._flows = self._flows or [self._begin(problem, step, i) for i, problem in enumerate(problems)]
+        self._restored.clear()  # what is left is other processes'; when such a row comes here, the weights are others
         self._submit(unsent(self._flows))
         self._coming = [self._begin(problem, step + 1, i) for i, problem in enumerate(ahead)]
         self._go_on()
@@ -166,7 +167,7 @@ class Rollout:
         ]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Takes saved drafts, of any process; a problem that has none here gets new ones."""
+        """Takes saved drafts, of any process, for the next step; a problem that has none here gets new ones."""
         for record in state:
             drafts = {
                 int(i): (Scored(Completion(**saved["completion"]), saved["rewards"], saved["reward"]),)
@@ -180,7 +181,7 @@ class Rollout:
         # The name is the same when a resumed run comes here again: engines may derive a request's seed from it.
         flow = Flow(problem, step, f"{step}/{position}", two_stage(problem, step, self.prompts, self.config))
         self._wait_for(flow, flow.coroutine.send(None))
-        if self._restored.get(problem.index):
+        if self.config.drafts_per_prompt and self._restored.get(problem.index):
             flow.open, flow.scored = {}, self._restored[problem.index].pop(0)
         return flow
 

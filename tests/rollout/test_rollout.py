@@ -318,3 +318,23 @@ def test_batch_scaled_advantages_count_the_rewards_of_all_processes():
     mine = [[s.reward for s in g.refinements] for g in groups]
     assert [g.advantages for g in groups] == group_advantages([*mine, *elsewhere], "batch")[:3]
     assert any(g.contributes for g in groups)
+
+
+def test_saved_drafts_of_another_process_are_not_taken_later():
+    """A checkpoint holds those of all processes. A row that comes to this one in a later step has newer weights."""
+    settings = {"draft_policy_lag": 1, "num_drafts": 2, "num_generations": 2}
+    first, engine = make(**settings)
+    first.run(PROBLEMS[:2], step=1, ahead=PROBLEMS[2:4])
+    saved = first.state_dict()
+    rollout, engine = make(seed=1, **settings)
+    rollout.load_state_dict(saved)
+    engine.version = 1
+    (group,), _ = rollout.run([PROBLEMS[2]], step=2)  # the other process has PROBLEMS[3]
+    assert {d.completion.text for d in group.drafts} == {d["completion"]["text"] for d in saved[0]["drafts"].values()}
+    engine.version = 50
+    (group,), _ = rollout.run([PROBLEMS[3]], step=51)
+    assert {draft.completion.version for draft in group.drafts} == {50}
+    alone, engine = make(seed=1, algorithm="grpo", num_generations=2)
+    alone.load_state_dict(saved)
+    (group,), _ = alone.run([PROBLEMS[2]], step=2)
+    assert group.drafts == () and group.prompt_ids == group.draft_prompt_ids
