@@ -137,6 +137,8 @@ def _config(
     }
     if taken := [key for key in overrides if key in own]:
         raise ConfigError(f"{taken[0]}: `igrpo eval` sets this itself; see --help")
+    if overrides.get("reward_weights") is not None and "reward_funcs" not in overrides:
+        raise ConfigError("reward_weights: write reward_funcs beside it; each benchmark has functions of its own")
     run = asdict(model.run_config) if model.run_config else {}
     values: dict[str, Any] = {"system_prompt": BOXED_PROMPT, "max_completion_length": DEFAULT_LENGTH}
     for key, marks in field_marks(EvalConfig).items():
@@ -144,6 +146,8 @@ def _config(
             values[key] = run[key]
         if key in recipe and Mark.ONLY_IF_ASKED not in marks:
             values[key] = recipe[key]
+        elif key in recipe:
+            print(f"warning: {key} is not taken from a recipe; write --{key}", file=sys.stderr)
     return build_config({**values, **overrides, **own}, EvalConfig)
 
 

@@ -31,15 +31,18 @@ def weights_stamp(model: str) -> str | None:
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 
 
-def open_folder(folder: Path, settings: dict[str, Any]) -> None:
+def open_folder(folder: Path, settings: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Creates the folder, or checks that it holds an evaluation with the same settings, to be continued.
+
+    Args:
+        defaults: stand for what a folder does not tell, which a version made that kept fewer settings.
 
     Raises:
         ConfigError: it holds another one.
     """
     path = folder / SETTINGS
     if path.is_file():
-        earlier = _settings(path)
+        earlier = defaults | _settings(path)
         if changed := [key for key in settings if earlier.get(key) != settings[key]]:
             what = ", ".join(f"{key} ({earlier.get(key)!r}, now {settings[key]!r})"[:200] for key in changed)
             raise ConfigError(

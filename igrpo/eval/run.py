@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from igrpo.config.unused import check_hardware
 from igrpo.engines import Sampling, start_engine
+from igrpo.engines.config import EngineConfig
 from igrpo.engines.layout import visible_gpus, with_own_gpus
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
@@ -41,15 +42,22 @@ from igrpo.rollout.pump import Call
 from igrpo.run.lock import locked
 from igrpo.run.output_folder import refused
 from igrpo.settings import ConfigError
+from igrpo.settings.section import default_of, field_types
 from igrpo.terminal import printable
 
 logger = logging.getLogger(__name__)
 
-KEPT_SETTINGS = (
-    "system_prompt", "few_shot_examples", "chat_template_kwargs", "draft_template", "draft_max_tokens",
-    "draft_hide_answer", "max_completion_length", "eval_temperature", "top_p", "top_k", "min_p", "seed",
-    "use_vllm", "bf16",
-)  # fmt: skip
+FREE_SETTINGS = {
+    "model_name_or_path", "attn_implementation", "gradient_checkpointing", "activation_offloading", "use_peft",
+    "temperature", "algorithm", "num_drafts", "draft_selection", "reward_funcs", "reward_weights", "reward_timeout",
+    "reward_workers", "reward_memory_gib", "reward_env", "stop_on_reward_failure", "early_stop_reward",
+    "judge_base_url", "judge_api_key_env", "judge_timeout", "judge_max_retries", "judge_max_concurrency", "judge_cache",
+}  # fmt: skip
+"""Besides the engine's: they change no completion and no score, or the records themselves tell them."""
+KEPT_SETTINGS = [
+    "seed", "use_vllm", "bf16", "model_revision",
+    *(key for key in field_types(EvalConfig) if key not in field_types(EngineConfig) and key not in FREE_SETTINGS),
+]  # fmt: skip
 """What must be the same for an evaluation to be continued."""
 PLAIN_LINE_SECONDS = 10.0
 
@@ -90,7 +98,7 @@ class EvaluationRun:
         if rules:
             settings["num_drafts"] = config.num_drafts
         with refused(str(self.folder)):
-            open_folder(self.folder, settings)
+            open_folder(self.folder, settings, {f.name: default_of(f) for f in fields(EvalConfig)})
             stack.enter_context(locked(self.folder))
         self._engine: Any = None
 
@@ -143,8 +151,10 @@ class EvaluationRun:
             return
         engine, judged_by = self._started_engine(), self._judge(benchmark)
         # Where one stream of random numbers serves all requests, problems that an interrupted run left over must not
-        # get the numbers that others already had. Servers seed each request by its name: theirs are the same again.
-        first = 0 if self.config.vllm_mode == "server" else tasks[0].problem.index
+        # get the numbers that others already had. A request seeded by its name has the same again.
+        on_gpu = this_machine(self.config.use_cpu).device != "cpu"
+        by_name = self.config.use_vllm and (self.config.vllm_mode == "server" or on_gpu)
+        first = 0 if by_name else tasks[0].problem.index
         engine.seed(random.Random(f"{self.config.seed}/{label}/{first}").getrandbits(31))
         pool, unsaved = self._pool(benchmark), []
         done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config))

@@ -34,7 +34,7 @@ def sample(
     engine: Engine, rewards: RewardPool, tokenizer: Any, tasks: Sequence[Call], window: int
 ) -> Iterator[tuple[Problem, tuple[Scored, ...]]]:
     """Yields each problem with its scored completions as they finish. Requests are named by the problem's row, from
-    which servers make their seeds; rows must differ.
+    which requests get their seeds; rows must differ.
 
     What the engine is asked for, and when, depends on its own answers alone and never on how fast scores come back: the
     same engine seed gives the same completions wherever the engine itself repeats.

@@ -81,7 +81,7 @@ class RewardConfig(SamplingConfig):
     """`judge`: further attempts after a failed one, each waiting longer."""
     judge_max_concurrency: Processes = 16
     """`judge`: requests under way at once, per process."""
-    judge_cache: PathText | None = None
+    judge_cache: Annotated[PathText | None, Mark.NOT_FROM_A_RUN] = None
     """`judge`: file that keeps its replies over runs; null: only in memory."""
 
     def check(self) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Literal, get_args, get_origin
 
 import pytest
 
 from igrpo.config.recipe import key_groups
 from igrpo.config.train_config import TrainConfig
+from igrpo.engines.config import EngineConfig
 from igrpo.eval import command
 from igrpo.eval.config import EvalConfig
 from igrpo.eval.evaluated import EvaluatedModel
+from igrpo.eval.records import open_folder
+from igrpo.eval.run import FREE_SETTINGS, KEPT_SETTINGS
 from igrpo.settings import ConfigError
-from igrpo.settings.section import field_types
+from igrpo.settings.section import default_of, field_types
 
 
 def test_an_evaluation_samples_and_scores_as_its_run_did():
@@ -40,7 +43,8 @@ def test_an_evaluation_samples_and_scores_as_its_run_did():
                 seen(overrides={key: changed})
             continue
         default, run = seen(), replace(plain, **{key: changed})
-        assert seen(overrides={key: changed}) == changed, key
+        beside = {"reward_funcs": ["accuracy", "format"]} if key == "reward_weights" else {}
+        assert seen(overrides=beside | {key: changed}) == changed, key
         # A run's folder may be somebody else's: it must not say where this machine's keys go, or which code runs.
         assert seen(run) == (default if key in NOT_THE_RUNS else changed), key
         assert seen(recipe={key: changed}) == (default if key in NOT_THE_RECIPES else changed), key
@@ -60,7 +64,7 @@ NOT_THE_RECIPES = {
     "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
     "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
 }  # fmt: skip
-NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "reward_env"}
+NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "judge_cache", "reward_env"}
 
 
 def another_value(key: str, value: object, hint: object) -> object:
@@ -84,3 +88,26 @@ def another_value(key: str, value: object, hint: object) -> object:
     if value is None:
         return 7 if int in get_args(hint) else 0.5 if float in get_args(hint) else "text"
     return f"{value} and more"
+
+
+def test_an_evaluation_goes_on_only_with_what_it_was_begun_with(tmp_path):
+    """All keys that can change a completion or a score; those of a folder of an older version are the defaults."""
+    defaults = {field.name: default_of(field) for field in fields(EvalConfig)}
+    assert {*KEPT_SETTINGS, *FREE_SETTINGS, *field_types(EngineConfig)} == set(field_types(EvalConfig))
+    assert {"chat_template", "cosine_max_len", "repetition_n_grams", "judge_prompt", "top_k"} <= set(KEPT_SETTINGS)
+    kept = {key: defaults[key] for key in KEPT_SETTINGS}
+    open_folder(tmp_path, {key: kept[key] for key in ("seed", "top_k")}, defaults)  # as an older version wrote it
+    open_folder(tmp_path, kept, defaults)
+    for key in KEPT_SETTINGS:
+        changed = kept | {key: another_value(key, defaults[key], field_types(EvalConfig)[key])}
+        with pytest.raises(ConfigError, match=f"another {key} "):
+            open_folder(tmp_path, changed, defaults)
+
+
+def test_weights_without_functions_and_keys_that_a_recipe_does_not_give_are_said(capsys):
+    arguments = argparse.Namespace(temperature=0.6, top_p=0.9, seed=1)
+    subject = EvaluatedModel("s", "s", None)
+    with pytest.raises(ConfigError, match="reward_weights: write reward_funcs beside it"):
+        command._config(subject, {}, {"reward_weights": "[1, 2]"}, arguments, False)
+    command._config(subject, {"vllm_mode": "server", "top_k": 5}, {}, arguments, False)
+    assert capsys.readouterr().err == "warning: vllm_mode is not taken from a recipe; write --vllm_mode\n"
