@@ -307,7 +307,8 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
     try:
         shape = model_shape(model_sizes(model_config(path, config)))
     except KeyError as error:
-        print(f"no memory plan: the model's config has no {error}", flush=True)
+        if rank == 0:
+            print(f"no memory plan: the model's config has no {error}", flush=True)
         return
     plan = memory_plan(shape, config, this_machine(config.use_cpu, processes), context=context, sharded=sharded)
     if rank == 0:

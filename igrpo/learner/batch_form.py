@@ -48,6 +48,7 @@ def find_form(
     context: int | None,
     tolerance: float,
     say: Callable[[str], None],
+    agree: Callable[[str | None], str | None],
 ) -> Form:
     """Sets the models' attention and returns the form, with one line where it is not packed.
 
@@ -56,6 +57,7 @@ def find_form(
         kernels: of packed attention, the wanted one first.
         context: the engine's, in tokens; None: not known.
         tolerance: one of ``EXACT``, or ``ROUNDED``.
+        agree: what any process found wrong, from what this one did: all must take the same form.
 
     Raises:
         ConfigError: no form has the model's own log-probabilities, or it reads the tokens it should predict.
@@ -65,6 +67,9 @@ def find_form(
 
     def off_by(compute: Callable[[], torch.Tensor], attention: str) -> str | None:
         """What is wrong with the log-probabilities that ``compute`` makes with an attention; None if nothing is."""
+        return agree(_off_by(compute, attention))
+
+    def _off_by(compute: Callable[[], torch.Tensor], attention: str) -> str | None:
         try:
             for one in models:
                 if attention in KERNELS:

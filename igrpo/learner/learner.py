@@ -92,7 +92,11 @@ class Learner:
         asked = models[0].config._attn_implementation
         kernels = list(dict.fromkeys((packed_kernel(asked, self.accelerator.device), "sdpa")))
         allowed = EXACT.get(self.accelerator.device.type, EXACT["cuda"]) if in_float32 else ROUNDED
-        return find_form(models, log_probs, kernels, context, allowed, self._say)
+
+        def agree(wrong: str | None) -> str | None:
+            return next((one for one in self.gather(wrong) if one is not None), None)
+
+        return find_form(models, log_probs, kernels, context, allowed, self._say, agree)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -265,7 +269,8 @@ class Learner:
         learner_state.save_random_numbers(state, self.accelerator.process_index)
         self.placement.save(state)
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
-        adapters = [(name, tensor.cpu()) for name, tensor in self._full_tensors() if main and ".lora_" in name]
+        trained = self._full_tensors() if self.adapters is not None else ()
+        adapters = [(name, tensor.cpu()) for name, tensor in trained if main and ".lora_" in name]
         if main:
             model = self.unwrapped
             # Already as they are to be written: the rules must not be applied twice.

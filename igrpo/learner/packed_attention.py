@@ -207,7 +207,8 @@ def packed_attention(
         "softcap": softcap,
         "window": sliding_window,
     }
-    if packed_layout is None or kernel == "sdpa":
+    if packed_layout is None or kernel == "sdpa" or (kernel == "flex_attention" and options["dropout"]):
+        # flex_attention has no dropout
         out = _per_run(query, key, value, packed_layout, options)
     elif kernel == "flex_attention":
         mask = packed_layout.block_mask(query.device, sliding_window)

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
@@ -15,7 +16,7 @@ from igrpo.learner.learner import Learner
 from igrpo.learner.policy import loss_config
 from igrpo.settings import ConfigError
 from igrpo_kernels.losses import LOSSES
-from tests.support.tiny import tiny_llama
+from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -233,3 +234,20 @@ def test_a_padding_token_outside_the_vocabulary_pads_all_the_same():
     made.set_schedule(10)
     made.packs = False
     assert made.train_on(some_samples())["grad_norm"] == pytest.approx(learner().train_on(some_samples())["grad_norm"])
+
+
+def test_all_processes_take_the_form_that_suits_each(monkeypatch):
+    """Or they would plan other micro-batches than each other."""
+    others = iter(["its kernel failed"])
+    monkeypatch.setattr(Learner, "gather", lambda self, one: [one, next(others, None)])
+    made = learner()
+    assert not made.packs and made.pads and next(others, None) is None
+
+
+def test_a_checkpoint_gathers_each_weight_once(tmp_path, monkeypatch):
+    made, asked = learner(), []
+    made.set_schedule(1)
+    whole = made.placement.whole
+    monkeypatch.setattr(made.placement, "whole", lambda tensor, dtype=None: asked.append(1) or whole(tensor, dtype))
+    made.save(tmp_path, tiny_tokenizer(), {})
+    assert len(asked) == len(load_file(tmp_path / "model.safetensors"))

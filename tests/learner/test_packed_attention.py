@@ -260,3 +260,16 @@ def test_a_model_that_ignores_the_layout_is_found_out(capsys):
     assert not made.packs
     said = capsys.readouterr().out
     assert "packed attention does without sdpa" in said and "padded, not packed: LlamaForCausalLM" in said
+
+
+def test_dropout_is_not_lost_with_a_kernel_that_has_none():
+    module = torch.nn.Module()
+    query = torch.randn(1, 2, 24, 16)
+    layout = Layout((8, 16), (None, None))
+
+    def out(dropout: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        options = {"kernel": "flex_attention", "packed_layout": layout, "dropout": dropout}
+        return packed_attention(module.train(), query, query, query, None, **options)[0]
+
+    assert not torch.equal(out(0.5), out(0.0))
