@@ -34,12 +34,6 @@ class FakeGPUMode(FakeTensorMode):
         super().__init__(allow_non_fake_inputs=True)
 
 
-# Without their CUDA kernels torch would take these apart, into several times the memory.
-_FUSED = torch.library.Library("aten", "IMPL")
-for _name in ("silu_backward", "mish_backward"):
-    _FUSED.impl(_name, lambda grad, given: torch.empty_like(given), "CUDA")
-
-
 class _Stream:
     """Everything is done as soon as it is asked for."""
 
@@ -107,6 +101,10 @@ def fake_gpus(
     environment = launched | sharded if count > 1 else {"RANK": "0", "WORLD_SIZE": "1"}
     gather = {"all_gather_object": lambda out, mine, group=None: out.__setitem__(slice(None), everyone(mine))}
     with ExitStack() as stack:
+        fused = stack.enter_context(torch.library._scoped_library("aten", "IMPL"))
+        for name in ("silu_backward", "mish_backward"):
+            # Without their CUDA kernels torch would take these apart, into several times the memory.
+            fused.impl(name, lambda grad, given: torch.empty_like(given), "CUDA")
         stack.enter_context(patch.dict(os.environ, environment))
         for module, made in ((torch.cuda, _cuda(memory, on_wait)), (torch.accelerator, _accelerator()), (dist, gather)):
             stack.enter_context(patch.multiple(module, **made))

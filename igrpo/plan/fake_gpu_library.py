@@ -28,7 +28,7 @@ def load() -> None:
     """Makes torch's C++ see one GPU.
 
     Raises:
-        ConfigError: no torch, no C++ compiler, or one that does not get through.
+        ConfigError: no torch or one built for CUDA, no C++ compiler, or one that does not get through.
         RuntimeError: torch is imported already.
     """
     if LOADED:
@@ -39,6 +39,11 @@ def load() -> None:
     if spec is None or spec.origin is None:
         raise ConfigError("rehearse: torch is not installed; pip install torch")
     root = Path(spec.origin).parent
+    if any((root / "lib").glob("libtorch_cuda.*")):  # it would end the process: the hooks have one place
+        raise ConfigError(
+            "rehearse: this torch was built for CUDA, whose own hooks leave no room for made-up GPUs; rehearse where "
+            "torch's CPU build is installed"
+        )
     library = _built(root)
     for path in (*(root / "lib" / name for name in ("libc10.so", "libtorch_cpu.so")), library):
         LOADED.append(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL))

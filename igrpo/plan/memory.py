@@ -8,8 +8,8 @@
 
 Sizes are bytes per process, at the worse of two moments of a step. Items marked exact follow from the settings alone.
 Activations are an estimate: a count of what autograd keeps in one decoder layer, within 20 % of what a Llama layer was
-measured to keep; the whole is within 10 % of rehearsals (``rehearsal.py``). So only the exact items refuse a run; the
-estimate warns.
+measured to keep; on GPUs the whole is within 10 % of rehearsals (``rehearsal.py``). So only the exact items refuse a
+run; the estimate warns.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from igrpo.machine import Machine
 GIB = 2**30
 CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
 """Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
-
-
 ENGINE = ("engine weights", "KV cache")
 
 
@@ -167,15 +165,26 @@ def memory_plan(
         context: tokens of the longest sequence, prompt + draft + refinement.
         sharded: FSDP: weights, gradients and optimiser are divided by the number of processes.
     """
-    moment = max(
-        _moments(shape, config, machine, context, sharded), key=lambda items: sum(item.bytes for item in items)
-    )
+    moments = _moments(shape, config, machine, context, sharded)
+    worst = _both(*moments) if machine.device == "cpu" else max(moments, key=lambda items: sum(i.bytes for i in items))
     items = [
         *_weights(shape, config, machine, sharded),
-        *moment,
+        *worst,
         *_engine(shape, config, machine, context),
     ]
     return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
+
+
+def _both(loss: list[Item], last: list[Item]) -> list[Item]:
+    """On a CPU what is resident is the sum of what the two moments' activations need: the forward pass's memory is in
+    pieces that the backward pass does not reuse."""
+    before, after = {item.name: item for item in loss}, {item.name: item for item in last}
+    merged = []
+    for name in before | after:
+        of_name = [items[name] for items in (before, after) if name in items]
+        largest = max(of_name, key=lambda item: item.bytes)
+        merged.append(largest if largest.exact else replace(largest, bytes=sum(item.bytes for item in of_name)))
+    return merged
 
 
 def largest_context(shape: ModelShape, config: TrainConfig, machine: Machine, *, sharded: bool = False) -> int:

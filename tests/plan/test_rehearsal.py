@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.applies(
+    not any((Path(torch.__file__).parent / "lib").glob("libtorch_cuda.*")), otherwise="for torch's CPU build"
+)
 SIZES = {
     "model_type": "qwen2", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 4096, "tie_word_embeddings": False,
@@ -88,3 +92,19 @@ def test_the_host_waits_once_per_optimiser_step_and_not_within_it(traced):
     assert "micro-batches: the host waits 0 times" in said
     assert "clip and optimiser: the host waits 1 times" in said
     assert "weight push: the host waits 0 times" in said
+
+
+def test_a_rehearsal_leaves_torch_as_it_is_and_wants_its_cpu_build(tmp_path):
+    """gpu_check imports it beside a real learner, whose gradients a kernel for fake GPUs would have replaced."""
+    code = (
+        "import torch, igrpo.plan.rehearsal\n"
+        "assert not torch._C._dispatch_has_kernel_for_dispatch_key('aten::silu_backward', 'CUDA')"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    built_for_cuda = tmp_path / "torch"
+    (built_for_cuda / "lib").mkdir(parents=True)
+    (built_for_cuda / "__init__.py").write_text("")
+    (built_for_cuda / "lib" / "libtorch_cuda.so").write_text("")
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from igrpo.plan import fake_gpu_library as f; f.load()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "ConfigError: rehearse: this torch was built for CUDA" in done.stderr
