@@ -206,7 +206,8 @@ def check_gpus(config: TrainConfig | None) -> Iterator[Check]:
         found = f"{name}, {used} of {total} MiB used"
         fix = f"another program holds its memory: nvidia-smi -i {index}"
         yield judged(not busy, f"gpu {index}", found, fix, "warning")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(index for index, *_ in gpus)).split(",")
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(index for index, *_ in gpus)).split(",")
+    visible = [one.strip() for one in named if one.strip() not in ("", "-1")]
     try:
         if config is not None and not for_the_cpu():
             beside_the_learner(config, visible, local=1, processes=1)  # at least

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 
 from igrpo.rollout.algorithm import choose
+from igrpo.rollout.config import DEFAULT_DRAFT_TEMPLATE
 from igrpo_kernels.integrations.trl import FusedGRPOTrainer
 from igrpo_kernels.model_logits import text_config
-
-DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
 
 SELECTIONS = ("best", "random", "worst")
 

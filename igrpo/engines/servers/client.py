@@ -126,7 +126,10 @@ class Client:
                 f"{self.url} has no {', '.join(missing)}; run vLLM 0.28 to 0.33 through `python -m igrpo.serve`"
             )
         if self.instance is None:
-            raise ServerError(f"{self.url} answers without the secret; start it with `python -m igrpo.serve`")
+            raise ServerError(
+                f"{self.url} was started without the secret, or by another version of igrpo; start it with "
+                "`python -m igrpo.serve`"
+            )
         (model,) = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"]
         if model["id"] != SERVED_NAME or model["max_model_len"] < max_model_length:
             raise ServerError(
