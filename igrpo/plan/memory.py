@@ -166,25 +166,13 @@ def memory_plan(
         sharded: FSDP: weights, gradients and optimiser are divided by the number of processes.
     """
     moments = _moments(shape, config, machine, context, sharded)
-    worst = _both(*moments) if machine.device == "cpu" else max(moments, key=lambda items: sum(i.bytes for i in items))
+    worst = max(moments, key=lambda items: sum(item.bytes for item in items))
     items = [
         *_weights(shape, config, machine, sharded),
         *worst,
         *_engine(shape, config, machine, context),
     ]
     return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
-
-
-def _both(loss: list[Item], last: list[Item]) -> list[Item]:
-    """On a CPU what is resident is the sum of what the two moments' activations need: the forward pass's memory is in
-    pieces that the backward pass does not reuse."""
-    before, after = {item.name: item for item in loss}, {item.name: item for item in last}
-    merged = []
-    for name in before | after:
-        of_name = [items[name] for items in (before, after) if name in items]
-        largest = max(of_name, key=lambda item: item.bytes)
-        merged.append(largest if largest.exact else replace(largest, bytes=sum(item.bytes for item in of_name)))
-    return merged
 
 
 def largest_context(shape: ModelShape, config: TrainConfig, machine: Machine, *, sharded: bool = False) -> int:
@@ -242,7 +230,8 @@ def _moments(
     shape: ModelShape, config: TrainConfig, machine: Machine, context: int, sharded: bool
 ) -> tuple[list[Item], list[Item]]:
     """What comes on top at the two worst moments of a micro-batch: in the loss, when every layer has been computed and
-    the head's gradient is made; and when the last layer goes backward, computed again where it was checkpointed."""
+    the head's gradient is made; and when the last layer goes backward, computed again where it was checkpointed. On a
+    CPU the process keeps what the first has given back, in pieces that the second does not use."""
     tokens = max(context, config.token_budget) if config.token_budget else context * config.per_device_train_batch_size
     sharded = sharded and machine.processes > 1
     layer = activation_bytes_per_token(shape, config.bf16, sharded or config.use_peft)
@@ -273,10 +262,12 @@ def _moments(
         Item("logits chunk", chunk, False, chunks),
         Item("gradient of the head", 0 if frozen else 4 * head, True, "fp32, summed over the chunks"),
     ]
+    stays = machine.device == "cpu"
     held = 0 if frozen else _width(config) * head if sharded else 4 * head if shape.tied else 0
     last = [
-        Item("compute copy", _copies(shape, config, sharded, in_loss=False), True, _copied(sharded, config)),
-        Item("activations", tokens * (kept + backward), False, f"{tokens} tokens: {outside}"),
+        Item("compute copy", _copies(shape, config, sharded, in_loss=stays), True, _copied(sharded, config)),
+        Item("activations", tokens * (kept + backward) + rows * stays, False, f"{tokens} tokens: {outside}"),
+        Item("logits chunk", chunk * stays, False, chunks),
         Item("gradient of the head", held, True, "until the embedding has its own"),
     ]
     return tuple([item for item in moment if item.bytes] for moment in (loss, last))  # type: ignore[return-value]
