@@ -80,6 +80,12 @@ TABLE = (
         c.draft_selection in ("none", "random"), ("draft_selection_score",)),
     Row("early_stop_drafts is false", lambda c, _: c.algorithm == "igrpo" and not c.early_stop_drafts,
         ("early_stop_reward",)),
+    Row("only pass_at_k has a k", lambda c, _: "pass_at_k" not in (c.advantage_estimator, c.draft_advantage_estimator),
+        ("advantage_pass_k",)),
+    Row("advantage_estimator: grpo alone divides by a deviation", lambda c, _: c.advantage_estimator != "grpo"
+        and (not c.train_on_drafts or c.estimator_of_drafts != "grpo"), ("scale_rewards",)),
+    Row("normalize_then_sum divides by both deviations", lambda c, _: c.multi_objective_aggregation ==
+        "normalize_then_sum", ("scale_rewards",)),
     Row("zero_variance is not resample", lambda c, _: c.zero_variance != "resample",
         ("dynamic_sampling_max_gen_batches",)),
     # --- rewards

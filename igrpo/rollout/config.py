@@ -20,6 +20,7 @@ DEFAULT_SYSTEM_PROMPT = (
     "incomplete, put it right and carry on."
 )
 DEFAULT_DRAFT_TEMPLATE = "\n\nAn earlier draft, which may be wrong:\n<draft>\n{draft}\n</draft>\nGive a better answer."
+Estimator = Literal["grpo", "rloo", "maxrl", "pass_at_k"]
 _RENDER_ARGUMENTS = {
     "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
     "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
@@ -81,8 +82,16 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     """Rank drafts by the weighted reward, or by `accuracy` first and the reward second. Ties: the first draft."""
     early_stop_drafts: bool = False
     """Abort a problem's other drafts once one has `early_stop_reward`; aborted drafts do not count."""
+    advantage_estimator: Estimator = "grpo"
+    """What a completion is worth beside its siblings: `grpo`, `rloo`, `maxrl` or `pass_at_k`; docs/algorithm.md."""
+    advantage_pass_k: Count = 2
+    """`pass_at_k`: the best of how many completions is to get better."""
+    draft_advantage_estimator: Estimator | None = None
+    """That of the drafts with `train_on_drafts`; null: the same as `advantage_estimator`."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
+    """With several rewards: normalise their weighted sum, or each by itself in its group and then the sum (GDPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide centred rewards by the group's or the batch's standard deviation, or not at all."""
+    """`grpo`: divide centred rewards by the group's or the batch's standard deviation, or not at all."""
     rollout_schedule: Literal["streaming", "barrier"] = "streaming"
     """`barrier` holds all refinements back until the last draft of the batch is scored; for comparison."""
     full_determinism: bool = False
@@ -104,6 +113,7 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
                 "early_stop_drafts: reward_funcs has functions of your own; write the highest reward there is as "
                 "early_stop_reward"
             )
+        self._check_advantages()
         if not self.train_on_drafts:
             return
         if self.algorithm != "igrpo" or self.num_drafts < 2:
@@ -114,3 +124,40 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
             raise ConfigError(
                 "train_on_drafts: what is trained on must come from the newest weights; draft_policy_lag: 0"
             )
+
+    def _check_advantages(self) -> None:
+        estimators = {"advantage_estimator": (self.advantage_estimator, "num_generations", self.num_generations)}
+        if self.draft_advantage_estimator is not None and not self.train_on_drafts:
+            raise ConfigError("draft_advantage_estimator: no draft is trained on; write train_on_drafts: true")
+        if self.train_on_drafts:
+            name = "draft_advantage_estimator" if self.draft_advantage_estimator else "advantage_estimator with drafts"
+            estimators[name] = (self.estimator_of_drafts, "num_drafts", self.num_drafts)
+        for key, (estimator, size, count) in estimators.items():
+            if estimator != "grpo" and self.multi_objective_aggregation == "normalize_then_sum":
+                raise ConfigError(
+                    f"multi_objective_aggregation: normalize_then_sum is {key}: grpo for each reward; drop one of them"
+                )
+            if estimator == "pass_at_k" and self.advantage_pass_k > count:
+                raise ConfigError(
+                    f"advantage_pass_k: {self.advantage_pass_k} is more than {size} = {count}; write {count} or less"
+                )
+            if estimator == "maxrl" and (name := self._may_be_negative()):
+                raise ConfigError(
+                    f"{key}: maxrl divides by the mean reward, and {name} gives rewards below 0; leave that out, or "
+                    "write grpo"
+                )
+
+    @property
+    def estimator_of_drafts(self) -> Estimator:
+        return self.draft_advantage_estimator or self.advantage_estimator
+
+    def _may_be_negative(self) -> str | None:
+        """A reward function, by name, or a key that can make a reward negative."""
+        if min(self.reward_weights or [0.0]) < 0:
+            return "reward_weights"
+        if (self.reward_error_value or 0.0) < 0:
+            return "reward_error_value"
+        wrong = self.cosine_min_value_wrong, self.cosine_max_value_wrong
+        below = {name for name in ("soft_overlong_punishment", "repetition_penalty", "length")}
+        below |= {"cosine"} if min(wrong) < 0 else set()
+        return next((name for name in self.reward_funcs if name in below), None)

@@ -33,8 +33,9 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         "reward_std": fmean(pstdev([s.reward for s in g.refinements]) for g in groups),
         "refinement/accuracy": _mean_score(refinements, name),
         "frac_reward_zero_std": fmean(not g.contributes for g in groups),
-        "frac_all_right": fmean(not g.contributes and _score(g.refinements[0], name) >= 1 for g in groups),
-        "frac_all_wrong": fmean(not g.contributes and _score(g.refinements[0], name) < 1 for g in groups),
+        "advantage_abs": fmean(abs(a) for g in groups for a in g.advantages),
+        "frac_all_right": fmean(not g.contributes and all(_right(g, name)) for g in groups),
+        "frac_all_wrong": fmean(not g.contributes and not any(_right(g, name)) for g in groups),
         "rollout/seconds": stats.seconds,
         "rollout/draft_tokens": float(stats.draft_tokens),
         "rollout/refinement_tokens": float(stats.refinement_tokens),
@@ -53,7 +54,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         metrics |= _draft_metrics(groups, drafts, name)
         metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
     if config.zero_variance == "resample":
-        right = sum(_score(g.refinements[0], name) >= 1 for g in stats.discarded)
+        right = sum(all(_right(g, name)) for g in stats.discarded)
         metrics |= {
             "resample/replaced": float(len(stats.discarded)),
             "resample/replaced_all_right": float(right),
@@ -113,6 +114,10 @@ def _lengths(prefix: str, scored: Sequence[Scored]) -> Metrics:
 
 def _score(scored: Scored, name: str) -> float:
     return scored.rewards.get(name) or 0.0
+
+
+def _right(group: RolloutGroup, name: str) -> list[bool]:
+    return [_score(scored, name) >= 1 for scored in group.refinements]
 
 
 def _mean_score(scored: Iterable[Scored], name: str) -> float:

@@ -21,7 +21,7 @@ from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import RewardPool
-from igrpo.rollout.advantage import group_advantages
+from igrpo.rollout.advantage import advantages_of
 from igrpo.rollout.algorithm import Sample, two_stage
 from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.prompts import PromptBuilder
@@ -227,7 +227,7 @@ class Rollout:
 
     def _resample(self, substitutes: Iterator[Problem], discarded: list[RolloutGroup]) -> None:
         """Gives the places of uninformative groups to other problems, as long as there are any."""
-        for place in uninformative(self._flows):
+        for place in uninformative(self._flows, self.config):
             problem = next(substitutes, None)
             if problem is None:
                 return
@@ -238,14 +238,9 @@ class Rollout:
         self._go_on()
 
     def _with_advantages(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        own, drafts = self._advantages([group.refinements for group in groups]), [()] * len(groups)
-        if self.config.train_on_drafts:
-            drafts = self._advantages([group.drafts for group in groups])
+        config, drafts = self.config, [()] * len(groups)
+        own = advantages_of([group.refinements for group in groups], config, config.advantage_estimator, self.gather)
+        if config.train_on_drafts:
+            drafts = advantages_of([group.drafts for group in groups], config, config.estimator_of_drafts, self.gather)
         parts = zip(groups, own, drafts, strict=True)
         return [replace(group, advantages=a, draft_advantages=d) for group, a, d in parts]
-
-    def _advantages(self, scored_P_G: Sequence[Sequence[Scored]]) -> list[tuple[float, ...]]:
-        rewards_P_G = [[one.reward for one in scored] for scored in scored_P_G]
-        scale = self.config.scale_rewards
-        batch = [group for part in self.gather(rewards_P_G) for group in part] if scale == "batch" else None
-        return group_advantages(rewards_P_G, scale, batch)

@@ -6,6 +6,7 @@ from collections.abc import Collection, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from igrpo.data_types import Problem, RolloutGroup, Scored
+from igrpo.rollout.advantage import advantages_of
 from igrpo.rollout.algorithm import Sample
 from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.pump import Call
@@ -25,6 +26,8 @@ class Flow:
     """What is not scored yet, with its place in sampling order."""
     scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
     group: RolloutGroup | None = None
+    informs: bool | None = None
+    """Whether any refinement of the group has an advantage; None: not asked."""
 
     @property
     def ready(self) -> bool:
@@ -62,8 +65,11 @@ def surplus(flow: Flow, scored: Sequence[Scored], enough: float | None) -> Colle
     return list(flow.open) if stop else ()
 
 
-def uninformative(flows: Sequence[Flow]) -> Iterator[int]:
-    """``zero_variance: resample``: places of the groups whose rewards are all equal, for other problems to take."""
+def uninformative(flows: Sequence[Flow], config: RolloutConfig) -> Iterator[int]:
+    """``zero_variance: resample``: places of the groups without an advantage, for other problems to take."""
     for place, flow in enumerate(flows):
-        if flow.group is not None and len({scored.reward for scored in flow.group.refinements}) == 1:
+        if flow.group is not None and flow.informs is None:
+            (own,) = advantages_of([flow.group.refinements], config, config.advantage_estimator)
+            flow.informs = any(own)
+        if flow.informs is False:
             yield place

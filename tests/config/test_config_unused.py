@@ -35,6 +35,10 @@ CASES = {
     "draft_selection: none shows no draft": ({"draft_selection": "none"}, "cpu", {}, "cpu"),
     "draft_selection looks at no score": ({"draft_selection": "random"}, "cpu", {}, "cpu"),
     "early_stop_drafts is false": ({}, "cpu", {"early_stop_drafts": True}, "cpu"),
+    "only pass_at_k has a k": ({}, "cpu", {"advantage_estimator": "pass_at_k"}, "cpu"),
+    "advantage_estimator: grpo alone divides by a deviation": ({"advantage_estimator": "rloo"}, "cpu", {}, "cpu"),
+    "normalize_then_sum divides by both deviations": (
+        {"multi_objective_aggregation": "normalize_then_sum"}, "cpu", {}, "cpu"),
     "zero_variance is not resample": ({}, "cpu", {"zero_variance": "resample"}, "cpu"),
     "judge is not in reward_funcs": (
         {}, "cpu", {"reward_funcs": ["judge"], "judge_model": "m", "judge_base_url": "http://h"}, "cpu"),
@@ -65,7 +69,7 @@ PARTICULAR = {
     "draft_selection": "worst", "vllm_importance_sampling_mode": "token_mask", "repetition_max_penalty": -2.0,
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
-    "adam_beta2": 0.5, "loss_impl": "cuda",
+    "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch",
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -42,6 +42,7 @@ def test_two_groups_by_hand():
     assert m["refinement/accuracy"] == pytest.approx(0.75)
     assert m["reward"] == pytest.approx((1 + 2 + 2 + 2) / 4)
     assert (m["frac_reward_zero_std"], m["frac_all_right"], m["frac_all_wrong"]) == (0.5, 0.5, 0.0)
+    assert m["advantage_abs"] == pytest.approx(0.35)
     assert m["completions/clipped_ratio"] == 0.25 and m["completions/mean_length"] == pytest.approx(7 / 4)
     # Draft rewards are 2 and 1: the first group's pairs are worse (1 < 2) and equal, the second's both better.
     assert (m["refinement/better_than_draft"], m["refinement/worse_than_draft"]) == (0.5, 0.25)
