@@ -25,6 +25,8 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = 40
+KEEPER = "igrpo.rewards.workers.keeper"
+"""In the command line of a reward worker and its keeper."""
 SETTINGS = {
     "dataset_prompt_column": "question", "dataset_solution_column": "answer", "system_prompt": "null",
     "draft_template": "' [{draft}]'", "vllm_mode": "server", "vllm_num_servers": 2, "vllm_max_model_length": 256,
@@ -66,7 +68,7 @@ def main() -> int:
     )
     everyone: set[psutil.Process] = set()
     try:
-        kills = kill_now_and_then(trainer, folder, options.every, random.Random(options.kill_seed), everyone)
+        kills, missed = kill_now_and_then(trainer, folder, options.every, random.Random(options.kill_seed), everyone)
     finally:
         trainer.terminate()
         trainer.wait()
@@ -75,6 +77,7 @@ def main() -> int:
     wrong = complaints(steps, groups, settings)
     if trainer.returncode:
         wrong.insert(0, f"the run ended with exit code {trainer.returncode}")
+    wrong += [f"no {kind} was killed, although one was to be" for kind in missed]
     if left := [p for p in everyone if alive(p)]:
         wrong.append(f"{len(left)} of the run's processes live on: {left[:3]}")
     report = {
@@ -107,9 +110,14 @@ def prepare(folder: Path) -> dict[str, str]:
 
 def kill_now_and_then(
     trainer: subprocess.Popen, folder: Path, every: int, chance: random.Random, everyone: set[psutil.Process]
-) -> Counter[str]:
-    """Until the trainer ends; ``everyone`` becomes all processes it ever had."""
+) -> tuple[Counter[str], list[str]]:
+    """Until the trainer ends; ``everyone`` becomes all processes it ever had.
+
+    Returns:
+        Kills by what was killed, and the kinds that were chosen and never killed.
+    """
     kills: Counter[str] = Counter()
+    of_kind: Counter[str] = Counter()
     due = chance.randint(1, 2 * every - 1)
     while trainer.poll() is None:
         time.sleep(0.2)
@@ -117,6 +125,7 @@ def kill_now_and_then(
         if len(records(folder, "metrics.jsonl")) < due:
             continue
         kind = chance.choice(("server", "reward worker"))
+        of_kind[kind] += 0
         victims = [one for front in fronts for one in (front, *engines(front))] if kind == "server" else workers
         if not victims:  # all servers are just coming back
             continue
@@ -129,8 +138,9 @@ def kill_now_and_then(
             continue
         print(f"killed: {name} {victim.pid}", flush=True)
         kills[name] += 1
+        of_kind[kind] += 1
         due += chance.randint(1, 2 * every - 1)
-    return kills
+    return kills, [kind for kind, killed in of_kind.items() if not killed]
 
 
 def processes(
@@ -146,7 +156,7 @@ def processes(
     for process in found:
         try:
             words, above = " ".join(process.cmdline()), " ".join(process.parent().cmdline())
-            if "reward_keeper" in words and "igrpo" in above and "vllm.entrypoints" not in above:
+            if KEEPER in words and "igrpo" in above and "vllm.entrypoints" not in above:
                 workers.append(process)
             elif "vllm.entrypoints" in words and "igrpo.engines.servers.supervise" in above:
                 listens = any(c.status == psutil.CONN_LISTEN for c in process.net_connections("tcp"))
