@@ -19,8 +19,10 @@ The exit status is 1 if a stage failed or was cut off.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -62,16 +64,17 @@ def run_stages(stages: Sequence[Stage], seconds: float, record: dict[str, Any], 
         report = {"name": stage.name, "command": " ".join(map(str, stage.command)), "exit_status": None}
         record["stages"].append(report)
         start = time.monotonic()
-        process = subprocess.Popen(stage.command, cwd=ROOT, env=os.environ | stage.environment)
-        while process.poll() is None and time.monotonic() - start < min(left, stage.seconds):
-            time.sleep(0.2)
-            take_rows(stage, record, output)
-        if process.poll() is None:
-            process.kill()
+        process = subprocess.Popen(stage.command, cwd=ROOT, env=os.environ | stage.environment, start_new_session=True)
+        try:
+            while process.poll() is None and time.monotonic() - start < min(left, stage.seconds):
+                time.sleep(0.2)
+                take_rows(stage, record, output)
+            ended = process.poll()
+        finally:  # what it started would take the device's time and memory from the next stage
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            report["exit_status"] = CUT_OFF
-        else:
-            report["exit_status"] = 0 if process.returncode == 5 else process.returncode  # 5: -k chose nothing
+        report["exit_status"] = {None: CUT_OFF, 5: 0}.get(ended, ended)  # 5: -k chose nothing
         report["seconds"] = round(time.monotonic() - start, 1)
         take_rows(stage, record, output, last=True)
     record["seconds"] = round(time.monotonic() - began)
@@ -111,6 +114,7 @@ def save(record: dict[str, Any], output: Path) -> None:
 def main() -> int:
     arguments = parse()
     sys.path.insert(0, str(ROOT))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the stage ends as well
     if arguments.learner:
         return learner_step(arguments.learner, toy=arguments.dry_run)
     if arguments.dry_run:
@@ -166,13 +170,15 @@ def plan(arguments: argparse.Namespace, folder: Path) -> list[Stage]:
 
 
 def architecture(dry: bool) -> dict[str, str]:
-    """What setup.py needs to compile for this device alone."""
+    """What setup.py needs to compile for this device alone, with the nvcc of the pinned list, or to fail."""
     if dry:
         return {}
     import torch
+    from setup_env import own_nvcc
 
     major, minor = torch.cuda.get_device_capability()
-    return {"IGRPO_BUILD_CUDA": "1", "IGRPO_CUDA_ARCHS": f"{major}{minor}{'a' if major >= 9 else ''}"}
+    archs = f"{major}{minor}{'a' if major >= 9 else ''}"
+    return own_nvcc() | {"IGRPO_BUILD_CUDA": "1", "IGRPO_REQUIRE_EXT": "1", "IGRPO_CUDA_ARCHS": archs}
 
 
 def deciding_cases(kind: str) -> list[str]:

@@ -270,8 +270,13 @@ def install_project(choice: Choice) -> None:
 
 
 def own_nvcc() -> dict[str, str]:
-    """The nvcc of the list, which has the version of its torch; the machine's own may be too old or absent."""
-    toolkit = next(VENV.glob("lib/python3*/site-packages/nvidia/cu*"))
+    """The nvcc of the list, which has the version of its torch; the machine's own may be too old or absent.
+
+    Nothing where .venv has none.
+    """
+    toolkit = next(VENV.glob("lib/python3*/site-packages/nvidia/cu*"), None)
+    if toolkit is None:
+        return {}
     libraries = [str(toolkit / "lib"), *filter(None, [os.environ.get("LIBRARY_PATH")])]
     return {
         "PATH": os.pathsep.join([str(toolkit / "bin"), os.environ["PATH"]]),

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from scripts import gpu_check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,8 +21,11 @@ def test_a_visit_has_its_order_and_its_clock(tmp_path):
     rows = f"import json, pathlib, time; pathlib.Path({str(part)!r}).write_text(json.dumps({{'rows': [{{'n': 1}}]}}))"
     seen = f"import json; assert json.load(open({str(output)!r}))['rows'] == [{{'n': 1}}]"
     python = [sys.executable, "-c"]
+    grandchild = tmp_path / "grandchild"
+    starts = "import subprocess; one = subprocess.Popen(['sleep', '60']); "
+    starts += f"open({str(grandchild)!r}, 'w').write(str(one.pid))"
     stages = [
-        gpu_check.Stage("decide", [*python, f"{rows}; time.sleep(60)"], 3, part),
+        gpu_check.Stage("decide", [*python, f"{starts}; {rows}; time.sleep(60)"], 3, part),
         gpu_check.Stage("look", [*python, seen], 20),
         gpu_check.Stage("rest", [*python, "import time; time.sleep(60)"], 1e9),
         gpu_check.Stage("never", [*python, ""], 1e9),
@@ -34,6 +39,30 @@ def test_a_visit_has_its_order_and_its_clock(tmp_path):
         ("decide", gpu_check.CUT_OFF), ("look", 0), ("rest", gpu_check.CUT_OFF),
     ]  # fmt: skip
     assert written["rows"] == [{"n": 1}]
+    assert not running(int(grandchild.read_text())), "what a stage started outlives it"
+
+
+def running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_build_of_a_visit_is_for_its_device_with_the_lists_nvcc_and_may_not_fail(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import setup_env
+
+    nvcc = tmp_path / "lib/python3.12/site-packages/nvidia/cu13/bin/nvcc"
+    monkeypatch.setattr(setup_env, "VENV", tmp_path)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    own = {"IGRPO_BUILD_CUDA": "1", "IGRPO_REQUIRE_EXT": "1", "IGRPO_CUDA_ARCHS": "90a"}
+    assert gpu_check.architecture(dry=False) == own, "without an nvcc of its own: the machine's"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    found = gpu_check.architecture(dry=False)
+    assert found.items() >= own.items() and found["PATH"].split(":")[0] == str(nvcc.parent)
+    assert found["LIBRARY_PATH"].split(":")[0] == str(nvcc.parent.parent / "lib")
 
 
 def test_a_visit_to_a_gpu_is_planned_in_the_order_of_what_matters(tmp_path, monkeypatch):
