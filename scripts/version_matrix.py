@@ -20,7 +20,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ABOUT_SOURCES = ("test_cuda_sources.py", "test_cuda_emulated.py")
+ABOUT_SOURCES = ("test_cuda_sources.py", "test_cuda_emulated.py", "test_cuda_plan.py")
 HEADER = "| torch | Triton | `_C_cpu` | `_C_cuda` loads | quick kernel tests | Triton: interpreted, compiled for GPUs |"
 FOUND = """
 import igrpo_kernels, torch, sys
@@ -68,8 +68,7 @@ def try_version(version: str, wheel: Path, folder: Path, with_triton: bool) -> s
     pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     # In one command: the wheel must take this torch.
     call([*pip, "--no-cache-dir", f"torch=={version}", wheel, "numpy", "pytest", "pytest-timeout"], folder)
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("data", "loop", "integrations"))
-    shutil.copy(ROOT / "pyproject.toml", folder)
+    copy_tests(folder)
     # From their own folder: not even an empty directory of this tree is on the path.
     found = call([python, "-I", "-c", FOUND], folder).stdout.strip()
     triton = ["test_triton_suite.py", "test_triton_compile.py"]
@@ -77,6 +76,13 @@ def try_version(version: str, wheel: Path, folder: Path, with_triton: bool) -> s
     quick = closing_line([python, "-m", "pytest", "tests/kernels", "-m", "not slow and not gpu", *ignored], folder)
     slow = [python, "-m", "pytest", *(f"tests/kernels/{name}" for name in triton)]
     return " | ".join((found, quick, closing_line(slow, folder) if with_triton else "not run"))
+
+
+def copy_tests(folder: Path) -> None:
+    """The tests, and of the benchmarks what compiles kernels for a GPU that is not there."""
+    for name in ("tests", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
 
 
 def call(command: list, folder: Path) -> subprocess.CompletedProcess:
