@@ -19,7 +19,8 @@ SOURCES = ("igrpo", "igrpo_kernels", "benchmarks", "experiments")
 # What a change reaches without being named, by how its path begins.
 REACHES = {
     "csrc/": [f"tests/kernels/test_{name}.py"
-              for name in ("cpu_ops", "cpu_operators", "cpu_linear", "cuda_sources", "cuda_emulated")],
+              for name in ("cpu_ops", "cpu_operators", "cpu_linear", "kept_gradients", "cuda_sources", "cuda_emulated",
+                           "cuda_plan")],
     "tests/kernels/cuda_emulator/": ["tests/kernels/test_cuda_emulated.py"],
     "tests/kernels/triton_kernels/": ["tests/kernels/test_triton_suite.py"],
     "docs/": ["tests/test_docs.py", "tests/test_pages.py", "tests/test_readme.py"],

@@ -32,6 +32,7 @@ def test_every_module_has_tests(touched):
     [
         ("igrpo/learner/packing.py", "tests/learner/test_packing.py"),
         ("csrc/cpu/rows.h", "tests/kernels/test_cpu_ops.py"),
+        ("csrc/cpu/kept.h", "tests/kernels/test_kept_gradients.py"),
         ("tests/support/tiny.py", "tests/learner/test_learner.py"),
         ("tests/kernels/triton_kernels/test_values.py", "tests/kernels/test_triton_suite.py"),
         ("docs/kernels.md", "tests/test_docs.py"),
