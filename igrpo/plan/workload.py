@@ -112,7 +112,7 @@ class Workload:
         return self.lengths.question + (self.lengths.template + _mean(self.lengths, "draft") if N else 0)
 
     def _network_seconds(self, N: int, G: int) -> float:
-        """FSDP2: weights gathered twice and gradients scattered once per micro-batch, 2 bytes each."""
+        """FSDP2: weights gathered twice, 2 bytes each, and gradients scattered once, in fp32, per micro-batch."""
         learners = self.hardware.learners
         if learners == 1:
             return 0.0
@@ -120,7 +120,8 @@ class Workload:
             batches = self.learner_tokens(N, G) / learners / self.config.token_budget
         else:
             batches = self.prompts_per_step * G / learners / self.config.per_device_train_batch_size
-        return max(1.0, batches) * 3 * 2 * self.shape.parameters / (self.hardware.network * self.rates.network)
+        size = (2 * 2 + 4) * self.shape.parameters
+        return max(1.0, batches) * size / (self.hardware.network * self.rates.network)
 
     def sync_seconds(self) -> float:
         """bf16 weights: inside the device where it also learns, else over the network, to all engines at once."""

@@ -83,7 +83,11 @@ def test_learner_tokens_and_seconds_by_hand():
     recomputing = replace(work, config=replace(work.config, gradient_checkpointing=True)).learner_seconds(4, 4)
     assert recomputing == pytest.approx(seconds * 4 / 3)
     slow = replace(work.hardware.device, link=1e9, fabric=1e9)
-    assert replace(work, hardware=replace(work.hardware, device=slow)).learner_seconds(4, 4) > 10 * seconds
+    slowed = replace(work, hardware=replace(work.hardware, device=slow))
+    assert slowed.learner_seconds(4, 4) > 10 * seconds
+    # Twice the weights in bf16 and once the gradients, which the learner scatters in fp32 (placements/fsdp2.py).
+    moved = slowed.learner_tokens(4, 4) / 8 / 16_384 * 8 * work.shape.parameters
+    assert slowed.learner_seconds(4, 4) == pytest.approx(moved / (1e9 * work.rates.network))
 
 
 def test_lagging_drafts_hide_behind_a_learner_of_its_own():
