@@ -25,10 +25,10 @@ def checksum(tensor: torch.Tensor) -> str:
 
 
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
-    """() int64 of the bits and their places, left on its device, without a copy of the tensor.
+    """() int64 of the bits and their places, left on its device, without a copy of a contiguous tensor.
 
     The sum of the elements' bits as numbers, each times an odd number of its place, modulo 2^64: one element that
-    changed, or two that changed places, always change it.
+    changed, or two of up to 4 bytes that changed places, always change it.
     """
     flat = tensor.detach().reshape(-1)
     bits = flat.view(_INTEGERS[flat.element_size()])

@@ -116,7 +116,7 @@ def context_limit(path: str, config: ModelConfig) -> int | None:
 
 
 def model_sizes(settings: Any) -> dict[str, Any]:
-    """What ``memory_plan.model_shape`` reads, of a loaded config: the language model's, under transformers' names."""
+    """What ``plan.memory.model_shape`` reads, of a loaded config: the language model's, under transformers' names."""
     part = text_config(settings)
     aliases = {name: getattr(part, name, None) for name in part.attribute_map}
     return part.to_dict() | aliases | {"tie_word_embeddings": settings.tie_word_embeddings}
