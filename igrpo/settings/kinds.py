@@ -90,12 +90,12 @@ def describe_type(hint: Any) -> str:
     origin, args = get_origin(hint), get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
-    if origin in (list, dict):
-        return {"list": "a list", "dict": "a mapping"}[origin.__name__]
-    if args:
+    if origin is list:
+        return f"a list of {describe_type(args[0]).removeprefix('a ')}s"
+    if args and origin is not dict:
         return " or ".join(describe_type(a) for a in args)
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    return names.get(hint, str(hint))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    return {**names, dict: "a mapping", type(None): "null"}.get(origin or hint, str(hint))
 
 
 def marks_of(hint: Any) -> list[Any]:
