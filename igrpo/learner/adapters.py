@@ -59,6 +59,7 @@ class Adapters:
             for name, module in self.wrapper.named_modules()
             if hasattr(module, "lora_A") and hasattr(module, "base_layer")
         }
+        self._reached: set[str] = set()
         _check(model, self.layers)
 
     def disabled(self) -> AbstractContextManager:
@@ -86,11 +87,13 @@ class Adapters:
                 yield name, waiting.pop(name).float() + _delta(self.layers[layer], **factors.pop(layer))
 
     def untrained(self) -> list[str]:
-        """Layers whose adapter no gradient has reached, where it has reached others: some models read a weight without
-        calling its layer."""
+        """Layers whose adapter the first gradient of this process did not reach (a step without samples has none): some
+        models read a weight without calling its layer. Empty before and after that step."""
+        if self._reached:
+            return []
         named = ((name.removeprefix(_WRAPPED), p) for name, p in self.wrapper.named_parameters())
-        trained = {name.partition(".lora_")[0] for name, p in named if ".lora_" in name and p.grad is not None}
-        return sorted(plain_name(name) for name in self.layers if name not in trained) if trained else []
+        self._reached = {name.partition(".lora_")[0] for name, p in named if ".lora_" in name and p.grad is not None}
+        return sorted(plain_name(name) for name in self.layers if name not in self._reached) if self._reached else []
 
     def fused_experts(self) -> list[str]:
         """Layers that keep all experts in one tensor."""

@@ -171,9 +171,9 @@ class Learner:
                 metrics.add(micro, out)
             on_progress(i + 1, len(micros))
         self.last_learning_rate = self.scheduler.get_last_lr()[0]
-        if self.adapters is not None and self.scheduler.last_epoch == 0 and (idle := self.adapters.untrained()):
+        if self.adapters is not None and (idle := self.adapters.untrained()):
             self._say(
-                f"warning: no gradient reaches the adapters of {', '.join(idle)}: the model does not call these layers"
+                f"warning: no gradient reached the adapters of {', '.join(idle)}: the model did not call these layers"
             )
         norm = self.placement.clip(self.config.max_grad_norm or math.inf)
         self.placement.step(metrics.end_step(loss_sum, norm, self.accelerator))
