@@ -7,8 +7,8 @@ A row per length: one sequence, half prompt and half completion, bf16, gradient 
 growth of the process's resident memory since before the model was loaded, at its highest so far.
 """
 
+import argparse
 import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,15 @@ def load(name: str, config: TrainConfig) -> Any:
     return model
 
 
-def main(name: str, *lengths: str) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a name or folder, or random:LAYERS")
+    parser.add_argument("lengths", nargs="+", type=int, metavar="LENGTH", help="tokens of the sequence, 2 or more")
+    options = parser.parse_args()
+    measure(options.model, options.lengths)
+
+
+def measure(name: str, lengths: list[int]) -> None:
     config = TrainConfig(
         model_name_or_path=name, dataset_name="unused", use_cpu=True, bf16=True, gradient_checkpointing=True,
         token_budget=1, vllm_mode="server",
@@ -53,7 +61,7 @@ def main(name: str, *lengths: str) -> None:
     learner.set_schedule(100)
     shape = model_shape(model.config.to_dict())
     print("| tokens | measured, GiB | plan, GiB | plan / measured | seconds |\n|--:|--:|--:|--:|--:|")
-    for length in map(int, lengths):
+    for length in lengths:
         ids = tuple(torch.randint(5, 1000, (length,)).tolist())
         half = length // 2
         sample = TrainingSample(ids[:half], ids[half:], (-5.0,) * (length - half), 1.0)
@@ -69,4 +77,4 @@ def main(name: str, *lengths: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
