@@ -15,10 +15,11 @@ endif
 train: setup
 	$(PY) $(if $(CONFIG),-m igrpo.train --config $(CONFIG),scripts/quickstart.py) $(ARGS)
 
-# Engines, learners and servers of the tests share the cores: igrpo/engines/servers/openmp.py.
+# Two processes take file after file, those first that took longest (tests/conftest.py). Their engines, learners and servers
+# share the cores: igrpo/engines/servers/openmp.py.
 test: export GOMP_SPINCOUNT ?= 1000
 test: setup
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The quick tests of what differs from main; with ARGS=--all every quick test, in less than 90 seconds on two cores.
 test-fast: export GOMP_SPINCOUNT ?= 1000

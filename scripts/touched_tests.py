@@ -32,9 +32,6 @@ REACHES = {
     "MANIFEST.in": ["tests/test_install.py"],
     "Makefile": ["tests/test_touched_tests.py"],
 }  # fmt: skip
-HALF = tuple(f"tests/{room}" for room in (
-    "config", "data", "engines", "eval", "learner", "models", "plan", "rewards", "rollout", "run"))  # fmt: skip
-"""What takes about half of all quick tests' seconds."""
 ALWAYS = ["tests/test_limits.py", "tests/test_imports.py"]
 
 
@@ -45,13 +42,8 @@ def main() -> int:
     files = [] if everything else tests_of(changed_files())
     print("all quick tests, in two processes" if everything else "quick tests of\n  " + "\n  ".join(files), flush=True)
     command = [sys.executable, "-m", "pytest", "-m", "not slow", *words]
-    if not everything:
-        return subprocess.run([*command, *files], cwd=ROOT).returncode
-    # Most tests keep one core busy. What the first process says is shown when both are done, not mixed.
-    first = subprocess.Popen([*command, *HALF], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    rest = subprocess.run([*command, "tests", *(f"--ignore={part}" for part in HALF)], cwd=ROOT).returncode
-    print(first.communicate()[0], end="")
-    return first.returncode or rest
+    command += ["-n", "2", "--dist", "loadfile"] if everything else files
+    return subprocess.run(command, cwd=ROOT).returncode
 
 
 def changed_files() -> list[str]:

@@ -3,7 +3,8 @@
 `slow_tests.json` has the measured seconds of every test function (all its parameters together) and of every fixture
 that takes more than SLOW_SECONDS. Those functions, all tests that use such a fixture, and those of the files in
 STARTS_PROGRAMS carry the mark `slow`, as do tests that were marked by hand. `make test ARGS=--measure` writes the file
-anew for what ran.
+anew for what ran. Where pytest-xdist runs the tests in several processes, each collects all of them and what it counted
+comes back when it ends; files that took longest come first.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,9 +29,13 @@ SLOW_SECONDS = 2.0
 STARTS_PROGRAMS = (
     "tests/test_train.py", "engines/test_servers.py", "engines/test_url_servers.py", "test_setup_env.py")  # fmt: skip
 TOGETHER = "quick tests together"
-fixture_seconds: dict[str, float] = {}
 test_seconds: dict[str, float] = {}
+fixture_seconds: Counter[str] = Counter()
+names_there: Counter[str] = Counter()
 missing_packages: Counter[str] = Counter()
+left_out: Counter[str] = Counter()
+COUNTS = {"fixtures": fixture_seconds, "names": names_there, "missing": missing_packages, "left": left_out}
+"""What a process of pytest-xdist sends to the one that writes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,15 +62,20 @@ def fixture_name(definition: pytest.FixtureDef) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    slow = set(record())
+    slow, files = set(record()), Counter()
+    for name, seconds in record().items():
+        files[name.partition("::")[0]] += seconds
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -files[item.nodeid.partition("::")[0]])
     kept, left = [], []
     for item in items:
         for folder in item.path.parents:
             if folder in ROOMS:
                 item.add_marker(folder.name)
-        fixtures = (definitions[-1] for definitions in item._fixtureinfo.name2fixturedefs.values())
-        starts = item.path.as_posix().endswith(STARTS_PROGRAMS)
-        if starts or function_of(item.nodeid) in slow or any(fixture_name(fixture) in slow for fixture in fixtures):
+        fixtures = item._fixtureinfo.name2fixturedefs.values()
+        names = {function_of(item.nodeid), *(fixture_name(definitions[-1]) for definitions in fixtures)}
+        names_there.update(names)
+        if item.path.as_posix().endswith(STARTS_PROGRAMS) or not names.isdisjoint(slow):
             item.add_marker("slow")
         (kept if applies(item) else left).append(item)
     items[:] = kept
@@ -84,6 +95,10 @@ def applies(item: pytest.Item) -> bool:
     return True
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    left_out["slow"] += sum("slow" in item.keywords for item in items)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_fixture_setup(fixturedef: pytest.FixtureDef):
     start = time.perf_counter()
@@ -100,15 +115,27 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         test_seconds[name] = test_seconds.get(name, 0.0) + report.duration
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    for name, counted in getattr(node, "workeroutput", {}).get("counts", {}).items():
+        COUNTS[name] |= Counter(counted)
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--measure"):
-        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["counts"] = {name: dict(counted) for name, counted in COUNTS.items()}
+    elif session.config.getoption("--measure"):
+        write_record(session)
+
+
+def write_record(session: pytest.Session) -> None:
     before, measured = record(), fixture_seconds | test_seconds
     slow = {name: round(seconds, 1) for name, seconds in measured.items() if seconds > SLOW_SECONDS}
     after = {name: seconds for name, seconds in before.items() if name not in measured} | slow
-    # What lies elsewhere, or was renamed or taken away, goes.
-    after = {name: seconds for name, seconds in after.items() if (ROOT / name.partition("::")[0]).is_file()}
     whole = session.config.args == [str(ROOT / "tests")] or session.config.args == ["tests"]
+    # What lies elsewhere, or was renamed or taken away, goes.
+    there = names_there.__contains__ if whole else lambda name: (ROOT / name.partition("::")[0]).is_file()
+    after = {name: seconds for name, seconds in after.items() if there(name)}
     together = sum(seconds for name, seconds in test_seconds.items() if name not in after)
     after[TOGETHER] = round(together, 1) if whole else before.get(TOGETHER, 0.0)
     RECORD.write_text(json.dumps(dict(sorted(after.items())), indent=1) + "\n", encoding="utf-8")
@@ -124,9 +151,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         # Not in requirements/, each for its reason: CONTRIBUTING.md.
         words += [f"{count} were left out without {package}" for package, count in missing_packages.items()]
         terminalreporter.write_line("; ".join(words))
-    left = sum("slow" in item.keywords for item in terminalreporter.stats.get("deselected", []))
-    if left:
-        terminalreporter.write_line(f"{left} slow tests were left out")
+    if left_out["slow"]:
+        terminalreporter.write_line(f"{left_out['slow']} slow tests were left out")
     for report in others:
         terminalreporter.write_line(f"  {report.nodeid}: {report.longrepr[2]}")
     known = record()
