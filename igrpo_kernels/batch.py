@@ -54,6 +54,9 @@ class TokenBatch:
     lengths_on_host: tuple[int, ...] | None = None
     """(S,) rows per sequence as the caller knows them: then no row is masked, and all are computed."""
 
+    whole: bool = False
+    """No completion_mask was given: every row counts."""
+
     old_per_token_logps: Tensor | None = None
     """(n,) compute dtype: log-probs under the policy that started this update; None = the current policy."""
 
@@ -120,6 +123,7 @@ class TokenBatch:
             cu_seqlens=cu_seqlens,
             shape=shape,
             lengths_on_host=None if lengths is None else tuple(lengths),
+            whole=completion_mask is None,
             old_per_token_logps=neutral(old_per_token_logps),
             ref_per_token_logps=neutral(ref_per_token_logps),
             sampling_per_token_logps=neutral(sampling_per_token_logps),

@@ -2,28 +2,44 @@
 
     logits chunk = X_c Wᵀ + b  ->  row kernels in place: dlogits  ->  dX_c = dlogits W,  dW += dlogitsᵀ X_c
 
-One chunk of logits (`lm_head.CHUNK_BYTES`) is all that exists of size V beyond the gradients; dW and db accumulate in
-fp32. FLOPs of `linear_grpo_loss` for n rows, forward and backward together, all spent in forward:
+One chunk of logits (`lm_head.CHUNK_BYTES`) is all that exists of size V beyond the gradients. dW of a single chunk is
+one product in the weight's dtype; of several, the matmul adds it up in fp32, rounded once at the end. On CUDA a chunk
+is worked on in halves, the row kernel on a second stream beside the next product:
+
+    current stream   logits A    logits B    dX A    dX B    dW
+    second stream                rows A      rows B
+
+FLOPs of `linear_grpo_loss` for n rows, forward and backward together, all spent in forward:
 
     6·n·H·V   rows whose coefficient is known when their chunk is: token-level losses, and sequence-level ones whose
               sequences fit a chunk, because chunk borders are put on sequence borders
     8·n·H·V   rows of longer sequences, and all rows under top_entropy_quantile < 1 if they need several chunks:
               statistics first, logits again afterwards
     2·n·H·V   rows that only have statistics to report: A = 0 with beta = 0 and no entropy bonus; 0 without metrics
-    0         masked rows: dropped before the matmul, at the price of one host sync (none with `lengths`)
+    0         masked rows: dropped before the matmul
+
+Which rows those are is known on the device. On CUDA the host asks it once per call, and only where rows are to be
+dropped: with a mask or without metrics (and once more for the sequences' borders, where several chunks of coupled rows
+come without `lengths`). Otherwise, and while a CUDA graph is captured, every row gets the full work and the host waits
+for nothing.
 
 A frozen weight saves 2·n·H·V; on the CPU, so do rows whose coefficient turns out to be 0 (clipped), twice.
 `linear_selective_log_softmax`: 2·n·H·V forward, 6·n·H·V backward (logits again), since its upstream gradients are
 unknown in forward.
 """
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.lm_head import HeadPlan, LmHead
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.lm_head import Half, HeadPlan, LmHead, UsedRows
 from igrpo_kernels.objective import coupling, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.side_stream import SideStream, may_ask
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard
 
@@ -46,23 +62,27 @@ def token_level_loss(
 
     A chunk's logits become its dlogits in one launch.
     """
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head, index = LmHead(hidden.detach(), weight, bias, plan), inputs[0]
+    used = UsedRows.of(hidden.shape[0], contributes, reported, may_ask(hidden))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
+        head = LmHead(hidden.detach(), weight, bias, plan, used)
         head.expect(*needs)
-        stats = RowStats.zeros(hidden.shape[0], head.dtype, hidden.device)
-        for chunk in _split(_rows(hidden, reported), plan.chunk_rows) if reported is not None else []:
-            stats.put(chunk, kernels.statistics(head.logits(chunk), index[chunk], None, config.logit_transform))
-        for chunk in _split(_rows(hidden, contributes), plan.chunk_rows):
-            logits = head.logits(chunk)
-            some = [x if x is None or x.dim() == 0 else x[chunk] for x in inputs]
-            logps, entropy, slope, grad = kernels.token_loss(logits, head.gradient_buffer(logits), some, config)
-            stats.logps[chunk], stats.entropy[chunk] = logps, entropy
-            if slope is not None and grad.device.type == "cpu" and not config.needs_entropy_gradient:
-                active = (slope != 0).nonzero().squeeze(-1)  # NaN != 0: a poisoned row stays poisoned
-                if active.numel() < chunk.numel():
-                    chunk, grad = chunk[active], grad[active]
-            head.accumulate(chunk, grad)
-        return stats.logps, stats.entropy, *head.gradients()
+        inputs, found = tuple(used.take(x) for x in inputs), []
+
+        def turn(half: Half, logits: Tensor) -> Tensor | None:
+            """Logits of a half into dlogits; on the CPU also which rows have any."""
+            some = [x if x is None or x.dim() == 0 else x[half.rows] for x in inputs]
+            *values, slope, grad = kernels.token_loss(logits, head.dlogits(half.place), some, config)
+            found.append(values)
+            if slope is None or grad.device.type != "cpu" or config.needs_entropy_gradient:
+                return None
+            return slope != 0  # NaN != 0: a poisoned row stays poisoned
+
+        for chunk in _chunks(0, used.with_gradient, plan.chunk_rows):
+            _multiply(head, _beside(side, head.halves(chunk), head.logits, turn))
+        measure = _statistics(kernels, inputs[0], None, config.logit_transform)
+        for chunk in _chunks(used.with_gradient, used.count, plan.chunk_rows):
+            found += [job()[:2] for _, job in _beside(side, head.halves(chunk), head.logits, measure)]
+        return *_joined(found or [RowStats.zeros(0, head.dtype, head.device)[:2]], head), *head.gradients()
 
 
 def coupled_loss(
@@ -80,19 +100,20 @@ def coupled_loss(
     shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor, *Gradients]:
     """What `token_level_loss` returns, with coefficients from the objective once all rows they need are measured."""
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = LmHead(hidden.detach(), weight, bias, plan, shard is not None)
+    used = UsedRows.of(hidden.shape[0], contributes, reported, may_ask(hidden))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
+        head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
         head.expect(*needs)
-        walk = _Walk(kernels, head, batch, config, num_items_in_batch)
-        for chunk in _split(_rows(hidden, reported), plan.chunk_rows) if reported is not None else []:
-            walk.measure(chunk)
+        walk = _Walk(kernels, head, batch, config, num_items_in_batch, side)
         whole, split = walk.closed_chunks(contributes)
-        for chunk in split:  # what cannot wait in the buffer until its coefficients are known
+        # What only reports, and what cannot wait in the buffer until its coefficients are known.
+        for chunk in [*_chunks(used.with_gradient, used.count, plan.chunk_rows), *split]:
             walk.measure(chunk)
         for chunk in whole:
-            walk.finish(chunk, walk.measure(chunk))
+            walk.measure(chunk)
+            walk.finish(chunk, again=False)
         for chunk in split:
-            walk.finish(chunk, None)
+            walk.finish(chunk, again=True)
         return walk.stats.logps, walk.stats.entropy, *_summed(head.gradients(), hidden, shard)
 
 
@@ -106,66 +127,70 @@ class _Walk:
         batch: TokenBatch,
         config: GRPOLossConfig,
         num_items: Tensor | float | None,
+        side: SideStream,
     ):
         self.kernels, self.head, self.batch, self.config = kernels, head, batch, config
-        self.num_items = num_items
-        self.stats = RowStats.zeros(head.hidden.shape[0], head.dtype, head.hidden.device)
+        self.num_items, self.side = num_items, side
+        self.index = head.used.take(batch.index)
+        self.mask = None if head.used.masked is None else batch.mask
+        self.stats = RowStats.zeros(head.n, head.dtype, head.device)
 
-    def measure(self, chunk: Tensor) -> Tensor:
-        """Fills `stats` for the chunk's rows; returns their logits (m, V), valid until the next chunk."""
-        logits, index = self.head.logits(chunk), self.batch.index[chunk]
-        self.stats.put(chunk, self.kernels.statistics(logits, index, None, self.config.logit_transform))
-        return logits
+    def measure(self, chunk: slice) -> None:
+        """Fills `stats` for the chunk's rows and leaves their logits in the buffer."""
+        statistics = _statistics(self.kernels, self.index, self.mask, self.config.logit_transform)
+        for half, job in _beside(self.side, self.head.halves(chunk), self.head.logits, statistics):
+            self.stats.put(self.numbers(half.rows), job())
 
-    def finish(self, chunk: Tensor, logits: Tensor | None) -> None:
-        """Turns the chunk's logits into dlogits and adds their share of every gradient."""
-        stats, config = self.stats, self.config
+    def numbers(self, rows: slice | Tensor) -> slice | Tensor:
+        """Where used rows are in the batch."""
+        return rows if self.head.used.numbers is None else self.head.used.numbers[rows]
+
+    def finish(self, chunk: slice, again: bool) -> None:
+        """Turns the chunk's logits, computed once more if `again`, into dlogits; adds their share of every gradient."""
+        stats, config, head = self.stats, self.config, self.head
         # Rows of other chunks may still hold 0; none of them enters this chunk's coefficients.
-        _, _, slope, slope_entropy = objective_and_row_gradients(
-            stats.logps, stats.entropy, self.batch, config, self.num_items
-        )
-        if slope.device.type == "cpu":  # elsewhere looking would cost a sync per chunk
-            active = slope[chunk] != 0
-            active = active if slope_entropy is None else active | (slope_entropy[chunk] != 0)
-            kept = active.nonzero().squeeze(-1)
-            if kept.numel() < chunk.numel():
-                chunk, logits = chunk[kept], None if logits is None else logits[kept]
-        if chunk.numel() == 0:
-            return
-        logits = self.head.logits(chunk) if logits is None else logits
-        grad = self.kernels.gradient(
-            logits,
-            self.head.gradient_buffer(logits),
-            self.batch.index[chunk],
-            None,
-            stats.at(chunk),
-            slope[chunk],
-            None if slope_entropy is None else slope_entropy[chunk],
-            config.logit_transform,
-        )
-        self.head.accumulate(chunk, grad)
+        _, _, *slopes = objective_and_row_gradients(stats.logps, stats.entropy, self.batch, config, self.num_items)
+        halves = head.halves(chunk)
+        if head.device.type == "cpu":  # elsewhere looking would cost a sync per chunk
+            at = self.numbers(chunk)
+            active = torch.stack([slope[at] != 0 for slope in slopes if slope is not None]).any(0)
+            rows = head.kept_rows(chunk, active, in_buffer=not again)
+            if isinstance(rows, Tensor):
+                halves = [Half(rows, slice(0, rows.numel()))]
 
-    def closed_chunks(self, contributes: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Row numbers in chunks that need no other chunk's statistics, and in chunks that do."""
-        rows, size = _rows(self.head.hidden, contributes), self.head.plan.chunk_rows
-        coupled = coupling(self.batch, self.config)
-        if coupled == "token" or rows.numel() <= size:
-            return _split(rows, size), []
-        if coupled == "batch":
-            return [], _split(rows, size)
-        counts = self.batch.lengths_on_host
+        def turn(half: Half, logits: Tensor) -> None:
+            at = self.numbers(half.rows)
+            mask = None if self.mask is None else self.mask[half.rows]
+            some = [None if slope is None else slope[at] for slope in slopes]
+            arguments = (self.index[half.rows], mask, stats.at(at), *some, config.logit_transform)
+            self.kernels.gradient(logits, head.dlogits(half.place), *arguments)
+
+        ready = head.logits if again else lambda rows, place: head.buffer(head.plan.logits_dtype)[place]
+        _multiply(head, _beside(self.side, halves, ready, turn))
+
+    def closed_chunks(self, contributes: Tensor | None) -> tuple[list[slice], list[slice]]:
+        """Used rows in chunks that need no other chunk's statistics, and in chunks that do."""
+        used, size, batch = self.head.used, self.head.plan.chunk_rows, self.batch
+        coupled = coupling(batch, self.config)
+        if coupled == "token" or used.with_gradient <= size:
+            return _chunks(0, used.with_gradient, size), []
+        if coupled == "batch" or not may_ask(batch.index):
+            return [], _chunks(0, used.with_gradient, size)
+        counts = batch.lengths_on_host
         if contributes is not None:
-            counts = self.batch.segment_sum(contributes.to(self.batch.advantages.dtype)).long().tolist()
+            counts = batch.segment_sum(contributes.to(batch.advantages.dtype)).long().tolist()
+        elif counts is None:
+            counts = batch.cu_seqlens.diff().tolist() if len(batch.shape) == 1 else [batch.shape[1]] * batch.shape[0]
         whole, split, start, end = [], [], 0, 0
         for count in counts:
             if count > size or end - start + count > size:
-                whole += [rows[start:end]] if end > start else []
+                whole += [slice(start, end)] if end > start else []
                 start = end
             end += count
             if count > size:
-                split += _split(rows[start:end], size)
+                split += _chunks(start, end, size)
                 start = end
-        return whole + ([rows[start:end]] if end > start else []), split
+        return whole + ([slice(start, end)] if end > start else []), split
 
 
 def log_probs(
@@ -178,14 +203,17 @@ def log_probs(
     transform: LogitTransform,
     with_entropy: bool,
     plan: HeadPlan,
+    shard: VocabShard | None = None,
 ) -> RowStats:
     """Statistics of every unmasked row; zeros elsewhere."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = LmHead(hidden.detach(), weight, bias, plan)
-        stats = RowStats.zeros(hidden.shape[0], compute_dtype(hidden.dtype), hidden.device)
-        for chunk in _split(_rows(hidden, row_mask), plan.chunk_rows):
-            stats.put(chunk, kernels.statistics(head.logits(chunk), index[chunk], None, transform, with_entropy))
-    return stats
+    used = UsedRows.of(hidden.shape[0], row_mask, None, may_ask(hidden))
+    with torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
+        head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
+        mask = None if used.masked is None else row_mask
+        work, found = _statistics(kernels, used.take(index), mask, transform, with_entropy), []
+        for chunk in _chunks(0, used.count, plan.chunk_rows):
+            found += [job() for _, job in _beside(side, head.halves(chunk), head.logits, work)]
+        return RowStats(*_joined(found or [RowStats.zeros(0, head.dtype, head.device)], head))
 
 
 def log_probs_backward(
@@ -204,19 +232,75 @@ def log_probs_backward(
     shard: VocabShard | None,
 ) -> list[Tensor | None]:
     """dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted."""
-    unneeded = torch.ones_like(index, dtype=torch.bool)  # rows whose gradient is exactly zero need no logits
-    for grad in (grad_logps, grad_entropy):
-        unneeded = unneeded if grad is None else unneeded & (grad == 0)
-    active = ~unneeded if row_mask is None else row_mask & ~unneeded
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = LmHead(hidden.detach(), weight, bias, plan, shard is not None)
+    active, grads = row_mask, [grad_logps, grad_entropy]
+    if row_mask is not None or hidden.device.type == "cpu":  # rows whose gradient is exactly zero need no logits
+        given = [grad != 0 for grad in grads if grad is not None]
+        active = torch.stack(given).any(0) if given else torch.zeros_like(index, dtype=torch.bool)
+        active = active if row_mask is None else active & row_mask
+    used = UsedRows.of(hidden.shape[0], active, None, may_ask(hidden))
+    with torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
+        head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
         head.expect(*needs)
-        for chunk in _split(_rows(hidden, active), plan.chunk_rows):
-            logits = head.logits(chunk)
-            grads = [None if g is None else g[chunk] for g in (grad_logps, grad_entropy)]
-            arguments = (logits, head.gradient_buffer(logits), index[chunk], None, stats.at(chunk), *grads)
-            head.accumulate(chunk, kernels.gradient(*arguments, transform))
+        index, grads = used.take(index), [used.take(grad) for grad in grads]
+        mask, stats = (
+            None if used.masked is None else active,
+            RowStats(*(used.take(x) if x.numel() else x for x in stats)),
+        )
+
+        def turn(half: Half, logits: Tensor) -> None:
+            some = [None if x is None else x[half.rows] for x in (index, mask)]
+            slopes = [None if grad is None else grad[half.rows] for grad in grads]
+            kernels.gradient(logits, head.dlogits(half.place), *some, stats.at(half.rows), *slopes, transform)
+
+        for chunk in _chunks(0, used.with_gradient, plan.chunk_rows):
+            _multiply(head, _beside(side, head.halves(chunk), head.logits, turn))
         return _summed(head.gradients(), hidden, shard)
+
+
+def _chunks(start: int, stop: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def _beside(
+    side: SideStream,
+    halves: list[Half],
+    logits: Callable[[slice | Tensor, slice], Tensor],
+    work: Callable[[Half, Tensor], Any],
+) -> list[tuple[Half, Callable[[], Any]]]:
+    """Each half's logits, and `work` on them beside the products that follow."""
+    return [(half, side.start(partial(work, half, logits(*half)))) for half in halves]
+
+
+def _multiply(head: LmHead, jobs: list[tuple[Half, Callable[[], Tensor | None]]]) -> None:
+    """What a chunk's dlogits mean for the head, as soon as the work on them is done."""
+    active = []
+    for half, job in jobs:
+        active.append(job())
+        if active[-1] is None:
+            head.to_hidden(half.rows, head.dlogits(half.place))
+    first, last = jobs[0][0], jobs[-1][0]
+    rows, size = first.rows if first is last else slice(first.rows.start, last.rows.stop), last.place.stop
+    if active[0] is not None:
+        rows = head.kept_rows(rows, torch.cat(active), in_buffer=True)
+        size = size if isinstance(rows, slice) else rows.numel()
+        head.to_hidden(rows, head.dlogits(slice(0, size)))
+    head.to_weight(rows, head.dlogits(slice(0, size)))
+
+
+def _statistics(
+    kernels: RowKernels, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
+) -> Callable[[Half, Tensor], RowStats]:
+    def measure(half: Half, logits: Tensor) -> RowStats:
+        some = None if mask is None else mask[half.rows]
+        return kernels.statistics(logits, index[half.rows], some, transform, with_entropy)
+
+    return measure
+
+
+def _joined(found: list[Sequence[Tensor]], head: LmHead) -> list[Tensor]:
+    """What the halves found, (n,) each, in the batch's order; zeros for rows that were not used."""
+    columns = [parts[0] if len(parts) == 1 else torch.cat(parts) for parts in zip(*found, strict=True)]
+    return [head.used.give(x, head.n) if x.numel() else x.new_zeros(head.n) for x in columns]
 
 
 def _summed(gradients: list[Tensor | None], hidden: Tensor, shard: VocabShard | None) -> list[Tensor | None]:
@@ -224,12 +308,3 @@ def _summed(gradients: list[Tensor | None], hidden: Tensor, shard: VocabShard | 
     if shard is not None and gradients[0] is not None:
         gradients[0] = shard.sum_(gradients[0]).to(hidden.dtype)
     return gradients
-
-
-def _rows(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Numbers of the rows that count."""
-    return torch.arange(hidden.shape[0], device=hidden.device) if mask is None else mask.nonzero().squeeze(-1)
-
-
-def _split(rows: Tensor, size: int) -> list[Tensor]:
-    return list(rows.split(size)) if rows.numel() else []

@@ -19,6 +19,7 @@ from igrpo_kernels.impls import IMPLS
 from igrpo_kernels.lm_head import HeadPlan
 from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
 from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.side_stream import may_ask
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard
 
@@ -40,16 +41,18 @@ def linear_grpo_loss(
     leaves = [hidden, weight, bias]
     needs = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves]
     tracing = torch.compiler.is_compiling()
-    contributes = may_contribute(batch, config) if any(needs) else torch.zeros_like(batch.mask)
-    measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
-    reported = measured & ~contributes
-    if batch.lengths_on_host is not None and any(needs) and not tracing:  # nothing that the device must be asked for
-        contributes = reported = None
-    one_pass = any(needs) and kernels.fits_one_pass(batch, config)
-    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
+    measured = contributes = reported = None  # every row: nothing that the device must be asked for
+    if batch.lengths_on_host is None and (hidden.device.type == "cpu" or not batch.whole or not compute_metrics):
+        measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
+        contributes = may_contribute(batch, config)
+        reported = measured & ~contributes
+    if measured is not None and not may_ask(hidden):
+        measured, contributes, reported = batch.mask, batch.mask, None
+    one_pass = kernels.fits_one_pass(batch, config)
+    plan = _plan(hidden, weight, fp32_logits, shard)
     # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with
     # backward, and a gradient made before that would have lost its small values.
-    if (tracing and not one_pass) or (any(needs) and plan.matmul_dtype == torch.float16):
+    if not any(needs) or (tracing and not one_pass) or plan.matmul_dtype == torch.float16:
         logps, entropy = linear_selective_log_softmax(
             kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
             row_mask=measured, fp32_logits=fp32_logits, shard=shard,
@@ -75,8 +78,7 @@ def linear_grpo_loss(
                 arguments = (inputs, contributes, reported, config, needs, plan)
                 logps, entropy, *gradients = fused_linear.token_level_loss(kernels, *detached, *arguments)
         loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
-    if any(needs):
-        loss = with_gradients(kernels, loss, leaves, gradients)
+    loss = with_gradients(kernels, loss, leaves, gradients)
     return loss, logps, entropy, metrics if compute_metrics else {}
 
 
@@ -94,11 +96,16 @@ def linear_selective_log_softmax(
     shard: VocabShard | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, without those logits."""
-    plan = HeadPlan.of(hidden, weight.shape[0] if shard is None else max(shard.sizes), fp32_logits)
+    plan = _plan(hidden, weight, fp32_logits, shard)
     logps, entropy = LinearSelectiveLogSoftmax.apply(
         kernels, hidden, weight, bias, index.contiguous(), row_mask, transform, return_entropy, plan, shard
     )
     return logps, entropy if return_entropy else None
+
+
+def _plan(hidden: Tensor, weight: Tensor, fp32_logits: bool, shard: VocabShard | None) -> HeadPlan:
+    columns = weight.shape[0] if shard is None else max(shard.sizes)
+    return HeadPlan.of(hidden, weight, columns, fp32_logits, weight.requires_grad and torch.is_grad_enabled())
 
 
 class LinearSelectiveLogSoftmax(torch.autograd.Function):
@@ -112,7 +119,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         if torch.compiler.is_compiling():
             stats = RowStats(*linear_log_probs(kernels.name, *rows, *transform, return_entropy, *plan))
         else:
-            stats = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan)
+            stats = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan, shard)
         ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats)
         return stats.logps, stats.entropy
 
@@ -145,8 +152,8 @@ def linear_token_loss(
     weight: Tensor,
     bias: Tensor | None,
     inputs: Sequence[Tensor | None],
-    contributes: Tensor,
-    reported: Tensor,
+    contributes: Tensor | None,
+    reported: Tensor | None,
     config_names: str,
     config_numbers: Sequence[float],
     needs: Sequence[bool],

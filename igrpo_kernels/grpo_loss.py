@@ -146,14 +146,17 @@ def linear_grpo_loss(
         process_group: lm_head_weight and lm_head_bias hold this rank's rows; see `grpo_loss`. The gradient of
             hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
         lengths: of the sequences of cu_seqlens, where the host knows them. Every token then gets its full work
-            (completion_mask must be None), whether it contributes or not, and the host never waits for the device.
+            (completion_mask must be None), whether it contributes or not, and the host never waits for the device. On
+            CUDA that is so without them, too, unless completion_mask or compute_metrics=False asks for rows to be
+            dropped (one wait), or several chunks of coupled sequences need their borders (one more).
         inplace: has no effect here: the chunk buffers are this function's own.
         Everything else: see `grpo_loss`, including the denominators.
 
     FLOPs for n contributing tokens, forward and backward together, all in forward: 6·n·H·V (4 if lm_head_weight is
     frozen; 8 where sequences longer than a chunk are coupled, or top_entropy_quantile < 1 meets several chunks; 2 for
-    tokens that only report metrics). impl="torch": 8. Kept until backward: dX, and dW in fp32. At the peak one chunk of
-    logits more (`lm_head.CHUNK_BYTES`: 1.25 GiB on CUDA, 128 MiB on the CPU). Dtypes: `linear_selective_log_softmax`.
+    tokens that only report metrics). impl="torch": 8. Kept until backward: dX, and dW: in the weight's dtype where the
+    rows fit one chunk, else in fp32. At the peak one chunk of logits more (`lm_head.CHUNK_BYTES`: 2.5 GiB on CUDA, and
+    what a bf16 dW saves if all rows then fit; 128 MiB on the CPU). Dtypes: `linear_selective_log_softmax`.
 
     Returns, Raises: see `grpo_loss`.
 

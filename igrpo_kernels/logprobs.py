@@ -78,7 +78,7 @@ def linear_selective_log_softmax(
     Tokens are walked in chunks: one chunk's logits exist at a time and backward computes them again. For n unmasked
     tokens that is 2·n·H·V FLOP forward and 6·n·H·V backward (4 if lm_head_weight is frozen). Kept between forward and
     backward: references to the inputs plus 16 B per token (doubled for fp64). At the peak: one chunk of logits
-    (`lm_head.CHUNK_BYTES`: 1.25 GiB on CUDA, 128 MiB on the CPU), and in backward 4·V·H bytes of fp32 dW.
+    (`lm_head.CHUNK_BYTES`: 2.5 GiB on CUDA, 128 MiB on the CPU), and in backward dW, fp32 if there are several chunks.
 
     Args:
         hidden_states: (..., H), fp64, fp32, bf16 or fp16.

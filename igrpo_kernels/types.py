@@ -43,17 +43,20 @@ class RowStats(NamedTuple):
     @classmethod
     def zeros(cls, n: int, dtype: torch.dtype, device: torch.device) -> "RowStats":
         """What rows that nobody measures keep."""
-        return cls(*(torch.zeros(n, dtype=dtype, device=device) for _ in range(4)))
+        return cls(*torch.zeros(4, n, dtype=dtype, device=device).unbind())
 
-    def at(self, rows: Tensor) -> "RowStats":
+    def at(self, rows: Tensor | slice) -> "RowStats":
         """The statistics of some rows."""
         return RowStats(*(x[rows] if x.numel() else x for x in self))
 
-    def put(self, rows: Tensor, part: "RowStats") -> None:
-        """Store the statistics of some rows; an entropy that was not wanted stays as it is."""
-        for mine, new in zip(self, part, strict=True):
-            if new.numel():
-                mine[rows] = new
+    def put(self, rows: Tensor | slice, part: "RowStats") -> None:
+        """Store the statistics of some rows, a slice's in one launch; an entropy that was not wanted stays as it is."""
+        pairs = [(mine, new) for mine, new in zip(self, part, strict=True) if new.numel()]
+        if isinstance(rows, slice):
+            torch._foreach_copy_([mine[rows] for mine, _ in pairs], [new for _, new in pairs])
+            return
+        for mine, new in pairs:
+            mine[rows] = new
 
 
 @dataclass(frozen=True)

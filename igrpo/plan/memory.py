@@ -22,7 +22,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine
 
 GIB = 2**30
-CHUNK_BYTES = {"cuda": 5 * 2**28, "cpu": 2**27}
+CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
 """Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
 ENGINE = ("engine weights", "KV cache")
 
@@ -248,7 +248,10 @@ def _moments(
     backward += layer if config.gradient_checkpointing else 0
     head = shape.vocab_size * shape.hidden_size
     frozen = config.use_peft and "lm_head" not in (config.lora_target_modules or ())
-    chunk = min(CHUNK_BYTES[machine.device], tokens * shape.vocab_size * _width(config))
+    # One chunk's dW is rounded to bf16 at once where the weight is; all logits may take what that saves.
+    rounds = 2 * head if config.bf16 and sharded and not frozen and machine.device == "cuda" else 0
+    chunk, size = tokens * shape.vocab_size * _width(config), CHUNK_BYTES[machine.device]
+    chunk, rounds = (chunk, rounds) if chunk <= size + rounds else (size, 0)
     rows = tokens * 4 * stream
     chunks = "one chunk, then its gradient in place; logits never exist whole"
     outside = "layer inputs, and one layer computed again with its gradients" if config.gradient_checkpointing else (
@@ -260,7 +263,7 @@ def _moments(
             "activations", tokens * kept + rows, False, f"{tokens} tokens: in the loss, before any layer goes backward"
         ),
         Item("logits chunk", chunk, False, chunks),
-        Item("gradient of the head", 0 if frozen else 4 * head, True, "fp32, summed over the chunks"),
+        Item("gradient of the head", 0 if frozen else 4 * head - rounds, True, "fp32 if summed over chunks"),
     ]
     stays = machine.device == "cpu"
     held = 0 if frozen else _width(config) * head if sharded else 4 * head if shape.tied else 0

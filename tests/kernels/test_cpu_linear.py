@@ -1,6 +1,8 @@
 """impl="cpu", fused linear: the reference's numbers in fp32 and bf16, with no logits computed twice."""
 
+import functools
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +11,15 @@ from igrpo_kernels import (
     GRPOLossConfig,
     available_impls,
     compiled_rows,
+    fused_linear,
+    fused_linear_autograd,
     impls,
     linear_grpo_loss,
     linear_selective_log_softmax,
     lm_head,
     selective_log_softmax,
 )
+from igrpo_kernels.side_stream import SideStream
 from tests.kernels.oracle import (
     LOSS_LEVELS,
     assert_close_to_truth,
@@ -58,6 +63,47 @@ def test_every_loss_in_any_chunks(loss_type, level, rows_per_chunk, monkeypatch)
     for inputs in (boundary_inputs(), packed(boundary_inputs())):
         head = random_head(inputs)
         assert_matches_truth(head, on_policy_boundary(inputs, head, config), config, num_items_in_batch=31)
+
+
+class Late(SideStream):
+    """A second stream as slow as it may be: work is done when it is waited for."""
+
+    def start(self, work):
+        return functools.cache(work)
+
+
+@pytest.mark.parametrize("stream", [SideStream, Late])
+@pytest.mark.parametrize("rows_per_chunk", [14, 1000])
+@pytest.mark.parametrize(("loss_type", "level"), [("grpo", "token"), ("dapo", "sequence"), ("vespo", "token")])
+def test_halves_beside_their_products(loss_type, level, rows_per_chunk, stream, monkeypatch):
+    """Nothing is read before it was waited for or overwritten before it was read, whichever stream is faster."""
+    monkeypatch.setattr(fused_linear, "SideStream", stream)
+    monkeypatch.setitem(lm_head.HALF_ROWS, "cpu", 4)
+    monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", rows_per_chunk * V * 4)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: torch.full(*shape, torch.nan, **how))
+    config = smooth_config(loss_type, level)
+    for options in ({}, {"compute_metrics": False}):
+        inputs = boundary_inputs()
+        head = random_head(inputs)
+        inputs = on_policy_boundary(inputs, head, config)
+        inputs = replace(inputs, advantages=inputs.advantages * (torch.arange(8) % 3 != 1))
+        assert_matches_truth(head, inputs, config, **options)
+
+
+@pytest.mark.parametrize("rows_per_chunk", [25, 1000])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_where_the_host_may_not_ask_every_row_is_computed(level, rows_per_chunk, monkeypatch):
+    """As while a CUDA graph is captured. What masked rows hold, NaN here, still reaches nobody."""
+    monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", rows_per_chunk * V * 4)
+    config, inputs = smooth_config("grpo", level), boundary_inputs()
+    head = random_head(inputs)
+    inputs = on_policy_boundary(inputs, head, config)
+    for module in (fused_linear, fused_linear_autograd):
+        monkeypatch.setattr(module, "may_ask", lambda x: False)
+    garbage = [head[0].detach().masked_fill(~inputs.completion_mask[..., None], torch.nan).requires_grad_(), *head[1:]]
+    with OperatorLog() as log:
+        assert_matches_truth(garbage, inputs, config, compute_metrics=False)
+    assert sum(m[0] for m in log.matmuls() if m[1] == V and m[-1] == torch.float32) >= inputs.completion_ids.numel()
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -108,3 +108,38 @@ def test_a_rehearsal_leaves_torch_as_it_is_and_wants_its_cpu_build(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from igrpo.plan import fake_gpu_library as f; f.load()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert "ConfigError: rehearse: this torch was built for CUDA" in done.stderr
+
+
+def test_the_linear_loss_gives_a_gpu_two_launches_per_chunk_beside_its_products(traced):
+    """Half of a chunk is turned into its gradient beside the other half's product, and the host waits for nothing."""
+    found = traced[0]["linear loss"]
+    work = {name: [tuple(c) for c in calls["launches"]] for name, calls in found.items()}
+    product, loss = [("main", "product", n) for n in (2048, 4096)], ("side", "loss", 2048)
+    chunk = [product[0], loss, product[0], loss, product[0], product[0], product[1]]  # logits, logits, dX, dX, dW
+    known = ("product", "loss", "statistics", "gradient")
+    for chunks, name in enumerate(("two chunks", "three chunks"), 2):
+        assert [c for c in work[name] if c[1] in known] == chunk * chunks
+    assert len(work["three chunks"]) - len(work["two chunks"]) == len(chunk)
+    one = [c[1:] for c in work["one chunk"] if c[1] in known]
+    assert one == [(what, n) for what, n in zip(
+        ["product", "loss", "product", "loss", "product", "product", "product"],
+        [2304, 2304, 2048, 2048, 2304, 2048, 4096], strict=True)]  # fmt: skip
+    assert [c[1] for c in work["small"] if c[1] in known] == ["product", "loss", "product", "product"]
+    assert [c[:2] for c in work["gspo"] if c[1] in known] == [
+        ("main", "product"), ("side", "statistics"), ("main", "product"), ("side", "statistics"), ("side", "gradient"),
+        ("side", "gradient"), *[("main", "product")] * 3,
+    ]  # fmt: skip
+    asked = {name: calls["waits"] for name, calls in found.items() if calls["waits"]}
+    assert asked == {"mask": 1, "no metrics": 1}  # how many rows are left
+
+
+def test_the_linear_loss_holds_one_chunk_dx_and_dw(traced):
+    """In bf16 where dW is one product, which may take what the fp32 sum of several would have; then they, too, fit."""
+    peaks, mib = {name: calls["peak"] / 2**20 for name, calls in traced[0]["linear loss"].items()}, 2**20
+    logits, dx, dw = 4096 * 4096 * 2 / mib, 8192 * 256 * 2 / mib, 4096 * 256 * 2 / mib
+    small = 0.6  # everything of (n,)
+    assert logits + dx + 2 * dw < peaks["two chunks"] < logits + dx + 2 * dw + small
+    assert (
+        peaks["one chunk"] < (4096 + 256) / 4096 * logits + (4096 + 256) / 8192 * dx + dw + small < peaks["two chunks"]
+    )
+    assert peaks["three chunks"] < logits + 1.5 * dx + 2 * dw + small

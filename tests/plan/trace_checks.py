@@ -19,6 +19,7 @@ from igrpo.plan.device_trace import DeviceTrace
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
 from igrpo.plan.memory import memory_plan, model_shape
 from igrpo.plan.rehearsal import rehearse
+from tests.kernels import linear_on_fake_gpu
 
 MIB = 2**20
 GPU = torch.device("cuda", 0)
@@ -107,6 +108,7 @@ def run(recipe, sizes):
     with fake_gpus(4, 80 * 2**30, trace.wait), FakeGPUMode(), trace:
         for check in (allocation, backward, resized, waits, line, collectives):
             found[check.__name__] = check(trace)
+        found["linear loss"] = linear_on_fake_gpu.checks(trace)
     found["planned"] = planned(AutoConfig.for_model(**sizes))
     print("FOUND " + json.dumps(found))
     AcceleratorState._reset_state(reset_partial_state=True)

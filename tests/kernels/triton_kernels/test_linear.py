@@ -45,18 +45,18 @@ def on_policy(inputs, head, config):
 def rows_multiplied(monkeypatch):
     """Counts of rows that went through the forward matmul and through the two of the gradient."""
     counts = {"logits": 0, "gradient": 0}
-    logits, accumulate = lm_head.LmHead.logits, lm_head.LmHead.accumulate
+    logits, to_weight = lm_head.LmHead.logits, lm_head.LmHead.to_weight
 
-    def counted_logits(self, chunk):
-        counts["logits"] += chunk.numel()
-        return logits(self, chunk)
+    def counted_logits(self, rows, place):
+        counts["logits"] += place.stop - place.start
+        return logits(self, rows, place)
 
-    def counted_accumulate(self, chunk, grad):
-        counts["gradient"] += chunk.numel()
-        return accumulate(self, chunk, grad)
+    def counted_gradient(self, rows, grad_logits):
+        counts["gradient"] += grad_logits.shape[0]
+        return to_weight(self, rows, grad_logits)
 
     monkeypatch.setattr(lm_head.LmHead, "logits", counted_logits)
-    monkeypatch.setattr(lm_head.LmHead, "accumulate", counted_accumulate)
+    monkeypatch.setattr(lm_head.LmHead, "to_weight", counted_gradient)
     return counts
 
 
