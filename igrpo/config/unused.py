@@ -89,6 +89,8 @@ TABLE = (
     Row("zero_variance is not resample", lambda c, _: c.zero_variance != "resample",
         ("dynamic_sampling_max_gen_batches",)),
     # --- rewards
+    Row("no reward compares answers", lambda c, _: not {"accuracy", "cosine", "length"} & set(c.reward_funcs),
+        ("grader",)),
     Row("judge is not in reward_funcs", lambda c, _: "judge" not in c.reward_funcs, family("judge_")),
     Row("cosine is not in reward_funcs", lambda c, _: "cosine" not in c.reward_funcs, family("cosine_")),
     Row("repetition_penalty is not in reward_funcs", lambda c, _: "repetition_penalty" not in c.reward_funcs,

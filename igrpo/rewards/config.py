@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from igrpo.settings import ConfigError
 from igrpo.settings.kinds import (
@@ -35,6 +35,8 @@ class RewardConfig(SamplingConfig):
     """Names of docs/rewards.md, such as accuracy, format, cosine, length or judge, or `package.module:function`."""
     reward_weights: Annotated[list[Finite] | None, Mark.ONLY_IF_ASKED] = None
     """One weight per function; null: all 1.0."""
+    grader: Literal["igrpo", "math_verify"] = "igrpo"
+    """Who compares answers for `accuracy`, `cosine` and `length`: our rules, or math-verify for comparable figures."""
     reward_timeout: Seconds = 10.0
     """Seconds after which a reward call is killed."""
     reward_error_value: Finite | None = 0.0

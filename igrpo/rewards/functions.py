@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from igrpo.rewards.grading.answers import grade, read_reference
 from igrpo.rewards.grading.arithmetic import explodes
+from igrpo.rewards.grading.by_math_verify import grade_by_math_verify
 from igrpo.rewards.grading.notation import MATH_FUNCTIONS
 from igrpo.rewards.grading.passages import (
     MAX_ANSWER_CHARS,
@@ -40,25 +41,29 @@ def accuracy(
     solution: Sequence[str | Sequence[str]],
     prompts: Sequence[Any] | None = None,
     prompt_suffix: Sequence[str] | None = None,
+    grader: str = "igrpo",
     **_: Any,
 ) -> list[float | None]:
     """1.0 for the right answer, 0.0 for a wrong one or none, None where the reference cannot be read.
 
     Args:
         solution: Reference answers; where one is a list, each of it is right.
+        grader: ``"math_verify"`` lets that library read and compare the answers.
     """
     scores = []
     questions = map(completion_text, prompts or [""] * len(completions))
     for text, cell, question in zip(whole_texts(completions, prompt_suffix), solution, questions, strict=True):
         accepted = [cell] if isinstance(cell, str) or not isinstance(cell, Sequence) else cell
-        judged = [score for one in accepted if (score := _graded(text, str(one), question)) is not None]
+        judged = [score for one in accepted if (score := _graded(text, str(one), question, grader)) is not None]
         scores.append(max(judged, default=None))
     return scores
 
 
 @lru_cache(maxsize=256)
-def _graded(text: str, solution: str, question: str) -> float | None:
+def _graded(text: str, solution: str, question: str, grader: str) -> float | None:
     """Once for all rewards of a completion that ask for it in this process."""
+    if grader == "math_verify":
+        return grade_by_math_verify(text, solution)
     reference = read_reference(solution)
     longest = max(MAX_ANSWER_CHARS, len(reference.text) + 100)
     answer = extract_answer(text, words=reference.words, lines=reference.lines, longest=longest)
@@ -195,7 +200,9 @@ BUILTIN = {
 }
 OPTIONS = {
     "soft_overlong_punishment": ("max_completion_length", "soft_punish_cache"),
-    "cosine": (*COSINE_ENDS, "cosine_max_len", "max_completion_length"),
+    "accuracy": ("grader",),
+    "cosine": (*COSINE_ENDS, "cosine_max_len", "max_completion_length", "grader"),
+    "length": ("grader",),
     "repetition_penalty": ("repetition_n_grams", "repetition_max_penalty"),
 }
 """Keys of the configuration that a built-in function takes as arguments."""
@@ -236,8 +243,9 @@ class RewardFunction:
         return partial(function, **self.options) if self.options else function
 
     def sees(self, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """The arguments of one call. TRL's own functions know no ``prompt_suffix``, which stands before their text, and
-        no completions but messages."""
+        """The arguments of one call: a setting goes before a column of its name. TRL's own functions know no
+        ``prompt_suffix``, which stands before their text, and no completions but messages."""
+        arguments = {name: values for name, values in arguments.items() if name not in self.options}
         if not self.path.startswith("trl.rewards:"):
             return arguments
         texts = whole_texts(arguments["completions"], arguments["prompt_suffix"])

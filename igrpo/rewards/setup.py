@@ -7,6 +7,7 @@ import os
 
 from igrpo.rewards.config import RewardConfig
 from igrpo.rewards.functions import BUILTIN, load_reward_functions
+from igrpo.rewards.grading.by_math_verify import check_installed
 from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rewards.workers.process import worker_environment
 from igrpo.settings import ConfigError
@@ -17,8 +18,10 @@ logger = logging.getLogger(__name__)
 def start_rewards(config: RewardConfig) -> RewardPool:
     """
     Raises:
-        ConfigError: a function or the judge that cannot be used.
+        ConfigError: a function, the judge or the grader that cannot be used.
     """
+    if config.grader == "math_verify":
+        check_installed()
     try:
         functions = load_reward_functions(config.reward_funcs, config)
     except ValueError as error:

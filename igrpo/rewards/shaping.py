@@ -35,6 +35,7 @@ def cosine(
     cosine_max_value_correct: float,
     cosine_max_len: int | None,
     max_completion_length: int,
+    grader: str = "igrpo",
     **_: Any,
 ) -> list[float | None]:
     """From a to b along half a cosine, over n = 0 … L tokens, and b beyond: b + (a - b)·(1 + cos(πn/L))/2.
@@ -49,7 +50,8 @@ def cosine(
     }
     longest = cosine_max_len or max_completion_length
     scores: list[float | None] = []
-    for right, ids in zip(accuracy(completions, solution, prompts, prompt_suffix), completion_ids, strict=True):
+    judged = accuracy(completions, solution, prompts, prompt_suffix, grader)
+    for right, ids in zip(judged, completion_ids, strict=True):
         if right is None:
             scores.append(None)
             continue
@@ -77,6 +79,7 @@ def length(
     completion_ids: Sequence[Sequence[int]],
     prompts: Sequence[Any] | None = None,
     prompt_suffix: Sequence[str] | None = None,
+    grader: str = "igrpo",
     **_: Any,
 ) -> list[float | None]:
     """λ for a right answer and min(0, λ) for a wrong one, λ = 1/2 - (n - n_min) / (n_max - n_min).
@@ -86,7 +89,8 @@ def length(
     sizes = [len(ids) for ids in completion_ids]
     spread = max(sizes) - min(sizes)
     scores: list[float | None] = []
-    for right, size in zip(accuracy(completions, solution, prompts, prompt_suffix), sizes, strict=True):
+    judged = accuracy(completions, solution, prompts, prompt_suffix, grader)
+    for right, size in zip(judged, sizes, strict=True):
         gain = 0.5 - (size - min(sizes)) / spread if spread else 0.0
         scores.append(None if right is None else gain if right else min(gain, 0.0))
     return scores

@@ -30,6 +30,7 @@ from igrpo.settings import ConfigError
 _MARK = "\u2063\u2062\u2063<<draft>>\u2063\u2062\u2063"
 _FILLERS = (("7", "3"), ("x", "q"), (".", "!"), ("A", "M"))
 """Pairs of texts that nearly every tokenizer keeps apart from what stands beside them."""
+_THINKING = "(?:seed:)?(?:think|thinking|thought|reasoning)"
 SUFFIX_CHARS = 200
 """Tags at a prompt's end are looked for among its last characters."""
 
@@ -160,10 +161,10 @@ class PromptBuilder:
         return turns
 
     def _prompt_suffix(self, prompt: str) -> str:
-        written = re.search(r"(?:<think>\s*)?(?:</think>\s*)?(?:<answer>\s*)?$", prompt[-SUFFIX_CHARS:])
+        written = re.search(rf"(?:<{_THINKING}>\s*)?(?:</{_THINKING}>\s*)?(?:<answer>\s*)?$", prompt[-SUFFIX_CHARS:])
         suffix = written[0].lstrip() if written is not None else ""
         # Completions are decoded without special tokens: of a tag that is one, rewards see neither end.
-        return "" if any(tag in self.special_tags for tag in re.findall(r"<\w+>", suffix)) else suffix
+        return "" if any(tag in self.special_tags for tag in re.findall(r"<[\w:]+>", suffix)) else suffix
 
     def _examples(self) -> list[Message]:
         return [

@@ -40,6 +40,7 @@ CASES = {
     "normalize_then_sum divides by both deviations": (
         {"multi_objective_aggregation": "normalize_then_sum"}, "cpu", {}, "cpu"),
     "zero_variance is not resample": ({}, "cpu", {"zero_variance": "resample"}, "cpu"),
+    "no reward compares answers": ({"reward_funcs": ["format"]}, "cpu", {}, "cpu"),
     "judge is not in reward_funcs": (
         {}, "cpu", {"reward_funcs": ["judge"], "judge_model": "m", "judge_base_url": "http://h"}, "cpu"),
     "cosine is not in reward_funcs": ({}, "cpu", {"reward_funcs": ["cosine"]}, "cpu"),
@@ -69,7 +70,7 @@ PARTICULAR = {
     "draft_selection": "worst", "vllm_importance_sampling_mode": "token_mask", "repetition_max_penalty": -2.0,
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
-    "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch",
+    "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from dataclasses import replace
 
 import pytest
 
-from igrpo.config.train_config import TrainConfig
+from igrpo.config.train_config import ConfigError, TrainConfig
 from igrpo.rewards.functions import (
     RewardFunction,
     highest_reward,
     load_reward_functions,
     reward_names,
 )
+from igrpo.rewards.functions import accuracy as accuracy_of
+from igrpo.rewards.setup import start_rewards
 from igrpo.rollout import metrics
 
 
 def test_names_become_functions():
     functions = load_reward_functions(["accuracy", "format", "tests.support.bad_rewards:raises"])
-    assert functions[0] == RewardFunction("accuracy", "igrpo.rewards.functions:accuracy")
+    assert functions[0] == RewardFunction("accuracy", "igrpo.rewards.functions:accuracy")  # no config, no options
     assert [function.name for function in functions] == ["accuracy", "format", "raises"]
     assert functions[2].load()(["abc"]) == [3.0]
     (own,) = load_reward_functions(["tests.support.bad_rewards:length"])  # the name is a built-in's, chosen here or not
@@ -88,3 +92,48 @@ def test_the_highest_reward_counts_weights_and_leaves_users_functions_open():
     assert highest_reward(replace(config, reward_funcs=["a:b", "c:d"], early_stop_reward=3.0)) == 3.0
     dapo = replace(config, reward_funcs=["accuracy", "soft_overlong_punishment"], soft_punish_cache=100)
     assert highest_reward(dapo) == 2.0
+
+
+def settings(**changed) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **changed)
+
+
+def test_math_verify_judges_alone_where_it_is_asked_to():
+    """Training's and evaluation's functions alike; a column of the setting's name does not change it."""
+    completions, ids = [r"<think>so 2^{10}, \boxed{2^{10}}", r"\boxed{1025}"], [[1], [1, 2]]
+    arguments = {
+        "prompts": ["What is $2^{10}$?"] * 2, "completions": completions, "solution": ["1024"] * 2,
+        "completion_ids": ids, "prompt_suffix": [""] * 2, "grader": ["a column"] * 2,
+    }  # fmt: skip
+    for grader, right in (("igrpo", 0.0), ("math_verify", 1.0)):
+        names = ["accuracy", "cosine", "length"]
+        accuracy, cosine, length = (
+            function.load()(**function.sees(arguments))
+            for function in load_reward_functions(names, settings(reward_funcs=names, grader=grader))
+        )
+        assert accuracy == [right, 0.0]
+        assert (cosine[0] > 0.9) == bool(right) and length == [0.5 if right else 0.0, -0.5]
+
+
+HOSTILE = [
+    r"\boxed{9^{9^{9^{9}}}}", r"\boxed{((9!)!)!}", r"$9^{9^{9^9}}$", "9**9**9**9", r"\boxed{100000000!}",
+    r"\boxed{" + "{" * 900 + "7" + "}" * 900 + "}", r"\boxed{" + "(" * 900 + "7" + ")" * 900 + "}", r"\boxed{" * 3000,
+    r"\boxed{" + "7" * 1_000_000 + "}", r"\boxed{" + r"\frac{1}{" * 300 + "7" + "}" * 300 + "}", "$1$ " * 5000,
+    r"\boxed{\binom{10000000}{5000000}}", r"\boxed{\sum_{i=1}^{100000000} i^{i}}", r"\boxed{\int_0^1 e^{x^{x^x}} dx}",
+    r"\boxed{(x+y+z)^{500}}", "\\boxed{9^\n{9^{9}}}", r"\begin{equation}9^{9^{9}}\end{equation}", "\\boxed{7\0 2}",
+]  # fmt: skip
+
+
+def test_what_math_verify_would_never_work_out_is_wrong_at_once():
+    started = time.monotonic()
+    assert accuracy_of(HOSTILE, ["72"] * len(HOSTILE), grader="math_verify") == [0.0] * len(HOSTILE)
+    assert accuracy_of([r"As $9^{9^{9^9}}$ is big, \boxed{72}"], ["72"], grader="math_verify") == [1.0]
+    assert accuracy_of([r"\boxed{2}"], [["1", "2"]], grader="math_verify") == [1.0]
+    assert accuracy_of([r"\boxed{2}"], [""], grader="math_verify") == [None]
+    assert time.monotonic() - started < 8  # a second or two; a shared machine may be slow
+
+
+def test_a_grader_that_is_not_installed_is_a_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match=r"^grader: math_verify is not installed; pip install .* or write igrpo$"):
+        start_rewards(settings(grader="math_verify"))

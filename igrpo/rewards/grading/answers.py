@@ -26,6 +26,7 @@ from igrpo.rewards.grading.forms import (
     Claims,
     Interval,
     Part,
+    is_equation,
     read_choice,
     read_claims,
     read_intervals,
@@ -41,7 +42,7 @@ from igrpo.rewards.grading.notation import (
     tidy,
 )
 from igrpo.rewards.grading.passages import MAX_ANSWER_CHARS, last_boxed
-from igrpo.rewards.grading.repetition import repeats
+from igrpo.rewards.grading.repetition import repeats, says
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def _readable(reference: Reference) -> bool:
 
 
 def _same_choice(choice: Choice, answer: str, question: str) -> float:
-    given = read_choice(re.sub(r"^[A-Za-z]\s*=\s*", "", answer))
+    given = read_choice(re.sub(r"^[a-zK-Z]\s*=\s*", "", answer))
     if given is not None:
         same_value = not (choice.value and given.value) or grade(read_reference(choice.value), given.value, question)
         return float(given.letter == choice.letter and bool(same_value))
@@ -229,10 +230,15 @@ def _same_part(reference: Reference, part: Part, question: str) -> float | None:
         same = _same_formula(reference.text, side)
         return 0.0 if same and repeats(side, question, reference.text) else same
     sides = [_given(side) for side in part.sides]
+    open_sides = [written for written, side in zip(part.sides, sides, strict=True) if side is None]
+    if not part.name and any(is_equation(written) and not says(written, question) for written in open_sides):
+        return 0.0  # 2x = 5 is not x = 5
+    if sides[-1] is None and sides[0] is not None:
+        sides.reverse()  # 5 = a + b
     last = sides[-1]
     if last is None or not all(_agree(side, last) for side in sides if side is not None):
         return 0.0
-    exact = [side for side in sides[:-1] if side is not None and side.number is None]
+    exact = [side for side in sides[:-1] if side is not None and (side.number is None or not side.number.point)]
     return float(any(_same_number_or_value(reference, side, question) for side in [last, *exact]))
 
 

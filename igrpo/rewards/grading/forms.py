@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
-from igrpo.rewards.grading.notation import DENIAL, plain_words, tidy
+from igrpo.rewards.grading.notation import ALL_REALS, DENIAL, plain_words, tidy
 
 MAX_PARTS = 40
 RELATION = re.compile(
-    r"\\(?:n?le|n?ge|n?leq|n?geq|leqslant|geqslant|lt|gt|ne|neq|not|ll|gg|propto|nless|ngtr)(?![A-Za-z])|[<>]|!=|/="
+    r"\\(?:n?le|n?ge|n?leq|n?geq|leqslant|geqslant|lt|gt|ne|neq|not|ll|gg|propto|nless|ngtr)(?![A-Za-z])|[<>]"
+    r"|(?<!\d)!=|/="  # 5!=120 is a factorial
 )
 """What makes a statement about a number something else than its value."""
 EQUALS = re.compile(r"\\(?:approx|simeq|sim|equiv|doteq|cong)(?![A-Za-z])|=+")
-NAME = re.compile(r"\\?[A-Za-z]+'?(?:_\{?\w+\}?)?(?:\([A-Za-z](?:, ?[A-Za-z])*\))?")
+NAME = re.compile(r"\\?[A-Za-z]+'?(?:_\{?\w+\}?)?(?:\(\w+(?:, ?\w+)*\))?")
 _ONE_NAME = re.compile(r"\\?(?:[A-Za-z]|alpha|beta|gamma|theta|lambda|mu|phi|omega)'?(?:_\{?\w+\}?)?")
 _AND = r"\\text\{,?\s*(?:and|or)\s*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])|\\(?:lor|vee|land|wedge)(?![a-z])|;"
 _OPEN, _CLOSE = "([{", ")]}"
@@ -101,7 +102,7 @@ def _signs(piece: str) -> Iterator[str]:
 
 
 def _part(piece: str) -> Part:
-    sides = tuple(side.strip() for side in EQUALS.split(piece) if side.strip())
+    sides = tuple(side.strip() for side in EQUALS.split(re.sub(r"(?<=\d)!=", "! =", piece)) if side.strip())
     if len(sides) > 1 and NAME.fullmatch(sides[-1]) and not NAME.fullmatch(sides[0]):
         sides = (sides[-1], *sides[:-1])  # 5 = x
     sides = sides or (piece,)
@@ -109,14 +110,35 @@ def _part(piece: str) -> Part:
     return Part(name, sides[1:] if name else sides)
 
 
+def is_equation(side: str) -> bool:
+    """Whether a side asks for its one variable rather than names a quantity: ``2x``, ``x^2``, ``-x``; not ``a + b``,
+    ``f(2)`` or ``x``."""
+    bare = re.sub(r"\\(?:frac|sqrt|cdot|times)(?![a-z])", "*", side)
+    letters = re.findall(r"[A-Za-z]", bare)
+    return (
+        len(set(letters)) == 1
+        and re.fullmatch(r"[A-Za-z\d\s.{}()+*/^-]*", bare) is not None
+        and re.search(r"[\d+*/^-]", bare) is not None
+        and not re.search(r"[A-Za-z]\s*\(\s*-?[\d.]+\s*\)", bare)
+    )
+
+
 def read_intervals(text: str) -> tuple[Interval, ...] | None:
     """The intervals of a tidy text: ``(1, 2] \\cup [3, \\infty)``, or what an inequality in one variable says."""
     text = re.sub(r"^(?:[A-Za-z]|\\[a-z]+)\s*\\in(?![a-z])\s*", "", text)
     if (inner := _inside(text, r"\{", r"\}")) is not None:
-        text = re.sub(r"^\s*[a-z]\s*(?:\\mid(?![a-z])|[|:])\s*", "", inner)
+        of_all = rf"\s*(?:\\in\s*(?:{ALL_REALS.pattern})\s*)?"
+        text = re.sub(rf"^\s*[a-z]{of_all}(?:\\mid(?![a-z])|[|:])\s*", "", inner)
+    without = re.split(r"\\(?:setminus|backslash)(?![a-z])", text)
+    if ALL_REALS.fullmatch(without[0].strip()):
+        return _all_but(without[1:])
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup ", text)
     union = re.split(r"\\cup(?![a-z])|\\text\{,?\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![a-z])", text)
     found: list[Interval] = []
     for piece in union:
+        if point := re.fullmatch(r"\s*[a-z]\s*\\(?:ne|neq)(?![a-z])(.+)", piece):
+            found += _all_but([rf"\{{{point[1]}\}}"]) or ()
+            continue
         both = re.split(r"\\text\{,?\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])|\\(?:land|wedge)(?![a-z])", piece)
         if RELATION.search(piece) and len(both) == 1:
             both = split_top(piece, thousands=True)
@@ -125,6 +147,24 @@ def read_intervals(text: str) -> tuple[Interval, ...] | None:
             return None
         found += _intersected([one for one in read if one is not None])
     return tuple(found[:MAX_PARTS]) if found else None
+
+
+def _all_but(excluded: list[str]) -> tuple[Interval, ...] | None:
+    r"""All real numbers, or those outside of one interval or of some points: ``\\mathbb{R} \\setminus [1, 2]``."""
+    if not excluded:
+        return (Interval(r"-\infty", r"\infty", False, False),)
+    text = excluded[0].strip()
+    if (points := _inside(text, r"\{", r"\}")) is not None:
+        ends = [_end(point) for point in split_top(points, thousands=False)]
+        if len(excluded) > 1 or not 0 < len(ends) <= 2:
+            return None
+        lows, highs = [r"-\infty", *ends], [*ends, r"\infty"]
+        return tuple(Interval(low, high, False, False) for low, high in zip(lows, highs, strict=True))
+    one = _interval(text) if len(excluded) == 1 else None
+    if one is None or r"\infty" in one.low + one.high:
+        return None
+    low = Interval(r"-\infty", one.low, False, not one.low_closed)
+    return (low, Interval(one.high, r"\infty", not one.high_closed, False))
 
 
 def _intersected(bounds: list[Interval]) -> list[Interval]:
@@ -137,12 +177,18 @@ def _intersected(bounds: list[Interval]) -> list[Interval]:
     return bounds
 
 
-_INTERVAL = re.compile(r"([(\[])(.*)([)\]])", re.DOTALL)
+_INTERVAL = re.compile(r"([(\[\]])(.*)([)\]\[])", re.DOTALL)
+"""``]1, 2[`` is open, as (1, 2)."""
+_MAGNITUDE = re.compile(r"\|\s*([a-z])\s*\|\s*(\\(?:le|leq|leqslant|lt)(?![A-Za-z])|<=?)\s*(.+)", re.DOTALL)
 _LESS = re.compile(r"(\\(?:le|leq|leqslant|lt|ge|geq|geqslant|gt)(?![A-Za-z])|<=?|>=?)")
 
 
 def _interval(text: str) -> Interval | None:
-    if (bracketed := _INTERVAL.fullmatch(text)) and len(ends := split_top(bracketed[2], thousands=False)) == 2:
+    if size := _MAGNITUDE.fullmatch(re.sub(r"\\[lr]?vert(?![a-z])", "|", text)):
+        text = f"-({size[3]}) {size[2]} {size[1]} {size[2]} {size[3]}"
+    bracketed = _INTERVAL.fullmatch(text)
+    ends = split_top(bracketed[2].replace(";", ","), thousands=False) if bracketed is not None else []
+    if bracketed is not None and len(ends) == 2:
         return Interval(_end(ends[0]), _end(ends[1]), bracketed[1] == "[", bracketed[3] == "]")
     pieces = _LESS.split(text)
     if len(pieces) not in (3, 5) or not all(piece.strip() for piece in pieces):
@@ -156,7 +202,7 @@ def _interval(text: str) -> Interval | None:
         sides, signs = sides[::-1], [sign.replace(">", "<") for sign in signs[::-1]]
     closed = [sign == "<=" for sign in signs]
     if len(sides) == 3:
-        return Interval(sides[0], sides[2], closed[0], closed[1]) if _ONE_NAME.fullmatch(sides[1]) else None
+        return Interval(sides[0], sides[2], closed[0], closed[1]) if NAME.fullmatch(sides[1]) else None
     if _ONE_NAME.fullmatch(sides[0]):
         return Interval(r"-\infty", sides[1], False, closed[0])
     return Interval(sides[0], r"\infty", closed[0], False) if _ONE_NAME.fullmatch(sides[1]) else None
@@ -164,7 +210,8 @@ def _interval(text: str) -> Interval | None:
 
 def _end(text: str) -> str:
     text = text.strip()
-    return {r"+\infty": r"\infty", r"- \infty": r"-\infty"}.get(text, text)
+    unbounded = re.fullmatch(r"([-+]?)\s*\\?(?:inf(?:ty|inity)?|oo)", text)
+    return ("-" if unbounded[1] == "-" else "") + r"\infty" if unbounded else text
 
 
 class Choice(NamedTuple):
@@ -174,21 +221,29 @@ class Choice(NamedTuple):
 
 
 _CHOICE = re.compile(
-    r"(?:(?:the\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*)?(\(\s*)?([A-Ja-j])(\s*\))?([.:,]?)(?:\s+(.*))?",
+    r"(?:(?:the\s+)?(?:(?:correct|right|best)\s+)?(?:option|choice|answer)\s*(?:is\s*)?:?\s*)?([(\[{]\s*)?([A-Ja-j])(\s*[)\]}])?"
+    r"((?:[.:,]|\s[-=](?=\s))?)(?:\s+(.*))?",
     re.I | re.S,
 )
+_LAST_CHOICE = re.compile(r"([^()]{1,200}?)\s*\(\s*([A-J])\s*\)", re.S)
+_NONE_OF = re.compile(r"(?:none|all|both) of (?:the above|these|them)", re.I)
 
 
 def read_choice(text: str) -> Choice | None:
     r"""The one letter that an answer chooses: ``C``, ``(C)``, ``\textbf{(C)}\ 12``, ``C. twelve``; None for several."""
     plain = plain_words(re.sub(r"\\ |~|\\q?quad(?![a-z])|\\[,;:]", " ", text).replace("$", " "))
-    found = _CHOICE.fullmatch(re.sub(r"[*`]|\\(?:boxed|left|right)(?![a-z])", "", plain).strip().removesuffix("."))
+    plain = re.sub(r"[*`]|\\(?:boxed|left|right)(?![a-z])", "", plain).strip().removesuffix(".")
+    if (behind := _LAST_CHOICE.fullmatch(plain)) and not re.search(r"(?<![A-Za-z\\])[A-J](?![A-Za-z])", behind[1]):
+        plain = f"({behind[2]}) {behind[1]}"
+    found = _CHOICE.fullmatch(plain)
     if found is None:
         return None
     opened, letter, closed, mark, rest = found.groups()
     rest = (rest or "").strip()
     if bool(opened) > bool(closed) or (letter.islower() and not (closed and opened) and rest):
         return None
+    if _NONE_OF.fullmatch(rest):
+        return Choice(letter.upper(), tidy(rest))
     if rest and (
         DENIAL.search(rest) or re.search(r"(?<![A-Za-z\\])\(?[B-J]\)?(?![A-Za-z(=\d])|\bor\b|\([A-J]\)|\band\b", rest)
     ):

@@ -49,6 +49,26 @@ UNICODE = str.maketrans(
         "\u2154": r"\frac{2}{3}",
         "\u00bc": r"\frac{1}{4}",
         "\u00be": r"\frac{3}{4}",
+        "\u2155": r"\frac{1}{5}",
+        "\u2156": r"\frac{2}{5}",
+        "\u2157": r"\frac{3}{5}",
+        "\u2158": r"\frac{4}{5}",
+        "\u2159": r"\frac{1}{6}",
+        "\u215a": r"\frac{5}{6}",
+        "\u215b": r"\frac{1}{8}",
+        "\u215c": r"\frac{3}{8}",
+        "\u215d": r"\frac{5}{8}",
+        "\u215e": r"\frac{7}{8}",
+        "\u2044": "/",
+        "\u22c5": r"\cdot ",
+        "\u2a7d": r"\le ",
+        "\u2a7e": r"\ge ",
+        "\u2229": r"\cap ",
+        "\u211d": r"\mathbb{R}",
+        "\u00d8": r"\emptyset ",
+        "\uff0c": ",",
+        "\uff08": "(",
+        "\uff09": ")",
         "\u2026": "...",
         "\u202f": " ",
         "\u2009": " ",
@@ -58,7 +78,10 @@ UNICODE = str.maketrans(
     }
 )
 _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207b", "0123456789-")
-_TEXT = r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|mathit|mathsf|boldsymbol|bm|operatorname)"
+_TEXT = (
+    r"\\(?:text|mbox|textbf|textit|textrm|textnormal|textup|textsf|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|bm"
+    r"|operatorname|hbox|underline)"
+)
 MATH_FUNCTIONS = frozenset({"cos", "cot", "csc", "exp", "ln", "log", "pi", "sec", "sin", "sqrt", "tan"}) | frozenset(
     {"arccos", "arcsin", "arctan", "cosh", "sinh", "tanh"}
 )
@@ -73,12 +96,32 @@ DENIAL = re.compile(
 
 
 _PLAIN = re.compile(r"[A-Za-z0-9 .,:=+-]*")
+_NO_VALUE = re.compile(r"(?:there (?:is|are) )?no (?:real )?(?:solutions?|roots?)|(?:the )?empty set", re.IGNORECASE)
+ALL_REALS = re.compile(r"\\(?:mathbb|mathbf|Bbb) ?\{? ?R ?\}?|\\R(?:eals)?|all real(?:s| numbers)", re.IGNORECASE)
+_OTHER_SPELLINGS = tuple(
+    (re.compile(found), written)
+    for found, written in (
+        (r"\u221b\s*(\d+|\([^()]{1,200}\))", r"\\sqrt[3]{\1}"),
+        (r"\\root\s*\{?(\w)\}?\s*\\of\s*(\{[^{}]{1,200}\}|\d)", r"\\sqrt[\1]\2"),
+        (r"\{([^{}\\]{1,200})\\over(?![a-z])([^{}\\]{1,200})\}|^([^{}\\]{1,200})\\over(?![a-z])([^{}\\]{1,200})$",
+         r"\\frac{\1\3}{\2\4}"),
+        (r"(?:\{\})?[_^]\{?(\d+)\}?\s*(?:C|\\mathrm\{C\})_\{?(\d+)\}?", r"\\binom{\1}{\2}"),
+        (r"(?<![A-Za-z\\}])C(?:_\{?(\d+)\}?\^\{?(\d+)\}?|\((\d+), ?(\d+)\))", r"\\binom{\1\3}{\2\4}"),
+        (r"(?<![A-Za-z\\}])C\^\{?(\d+)\}?_\{?(\d+)\}?", r"\\binom{\2}{\1}"),
+        (r"(\d)(?:\u0305|\u0304)", r"\\overline{\1}"),
+        (r"\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", r".\1\\overline{\2\3\4}"),
+        (r"(?<=\d)\{\.\}(?=\d|\\)", "."),
+        (r"(\.\d*)(\d) (?:recurring|repeating)\b", r"\1\\overline{\2}"),
+    )
+)  # fmt: skip
 
 
 @lru_cache(maxsize=4096)
 def tidy(text: str) -> str:
     """LaTeX and Unicode notation brought to one spelling; layout, markup, degree signs and trailing units removed."""
-    if _PLAIN.fullmatch(text):
+    if _NO_VALUE.fullmatch(text.strip(" .")):
+        return r"\emptyset"
+    if _PLAIN.fullmatch(text) and not text.endswith("ing"):
         return re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip()).rstrip(".").rstrip()
     text = re.sub(r"[\u2070\u00b9\u00b2\u00b3\u2074-\u2079\u207b]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     text = re.sub(r"\s+", " ", re.sub(r"</?(?:b|i|u|em|strong|span|p)>", "", text.translate(UNICODE))).strip()
@@ -92,16 +135,21 @@ def tidy(text: str) -> str:
     text = re.sub(r"(?<!\\)\$((?:[^$\\]|\\.)+)\$", r"\1", text).replace("\\$", "$").replace("**", "^").strip()
     text = re.sub(r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset", text)
     text = re.sub(
-        r"\\mathrm\s*\{\s*([ei])\s*\}|(?<![\d }])\\(?:mathrm|mathbf|mathit)\{([A-Za-z])\}(?=.)", r"\1\2", text
+        r"\\mathrm\s*\{\s*([ei])\s*\}|(?<![\d }{])\\(?:mathrm|mathbf|mathit)\{([A-Za-z])\}(?=.)", r"\1\2", text
     )
     if wrapped := re.fullmatch(rf"{_TEXT}\{{([^{{}}]*)\}}\.?", text):
         text = wrapped[1]
     elif re.search(r"\d", text):
-        text = re.sub(rf"(?:\s*(?:\\cdot\s*)?{_TEXT}\{{([^{{}}]*)\}}(?:\^\{{?-?\d\}}?)?)+\.?$", _unit, text)
+        per = rf"(?:\\frac\{{{_TEXT}\{{[^{{}}]*\}}\}}\{{)?(?:\\mu|\\Omega)?\s*{_TEXT}\{{([^{{}}]*)\}}\}}?"
+        text = re.sub(rf"(?:\s*(?:(?:\\cdot|/)\s*)?(?:{per}|\\Omega)(?:\^\{{?-?\d\}}?)?)+\.?$", _unit, text)
+    for found, written in _OTHER_SPELLINGS:
+        text = found.sub(written, text)
+    text = re.sub(r"\\overline\{(\d)\}\\overline\{(\d)\}", r"\\overline{\1\2}", text)
     text = re.sub(r"(?<=\d)_\{(\d+)\}", r"_\1", text)  # a number's base
     text = re.sub(r"(?<=\d)\.(\d*)\((\d+)\)(?!\d)", r".\1\\overline{\2}", text)  # 0.(3)
     text = re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip())
-    return text.rstrip(".").removesuffix(r"\ldots").removesuffix(r"\dots").rstrip()
+    text = text.rstrip(".").removesuffix(r"\ldots").removesuffix(r"\dots").rstrip()
+    return r"\emptyset" if _NO_VALUE.fullmatch(text) else text
 
 
 def _unit(found: re.Match[str]) -> str:
@@ -130,9 +178,9 @@ class Number(NamedTuple):
 
 def read_number(text: str) -> Number | None:
     """The number that a tidy text is, in whatever notation; None when it is anything else."""
-    text = re.sub(r"^\$\s*(?=[-+])|\s*[€£¥]$", "", text[: MAX_DIGITS + 1])
-    if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3})+(?:\.\d+)?", text):
-        text = text.replace(" ", "")
+    text = re.sub(r"^\$\s*(?=[-+])|\s*[€£¥¢$]$", "", text[: MAX_DIGITS + 1])
+    if re.fullmatch(r"[-+]?\d{1,3}(?: \d{3}|'\d{3})+(?:\.\d+)?", text):
+        text = text.replace(" ", "").replace("'", "")
     match = NUMBER.fullmatch(text) if len(text) <= MAX_DIGITS else None
     if match is None:
         return None

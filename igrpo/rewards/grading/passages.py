@@ -30,6 +30,10 @@ _DENIED_AFTER = re.compile(
     r"\W*(?:\w{1,8}n't|(?:(?:is|was)\s+)?(?:not|wrong|incorrect|false|or\s+(?:more|less|fewer|so)))\b", re.IGNORECASE
 )
 _RELATION_BEFORE = rf"(?:{RELATION.pattern}|[\u2260\u2264\u2265])=?\s*\$?\s*$"
+THINK_TAG = re.compile(
+    r"<\s?(/?)\s?(?:seed:)?(?:think|thinking|thought|reasoning)\s?>|\[(/?)THINK\]|\u25c1(/?)think\u25b7", re.IGNORECASE
+)
+"""The tags of reasoning models; those that are special tokens are not in a completion's text."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{")
 
 
@@ -61,11 +65,16 @@ def last_boxed(text: str, longest: int = 0) -> str | None:
     opened = _last_box(text)
     if opened is None:
         return None
-    start, depth = opened.end(), 1
-    for end in range(start, min(len(text), start + max(longest, MAX_ANSWER_CHARS))):
+    end = closing(text, opened.end(), max(longest, MAX_ANSWER_CHARS))
+    return None if end is None else text[opened.end() : end]
+
+
+def closing(text: str, start: int, longest: int, depth: int = 1) -> int | None:
+    """Where so many open braces are closed."""
+    for end in range(start, min(len(text), start + longest)):
         depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
-            return text[start:end]
+            return end
     return None
 
 
@@ -76,10 +85,28 @@ def extract_answer(text: str, *, words: bool = False, lines: int = 1, longest: i
         words: The reference is no number or formula: without any marker, the last ``lines`` lines are the answer.
         longest: A passage of more characters is no answer.
     """
-    if text.rfind("<think>") > text.rfind("</think>") or _left_open(text):
+    if _still_thinking(text) or _left_open(text):
         return None
     answer = (_passage(text, words, lines, longest) or "").strip()
     return answer if 0 < len(answer) <= longest else None
+
+
+def _still_thinking(text: str) -> bool:
+    """Whether a tag of thinking is open at the end. Tags inside others count; two with only blanks between are one,
+    since models repeat the one that their prompt ends with."""
+    depth, previous = 0, -1
+    for tag in THINK_TAG.finditer(text):
+        if any(tag.groups()):
+            depth, previous = max(depth - 1, 0), -1
+        else:
+            depth += previous < 0 or bool(text[previous : tag.start()].strip())
+            previous = tag.end()
+    return depth > 0
+
+
+def _after_thinking(text: str) -> str:
+    ends = [tag.end() for tag in THINK_TAG.finditer(text) if any(tag.groups())]
+    return text[ends[-1] :] if ends else text
 
 
 def _left_open(text: str) -> bool:
@@ -89,11 +116,15 @@ def _left_open(text: str) -> bool:
     tagged = text.rfind("</answer>")
     if text.rfind("<answer>") > max(tagged, opened):
         return True
-    return opened > tagged and last_boxed(text, len(text)) is None
+    if opened <= tagged:
+        return False
+    around = re.search(r"(?:\\(?:boxed|fbox)\s{0,3}\{\s{0,3})*$", text[max(0, opened - 200) : opened])
+    depth = 1 + (around[0].count("{") if around is not None else 0)  # boxes that hold nothing but the last one
+    return closing(text, box.end(), len(text), depth) is None  # type: ignore[union-attr]
 
 
 def _passage(text: str, words: bool = False, lines: int = 1, longest: int = MAX_ANSWER_CHARS) -> str | None:
-    after_thinking = text.rpartition("</think>")[2]
+    after_thinking = _after_thinking(text)
     text = (after_thinking if after_thinking.strip() else text).strip()
     end = text.rfind("</answer>")
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
