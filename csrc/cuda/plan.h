@@ -10,7 +10,7 @@ namespace igrpo::cuda {
 enum class Plan {
   cluster,   // the row in the shared memory of a cluster of blocks
   resident,  // as much of the row as fits in one block's shared memory and registers
-  two_pass,  // nothing: every row is read twice
+  two_pass,  // registers alone: what they do not hold is read twice
 };
 
 // The best plan that is possible, or the one that IGRPO_CUDA_PLAN names. `against_cluster`: why a cluster cannot be had,

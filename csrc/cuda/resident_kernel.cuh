@@ -1,6 +1,6 @@
 // Token-level loss, one row per block: the row stays in shared memory and registers between its statistics and its
 // gradient (A100: 160 KiB + 256 threads x 36 x 16 B = 304 KiB, V = 155,648 in bf16). What does not fit is read a second
-// time, from L2 most likely: with no resident part at all this is the two-pass fallback.
+// time, from L2 most likely. Without shared memory (IGRPO_CUDA_PLAN=two_pass) the registers alone hold 144 KiB of it.
 //
 //   granule of thread i, slot k = k·threads + i
 //   slots [0, shared)             cp.async into shared memory, only ever touched by their own thread: no barrier needed
@@ -85,7 +85,9 @@ __device__ __forceinline__ Sums resident_sums(const RowSpan<T>& span, const uint
       span.granules - on_chip, sums, [&](int g) { return __ldcg(span.x_granules() + on_chip + g); });
   const bool has_edge = threadIdx.x < span.edges();
   if (has_edge) sums.add_one(static_cast<float>(span.x[span.edge_column(threadIdx.x)]));
-  if (!kSoftcap && sums.m <= -transform.limit) {  // all at the limit, and what lies beyond the row was counted with them
+  const float all = sums.s.x + sums.s.y;  // NaN if a logit is, which no maximum shows
+  // All at the limit, and what lies beyond the row was counted with them.
+  if (!kSoftcap && sums.m <= -transform.limit && all == all) {
     const int own = (span.granules - static_cast<int>(threadIdx.x) + kResidentThreads - 1) / kResidentThreads;
     const float d = transform.exact_distance(kRising ? -transform.limit : transform.limit, sums.center);
     sums.s = {exp2_flushed(d) * static_cast<float>(max(own, 0) * Pack<T>::kCount + has_edge), 0.0f};

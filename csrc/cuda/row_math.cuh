@@ -262,7 +262,9 @@ template <class T, bool kSoftcap>
 __device__ __forceinline__ RowResult row_result(const Sums& sums, float x_target, bool target_in_vocab,
                                                 const Transform<T, kSoftcap>& transform) {
   RowResult row{};
-  row.max = sums.center * kLn2;
+  // Columns of -inf alone, without a NaN: the exact maximum, by which vocab_parallel.py knows a shard without a share.
+  const bool empty = !kSoftcap && sums.m == negative_infinity() && sums.s == sums.s;
+  row.max = empty ? sums.m : sums.center * kLn2;
   // Rows of -inf only, or with +inf, have no distribution: NaN, as PyTorch answers. A cap makes them finite.
   row.log_sum = !kSoftcap && isinf(sums.m) ? quiet_nan() : logf(sums.s);
   row.entropy = row.log_sum - kLn2 * (sums.t / sums.s);

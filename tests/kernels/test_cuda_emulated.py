@@ -249,6 +249,33 @@ def test_bad_targets_and_rows_of_minus_infinity(kernels, plan):
         == [False, True, True, False, True, False]
     )
     assert (launch.grad[0, 3, 50:] == 0).all() and not launch.grad[0, 3].isnan().any()
+    assert launch.norm[0, 2] == -float("inf")  # by which process_group= knows an empty shard
+
+
+@pytest.mark.parametrize("scale", [1.0, -2.0])
+@pytest.mark.parametrize(("dtype", "V"), [(torch.bfloat16, 1000), (torch.float32, 5), (torch.float32, 1000)])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_nan_poisons_its_row_whatever_stands_beside_it(kernels, plan, dtype, V, scale):
+    """Whole granules of NaN, and one NaN beside nothing but -inf or the lowest number: of its thread or of the row."""
+    kernels.configure(True, False)
+    x = torch.randn(1, 7, V, generator=torch.Generator().manual_seed(0))
+    nan = float("nan")
+    x[0, 0, :4], x[0, 1, -1], x[0, 2, V // 2] = nan, nan, nan
+    x[0, 0, 8:16] = nan
+    x[0, 3], x[0, 4] = -float("inf"), torch.finfo(dtype).min
+    x[0, 3, 1], x[0, 4, 1] = nan, nan
+    x[0, 5, 1:] = -float("inf")
+    x[0, 5, 3] = nan
+    logits = misaligned((x * (1.0 if scale > 0 else -1.0)).to(dtype), 3)
+    config, index = GRPOLossConfig(logit_scale=scale), torch.full((7,), 4)
+    launch = Launch(logits, index, inplace=True, config=config)
+    batch = TokenBatch.build(index.view(1, 7), torch.ones(1), dtype=torch.float32)
+    constants = launch.constants(batch, config)
+    PLANS[plan](kernels, *(ctypes.byref(x) for x in (launch.rows, launch.stats, constants)))
+    bad = [True] * 6 + [False]
+    assert launch.logps.isnan().tolist() == launch.entropy.isnan().tolist() == bad
+    assert launch.grad[0].isnan().all(-1).tolist() == launch.grad[0].isnan().any(-1).tolist() == bad
+    assert launch.norm[0, 3] != -float("inf")  # not an empty shard
 
 
 def run_plan(kernels, plan, logits, index, config, old=None):
