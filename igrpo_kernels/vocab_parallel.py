@@ -118,7 +118,8 @@ class ShardedRows:
         row_max, log_sum, entropy, target = shard.gather(
             torch.stack([part.row_max, part.log_sum, part.entropy, part.logps + part.log_sum])
         ).unbind(1)
-        top, empty = row_max.amax(0), row_max == -torch.inf  # a shard of -inf columns has no statistics of its own
+        # A shard of -inf columns has no statistics of its own: its maximum is -inf, or its sum is 0.
+        top, empty = row_max.amax(0), (row_max == -torch.inf) | (log_sum == -torch.inf)
         log_sum, target = log_sum.masked_fill(empty, -torch.inf), target.masked_fill(empty, -torch.inf)
         shift = row_max - top
         weight = torch.softmax(log_sum + shift, 0)  # each shard's share of the row's probability

@@ -138,7 +138,9 @@ struct Row {
 template <class T, class Z>
 Row measure_row(const typename T::Storage* x, int64_t r, const Rows& rows, const Z& transform) {
   const Sums sums = reduce_row<T>(x, rows.vocab, transform);
-  Row row{r, rows.index[r], false, kNaN, kNaN, sums.m, __builtin_logf(sums.s)};
+  // A NaN logit shows in the sum and not in the maximum: beside nothing but -inf the row is no shard without a share.
+  const float max = sums.s == sums.s ? sums.m : kNaN;
+  Row row{r, rows.index[r], false, kNaN, kNaN, max, __builtin_logf(sums.s)};
   // A row of -inf only has no distribution: NaN, as PyTorch answers.
   if (sums.m == -kInf) row.log_sum = kNaN;
   row.entropy = row.log_sum - sums.t / sums.s;

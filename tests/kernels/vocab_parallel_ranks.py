@@ -111,6 +111,13 @@ def log_probs_case(ranks: Ranks, impl: str) -> None:
     (truth[0].sin().sum() + truth[1].cos().sum()).backward()
     (actual[0].sin().sum() + actual[1].cos().sum()).backward()
     close(impl, "gradient", shard.grad[..., : ranks.columns.stop - ranks.columns.start], whole.grad[..., ranks.columns])
+    other = view.detach().clone()
+    if dist.get_rank(ranks.group) == 0:  # beside a banned shard that has the target: one that hides a NaN
+        other[2] = -torch.inf
+        other[2, :, 1] = torch.nan
+    logps, entropy = selective_log_softmax(other, torch.zeros_like(index), **keywords)
+    assert (logps[1] == -torch.inf).all() and entropy[1].isfinite().all(), (logps[1], entropy[1])
+    assert logps[2].isnan().all() and entropy[2].isnan().all(), (logps[2], entropy[2])
 
 
 def linear_case(ranks: Ranks, impl: str, name: str, chunk_rows: int = 1000, frozen: bool = False) -> None:
