@@ -139,10 +139,12 @@ def _inside(leaves: Tensor, x: TermInputs, config: Config) -> Tensor:
 
 def gmpo(x: TermInputs, config: Config) -> Tensor:
     """-A·exp(mean of m over the sequence), m = min(d, high) where A > 0, max(d, low) where A < 0"""
+    from igrpo_kernels.silent_exp import silent_exp
+
     below = _bounded(x.log_ratio, -math.inf, config.clip_high)
     bounded = below.where(x.advantages > 0, _bounded(x.log_ratio, config.clip_low, math.inf))
     mean = x.batch.segment_sum(bounded.masked_fill(x.advantages == 0, 0.0)) / x.batch.lengths.clamp(min=1.0)
-    return -x.advantages * x.batch.expand(mean.exp())
+    return -times(x.advantages, x.batch.expand(silent_exp(mean)))
 
 
 def gmpo_leaves(x: TermInputs, config: Config) -> Tensor:
@@ -176,7 +178,8 @@ class Term(NamedTuple):
     """Whether the sampler's ratio is part of it; it multiplies every other term."""
 
     leaves: Callable[[TermInputs, Config], Tensor] | None = None
-    """Bool (n,): tokens outside the trust region, for the clip metrics; None = the term has metrics of its own."""
+    """Bool (n,): tokens outside the trust region, for the clip metrics; None = `loss_metrics.py` knows the term or has no
+    metric for it."""
 
 
 _EPSILONS = ("epsilon", "epsilon_high")

@@ -25,6 +25,7 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.loss_metrics import objective_metrics
 from igrpo_kernels.losses import TermInputs, times
+from igrpo_kernels.silent_exp import silent_exp
 from igrpo_kernels.types import GRPOLossConfig
 
 
@@ -102,10 +103,10 @@ def objective_and_row_gradients(
 def importance_weight(log_ratio: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """w (n,): exp(d_t), or on the sequence level exp(sum_t d_t / n_tokens) on every row of the sequence."""
     if config.importance_sampling_level == "token":
-        return _Exp.apply(log_ratio)
+        return silent_exp(log_ratio)
     if config.importance_sampling_level == "sequence":
         mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
-        return batch.expand(_Exp.apply(mean_log_ratio))
+        return batch.expand(silent_exp(mean_log_ratio))
     raise ValueError(f"importance_sampling_level={config.importance_sampling_level!r} has no equation here")
 
 
@@ -144,7 +145,7 @@ def per_token_kl(logps: Tensor, ref: Tensor, weight: Tensor, config: GRPOLossCon
     elif config.kl_estimator == "k2":
         kl = 0.5 * x * x
     elif config.kl_estimator == "k3":
-        kl = _Exp.apply(x) - x - 1.0
+        kl = silent_exp(x) - x - 1.0
     else:
         raise ValueError(f"kl_estimator={config.kl_estimator!r} has no equation here")
     return kl * weight if config.use_bias_correction_kl else kl
@@ -232,18 +233,3 @@ def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
 def shapes_the_loss(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """Bool (n,): the rows whose statistics the loss needs, including rows that have no gradient of their own."""
     return batch.mask if coupling(batch, config) == "batch" else may_contribute(batch, config)
-
-
-class _Exp(torch.autograd.Function):
-    """exp whose gradient keeps 0 · exp(large) = 0, so a clipped or dropped row with an infinite ratio stays silent."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        y = x.exp()
-        ctx.save_for_backward(y)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        (y,) = ctx.saved_tensors
-        return torch.where((grad == 0) & y.isinf(), 0.0, grad * y)

@@ -53,3 +53,34 @@ def test_an_empty_sequence_gives_nothing():
     out = grpo_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.ones(2), completion_mask=mask, config=CONFIG)
     out.loss.backward()
     assert out.loss.item() == -0.5 and (logits.grad[1] == 0).all()
+
+
+DROPPED = {
+    "a sampler ratio of 0": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_max": 2.0},
+    "off-policy": {"off_policy_mask_threshold": 0.1},
+}
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("config", DROPPED)
+def test_a_dropped_sequence_is_silent_though_its_ratio_overflows(impl, config):
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids, old = torch.zeros(2, 3, dtype=torch.long), torch.tensor([[-100.0] * 3, [-1.5] * 3])
+    sampling = torch.tensor([[-200.0 if "ratio" in config else 0.0] * 3, [-1.5] * 3])  # its own evidence to drop it
+    out = grpo_loss(
+        logits, ids, torch.tensor([-1.0, 1.0]), old_per_token_logps=old, sampling_per_token_logps=sampling, impl=impl,
+        config=GRPOLossConfig("gmpo", **DROPPED[config]),
+    )  # fmt: skip
+    out.loss.backward()
+    assert out.loss.isfinite() and (logits.grad[0] == 0).all()
+    assert logits.grad.isfinite().all() and (logits.grad[1] != 0).any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_token_without_advantage_is_silent_beside_one_whose_ratio_overflows(impl):
+    logits = torch.randn(1, 2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    old, advantages = torch.tensor([[-1000.0, -1.0]]), torch.tensor([[-1.0, 0.0]])
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    out = grpo_loss(logits, ids, advantages, old_per_token_logps=old, config=CONFIG, impl=impl)
+    out.loss.backward()
+    assert out.loss.item() == math.inf and (logits.grad[0, 1] == 0).all()
