@@ -91,6 +91,7 @@ IGRPO_HOST_DEVICE float slope_inside(bool leaves, float w, const Token& t, const
 // dL/dl, where L = sampler · policy_term + beta · KL. A factor of 0 beats an infinite ratio, as in objective.py.
 IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& p) {
   const float w = expf(t.logp - t.old_logp);
+  if (w != w) return w;  // a NaN shows; fminf and fmaxf would drop it
   float through_w = 0.0f, direct = 0.0f;
   switch (static_cast<PolicyTerm>(p.term)) {  // the bindings refuse a code that is not in the list
     case PolicyTerm::clipped: through_w = -surrogate_slope(w, t.advantage, p); break;

@@ -162,7 +162,8 @@ def token_coefficient(
             ratio_slope += beta * kl
             kl_slope = times(kl_slope, w)
         direct += beta * kl_slope
-    return times(ratio_slope, w) + direct
+    # A NaN shows: tl.minimum and tl.maximum would drop it.
+    return tl.where(w != w, w, times(ratio_slope, w) + direct)
 
 
 @triton.jit(do_not_specialize=_RUN_TIME, do_not_specialize_on_alignment=_POINTERS)
@@ -292,7 +293,7 @@ def token_loss_fwd(
     dtype = compute_dtype(logits.dtype)
     logps, entropy = (torch.empty(layout.count, dtype=dtype, device=logits.device) for _ in range(2))
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, near, num_warps = tile_for("loss", V, logits.itemsize)
+    tile, lanes, near, num_warps = tile_for(V, logits.itemsize)
     if layout.count:
         with on_device(logits):
             token_loss_kernel[(layout.count,)](

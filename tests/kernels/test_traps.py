@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, grpo_loss, selective_log_softmax
+from igrpo_kernels.losses import LOSSES
 from tests.kernels.oracle import (
     IMPLS,
+    LOSS_LEVELS,
     boundary_inputs,
     full_config,
     linear_loss_and_grads,
@@ -191,3 +193,27 @@ def test_a_zero_gradient_would_be_noticed(impl):
         _, grad = loss_and_grad(inputs, GRPOLossConfig(importance_sampling_level=level), impl=impl)
         size = grad.abs().amax(-1)[inputs.completion_mask]
         assert (size > 1e-3 * grad.abs().max()).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+@pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
+def test_a_nan_in_the_old_log_probs_shows_in_the_gradient(impl, loss_type, level, advantage):
+    """min and max of a kernel drop it: its token would get the gradient of a bound, under a loss of NaN."""
+    delta = {"delta": 2.0} if "delta" in LOSSES[loss_type].term.settings else {}
+    options = [{}, {**delta, "beta": 0.1, "importance_sampling_mode": "token_truncate"}]
+    for option in options:
+        config = GRPOLossConfig(loss_type, level, max_completion_length=3, **option)
+        nans = []
+        for name in ("torch", impl):
+            logits = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            old = torch.tensor([[float("nan"), -1.5], [-1.5, -1.5]])
+            out = grpo_loss(
+                logits * 1.0, torch.zeros(2, 2, dtype=torch.long), torch.full((2,), advantage), config=config,
+                old_per_token_logps=old, sampling_per_token_logps=torch.full((2, 2), -1.5) if option else None,
+                ref_per_token_logps=torch.full((2, 2), -1.5) if option else None, impl=name,
+            )  # fmt: skip
+            out.loss.backward()
+            nans.append(logits.grad.isnan().all(-1).tolist())
+        assert nans[1] == nans[0] and nans[0][1] == [False, False]
+        if loss_type != "vespo":  # whose weight takes NaN for 0, as TRL's does
+            assert out.loss.isnan() and nans[0][0][0]
