@@ -1,8 +1,11 @@
 // The operators' schemas, and their CPU implementation. _C_cuda adds a CUDA implementation to the same schemas.
 #include <sys/mman.h>
 
+#include <charconv>
 #include <cstdlib>
 #include <string>
+#include <string_view>
+#include <system_error>
 
 #include "cpu/kept.h"
 #include "cpu/kernels.h"
@@ -30,9 +33,9 @@ struct Cpu {
     if (bytes < kHuge || bytes > limit) return new_pages(logits, shape);
     std::optional<Tensor> found = kept().take(bytes, limit);
     Tensor block = found.has_value() ? std::move(*found) : new_pages(logits, shape);
-    const auto give_back = [block](void*) {
+    const auto give_back = [block, limit](void*) {
       const int64_t size = block.numel() * static_cast<int64_t>(block.element_size());
-      kept().give_back(block, size, kept_limit());
+      kept().give_back(block, size, limit);
     };
     return torch::stable::from_blob(block.data_ptr(), shape, {shape[1] * shape[2], shape[2], 1}, logits.device(),
                                     logits.scalar_type(), give_back);
@@ -46,8 +49,14 @@ struct Cpu {
 
   // Read at every call, as the instruction set is.
   static int64_t kept_limit() {
-    const char* mib = std::getenv("IGRPO_CPU_KEEP_MIB");
-    return (mib == nullptr || *mib == '\0' ? int64_t{2048} : std::strtoll(mib, nullptr, 10)) << 20;
+    const char* variable = std::getenv("IGRPO_CPU_KEEP_MIB");
+    const std::string_view text = variable == nullptr || *variable == '\0' ? "2048" : variable;
+    int64_t mib = -1;
+    const auto [rest, error] = std::from_chars(text.data(), text.data() + text.size(), mib);
+    STD_TORCH_CHECK(error == std::errc() && rest == text.data() + text.size() && mib >= 0 && mib < int64_t{1} << 43,
+                    "IGRPO_CPU_KEEP_MIB=", text, " is not a number of MiB; write a whole number such as 2048, 0 to keep "
+                    "nothing, or leave it out");
+    return mib << 20;
   }
 
   static constexpr int64_t kHuge = int64_t{1} << 21;

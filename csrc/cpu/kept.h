@@ -46,10 +46,11 @@ class Kept {
     trim(limit, gone);
   }
 
-  // Releases what is more than `limit` bytes, now. Returns how many are left.
+  // Releases what is more than `limit` bytes, now. Returns how many are left, -1 where the lock was taken.
   int64_t keep_at_most(int64_t limit) {
     std::vector<Entry> gone;
-    std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock) return -1;
     trim(limit, gone);
     return bytes_;
   }

@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
 ROOT = Path(__file__).resolve().parents[2]
 V = 50_000
 MIB = 2**20
+CXX = shutil.which(os.environ.get("CXX", "c++"))
 
 
 @pytest.fixture(autouse=True)
@@ -222,3 +224,53 @@ def test_a_gradient_goes_to_another_process_and_outlives_inference_mode():
     gradient(seed=1)
     assert torch.equal(grad, bits) and grad.is_shared()
     assert torch.equal(grad.mul_(2), bits * 2)
+
+
+@pytest.mark.parametrize("text", ["abc", "2G", "-1", "7 ", "1e3", str(2**43), "9" * 30])
+def test_a_limit_that_is_no_number_of_mib_is_refused(text, monkeypatch):
+    grad = gradient()
+    monkeypatch.setenv("IGRPO_CPU_KEEP_MIB", text)
+    with pytest.raises(RuntimeError, match=f"IGRPO_CPU_KEEP_MIB={text} is not a number of MiB; write a whole number"):
+        gradient()
+    size = grad.nbytes
+    del grad  # as the limit was when it was made
+    assert kept_bytes() == size
+
+
+WHILE_THE_LOCK_IS_TAKEN = """
+#include <cstdio>
+#include <thread>
+#include "cpu/kept.h"
+
+igrpo::cpu::Kept<struct Block> *all;
+bool asked = false;
+
+struct Block {  // moved while the lock is taken
+  Block() = default;
+  Block(Block&&) { ask(); }
+  Block& operator=(Block&&) { return *this; }
+  static void ask() {
+    if (all == nullptr || asked) return;
+    asked = true;
+    std::thread([] { std::printf("%d ", static_cast<int>(all->keep_at_most(0))); }).join();
+  }
+};
+
+int main() {
+  igrpo::cpu::Kept<Block> kept;
+  kept.give_back(Block(), 8, 8);
+  all = &kept;
+  const bool found = kept.take(8, 8).has_value();
+  std::printf("%d %d", found, static_cast<int>(kept.keep_at_most(0)));
+}
+"""
+
+
+@pytest.mark.skipif(CXX is None, reason="there is no C++ compiler")
+def test_nobody_waits_for_the_lock(tmp_path):
+    """Least of all a forked child: in its copy the lock of another thread would never open."""
+    (tmp_path / "taken.cpp").write_text(WHILE_THE_LOCK_IS_TAKEN)
+    command = [CXX, "-std=c++20", "-pthread", f"-I{ROOT / 'csrc'}", "taken.cpp", "-o", "taken"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    done = subprocess.run([tmp_path / "taken"], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "-1 1 0"
