@@ -200,21 +200,20 @@ class Function:
 
     def trip(self, loop: Loop) -> list[Instruction]:
         """One trip: as described above."""
-
-        def cost(block: int) -> tuple[int, int]:
-            code = self.blocks[block]
-            return -sum(instruction.row_bytes for instruction in code), len(code)
-
-        return [i for b in self._best(loop.header, loop.latches, loop.blocks, cost) for i in self.blocks[b]]
+        return self._way(loop.header, loop.latches, loop.blocks)
 
     def straight(self) -> list[Instruction]:
         """The same for a whole function: from its start to an exit."""
+        return self._way(0, self.exits, frozenset(self.order))
+
+    def _way(self, start: int, ends: tuple[int, ...], inside: frozenset[int]) -> list[Instruction]:
+        """The way that moves the most bytes of rows, and of those the one with the fewest instructions."""
 
         def cost(block: int) -> tuple[int, int]:
             code = self.blocks[block]
             return -sum(instruction.row_bytes for instruction in code), len(code)
 
-        return [i for b in self._best(0, self.exits, frozenset(self.order), cost) for i in self.blocks[b]]
+        return [i for b in self._best(start, ends, inside, cost) for i in self.blocks[b]]
 
     @cached_property
     def exits(self) -> tuple[int, ...]:

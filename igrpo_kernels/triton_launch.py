@@ -20,24 +20,20 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-# kernel -> (columns per lane group when V is large, warps). One known-good choice each; nothing is tuned at run time.
-_TILES = {
-    "statistics": (4, 8),
-    "gradient": (4, 8),
-    "loss": (4, 8),
-}
+# Columns per lane group when V is large, and warps: one known-good choice; nothing is tuned at run time.
+_DEPTH, _WARPS = 4, 8
 _WARP = 32
 
 
-def tile_for(kernel: str, vocab_size: int, itemsize: int) -> Tile:
-    """The tile of a kernel for rows of `vocab_size` columns: a thread loads 16 bytes at a time where V allows."""
-    depth, warps = _TILES[kernel]
+def tile_for(vocab_size: int, itemsize: int) -> Tile:
+    """The tile of every kernel for rows of `vocab_size` columns: a thread loads 16 bytes at a time where V allows."""
+    warps = _WARPS
     per_thread = max(16 // itemsize, 1)
     width = triton.next_power_of_2(vocab_size)
     while warps > 1 and _WARP * warps * per_thread > width:
         warps //= 2
     lanes = min(_WARP * warps * per_thread, width)
-    tile = min(depth, triton.next_power_of_2(triton.cdiv(vocab_size, lanes)))
+    tile = min(_DEPTH, triton.next_power_of_2(triton.cdiv(vocab_size, lanes)))
     return Tile(tile, lanes, min(per_thread, lanes), warps)
 
 

@@ -82,7 +82,7 @@ def row_statistics_fwd(
     logps, row_max, log_sum = (torch.empty(rows.count, dtype=dtype, device=logits.device) for _ in range(3))
     entropy = torch.empty(rows.count if with_entropy else 0, dtype=dtype, device=logits.device)
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, near, num_warps = tile_for("statistics", V, logits.itemsize)
+    tile, lanes, near, num_warps = tile_for(V, logits.itemsize)
     if rows.count:
         with on_device(logits):
             row_statistics_kernel[(rows.count,)](
@@ -196,7 +196,7 @@ def row_gradient_bwd(
         grad_entropy = None
     rows, grad_rows, V = RowStrides.of(logits), RowStrides.of(grad), logits.shape[-1]
     inner, outer, capped = transform_factors(transform)
-    tile, lanes, _, num_warps = tile_for("gradient", V, logits.itemsize)
+    tile, lanes, _, num_warps = tile_for(V, logits.itemsize)
     if rows.count:
         with on_device(logits):
             row_gradient_kernel[(rows.count,)](

@@ -168,7 +168,7 @@ def scale_(
 ) -> None:
     """grad *= factor, skipped on the device when factor is 1."""
     rows, V = RowStrides.of(grad), grad.shape[-1]
-    tile, lanes, _, num_warps = tile_for("gradient", V, grad.itemsize)
+    tile, lanes, _, num_warps = tile_for(V, grad.itemsize)
     if rows.count:
         with on_device(grad):
             scale_kernel[(rows.count * triton.cdiv(V, tile * lanes),)](

@@ -66,7 +66,9 @@ class GRPOLossConfig:
     Names, defaults and formulas are TRL 1.16's, with three deliberate differences: `loss_type` defaults to "grpo";
     TRL's `vllm_importance_sampling_*` keys lose their prefix, and since there is no `use_vllm` switch here the
     correction is off until `importance_sampling_mode` names one; `max_completion_length` has no default because a
-    guessed loss denominator is worse than an error. A key that the chosen loss would silently ignore is an error.
+    guessed loss denominator is worse than an error. A `delta`, a `dual_clip`, a level or a mode
+    that the chosen loss does not have is an error; epsilons, `sapo_*`, `vespo_*` and `max_completion_length` of other
+    losses are ignored.
 
     Every value is a run-time argument of the kernels: changing one between calls compiles nothing.
 
@@ -81,11 +83,12 @@ class GRPOLossConfig:
     """"token": one ratio per token. "sequence" (GSPO): exp of the sequence's mean log-ratio, shared by its tokens."""
 
     epsilon: float = 0.2
-    """Lower clip distance: ratios below 1 - epsilon are clipped when the advantage is negative."""
+    """Lower clip distance. What the two epsilons bound is the column "[low, high]" in docs/algorithm.md: most losses clip
+    ratios below 1 - epsilon where the advantage is negative; cispo, sapo and vespo have no lower bound."""
 
     epsilon_high: float | None = None
     """Upper clip distance, None = `epsilon`. For cispo it is the bound on the ratio itself, not a distance from 1; for
-    dppo_tv and dppo_kl both are bounds on how far a token's probability may move."""
+    dppo_tv and dppo_kl both are bounds on how far a token's probability may move; for gmpo on its log-ratio."""
 
     delta: float | None = None
     """Upper bound on the unclipped ratio (two-sided clipping, INTELLECT-2); useful values exceed 1 + epsilon_high."""

@@ -58,8 +58,8 @@ def triton_grpo_loss(
 ) -> tuple:
     """GRPO loss from logits, row t predicting completion_ids[:, t]; the last row of `logits` is not used.
 
-    Equations: `importance_weight`, `clipped_surrogate` (or the loss type's), `per_token_kl` and `reduce_loss` of
-    docs/api.md.
+    Equations: the loss type's row of the table in docs/algorithm.md, `importance_weight`, `per_token_kl` and
+    `reduce_loss` in `igrpo_kernels/objective.py`.
 
     Args: as in Liger. Any float dtype of logits; fp32 log-probabilities in nats; a mask of 0 and 1.
         old_logp: None = those of `logits`, so that every ratio is 1.

@@ -27,8 +27,7 @@ class PolicyLoss(torch.nn.Module):
     """Clipped PPO or GSPO loss on log-probabilities. Arguments and defaults are OpenRLHF's.
 
     What differs: `is_correction_gating` other than "ratio" is refused, and what stands under the mask, NaN included,
-    changes nothing; a batch that is masked whole gives 0. Equations: `importance_weight` and `clipped_surrogate` of
-    docs/api.md.
+    changes nothing; a batch that is masked whole gives 0. Equations: row "grpo" of the table in docs/algorithm.md.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high].
