@@ -147,9 +147,10 @@ def linear_grpo_loss(
             hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
         lengths: of the sequences of cu_seqlens, where the host knows them (completion_mask must be None). With
             gradients every token then gets its full work, whether it contributes or not, and the host never waits for
-            the device; without gradients, in fp16, inside torch.compile and with process_group it may. On CUDA that is
-            so without them, too, unless completion_mask or compute_metrics=False asks for rows to be dropped (one
-            wait), or several chunks of coupled sequences need their borders (one more).
+        lengths: of the sequences of cu_seqlens, where the host knows them. Every token then gets its full work
+            (completion_mask must be None), whether it contributes or not, and the host never waits for the device. On
+            CUDA that is so without them, too, unless completion_mask or compute_metrics=False asks for rows to be
+            dropped (one wait), or several chunks of coupled sequences need their borders (one more).
         inplace: has no effect here: the chunk buffers are this function's own.
         Everything else: see `grpo_loss`, including the denominators.
 

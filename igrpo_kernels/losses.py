@@ -178,8 +178,8 @@ class Term(NamedTuple):
     """Whether the sampler's ratio is part of it; it multiplies every other term."""
 
     leaves: Callable[[TermInputs, Config], Tensor] | None = None
-    """Bool (n,): tokens outside the trust region, for the clip metrics; None = `loss_metrics.py` knows the term or has no
-    metric for it."""
+    """Bool (n,): tokens outside the trust region, for the clip metrics; None = `loss_metrics.py` knows the term or
+    has no metric for it."""
 
 
 _EPSILONS = ("epsilon", "epsilon_high")

@@ -83,8 +83,8 @@ class GRPOLossConfig:
     """"token": one ratio per token. "sequence" (GSPO): exp of the sequence's mean log-ratio, shared by its tokens."""
 
     epsilon: float = 0.2
-    """Lower clip distance. What the two epsilons bound is the column "[low, high]" in docs/algorithm.md: most losses clip
-    ratios below 1 - epsilon where the advantage is negative; cispo, sapo and vespo have no lower bound."""
+    """Lower clip distance. What the two epsilons bound is the column "[low, high]" in docs/algorithm.md: most losses
+    clip ratios below 1 - epsilon where the advantage is negative; cispo, sapo and vespo have no lower bound."""
 
     epsilon_high: float | None = None
     """Upper clip distance, None = `epsilon`. For cispo it is the bound on the ratio itself, not a distance from 1; for

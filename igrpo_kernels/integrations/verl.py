@@ -38,9 +38,9 @@ def policy_loss(
 
     `config` decides the policy term; how tokens are added up stays with verl (`loss_agg_mode`), and so do its clip
     keys' places: `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the actor have no effect on this loss.
-    `aggregate` replaces verl's `agg_loss`. Equations: the loss type's row of the table in docs/algorithm.md; log-probabilities
-    in nats. As in verl, a token's log-ratio is held inside ±20, and importance_sampling_level="sequence" is GSPO-token:
-    w = sg(s)·exp(l - sg(l)) with the sequence's ratio s.
+    `aggregate` replaces verl's `agg_loss`. Equations: the loss type's row of the table in docs/algorithm.md;
+    log-probabilities in nats. As in verl, a token's log-ratio is held inside ±20, and
+    importance_sampling_level="sequence" is GSPO-token: w = sg(s)·exp(l - sg(l)) with the sequence's ratio s.
 
     Returns:
         f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
