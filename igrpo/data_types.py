@@ -123,6 +123,12 @@ class TrainingSample:
     advantage: float
     masked: bool = False
     """True: no token of it counts in the loss (a cut completion under ``mask_truncated_completions``)."""
+    positive: bool = False
+    """Its reward is above 0."""
+    prompt_length: int = 0
+    """Completion tokens that count, of all completions of its prompt."""
+    opens_prompt: bool = False
+    """The first completion of its prompt: so many prompts are counted."""
 
 
 def content_text(content: Any) -> str | None:

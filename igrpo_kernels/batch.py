@@ -66,6 +66,15 @@ class TokenBatch:
     sampling_per_token_logps: Tensor | None = None
     """(n,) compute dtype: log-probs the sampler reported; NaN where it reported none."""
 
+    loss_weights: Tensor | None = None
+    """(n,) compute dtype: factor of each token's loss."""
+
+    nll_weights: Tensor | None = None
+    """(n,) compute dtype: weight of each token's -log-prob, on top of the loss."""
+
+    prompt_lengths: Tensor | None = None
+    """(S,) compute dtype: tokens of all completions of the sequence's prompt."""
+
     @classmethod
     def build(
         cls,
@@ -77,12 +86,14 @@ class TokenBatch:
         old_per_token_logps: Tensor | None = None,
         ref_per_token_logps: Tensor | None = None,
         sampling_per_token_logps: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        nll_weights: Tensor | None = None,
+        prompt_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Sequence[int] | None = None,
     ) -> "TokenBatch":
         """Validate and flatten. Shapes as in `grpo_loss`; raises ValueError naming the offending shapes."""
         _check_layout(completion_ids, cu_seqlens)
-        shape, device, n = tuple(completion_ids.shape), completion_ids.device, completion_ids.numel()
         per_token = {
             "completion_mask": completion_mask,
             "old_per_token_logps": old_per_token_logps,
@@ -91,42 +102,40 @@ class TokenBatch:
         }
         for name, x in per_token.items():
             _check_per_token(name, x, completion_ids)
-
         if lengths is not None:
-            _check_lengths(lengths, n, cu_seqlens, completion_mask)
-        if cu_seqlens is None:
-            num_sequences = shape[0]
-            seq_id = torch.arange(num_sequences, device=device)[:, None].expand(shape).reshape(n)
-            in_sequence = torch.ones(n, dtype=torch.bool, device=device)
-        else:
-            num_sequences, cu_seqlens = cu_seqlens.numel() - 1, cu_seqlens.to(torch.int64)
-            row = torch.arange(n, device=device)
-            seq_id = torch.bucketize(row, cu_seqlens[1:], right=True).clamp(max=max(num_sequences - 1, 0))
-            in_sequence = (row >= cu_seqlens[0]) & (row < cu_seqlens[-1])
+            _check_lengths(lengths, completion_ids.numel(), cu_seqlens, completion_mask)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
+        num_sequences, seq_id, in_sequence = _sequences(completion_ids, cu_seqlens)
         mask = in_sequence if completion_mask is None else in_sequence & (completion_mask.reshape(-1) != 0)
 
         def neutral(x: Tensor | None) -> Tensor | None:
             return None if x is None else torch.where(mask, x.detach().reshape(-1).to(dtype), 0.0)
 
-        per_sequence = _advantages_are_per_sequence(advantages, completion_ids, num_sequences)
-        unmasked = _segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences)
-        advantage_rows = advantages.detach()[seq_id] if per_sequence else advantages
-        sequence_advantages = advantages.detach().to(dtype) if per_sequence else None
+        def on_rows(name: str, x: Tensor | None) -> Tensor | None:
+            if x is None or not _is_per_sequence(name, x, completion_ids, num_sequences):
+                return neutral(x)
+            return neutral(x.detach()[seq_id])
+
+        per_sequence = _is_per_sequence("advantages", advantages, completion_ids, num_sequences)
+        _check_prompt_lengths(prompt_lengths, completion_ids, num_sequences)
         return cls(
             index=torch.where(mask, completion_ids.reshape(-1).to(torch.int64), 0),
             mask=mask,
             seq_id=seq_id,
             num_sequences=num_sequences,
-            advantages=neutral(advantage_rows),
-            sequence_advantages=sequence_advantages,
-            lengths=unmasked,
+            advantages=on_rows("advantages", advantages),
+            sequence_advantages=advantages.detach().to(dtype) if per_sequence else None,
+            lengths=_segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences),
             cu_seqlens=cu_seqlens,
-            shape=shape,
+            shape=tuple(completion_ids.shape),
             lengths_on_host=None if lengths is None else tuple(lengths),
             whole=completion_mask is None,
             old_per_token_logps=neutral(old_per_token_logps),
             ref_per_token_logps=neutral(ref_per_token_logps),
             sampling_per_token_logps=neutral(sampling_per_token_logps),
+            loss_weights=on_rows("loss_weights", loss_weights),
+            nll_weights=on_rows("nll_weights", nll_weights),
+            prompt_lengths=None if prompt_lengths is None else prompt_lengths.detach().to(dtype),
         )
 
     def segment_sum(self, x: Tensor) -> Tensor:
@@ -142,6 +151,18 @@ class TokenBatch:
     def masked(self, x: Tensor) -> Tensor:
         """(n,) rows with masked rows set to 0, in value and in gradient, even if they hold NaN."""
         return torch.where(self.mask, x, 0.0)
+
+
+def _sequences(completion_ids: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor, Tensor]:
+    """S, and of each row the number of its sequence (n,) and whether it is in one (n,) bool."""
+    n, device = completion_ids.numel(), completion_ids.device
+    if cu_seqlens is None:
+        count = completion_ids.shape[0]
+        seq_id = torch.arange(count, device=device)[:, None].expand(completion_ids.shape).reshape(n)
+        return count, seq_id, torch.ones(n, dtype=torch.bool, device=device)
+    row, count = torch.arange(n, device=device), cu_seqlens.numel() - 1
+    seq_id = torch.bucketize(row, cu_seqlens[1:], right=True).clamp(max=max(count - 1, 0))
+    return count, seq_id, (row >= cu_seqlens[0]) & (row < cu_seqlens[-1])
 
 
 def values_may_be_read(x: Tensor) -> bool:
@@ -307,15 +328,27 @@ def _check_device(name: str, x: Tensor, completion_ids: Tensor) -> None:
         raise ValueError(f"{name} is on {x.device} but completion_ids is on {completion_ids.device}; move it there")
 
 
-def _advantages_are_per_sequence(advantages: Tensor, completion_ids: Tensor, num_sequences: int) -> bool:
-    _check_device("advantages", advantages, completion_ids)
-    if not advantages.is_floating_point():
-        raise ValueError(f"advantages must be a floating-point tensor, got {advantages.dtype}")
-    if tuple(advantages.shape) == (num_sequences,):
+def _check_prompt_lengths(x: Tensor | None, completion_ids: Tensor, num_sequences: int) -> None:
+    if x is None:
+        return
+    _check_device("prompt_lengths", x, completion_ids)
+    if tuple(x.shape) != (num_sequences,) or x.dtype == torch.bool or x.is_complex():
+        raise ValueError(
+            f"prompt_lengths must be one number per sequence ({num_sequences},), got {tuple(x.shape)} of {x.dtype}: "
+            "the tokens of all completions of the sequence's prompt"
+        )
+
+
+def _is_per_sequence(name: str, x: Tensor, completion_ids: Tensor, num_sequences: int) -> bool:
+    """Whether x is (S,), and not one value per token."""
+    _check_device(name, x, completion_ids)
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if tuple(x.shape) == (num_sequences,):
         return True
-    if advantages.shape == completion_ids.shape:
+    if x.shape == completion_ids.shape:
         return False
     raise ValueError(
-        f"advantages has shape {tuple(advantages.shape)}; with completion_ids {tuple(completion_ids.shape)} it must "
-        f"be one per sequence ({num_sequences},) or one per token {tuple(completion_ids.shape)}"
+        f"{name} has shape {tuple(x.shape)}; with completion_ids {tuple(completion_ids.shape)} it must be one per "
+        f"sequence ({num_sequences},) or one per token {tuple(completion_ids.shape)}"
     )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.objective import coupling, entropy_slope, reduction_weights, rows, sampler_ratio
+from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, reduction_weights
 from igrpo_kernels.source_hash import source_hash
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -60,18 +60,18 @@ class CompiledRows:
 
     def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
         """Whether dloss/dl of a row follows from that row's logits and constants known beforehand."""
-        sampled = config.importance_sampling_mode is not None and batch.sampling_per_token_logps is not None
-        sampler_ratio_follows_logps = sampled and batch.old_per_token_logps is None
-        return config.loss.term.one_pass and coupling(batch, config) == "token" and not sampler_ratio_follows_logps
+        corrects = config.importance_sampling_mode is not None or config.rollout_rs is not None
+        sampled = corrects and batch.sampling_per_token_logps is not None
+        factor_follows_logps = sampled and batch.old_per_token_logps is None
+        one_pass = config.loss.term.one_pass and config.kl_tau == 0.0 and batch.nll_weights is None
+        return one_pass and coupling(batch, config) == "token" and not factor_follows_logps
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, ...]:
         """index, mask, advantages, loss weights, old, ref, sampler ratio, dloss/dentropy; each (n,) or None."""
-        old, sampler = batch.old_per_token_logps, None
-        if old is not None:
-            sampler = sampler_ratio(old, batch, config)
-            sampler = None if sampler is None else rows(sampler, batch, config).contiguous()
+        old = batch.old_per_token_logps
+        sampler = None if old is None else policy_factor(old, batch, config)
         slope = entropy_slope(batch, config)
         return (
             batch.index,

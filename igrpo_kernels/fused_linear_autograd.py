@@ -17,6 +17,7 @@ from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.fused_loss import LossRows, with_gradients
 from igrpo_kernels.impls import IMPLS
 from igrpo_kernels.lm_head import HeadPlan
+from igrpo_kernels.loss_checks import NAMES
 from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.side_stream import may_ask
@@ -255,20 +256,19 @@ def _no_none(gradients: list[Tensor | None], hidden: Tensor) -> list[Tensor]:
     return [grad_hidden, *(g.to(dtype) for g in others)]
 
 
-_CONFIG_NAMES = ("loss_type", "importance_sampling_level", "importance_sampling_mode", "kl_estimator")
-_CONFIG_NUMBERS = tuple(f.name for f in fields(GRPOLossConfig) if f.name not in _CONFIG_NAMES)
+_CONFIG_NUMBERS = tuple(f.name for f in fields(GRPOLossConfig) if f.name not in NAMES)
 
 
 def _config_arguments(config: GRPOLossConfig) -> tuple[str, list[float]]:
     """A configuration as operator arguments: its names, then its numbers (NaN = None)."""
     numbers = [getattr(config, name) for name in _CONFIG_NUMBERS]
     return (
-        ",".join(getattr(config, name) or "" for name in _CONFIG_NAMES),
+        "|".join(str(getattr(config, name) or "") for name in NAMES),
         [float("nan") if x is None else float(x) for x in numbers],
     )
 
 
 def _config(names: str, numbers: Sequence[float]) -> GRPOLossConfig:
-    given = {name: value or None for name, value in zip(_CONFIG_NAMES, names.split(","), strict=True)}
+    given = {name: value or None for name, value in zip(NAMES, names.split("|"), strict=True)}
     given |= {name: None if x != x else x for name, x in zip(_CONFIG_NUMBERS, numbers, strict=True)}
     return GRPOLossConfig(**{**given, "use_bias_correction_kl": bool(given["use_bias_correction_kl"])})

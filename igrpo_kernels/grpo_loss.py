@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
 from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.impls import resolve_impl
+from igrpo_kernels.losses import PROMPT_MEAN
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
 from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
 
@@ -23,6 +24,9 @@ def grpo_loss(
     old_per_token_logps: Tensor | None = None,  # shape of completion_ids
     ref_per_token_logps: Tensor | None = None,  # shape of completion_ids
     sampling_per_token_logps: Tensor | None = None,  # shape of completion_ids
+    loss_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
+    nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
+    prompt_lengths: Tensor | None = None,  # (B,) | (S,)
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
     process_group: ProcessGroup | None = None,
@@ -44,9 +48,15 @@ def grpo_loss(
         old_per_token_logps: log-probs of the policy that started the update; None = the current ones (ratio 1).
         ref_per_token_logps: log-probs of the reference model; required when config.beta != 0.
         sampling_per_token_logps: log-probs the sampler reported, NaN where unknown. Used by importance_sampling_mode,
-            off_policy_mask_threshold and the `sampling/...` metrics.
+            off_policy_mask_threshold, rollout_rs, kl_tau and the `sampling/...` metrics.
+        loss_weights: factor of each token's loss, policy term, KL and all, but not of the entropy bonus; float, shaped
+            as `advantages`. None = 1. The denominators do not change.
+        nll_weights: adds sum of nll_weights · (-log-prob) to the loss, divided by nothing; float, shaped as
+            `advantages`. NLL on good answers with weight mu: mu / (their tokens in the step), 0 elsewhere.
+        prompt_lengths: with prompt_mean: tokens of all completions of the sequence's prompt in the optimiser step.
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
-        num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens.
+        num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens. With
+            prompt_mean: the step's prompts; None = those that this call holds, a part of a prompt for that part.
         process_group: `logits` hold this rank's contiguous columns of a vocabulary spread over the group in rank order,
             everything else is the same on every rank, ids included, which stay global. Every rank gets the loss,
             metrics, log-probs and entropies of the whole rows, to the last bit the same, and its own columns'
@@ -70,12 +80,13 @@ def grpo_loss(
     Denominators. No collective is ever issued and no accumulation factor is applied. What each loss_type divides by,
     and what makes the sum over the micro-batches of all ranks exactly the loss of the whole step, is a column each of
     the table in docs/algorithm.md: scale a loss that divides by its own sequences or tokens with its share of the
-    step's; for the others pass num_items_in_batch = the step's tokens, and add.
+    step's; for the others pass num_items_in_batch = the step's tokens (or prompts), and add.
 
     Where gradients are averaged over W ranks (DDP, FSDP), multiply by W (or pass n_total / W). The entropy bonus is a
     mean over this call's n tokens whatever the loss type; to make it exact as well, scale entropy_coef by
-    (n / n_total) divided by the factor applied to the loss. top_entropy_quantile is taken per call. A sequence must
-    not be split over calls: sequence ratios, n_b and OPSM need all its tokens.
+    (n / n_total) divided by the factor applied to the loss. The factor multiplies the NLL as well: divide nll_weights
+    by it. top_entropy_quantile, clip_cov and kl_cov rank the tokens of a call. A sequence must not be split over calls:
+    sequence ratios, n_b, OPSM and rejection need all its tokens.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit (with the shapes), ids outside the vocabulary (on the CPU;
@@ -95,6 +106,9 @@ def grpo_loss(
         old_per_token_logps=old_per_token_logps,
         ref_per_token_logps=ref_per_token_logps,
         sampling_per_token_logps=sampling_per_token_logps,
+        loss_weights=loss_weights,
+        nll_weights=nll_weights,
+        prompt_lengths=prompt_lengths,
         cu_seqlens=cu_seqlens,
     )
     columns = logits.shape[-1]
@@ -122,6 +136,9 @@ def linear_grpo_loss(
     old_per_token_logps: Tensor | None = None,  # shape of completion_ids
     ref_per_token_logps: Tensor | None = None,  # shape of completion_ids
     sampling_per_token_logps: Tensor | None = None,  # shape of completion_ids
+    loss_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
+    nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
+    prompt_lengths: Tensor | None = None,  # (B,) | (S,)
     cu_seqlens: Tensor | None = None,  # (S+1,)
     lengths: Sequence[int] | None = None,  # (S,)
     num_items_in_batch: Tensor | float | None = None,
@@ -176,6 +193,9 @@ def linear_grpo_loss(
         old_per_token_logps=old_per_token_logps,
         ref_per_token_logps=ref_per_token_logps,
         sampling_per_token_logps=sampling_per_token_logps,
+        loss_weights=loss_weights,
+        nll_weights=nll_weights,
+        prompt_lengths=prompt_lengths,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
     )
@@ -203,10 +223,21 @@ def _output(rows: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]], batch: Token
 def _check_config_inputs(config: GRPOLossConfig, batch: TokenBatch, num_items_in_batch: Tensor | float | None) -> None:
     if config.beta != 0.0 and batch.ref_per_token_logps is None:
         raise ValueError(f"beta={config.beta} needs ref_per_token_logps, got None; pass them or set beta=0.0")
-    if config.importance_sampling_mode is not None and batch.sampling_per_token_logps is None:
+    for name in ("importance_sampling_mode", "rollout_rs"):
+        if getattr(config, name) is not None and batch.sampling_per_token_logps is None:
+            raise ValueError(
+                f"{name}={getattr(config, name)!r} needs sampling_per_token_logps, got None; pass them or set "
+                f"{name}=None"
+            )
+    if config.kl_tau and batch.sampling_per_token_logps is None and batch.old_per_token_logps is None:
         raise ValueError(
-            f"importance_sampling_mode={config.importance_sampling_mode!r} needs sampling_per_token_logps, got None; "
-            "pass them or set importance_sampling_mode=None"
+            f"kl_tau={config.kl_tau} needs sampling_per_token_logps or old_per_token_logps, got neither; pass them or "
+            "set kl_tau=0.0"
+        )
+    if config.loss.reduction is PROMPT_MEAN and batch.prompt_lengths is None:
+        raise ValueError(
+            f"loss_type={config.loss_type!r} needs prompt_lengths (S,), the tokens of all completions of each "
+            "sequence's prompt, got None"
         )
     if isinstance(num_items_in_batch, Tensor) and num_items_in_batch.numel() != 1:
         raise ValueError(f"num_items_in_batch must be one number, got shape {tuple(num_items_in_batch.shape)}")

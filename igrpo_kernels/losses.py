@@ -1,8 +1,8 @@
 """The table of losses: what each `loss_type` computes, beside the line that computes it, and how it is reduced.
 
 A policy term gives the loss per token (n,) from l policy, o old policy, d = l - o, w importance weight and A advantages
-before gates, sampler ratio and KL (`objective.py`). It is a multiple of A: rows without one are left out of the work.
-Losses of one term differ in what epsilon means and in the reduction.
+before gates, sampler ratio and KL (`objective.py`). It is a multiple of A, unless it says `of_advantage=False`: rows
+without one are left out of the work. Losses of one term differ in what epsilon means and in the reduction.
 
 Adding a loss: a row in LOSSES and, if it needs one, a term. It then works everywhere, in two passes over the logits.
 For one pass its slope dL/dl joins `policy_slopes` in `triton_math.py` and in `csrc/token_objective.h`, and the term
@@ -23,9 +23,14 @@ if TYPE_CHECKING:
 Config = Any  # GRPOLossConfig, which reads this table
 Batch = Any  # TokenBatch
 
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence")
-IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
+IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "seq-mask-tis")
 KL_ESTIMATORS = ("k1", "k2", "k3")
+ROLLOUT_RS = (
+    "token_k1", "token_k2", "token_k3", "seq_sum_k1", "seq_sum_k2", "seq_sum_k3",
+    "seq_mean_k1", "seq_mean_k2", "seq_mean_k3", "seq_max_k2", "seq_max_k3",
+)  # fmt: skip
+"""What a token or a sequence is rejected by; the equations are in `rejection.py`."""
 
 _VESPO_LOG_RATIO_LIMIT = 20.0
 _VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
@@ -153,6 +158,58 @@ def gmpo_leaves(x: TermInputs, config: Config) -> Tensor:
     return (above & (x.advantages > 0)) | (below & (x.advantages < 0))
 
 
+def topr(x: TermInputs, config: Config) -> Tensor:
+    """-A·l where A > 0, else -stop_gradient(clip(w, 0, 1))·A·l"""
+    weight = x.weight.detach()
+    weight = weight.clamp(max=1.0).masked_fill((x.advantages > 0) & (weight == weight), 1.0)
+    return -times(weight * x.advantages, x.logps)
+
+
+def dro(x: TermInputs, config: Config) -> Tensor:
+    """-A·l + dro_beta/2·d²"""
+    from igrpo_kernels.silent_exp import silent_square
+
+    return -times(x.advantages, x.logps) + 0.5 * config.dro_beta * silent_square(x.log_ratio)
+
+
+def clip_cov(x: TermInputs, config: Config) -> Tensor:
+    """-min(w·A, clip(w, low, high)·A), but 0 for clip_cov_ratio·n tokens of this call, drawn from those that are not
+    clipped and have clip_cov_lb < (A - mean A)·(l - mean l) < clip_cov_ub.
+    """
+    return clipped(x, config).masked_fill(clip_cov_leaves(x, config), 0.0)
+
+
+def clip_cov_leaves(x: TermInputs, config: Config) -> Tensor:
+    """Bool (n,): the tokens that were drawn, at least one where there is one to draw; the same for the same ids."""
+    beyond = (x.weight > config.clip_high) & (x.advantages > 0) | (x.weight < config.clip_low) & (x.advantages < 0)
+    covariance = _covariance(x)
+    drawn_from = x.batch.mask & ~beyond & (covariance > config.clip_cov_lb) & (covariance < config.clip_cov_ub)
+    # No generator: whoever asks twice gets the same tokens, padded or packed.
+    lot = (x.batch.index * 0x5851F42D + x.batch.mask.cumsum(0) * 0x9E3779B1) % 0x7FFFFFFF * 0x2545F491 % 0x7FFFFFFF
+    return drawn_from & _first(lot.masked_fill(~drawn_from, 0x7FFFFFFF), config.clip_cov_ratio, x.batch)
+
+
+def kl_cov(x: TermInputs, config: Config) -> Tensor:
+    """-w·A, and + ppo_kl_coef·|d| for the kl_cov_ratio·n tokens of this call with the largest
+    (A - mean A)·(l - mean l).
+    """
+    largest = x.batch.mask & _first(-_covariance(x).masked_fill(~x.batch.mask, -math.inf), config.kl_cov_ratio, x.batch)
+    return -times(x.advantages, x.weight) + config.ppo_kl_coef * x.log_ratio.abs().masked_fill(~largest, 0.0)
+
+
+def _covariance(x: TermInputs) -> Tensor:
+    """(A - mean A)·(l - mean l) (n,), the means over this call's tokens."""
+    count = x.batch.mask.sum().clamp(min=1)
+    logps = x.logps.detach()
+    return (x.advantages - x.advantages.sum() / count) * (logps - logps.sum() / count)
+
+
+def _first(key: Tensor, share: float, batch: Batch) -> Tensor:
+    """Bool (n,): the rows with the smallest keys, that share of the unmasked ones, rounded down, but at least one."""
+    count = (batch.mask.sum().double() * share).floor().clamp(min=1.0)
+    return key.argsort(stable=True).argsort() < count
+
+
 class Term(NamedTuple):
     """A policy term."""
 
@@ -168,8 +225,11 @@ class Term(NamedTuple):
     one_pass: bool = False
     """Whether the kernels know its slope, so that one pass over the logits gives the gradient."""
 
-    couples_sequence: bool = False
-    """Whether a token's term needs the log-probabilities of its whole sequence."""
+    couples: str = "token"
+    """Whose log-probabilities a token's term needs: its own ("token"), its "sequence"'s, the "batch"'s."""
+
+    of_advantage: bool = True
+    """Whether it is a multiple of A, so that a token without an advantage has no gradient."""
 
     levels: tuple[str, ...] = IMPORTANCE_SAMPLING_LEVELS
     """Values of importance_sampling_level that it can be combined with."""
@@ -183,19 +243,27 @@ class Term(NamedTuple):
 
 
 _EPSILONS = ("epsilon", "epsilon_high")
+_CONSTANT = ("token", "sequence")  # where w is a constant, a gradient of its own for each token is none
 CLIPPED = Term("clipped", clipped, (*_EPSILONS, "delta", "dual_clip"), one_pass=True)
-CISPO = Term("cispo", cispo, _EPSILONS, one_pass=True)
+CISPO = Term("cispo", cispo, _EPSILONS, one_pass=True, levels=_CONSTANT)
 SAPO = Term("sapo", sapo, ("sapo_temperature_neg", "sapo_temperature_pos"), one_pass=True)
 VESPO = Term(
     "vespo", vespo, ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
-    couples_sequence=True, levels=("token",), takes_sampler=True,
+    couples="sequence", levels=("token",), takes_sampler=True,
 )  # fmt: skip
 
 
 _DPPO = {"settings": (*_EPSILONS, "delta"), "one_pass": True, "levels": ("token",)}
 DPPO_TV = Term("dppo_tv", dppo_tv, leaves=dppo_tv_leaves, **_DPPO)
 DPPO_KL = Term("dppo_kl", dppo_kl, leaves=dppo_kl_leaves, **_DPPO)
-GMPO = Term("gmpo", gmpo, _EPSILONS, couples_sequence=True, levels=("token",), leaves=gmpo_leaves)
+GMPO = Term("gmpo", gmpo, _EPSILONS, couples="sequence", levels=("token",), leaves=gmpo_leaves)
+TOPR = Term("topr", topr, (), levels=_CONSTANT)
+DRO = Term("dro", dro, ("dro_beta",), levels=("token",), of_advantage=False)
+_COV = {"couples": "batch", "levels": ("token",)}
+CLIP_COV = Term(
+    "clip_cov", clip_cov, (*_EPSILONS, "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), leaves=clip_cov_leaves, **_COV
+)
+KL_COV = Term("kl_cov", kl_cov, ("kl_cov_ratio", "ppo_kl_coef"), of_advantage=False, **_COV)
 
 
 # ---- what epsilon and epsilon_high say: (low, high) from both
@@ -216,7 +284,7 @@ def around_zero(epsilon: float, epsilon_high: float) -> tuple[float, float]:
     return -epsilon, epsilon_high
 
 
-# ---- reductions: weight of each sequence's tokens (S,), from their number n_b, S (empty ones included), num_items
+# ---- reductions: weight of each sequence's tokens (S,), from the batch, the configuration and num_items
 
 
 class Reduction(NamedTuple):
@@ -226,19 +294,29 @@ class Reduction(NamedTuple):
     to_accumulate: str
     """What makes the sum over micro-batches exact; S_total and n_total count the whole optimiser step."""
 
-    weights: Callable[[Tensor, int, Config, Any], Tensor]
+    weights: Callable[[Batch, Config, Any], Tensor]
     share: Callable[[float, float, float, float], float]
     """Factor of a micro-batch's loss, from its S and n and those of the whole step."""
+    items: str = "tokens"
+    """What num_items_in_batch counts."""
 
 
-def _of_tokens(lengths: Tensor, num_items: Tensor | float | None) -> Tensor:
+def _sequences(batch: Batch) -> int:
+    return max(batch.num_sequences, 1)
+
+
+def _of_items(batch: Batch, num_items: Tensor | float | None) -> Tensor:
+    lengths = batch.lengths
     if num_items is None:
-        denominator = lengths.sum()
+        num_items = lengths.sum()
     elif isinstance(num_items, int | float):
-        denominator = lengths.new_full((), num_items)
-    else:
-        denominator = num_items.to(lengths).reshape(())
-    return lengths.new_ones(lengths.shape) / denominator.clamp(min=1.0)
+        num_items = lengths.new_full((), num_items)
+    return lengths.new_ones(lengths.shape) / num_items.to(lengths).reshape(()).clamp(min=1.0)
+
+
+def _of_prompts(batch: Batch, config: Config, num_items: Tensor | float | None) -> Tensor:
+    of_prompt = batch.prompt_lengths.clamp(min=1.0)
+    return _of_items(batch, (batch.lengths / of_prompt).sum() if num_items is None else num_items) / of_prompt
 
 
 def _of_sequences(s: float, n: float, s_total: float, n_total: float) -> float:
@@ -247,23 +325,29 @@ def _of_sequences(s: float, n: float, s_total: float, n_total: float) -> float:
 
 SEQUENCE_MEAN = Reduction(
     "S · n_b, n_b the sequence's tokens", "loss · S / S_total",
-    lambda lengths, s, config, _: 1.0 / (lengths.clamp(min=1.0) * s), _of_sequences,
+    lambda batch, config, _: 1.0 / (batch.lengths.clamp(min=1.0) * _sequences(batch)), _of_sequences,
 )  # fmt: skip
 SEQUENCE_SUM = Reduction(
     "S", "loss · S / S_total",
-    lambda lengths, s, config, _: lengths.new_ones(lengths.shape) / s, _of_sequences,
+    lambda batch, config, _: batch.lengths.new_ones(batch.lengths.shape) / _sequences(batch), _of_sequences,
 )  # fmt: skip
 CONSTANT_LENGTH = Reduction(
     "S · max_completion_length", "loss · S / S_total",
-    lambda lengths, s, config, _: lengths.new_ones(lengths.shape) / (s * config.max_completion_length), _of_sequences,
+    lambda batch, config, _: batch.lengths.new_ones(batch.lengths.shape)
+    / (_sequences(batch) * config.max_completion_length), _of_sequences,
 )  # fmt: skip
 TOKEN_MEAN = Reduction(
     "n", "loss · n / n_total",
-    lambda lengths, s, config, _: _of_tokens(lengths, None), lambda s, n, s_total, n_total: n / max(n_total, 1.0),
+    lambda batch, config, _: _of_items(batch, None), lambda s, n, s_total, n_total: n / max(n_total, 1.0),
 )  # fmt: skip
 NUM_ITEMS = Reduction(
     "num_items_in_batch", "pass num_items_in_batch = n_total, then add",
-    lambda lengths, s, config, num_items: _of_tokens(lengths, num_items), lambda s, n, s_total, n_total: 1.0,
+    lambda batch, config, num_items: _of_items(batch, num_items), lambda s, n, s_total, n_total: 1.0,
+)  # fmt: skip
+PROMPT_MEAN = Reduction(
+    "P · n_p, P = num_items_in_batch prompts, n_p the tokens of all completions of the prompt",
+    "pass num_items_in_batch = P_total and prompt_lengths of the step, then add",
+    _of_prompts, lambda s, n, s_total, n_total: 1.0, items="prompts",
 )  # fmt: skip
 
 
@@ -291,4 +375,9 @@ LOSSES = {
     "dppo_tv": Loss(DPPO_TV, NUM_ITEMS, around_zero),
     "dppo_kl": Loss(DPPO_KL, NUM_ITEMS, around_zero),
     "gmpo": Loss(GMPO, SEQUENCE_MEAN, around_zero),
+    "topr": Loss(TOPR, NUM_ITEMS),
+    "dro": Loss(DRO, NUM_ITEMS),
+    "clip_cov": Loss(CLIP_COV, NUM_ITEMS),
+    "kl_cov": Loss(KL_COV, NUM_ITEMS),
+    "prompt_mean": Loss(CLIPPED, PROMPT_MEAN),
 }

@@ -5,8 +5,11 @@ Given log-probs l = log pi(token), old policy o, reference r, sampler s and adva
     log-ratio          d = l - o                                    o = stop_gradient(l) when not given
     importance weight  w = exp(d)                  "token"
                        w = exp(mean of d over the sequence)         "sequence"
-    loss per token     L = gates · sampler ratio · policy_term(w, A, l) + beta · KL(l, r, w)
-    loss               reduction of L over tokens and sequences - entropy_coef · mean entropy
+                           sg(w of "sequence")·exp(l - sg l)    "sequence_token"
+    loss per token     L = c · (gates · sampler ratio · policy_term(w, A, l) + beta · KL(l, r, w) + kl_tau · (l - s)²)
+    loss               reduction of L over tokens and sequences - entropy_coef · mean entropy - sum of nll_weights · l
+
+with c the loss_weights, 1 when not given.
 
 A kernel needs only the rows' gradients: dloss/dlogits = dloss/dl · dl/dlogits + dloss/dH · dH/dlogits, and
 `objective_and_row_gradients` returns dloss/dl and dloss/dH from detached rows. Everything here is (n,)- or (S,)-sized
@@ -25,7 +28,8 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.loss_metrics import objective_metrics
 from igrpo_kernels.losses import TermInputs, times
-from igrpo_kernels.silent_exp import silent_exp
+from igrpo_kernels.rejection import accepts
+from igrpo_kernels.silent_exp import silent_exp, silent_square
 from igrpo_kernels.types import GRPOLossConfig
 
 
@@ -61,6 +65,8 @@ def grpo_objective(
     if config.top_entropy_quantile < 1.0:
         keep_entropy = top_entropy_keep(entropy.detach(), batch, config.top_entropy_quantile)
         per_token_loss = torch.where(keep_entropy, per_token_loss, 0.0)
+    if (accepted := accepts(old, batch, config)) is not None:
+        per_token_loss = torch.where(accepted, per_token_loss, 0.0)
     if sampler is not None and not term.takes_sampler:
         per_token_loss = times(rows(sampler, batch, config), per_token_loss)
 
@@ -68,9 +74,15 @@ def grpo_objective(
     if config.beta != 0.0:  # added after the gates: the KL term is neither masked nor corrected for the sampler
         kl = per_token_kl(logps, batch.ref_per_token_logps, weight, config)
         per_token_loss = per_token_loss + config.beta * kl
+    if config.kl_tau != 0.0:
+        per_token_loss = per_token_loss + config.kl_tau * silent_square(from_sampler(logps, old, batch))
+    if (weights := batch.loss_weights) is not None:  # a weight of 0 takes a row out, whatever it holds
+        per_token_loss = torch.where(weights == 0, 0.0, times(weights, per_token_loss))
 
     policy_loss = reduce_loss(per_token_loss, batch, config, num_items_in_batch)
     loss = policy_loss
+    if batch.nll_weights is not None:  # divided by nothing: the weights are the caller's
+        loss = loss - times(batch.nll_weights, logps).sum(dtype=torch.float64).to(loss.dtype)
     if config.entropy_coef != 0.0:
         active = batch.mask if keep_entropy is None else batch.mask & keep_entropy
         # bonus = sum of H over active tokens / number of active tokens, whatever the loss type's own normaliser
@@ -101,37 +113,68 @@ def objective_and_row_gradients(
 
 
 def importance_weight(log_ratio: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
-    """w (n,): exp(d_t), or on the sequence level exp(sum_t d_t / n_tokens) on every row of the sequence."""
+    """w (n,): exp(d_t), or on the sequence level exp(sum_t d_t / n_tokens) on every row of the sequence; there
+    "sequence_token" (GSPO-token) takes each token's gradient from its own log-probability alone.
+    """
     if config.importance_sampling_level == "token":
         return silent_exp(log_ratio)
+    mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
     if config.importance_sampling_level == "sequence":
-        mean_log_ratio = batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)
         return batch.expand(silent_exp(mean_log_ratio))
+    if config.importance_sampling_level == "sequence_token":
+        own = torch.where(log_ratio.isinf(), 0.0, log_ratio - log_ratio.detach())  # 0, with the token's gradient
+        return silent_exp(batch.expand(mean_log_ratio.detach()) + own)
     raise ValueError(f"importance_sampling_level={config.importance_sampling_level!r} has no equation here")
 
 
 def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
-    """pi_old / pi_sampler as a constant: (n,) for token_* modes, (S,) for sequence_* modes, None when off."""
+    """pi_old / pi_sampler as a constant: (S,) for sequence_* modes, (n,) for the others, None when off.
+
+    token_*: exp(u_t), sequence_*: exp(sum_t u_t), truncated or zeroed outside [min, max]; seq-mask-tis: exp(u_t),
+    zeroed where exp(mean of u over the sequence) is outside; u = o - s.
+    """
     if config.importance_sampling_mode is None or batch.sampling_per_token_logps is None:
         return None
-    level, action = config.importance_sampling_mode.split("_")
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     # A token the sampler reported NaN for gets ratio 1: no evidence, no correction.
     log_ratio = torch.nan_to_num(old - batch.sampling_per_token_logps, nan=0.0)
+    if config.importance_sampling_mode == "seq-mask-tis":
+        geometric = batch.expand((batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)).exp())
+        return log_ratio.exp().masked_fill(_outside(geometric, low, high), 0.0)
+    level, action = config.importance_sampling_mode.split("_")
     if level == "sequence":
         log_ratio = batch.segment_sum(log_ratio)  # a sum, not a mean: the ratio of whole-sequence probabilities
     ratio = log_ratio.exp()
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     if action == "truncate":
         return ratio.clamp(min=low, max=high)
     if action != "mask":
         raise ValueError(f"importance_sampling_mode={config.importance_sampling_mode!r} has no equation here")
-    outside = (ratio < (-math.inf if low is None else low)) | (ratio > (math.inf if high is None else high))
-    return ratio.masked_fill(outside, 0.0)
+    return ratio.masked_fill(_outside(ratio, low, high), 0.0)
+
+
+def _outside(x: Tensor, low: float | None, high: float | None) -> Tensor:
+    return (x < (-math.inf if low is None else low)) | (x > (math.inf if high is None else high))
+
+
+def from_sampler(logps: Tensor, old: Tensor, batch: TokenBatch) -> Tensor:
+    """l - s (n,), s = o without a sampler; 0 where the sampler reported NaN."""
+    sampler = old if batch.sampling_per_token_logps is None else batch.sampling_per_token_logps
+    unscored = (sampler != sampler) & (batch.sampling_per_token_logps is not None)
+    return (logps - sampler).masked_fill(unscored, 0.0)
+
+
+def policy_factor(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
+    """What the policy term of a row is multiplied with (n,): the sampler's ratio, 0 where it is rejected."""
+    sampler, accepted = sampler_ratio(old, batch, config), accepts(old, batch, config)
+    if sampler is None:
+        return None if accepted is None else accepted.to(old.dtype)
+    sampler = rows(sampler, batch, config)
+    return (sampler if accepted is None else sampler.masked_fill(~accepted, 0.0)).contiguous()
 
 
 def rows(sampler: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """A sampler ratio on rows (n,), from its own granularity."""
-    return batch.expand(sampler) if config.importance_sampling_mode.startswith("sequence") else sampler
+    return batch.expand(sampler) if config.importance_sampling_mode.startswith("sequence_") else sampler
 
 
 def per_token_kl(logps: Tensor, ref: Tensor, weight: Tensor, config: GRPOLossConfig) -> Tensor:
@@ -178,12 +221,13 @@ def top_entropy_keep(entropy: Tensor, batch: TokenBatch, share: float) -> Tensor
 
 def sequence_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
     """dloss / d(token loss) of each sequence's tokens (S,), empty ones included: the reductions of `losses.py`."""
-    return config.loss.reduction.weights(batch.lengths, max(batch.num_sequences, 1), config, num_items_in_batch)
+    return config.loss.reduction.weights(batch, config, num_items_in_batch)
 
 
 def reduction_weights(batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None) -> Tensor:
-    """`sequence_weights` on rows (n,), 0 on masked ones: what a kernel multiplies a token's slope with."""
-    return batch.masked(batch.expand(sequence_weights(batch, config, num_items_in_batch)))
+    """`sequence_weights` on rows (n,) times loss_weights, 0 on masked ones: what a kernel multiplies a slope with."""
+    weights = batch.masked(batch.expand(sequence_weights(batch, config, num_items_in_batch)))
+    return weights if batch.loss_weights is None else weights * batch.loss_weights
 
 
 def reduce_loss(
@@ -204,14 +248,14 @@ def entropy_slope(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
 
 def coupling(batch: TokenBatch, config: GRPOLossConfig) -> str:
     """Which rows must be measured before a row's gradient is known: its own ("token"), its "sequence", the "batch"."""
-    if config.top_entropy_quantile < 1.0:
+    if config.top_entropy_quantile < 1.0 or config.loss.term.couples == "batch":
         return "batch"
     ratio_follows_logps = batch.old_per_token_logps is None and batch.sampling_per_token_logps is not None
     if (
-        config.importance_sampling_level == "sequence"
-        or config.loss.term.couples_sequence
+        config.importance_sampling_level != "token"
+        or config.loss.term.couples == "sequence"
         or config.off_policy_mask_threshold is not None
-        or (ratio_follows_logps and (config.importance_sampling_mode or "").startswith("sequence"))
+        or (ratio_follows_logps and "seq" in f"{config.importance_sampling_mode} {config.rollout_rs}")
     ):
         return "sequence"
     return "token"
@@ -220,11 +264,13 @@ def coupling(batch: TokenBatch, config: GRPOLossConfig) -> str:
 def may_contribute(batch: TokenBatch, config: GRPOLossConfig) -> Tensor:
     """Bool (n,): the rows that may have a gradient, judged without the logits.
 
-    Every policy term is a multiple of the advantage, so without KL and entropy a row of advantage 0 has none.
+    A policy term that is a multiple of the advantage has none in a row of advantage 0, without the terms around it.
     """
-    if config.beta != 0.0 or config.entropy_coef != 0.0:
+    if not config.needs_advantage:
         return batch.mask
     weighted = batch.masked(batch.advantages) != 0
+    if batch.nll_weights is not None:
+        weighted = weighted | (batch.nll_weights != 0)
     if coupling(batch, config) == "token":
         return weighted
     return batch.mask & (batch.expand(batch.segment_sum(weighted.to(batch.advantages.dtype))) > 0)

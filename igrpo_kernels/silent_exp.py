@@ -1,4 +1,4 @@
-"""exp under the convention of `objective.py` that 0 · inf = 0."""
+"""exp and square under the convention of `objective.py` that 0 · inf = 0."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,20 @@ class _Exp(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return torch.where((grad == 0) & y.isinf(), 0.0, grad * y)
+
+
+def silent_square(x: Tensor) -> Tensor:
+    """x², whose gradient keeps 0 · inf = 0, so that a dropped row of probability 0 stays silent."""
+    return _Square.apply(x)
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.where((grad == 0) & x.isinf(), 0.0, 2.0 * grad * x)

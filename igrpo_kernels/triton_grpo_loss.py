@@ -93,7 +93,7 @@ class CoefficientInputs(NamedTuple):
     old_per_token_logps: Tensor | None  # None = the current policy
     ref_per_token_logps: Tensor | None
     sampling_per_token_logps: Tensor | None  # for the token-level correction only
-    policy_weight: Tensor | None  # sampler ratio of the row's sequence
+    policy_weight: Tensor | None  # sampler ratio that is no token's own, and 0 where the row is rejected
     grad_entropy: Tensor | None  # (): dloss/dentropy, the same for every unmasked row
 
 
@@ -150,7 +150,9 @@ def token_coefficient(
     """d(token loss)/dlogp; the equations of `objective.py` in the same order, differentiated by hand."""
     w = tl.exp(logp - old)
     if SAMPLER != NO_SAMPLER:
-        policy_weight = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
+        policy_weight = times(
+            policy_weight, sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
+        )
     ratio_slope, direct = policy_slopes(
         logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
     )

@@ -1,10 +1,12 @@
 """The row kernels of `impl="triton"`: the operators of `triton_ops.py` as `RowKernels`."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from igrpo_kernels import triton_ops as ops
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import coupling, entropy_slope, reduction_weights, rows, sampler_ratio
+from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, reduction_weights
 from igrpo_kernels.triton_grpo_loss import CoefficientInputs, LossKind, LossScalars
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -43,24 +45,26 @@ class TritonRows:
 
     def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
         """Whether dloss/dl of a row follows from that row's logits alone."""
-        return config.loss.term.one_pass and coupling(batch, config) == "token"
+        old = batch.old_per_token_logps
+        rejects = config.rollout_rs is not None and batch.sampling_per_token_logps is not None
+        one_pass = config.loss.term.one_pass and config.kl_tau == 0.0 and batch.nll_weights is None
+        return one_pass and coupling(batch, config) == "token" and not (rejects and old is None)
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> CoefficientInputs:
         """The kernel's per-row inputs: everything the coefficients need and the logits do not decide."""
-        mode = config.importance_sampling_mode
-        policy_weight = None
-        if mode is not None and mode.startswith("sequence") and batch.sampling_per_token_logps is not None:
-            policy_weight = rows(sampler_ratio(batch.old_per_token_logps, batch, config), batch, config).contiguous()
+        old, in_kernel = batch.old_per_token_logps, (config.importance_sampling_mode or "").startswith("token")
+        known = replace(config, importance_sampling_mode=None) if in_kernel else config
+        policy_weight = None if old is None else policy_factor(old, batch, known)
         return CoefficientInputs(
             batch.index,
             batch.mask,
             batch.advantages,
             reduction_weights(batch, config, num_items_in_batch),
-            batch.old_per_token_logps,
+            old,
             batch.ref_per_token_logps if config.beta != 0.0 else None,
-            batch.sampling_per_token_logps if mode is not None and mode.startswith("token") else None,
+            batch.sampling_per_token_logps if in_kernel else None,
             policy_weight,
             entropy_slope(batch, config),
         )

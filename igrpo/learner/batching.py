@@ -6,7 +6,7 @@ over the step, whatever the split:
 
     L = sum_m (S_m / S) L_m    S_m: sequences of micro-batch m      losses that divide by sequences
     L = sum_m (n_m / n) L_m    n_m: its completion tokens           losses that divide by a call's tokens
-    L = sum_m L_m              divided by n already                 losses that take num_items_in_batch
+    L = sum_m L_m              divided by n or P already            losses that take num_items_in_batch
 
 Which is which: docs/algorithm.md.
 """
@@ -33,6 +33,8 @@ class Denominators:
 
     sequences: float
     tokens: float
+    prompts: float = 0.0
+    positive_tokens: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,10 @@ class MicroBatch:
     """Completion tokens of each sequence, for the host."""
     scale: float
     """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
+    token_share: float
+    """Share of the step's tokens."""
+    prompt_lengths: torch.Tensor  # (S,) fp32: completion tokens of the sequence's prompt in the step
+    nll_weights: torch.Tensor | None = None  # (n,) fp32
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
     layout: Layout | None = None
     """What reads what in a packed row."""
@@ -68,53 +74,90 @@ def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> l
     parts = [(group.prompt_ids, group.refinements, group.advantages) for group in groups]
     if config.train_on_drafts:
         parts += [(group.draft_prompt_ids, group.drafts, group.draft_advantages) for group in groups]
-    return [
-        TrainingSample(
-            prompt_ids=prompt_ids,
-            completion_ids=scored.completion.token_ids,
-            sampling_logprobs=scored.completion.logprobs,
-            advantage=advantage,
-            masked=config.mask_truncated_completions and scored.completion.truncated,
-        )
-        for prompt_ids, completions, advantages in parts
-        if any(advantages) or config.zero_variance == "keep"
-        for scored, advantage in zip(completions, advantages, strict=True)
-    ]
+    made = []
+    for prompt_ids, completions, advantages in parts:
+        if any(advantages) or config.zero_variance == "keep":
+            masked = [config.mask_truncated_completions and scored.completion.truncated for scored in completions]
+            lengths = [0 if out else len(s.completion.token_ids) for s, out in zip(completions, masked, strict=True)]
+            made += [
+                TrainingSample(
+                    prompt_ids=prompt_ids,
+                    completion_ids=scored.completion.token_ids,
+                    sampling_logprobs=scored.completion.logprobs,
+                    advantage=advantage,
+                    masked=out,
+                    positive=scored.reward > 0,
+                    prompt_length=sum(lengths),
+                    opens_prompt=scored is completions[0],
+                )
+                for scored, advantage, out in zip(completions, advantages, masked, strict=True)
+            ]
+    return made
 
 
 def count(samples: Sequence[TrainingSample]) -> Denominators:
     """This process's share of the denominators: a masked sample is a sequence without tokens."""
+    lengths = [0 if s.masked else len(s.completion_ids) for s in samples]
     return Denominators(
-        sequences=float(len(samples)), tokens=float(sum(len(s.completion_ids) for s in samples if not s.masked))
+        sequences=float(len(samples)),
+        tokens=float(sum(lengths)),
+        prompts=float(sum(s.opens_prompt for s in samples)),
+        positive_tokens=float(sum(n for n, s in zip(lengths, samples, strict=True) if s.positive)),
     )
 
 
 def contributing(samples: Sequence[TrainingSample], config: LearnerConfig) -> list[TrainingSample]:
     """Samples with a gradient.
 
-    Without a KL term and an entropy bonus, every loss here is a multiple of the advantage: A = 0 has no gradient and
-    no loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others by entropy.
+    Without the terms around it, nearly every loss here is a multiple of the advantage: A = 0 has no gradient and no
+    loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others.
     """
-    every_token_counts = config.beta > 0 or config.entropy_coef != 0 or config.top_entropy_quantile < 1.0
-    return [s for s in samples if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0)]
+    term = LOSSES[config.loss_type].term
+    every_token_counts = (
+        config.beta > 0
+        or config.kl_tau > 0
+        or config.entropy_coef != 0
+        or config.top_entropy_quantile < 1.0
+        or term.couples == "batch"
+        or not term.of_advantage
+    )
+    likely = config.positive_example_nll_weight > 0
+    return [
+        s
+        for s in samples
+        if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0 or (likely and s.positive))
+    ]
 
 
-def micro_batch(contents: Bin, totals: Denominators, loss_type: str, pad_token_id: int | None = None) -> MicroBatch:
+def micro_batch(
+    contents: Bin,
+    totals: Denominators,
+    loss_type: str,
+    pad_token_id: int | None = None,
+    positive_nll_weight: float = 0.0,
+) -> MicroBatch:
     """The tensors of one micro-batch.
 
     Args:
+        positive_nll_weight: of the mean of -log-prob over the step's positive tokens. The weights of this part of it
+            are divided by the factor that multiplies the micro-batch's loss.
         pad_token_id: None packs; an id pads each sequence to the longest, for models that cannot read packed ones.
     """
     samples = [s for group in contents for s in group.samples]
     sizes = [len(s.completion_ids) for s in samples]
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
+    scale = LOSSES[loss_type].reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
+    nll = positive_nll_weight / (max(totals.positive_tokens, 1.0) * scale)
     return MicroBatch(
         completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
         lengths=tuple(sizes),
-        scale=LOSSES[loss_type].reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens),
+        scale=scale,
+        token_share=sum(sizes) / max(totals.tokens, 1.0),
+        prompt_lengths=torch.tensor([s.prompt_length for s in samples], dtype=torch.float32),
+        nll_weights=torch.tensor([nll * s.positive for s in samples for _ in s.completion_ids]) if nll else None,
         **inputs,
     )
 

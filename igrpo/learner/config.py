@@ -6,7 +6,17 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from igrpo.models.config import ModelConfig
-from igrpo.settings.kinds import Count, Finite, Interval, NotNegative, Positive, Share, ShareBelowOne, Text
+from igrpo.settings.kinds import (
+    Count,
+    Finite,
+    Interval,
+    NotNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    Text,
+)
 from igrpo.settings.losses import CorrectionMode, KLEstimator, Level, LossType
 from igrpo.settings.shared import BatchConfig, OutputConfig, SamplingConfig, WeightsConfig
 
@@ -27,7 +37,7 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     loss_type: LossType = "grpo"
     """Surrogate and normalisation; `grpo` is the paper's: mean over tokens per sequence, then over sequences."""
     importance_sampling_level: Level = "token"
-    """`sequence` is GSPO."""
+    """`sequence` is GSPO, `sequence_token` GSPO-token."""
     epsilon: NotNegative = 0.2
     """Lower clip range."""
     epsilon_high: NotNegative | None = None
@@ -42,16 +52,25 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Estimator of the KL to the reference model."""
     use_bias_correction_kl: bool = True
     """Weight the KL term by the importance ratio."""
+    kl_tau: NotNegative = 0.0
+    """Weight of the squared log-ratio between learner and sampler."""
+    positive_example_nll_weight: NotNegative = 0.0
+    """Weight of a likelihood term, the mean of -log-prob over the tokens of all completions with a reward above 0."""
     entropy_coef: Finite = 0.0
     """Entropy bonus."""
     top_entropy_quantile: Share = 1.0
     """Train only on the tokens with the highest entropy: this share of them."""
     off_policy_mask_threshold: Finite | None = None
     """Mask negative-advantage sequences whose sampler-to-learner KL exceeds this."""
+    rollout_rs: str | None = None
+    """Leave out tokens or sequences that learner and sampler disagree about: `token_k1`, `seq_mean_k3`, …"""
+    rollout_rs_threshold: str | float | None = None
+    """Up to where they stay: for k1 two ratios in quotes, `"0.5_2.0"`; for k2 and k3 an upper bound."""
     vllm_importance_sampling_correction: bool = True
     """Weight by the learner-to-sampler ratio, capped."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
-    """Per token or per sequence; cap the ratio, or leave out what exceeds it."""
+    """Per token or per sequence; cap the ratio, or leave out what exceeds it; `seq-mask-tis`: judge sequences by their
+    geometric mean, weigh tokens."""
     vllm_importance_sampling_clip_max: Positive | None = 3.0
     """Upper cap of that ratio."""
     vllm_importance_sampling_clip_min: NotNegative | None = None
@@ -68,6 +87,18 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """VESPO: exponent for negative advantages."""
     vespo_lambda_neg: NotNegative = 2.0
     """VESPO: decay for negative advantages."""
+    dro_beta: Positive | None = None
+    """DRO: weight of the squared log-ratio to the old policy; there it must be set."""
+    clip_cov_ratio: ShareAboveZero = 2e-4
+    """Clip-Cov: share of a micro-batch's tokens that are left out, drawn from those of high covariance."""
+    clip_cov_lb: Finite = 1.0
+    """Clip-Cov: the covariance is high above this."""
+    clip_cov_ub: Finite = 5.0
+    """Clip-Cov: and below this."""
+    kl_cov_ratio: ShareAboveZero = 2e-4
+    """KL-Cov: share of a micro-batch's tokens that are penalised, those of the highest covariance."""
+    ppo_kl_coef: NotNegative = 1.0
+    """KL-Cov: weight of that penalty, |log-ratio to the old policy|."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of the loss."""
     loss_impl: Literal["auto", "torch", "triton", "cuda", "cpu"] = "auto"

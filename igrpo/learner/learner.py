@@ -31,6 +31,7 @@ from igrpo.machine import peak_resident
 from igrpo.models.rotary import pin_rotary
 from igrpo.models.saved_format import SavedFormat, tensors_of
 from igrpo.settings import ConfigError
+from igrpo_kernels.losses import LOSSES
 
 OnProgress = Callable[[int, int], None]
 """Told after each micro-batch how many of the step's are done."""
@@ -161,7 +162,7 @@ class Learner:
                     micro,
                     old_per_token_logps=old[i] if old is not None else None,
                     ref_per_token_logps=reference[i] if reference is not None else None,
-                    num_items_in_batch=totals.tokens,
+                    num_items_in_batch=getattr(totals, LOSSES[self.config.loss_type].reduction.items),
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
@@ -190,7 +191,8 @@ class Learner:
 
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
         pad = None if packed else self.pad_token_id
-        return batching.micro_batch(contents, totals, self.config.loss_type, pad).to(self.accelerator.device)
+        nll = self.config.positive_example_nll_weight
+        return batching.micro_batch(contents, totals, self.config.loss_type, pad, nll).to(self.accelerator.device)
 
     def _filler(self) -> MicroBatch:
         """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""

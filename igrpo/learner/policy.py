@@ -98,22 +98,23 @@ class Policy(nn.Module):
             cu_seqlens=batch.cu_seqlens,
             # Every row has a gradient (``batching.contributing``), unless rows are ranked by their entropy.
             lengths=batch.lengths if self.loss_config.top_entropy_quantile == 1.0 else None,
+            nll_weights=batch.nll_weights,
+            prompt_lengths=batch.prompt_lengths,
             num_items_in_batch=num_items_in_batch,
-            config=self._settings(batch, num_items_in_batch),
+            config=self._settings(batch),
             impl=self.impl,
         )
 
-    def _settings(self, batch: MicroBatch, num_items_in_batch: float | None) -> GRPOLossConfig:
+    def _settings(self, batch: MicroBatch) -> GRPOLossConfig:
         """The loss's settings, with an entropy bonus that adds up to a mean over the step's tokens.
 
         The loss subtracts coef · (mean over this call's n_m tokens) and is then multiplied by ``batch.scale``, its
         share of the *loss's* denominator: coef · (n_m / n) / scale makes the sum over micro-batches the mean over n.
         """
         settings = self.loss_config
-        if settings.entropy_coef == 0.0 or not num_items_in_batch or not batch.scale:
+        if settings.entropy_coef == 0.0 or not batch.scale:
             return settings
-        share = batch.completion_ids.numel() / num_items_in_batch
-        return replace(settings, entropy_coef=settings.entropy_coef * share / batch.scale)
+        return replace(settings, entropy_coef=settings.entropy_coef * batch.token_share / batch.scale)
 
     def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
         """Final hidden states of the positions that predict a completion token."""

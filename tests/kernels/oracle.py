@@ -15,7 +15,14 @@ from igrpo_kernels.losses import LOSSES, TermInputs
 
 # Implementations the shared tests run on, as far as this machine has them; a new one joins by adding its name.
 IMPLS = tuple(name for name in ("torch", "cpu") if available_impls()[name] == "available")
-LOSS_LEVELS = [(name, level) for name, loss in LOSSES.items() for level in loss.term.levels]
+_FIRST = {loss.term: name for name, loss in reversed(LOSSES.items())}
+# Every loss, and of each term every level: reductions do not look at levels.
+LOSS_LEVELS = [
+    (name, level)
+    for name, loss in LOSSES.items()
+    for level in (loss.term.levels if name == _FIRST[loss.term] else ("token",))
+]
+REQUIRED = {"dro": {"dro_beta": 0.3}}  # what a loss does not go without
 
 
 def _weight_is_constant(loss_type: str) -> bool:
@@ -24,7 +31,7 @@ def _weight_is_constant(loss_type: str) -> bool:
     log_ratio, weight = logps.clone().requires_grad_(), ones.clone().requires_grad_()
     batch = TokenBatch.build(torch.zeros(1, 1, dtype=torch.int64), ones, dtype=torch.float64)
     x = TermInputs(logps, logps, log_ratio, weight, ones, None, batch)
-    config = GRPOLossConfig(loss_type=loss_type, max_completion_length=1)
+    config = GRPOLossConfig(loss_type=loss_type, max_completion_length=1, **REQUIRED.get(loss_type, {}))
     return not LOSSES[loss_type].term.function(x, config).requires_grad
 
 
@@ -50,11 +57,19 @@ class LossInputs:
         names = ("advantages", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
         return replace(self, logits=self.logits.to(dtype), **{name: getattr(self, name).to(wide) for name in names})
 
+    def prompt_lengths(self) -> Tensor:
+        """Two sequences to a prompt."""
+        mask, offsets = self.completion_mask, self.cu_seqlens
+        lengths = offsets.diff() if mask is None else mask.reshape(len(self.advantages), -1).sum(-1)
+        prompt = torch.arange(len(lengths)) // 2
+        return torch.zeros_like(lengths).index_add(0, prompt, lengths)[prompt]
+
     def keywords(self, config: GRPOLossConfig) -> dict[str, Tensor | None]:
         """The keyword tensors of a loss call, only those that `config` asks for."""
         sampler = config.importance_sampling_mode is not None or config.off_policy_mask_threshold is not None
         return {
             "completion_mask": self.completion_mask,
+            "prompt_lengths": self.prompt_lengths() if config.loss_type == "prompt_mean" else None,
             "old_per_token_logps": self.old_per_token_logps,
             "ref_per_token_logps": self.ref_per_token_logps if config.beta else None,
             "sampling_per_token_logps": self.sampling_per_token_logps if sampler else None,
@@ -78,7 +93,7 @@ def boundary_inputs(
 
     logps = torch.log_softmax(logits, -1).gather(-1, ids[..., None]).squeeze(-1)
     noise = 0.3 * _stratified_randn((B, T), generator)
-    if level == "sequence":  # token noise averages out over a sequence, so each sequence gets its own shift
+    if level != "token":  # token noise averages out over a sequence, so each sequence gets its own shift
         noise = 0.3 * noise + 0.5 * _stratified_randn((B,), None)[:, None]
     old = logps - noise
     inputs = LossInputs(
@@ -97,7 +112,7 @@ def boundary_inputs(
 def assert_every_branch_is_hit(log_ratio: Tensor, inputs: LossInputs, config: GRPOLossConfig) -> None:
     """Every branch of the clipped surrogate holds at least 5 % of the tokens, or the inputs cannot test it."""
     mask, advantages = inputs.completion_mask, inputs.advantages[:, None]
-    if config.importance_sampling_level == "sequence":
+    if config.importance_sampling_level != "token":
         lengths = mask.sum(-1, keepdim=True).clamp(min=1)
         log_ratio = ((log_ratio * mask).sum(-1, keepdim=True) / lengths).expand_as(log_ratio)
     ratio = log_ratio.exp()
@@ -121,6 +136,7 @@ def full_config(loss_type: str = "grpo", level: str = "token", **extra) -> GRPOL
         "importance_sampling_mode": "token_truncate",
         "off_policy_mask_threshold": 0.02,
         "max_completion_length": 24,
+        **REQUIRED.get(loss_type, {}),
     }
     return GRPOLossConfig(**{**values, **extra})
 

@@ -102,7 +102,10 @@ def test_defaults_are_trl_s():
         "importance_sampling_clip_min": "vllm_importance_sampling_clip_min",
         "importance_sampling_clip_max": "vllm_importance_sampling_clip_max",
     }
-    ours_alone = {"dual_clip", "kl_estimator", "logit_scale", "final_logit_softcapping"}
+    ours_alone = {
+        "dual_clip", "kl_estimator", "logit_scale", "final_logit_softcapping", "dro_beta", "clip_cov_ratio",
+        "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef", "kl_tau", "rollout_rs", "rollout_rs_threshold",
+    }  # fmt: skip
     different = {"loss_type", "importance_sampling_mode", "max_completion_length"}
     grpo_config = pytest.importorskip("trl.trainer.grpo_config").GRPOConfig
     defaults = {f.name: f.default for f in fields(grpo_config)}

@@ -7,6 +7,7 @@ import torch
 
 from igrpo_kernels import GRPOLossConfig, grpo_loss, linear_grpo_loss, selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.losses import LOSSES
 from igrpo_kernels.objective import objective_and_row_gradients
 from tests.kernels.oracle import (
     IMPLS,
@@ -229,18 +230,27 @@ def test_outputs_have_the_callers_shape_and_are_detached(layout, impl):
 def test_micro_batches_add_up_as_documented(impl):
     """The recipe of docs/algorithm.md, for every loss type, with unequal micro-batches and an entropy bonus."""
     inputs = boundary_inputs()
-    lengths = inputs.completion_mask.sum(-1)
+    mask, lengths = inputs.completion_mask, inputs.completion_mask.sum(-1)
     n_total, s_total = int(lengths.sum()), len(lengths)
+    weights = torch.linspace(-0.5, 2.0, mask.numel(), dtype=torch.float64).view(mask.shape)
     for loss_type, level in LOSS_LEVELS:
-        config = full_config(loss_type, level, top_entropy_quantile=1.0)
-        whole, grad = loss_and_grad(inputs, config, num_items_in_batch=n_total)
+        if LOSSES[loss_type].term.couples == "batch":
+            continue
+        config = full_config(loss_type, level, top_entropy_quantile=1.0, kl_tau=0.1)
+        items = {"tokens": n_total, "prompts": s_total // 2}[config.loss.reduction.items]
+        tensors = {"loss_weights": weights, "nll_weights": weights.flip(0) / 100}
+        if loss_type == "prompt_mean":
+            tensors["prompt_lengths"] = inputs.prompt_lengths()
+        whole, grad = loss_and_grad(inputs, config, num_items_in_batch=items, **tensors)
         loss, grads = 0.0, []
         for part in (slice(0, 3), slice(3, 8)):
             micro = replace(inputs, **{k: v[part] for k, v in vars(inputs).items() if v is not None})
             n, s = int(lengths[part].sum()), len(lengths[part])
             factor = config.loss.reduction.share(s, n, s_total, n_total)
             micro_config = replace(config, entropy_coef=config.entropy_coef * (n / n_total) / factor)
-            out, micro_grad = loss_and_grad(micro, micro_config, impl=impl, num_items_in_batch=n_total)
+            some = {name: x[part] for name, x in tensors.items()}
+            some["nll_weights"] = some["nll_weights"] / factor
+            out, micro_grad = loss_and_grad(micro, micro_config, impl=impl, num_items_in_batch=items, **some)
             loss += factor * out.loss
             grads.append(factor * micro_grad)
         torch.testing.assert_close(loss, whole.loss)

@@ -13,15 +13,18 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax, selective_log_softmax
-from tests.kernels.oracle import LOSS_LEVELS, boundary_inputs, loss_and_grad, packed
+from igrpo_kernels.losses import LOSSES
+from tests.kernels.oracle import boundary_inputs, loss_and_grad, packed
 
 trl = pytest.importorskip("trl")
 if not trl.__version__.startswith("1.16."):
     pytest.skip(f"parity is with TRL 1.16, found {trl.__version__}", allow_module_level=True)
 
 LEVELS = [
-    pair for pair in LOSS_LEVELS if pair[0] in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
-]  # TRL's
+    (name, level)
+    for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")  # TRL's
+    for level in LOSSES[name].term.levels[:2]
+]
 MAX_COMPLETION_LENGTH = 31
 NUM_ITEMS = 77.0
 SAPO_TEMPERATURE_NEG = 1.125  # exact in fp32, to which TRL rounds the default 1.05 even in an fp64 computation

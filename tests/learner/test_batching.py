@@ -85,7 +85,12 @@ def test_zero_advantages_are_skipped_only_where_that_is_exact():
     samples = [sample(1, 2, 0.0), sample(1, 2, 1.0), sample(1, 2, 1.0, masked=True), sample(1, 0, 1.0)]
     assert contributing(samples, config()) == [samples[1]]
     assert contributing(samples, config(beta=0.1)) == samples[:2]
-    assert contributing(samples, config(entropy_coef=0.1)) == samples[:2]
+    for keys in ({"entropy_coef": 0.1}, {"kl_tau": 0.1}, {"loss_type": "dro", "dro_beta": 1.0}, {"loss_type": "kl_cov"},
+                 {"loss_type": "clip_cov"}):  # fmt: skip
+        assert contributing(samples, config(**keys)) == samples[:2], keys
+    good = [replace(s, positive=True) for s in samples]
+    assert contributing(good, config(positive_example_nll_weight=0.1)) == good[:2]
+    assert contributing(samples, config(positive_example_nll_weight=0.1)) == [samples[1]]
 
 
 def test_all_sequences_stay_in_the_denominators():
@@ -113,8 +118,13 @@ def test_only_refinements_become_samples():
         (0.0, False, (7, 7)), (0.0, False, (7, 7)), (0.7, False, (7, 7)), (-0.7, False, (7, 7, 7)),
     ]  # fmt: skip
     assert all(s.prompt_ids == (1, 2, 3) for s in kept)
+    assert [(s.positive, s.prompt_length, s.opens_prompt) for s in kept] == [
+        (True, 4, True), (True, 4, False), (True, 5, True), (False, 5, False),
+    ]  # fmt: skip
+    assert count(kept) == Denominators(4.0, 9.0, 2.0, 6.0)
     assert len(training_samples([flat, mixed], config(zero_variance="drop"))) == 2
     masked = training_samples([mixed], config(mask_truncated_completions=True))
+    assert [s.prompt_length for s in masked] == [2, 2]
     assert [s.masked for s in masked] == [False, True]
 
 

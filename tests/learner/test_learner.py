@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -48,8 +49,11 @@ def some_samples(seed: int = 0) -> list[TrainingSample]:
         prompt = torch.randint(5, 280, (3 + 2 * i,), generator=generator).tolist()
         completion = torch.randint(5, 280, (1 + (5 * i) % 11,), generator=generator).tolist()
         logprobs = (-4.0 + torch.randn(len(completion), generator=generator)).tolist()
-        samples.append(TrainingSample(tuple(prompt), tuple(completion), tuple(logprobs), advantage))
-    return samples
+        samples.append(
+            TrainingSample(tuple(prompt), tuple(completion), tuple(logprobs), advantage, positive=i % 3 == 1)
+        )
+    pairs = [sum(len(s.completion_ids) for s in samples[i : i + 2]) for i in range(0, 8, 2)]
+    return [replace(s, prompt_length=pairs[i // 2], opens_prompt=i % 2 == 0) for i, s in enumerate(samples)]
 
 
 def gradients(made: Learner, samples) -> tuple[dict[str, float], torch.Tensor]:
@@ -57,11 +61,21 @@ def gradients(made: Learner, samples) -> tuple[dict[str, float], torch.Tensor]:
     return metrics, torch.cat([p.grad.flatten() for p in made.policy.parameters()])
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_micro_batches_add_up_to_one_big_batch(loss_type):
+ADDING_UP = {name: {"loss_type": name} for name, loss in LOSSES.items() if loss.term.couples != "batch"}
+ADDING_UP["dro"]["dro_beta"] = 0.1
+ADDING_UP |= {
+    f"{name} with all around it": {
+        "loss_type": name, "kl_tau": 0.1, "positive_example_nll_weight": 0.3, "entropy_coef": 0.1,
+        "rollout_rs": "token_k2", "rollout_rs_threshold": 2.0,
+    } for name in ("grpo", "prompt_mean")
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", ADDING_UP.values(), ids=ADDING_UP)
+def test_micro_batches_add_up_to_one_big_batch(settings):
     samples = some_samples()
-    whole, big = gradients(learner(loss_type=loss_type, per_device_train_batch_size=8, max_grad_norm=0.0), samples)
-    split, small = gradients(learner(loss_type=loss_type, per_device_train_batch_size=2, max_grad_norm=0.0), samples)
+    whole, big = gradients(learner(**settings, per_device_train_batch_size=8, max_grad_norm=0.0), samples)
+    split, small = gradients(learner(**settings, per_device_train_batch_size=2, max_grad_norm=0.0), samples)
     assert whole["loss"] == pytest.approx(split["loss"], rel=1e-5, abs=1e-7)
     assert big.abs().max() > 1e-4
     torch.testing.assert_close(small, big, rtol=1e-4, atol=1e-6 * float(big.abs().max()))
