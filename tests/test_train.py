@@ -74,8 +74,8 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     assert before == {path.name: path.read_bytes() for path in resumed.iterdir() if path.is_file()}
 
 
-def test_a_held_out_question_that_is_too_long_is_left_out(model, tmp_path):
-    """It once ended the run at its first evaluation, after everything had been loaded."""
+def test_a_held_out_question_that_is_too_long_is_left_out_and_anyone_can_load_the_checkpoint(model, tmp_path):
+    """Such a question once ended the run at its first evaluation, after everything had been loaded."""
     rows = [{"question": "Q" * (400 if i == 9 else 5), "answer": "1"} for i in range(10)]
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,10 +83,6 @@ def test_a_held_out_question_that_is_too_long_is_left_out(model, tmp_path):
     output = run(words(model, str(data), tmp_path / "run", **settings))
     assert "warning: 1 of 4 held-out questions are too long for a context of 100 tokens and are left out" in output
     assert "(3 held-out problems)" in output
-
-
-def test_the_checkpoint_is_a_model_anyone_can_load(model, questions, tmp_path):
-    run(words(model, questions, tmp_path / "run", use_vllm=False, max_steps=1))
     folder = tmp_path / "run" / "checkpoint-1"
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -229,10 +225,22 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     assert "draft/accuracy" not in only and only["rollout/rollouts_per_prompt"] == 4.0 and "kl" in only
 
 
+SHARED = {
+    "use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200, "eval_samples": 5, "eval_temperature": 0.0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(model, questions, tmp_path_factory) -> dict:
+    """What one process finds on the held-out problems before training."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert "(5 held-out problems)" in run(words(model, questions, folder, **{**SHARED, "max_steps": 1}))
+    return next(r for r in records(folder) if "eval/reward" in r)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch, sharded):
-    settings = {"use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200}
-    settings |= {"eval_samples": 5, "eval_temperature": 0.0}
+def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monkeypatch, sharded):
+    settings = SHARED.copy()
     if not sharded:  # the learner's collectives then run in a thread, beside the drafts of the next step
         settings |= {"draft_policy_lag": 1}
     if sharded:
@@ -247,12 +255,7 @@ def test_two_processes_share_the_prompts(model, questions, tmp_path, monkeypatch
     logged = steps(tmp_path / "run")
     assert [r["step"] for r in logged] == [1, 2]
     # Each process judges its share of the held-out problems; together that is what one process finds.
-    alone = run(words(model, questions, tmp_path / "alone", **{**settings, "max_steps": 1, "save_steps": 0}))
-    assert "(5 held-out problems)" in alone
-    (before, *_), (same, *_) = (
-        [r for r in records(tmp_path / name) if "eval/reward" in r] for name in ("run", "alone")
-    )
-    assert before == pytest.approx(same)
+    assert next(r for r in records(tmp_path / "run") if "eval/reward" in r) == pytest.approx(alone)
     groups = records(tmp_path / "run", "completions.jsonl")
     tokens = sum(c["tokens"] for g in groups if g["step"] == 1 for c in g["refinements"])
     assert logged[0]["rollout/refinement_tokens"] == tokens
@@ -303,32 +306,49 @@ def test_a_reward_that_fails_on_everything_stops_the_run(model, questions, tmp_p
     assert [r["eval/rewards/lacks_a_column/errors"] for r in logged if "eval/reward" in r] == [2.0, 2.0]
 
 
-@pytest.mark.parametrize(
-    ("settings", "parts"),
-    [
-        ({"dataset_prompt_column": "prompt"}, ("prompt", "question")),
-        ({"dataset_name": "nowhere.jsonl"}, ("nowhere.jsonl",)),
-        ({"reward_funcs": "[acuracy]"}, ("acuracy", "accuracy")),
-        ({"reward_funcs": "[tests.support.reward_functions:nothing]"}, ("nothing",)),
-        ({"model_name_or_path": "./no-such-folder"}, ("model_name_or_path", "no-such-folder")),
-        ({"loss_type": "vespo"}, ("vespo", "vllm_importance_sampling_mode")),
-        ({"vllm_max_model_length": 12}, ("no question fits", "max_completion_length")),
-        ({"eval_samples": 20}, ("eval_samples", "dataset_test_split")),
-        ({"resume_from_checkpoint": "last"}, ("resume_from_checkpoint", "no checkpoint yet")),
-        ({"lr_scheduler_type": "sawtooth"}, ("lr_scheduler_type",)),
-        ({"use_peft": True, "lora_target_modules": "lm_head"}, ("lora_target_modules: lm_head", "tie_word_embeddings")),
-        ({"use_vllm": True, "vllm_cpu_kvcache_gib": 1e6}, ("1000000", "GiB", "token_budget")),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+MISTAKES = (
+    ({"dataset_prompt_column": "prompt"}, ("prompt", "question")),
+    ({"dataset_name": "nowhere.jsonl"}, ("nowhere.jsonl",)),
+    ({"reward_funcs": "[acuracy]"}, ("acuracy", "accuracy")),
+    ({"reward_funcs": "[tests.support.reward_functions:nothing]"}, ("nothing",)),
+    ({"model_name_or_path": "./no-such-folder"}, ("model_name_or_path", "no-such-folder")),
+    ({"loss_type": "vespo"}, ("vespo", "vllm_importance_sampling_mode")),
+    ({"vllm_max_model_length": 12}, ("no question fits", "max_completion_length")),
+    ({"eval_samples": 20}, ("eval_samples", "dataset_test_split")),
+    ({"resume_from_checkpoint": "last"}, ("resume_from_checkpoint", "no checkpoint yet")),
+    ({"lr_scheduler_type": "sawtooth"}, ("lr_scheduler_type",)),
+    ({"use_peft": True, "lora_target_modules": "lm_head"}, ("lora_target_modules: lm_head", "tie_word_embeddings")),
+    ({"use_vllm": True, "vllm_cpu_kvcache_gib": 1e6}, ("1000000", "GiB", "token_budget")),
 )
-def test_mistakes_end_with_code_2_and_write_nothing(model, questions, tmp_path, settings, parts):
-    options = {"model": model, "data": questions}
-    arguments = words(**options, output=tmp_path / "run", use_vllm=False)
-    output = run([*arguments, *(w for k, v in settings.items() for w in (f"--{k}", str(v)))], code=2)
+
+
+@pytest.fixture(scope="module")
+def answers(model, questions, tmp_path_factory) -> list[tuple[int, str, Path]]:
+    """Exit code, output and folder of each mistake, of one process: most of each is importing torch."""
+    folders = [tmp_path_factory.mktemp("mistake") / "run" for _ in MISTAKES]
+    asked = [
+        words(model, questions, folder, **{"use_vllm": False, **settings})
+        for folder, (settings, _) in zip(folders, MISTAKES, strict=True)
+    ]
+    code = (
+        "import contextlib, io, json, sys; from igrpo.train import main\n"
+        "for arguments in json.loads(sys.argv[1]):\n"
+        " with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):\n"
+        "  code = main(arguments)\n"
+        " print(json.dumps([code, said.getvalue()]))"
+    )
+    lines = run([json.dumps(asked)], launcher=("-c", code)).splitlines()  # what libraries say comes after them
+    return [(*json.loads(line), folder) for line, folder in zip(lines, folders, strict=False)]
+
+
+@pytest.mark.parametrize("index", range(len(MISTAKES)), ids=[next(iter(settings)) for settings, _ in MISTAKES])
+def test_mistakes_end_with_code_2_and_write_nothing(answers, index):
+    code, output, folder = answers[index]
+    assert code == 2
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    for part in parts:
+    for part in MISTAKES[index][1]:
         assert part in line
-    assert "Traceback" not in output and not (tmp_path / "run").exists()
+    assert "Traceback" not in output and not folder.exists()
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="needs GSM8K at ../shared/data/gsm8k beside the checkout")
