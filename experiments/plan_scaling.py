@@ -98,7 +98,7 @@ def _workload(size: str, hardware: Hardware, prompts: int) -> Workload:
     config = TrainConfig(
         model_name_or_path=MODELS[size], dataset_name="MATH", num_drafts=4, num_generations=4,
         per_device_train_batch_size=16, gradient_accumulation_steps=8, max_completion_length=4096, token_budget=16_384,
-        vllm_max_num_seqs=256,
+        vllm_max_num_seqs=256, draft_policy_lag=1,
     )  # fmt: skip
     return Workload(table_shape(MODELS[size]), config, hardware, LENGTHS, prompts=prompts)
 

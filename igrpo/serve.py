@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("vllm_max_model_length: the model names no limit; write one that fits the refinements")
         on_cpu = this_machine(config.use_cpu).device == "cpu"
         # The recipe is the trainer's: what it says about reaching servers is none of this one's business.
-        check_hardware(replace(config, use_vllm=True, vllm_mode="colocate"), on_cpu)
+        check_hardware(replace(config, use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=None), on_cpu)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_CONFIG

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config.train_config import TrainConfig
@@ -63,11 +63,12 @@ class TrainingRun:
         return groups, stats
 
     def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
-        """The learner step, while the engine goes on with drafts of the next step."""
+        """The learner step, while the engine sleeps or goes on with drafts of the next step."""
         from igrpo.learner.batching import training_samples
 
         samples = training_samples(groups, self.config)
         with self.timeline.span("learner", step):
+            self.engine.sleep()
             return self.rollout.during(lambda: self.learner.train_on(samples, self.view.learned))
 
     def push_weights(self, version: int) -> dict[str, float]:
@@ -151,8 +152,11 @@ class TrainingRun:
         self.view.stage("checkpoint")
         drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
         state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
+        slept = self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
         saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")
+        if slept:
+            self.push_weights(self.step)
 
     def report(self, before: dict[str, float], after: dict[str, float]) -> None:
         if before and after:
@@ -199,6 +203,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner.set_schedule(total_steps * config.num_iterations)
         engine = start_engine(path, placed, length, stop_ids, config.seed + learner.accelerator.process_index)
         stack.callback(engine.close)
+        if resume_from:
+            engine.sleep()
         state = learner.load(resume_from) if resume_from else None
         sync = WeightSync(engine, learner, prompts.parts(problems[0]).bare, config)
         sync.prove(state["step"] if state else 0)
@@ -228,7 +234,9 @@ def _placed(config: TrainConfig) -> TrainConfig:
         ConfigError: the machine cannot do what is asked.
     """
     rank, processes = place()
-    say_unused(config, this_machine(config.use_cpu).device == "cpu", rank)
+    on_cpu = this_machine(config.use_cpu).device == "cpu"
+    say_unused(config, on_cpu, rank)
+    config = replace(config, vllm_enable_sleep_mode=config.engine_sleeps and not on_cpu)
     return beside_the_learner(config, visible_gpus(config.use_cpu), local_processes(), processes)
 
 

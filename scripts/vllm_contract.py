@@ -25,7 +25,10 @@ TRANSFER = "vllm.distributed.weight_transfer"
 MEMBERS = {
     "vllm.LLM": (
         "collective_rpc kwargs", "apply_model func", "reset_prefix_cache reset_running_requests", "llm_engine",
+        "sleep level", "wake_up tags",
     ),
+    "vllm.device_allocator.cumem.CuMemAllocator": ("get_instance", "release_pools"),
+    "vllm.v1.worker.gpu_worker.Worker": ("sleep level", "wake_up tags", "_sleep_saved_buffers"),
     "vllm.v1.engine.llm_engine.LLMEngine": (
         "add_request request_id prompt params", "step", "abort_request request_ids", "engine_core",
     ),
@@ -61,6 +64,8 @@ FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
 }
+WORDS = {"vllm/v1/worker/gpu_worker.py": ('tag="weights"', 'tag="kv_cache"')}
+"""File -> what it must hold: the parts in which vLLM's memory wakes."""
 ENDPOINTS = {
     "/collective_rpc": ("method", "kwargs", "results"), "/reset_prefix_cache": ("reset_running_requests",),
     "/pause": ("mode", "keep"), "/finish_weight_update": ("weight_version",), "/update_weights": ("update_info",),
@@ -191,6 +196,7 @@ def engine_options() -> set[str]:
 
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.config, engine.path, engine.max_model_length, engine._rank_seed = _config(), "m", 64, 0
+    engine._sleeps = True
     options: set[str] = set()
     for engine.on_cpu in (True, False):
         options |= set(engine._options())
@@ -249,6 +255,8 @@ def _missing_members(sources: Sources) -> Iterator[tuple[str, str]]:
     source = sources.members(f"{TRANSFER}.base.WeightSource")
     if not {"iter_full", "__iter__"} & set(source):
         yield "members", f"{TRANSFER}.base.WeightSource.iter_full or .__iter__"
+    for file, words in WORDS.items():
+        yield from (("members", f"{file}: {word}") for word in words if word not in sources.text(file))
     for name, wanted in FUNCTIONS.items():
         found = sources.find(name)
         taken = set() if found is None else _arguments(found[1])

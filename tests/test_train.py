@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.support import asleep
 from tests.support.training import (
     ENVIRONMENT,
     GSM8K,
@@ -61,7 +63,16 @@ def test_the_whole_loop_with_vllm_and_an_exact_resume(model, questions, tmp_path
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
     for name in ("metrics.jsonl", "completions.jsonl", "config.yaml"):
         shutil.copy(whole / name, resumed / name)
-    run(words(model, questions, resumed, resume_from_checkpoint="last", **settings))
+    again = words(model, questions, resumed, resume_from_checkpoint="last", **settings)
+    # An engine that sleeps changes nothing, and only ever one of the two is at work.
+    said = run(again, launcher=("-m", "tests.support.asleep")).splitlines()
+    told = [line.removeprefix(asleep.TOLD) for line in said if line.startswith(asleep.TOLD)]
+    pushed = ["learner score", "wake weights", "reload_weights", "wake kv_cache", "engine score"]
+    assert [who for who, _ in itertools.groupby(told)] == [
+        "sleep 2", "learner load", *pushed,  # the trial's
+        "sleep 2", *pushed, "engine submit", "sleep 2", "learner train_on", *pushed,
+        "sleep 2", "learner save", *pushed, "engine submit",
+    ]  # fmt: skip
     assert [r["step"] for r in steps(resumed)] == [1, 2, 3]
     assert untimed(steps(resumed)[-1]) == pytest.approx(untimed(logged[-1]), rel=1e-4, abs=1e-6)
     assert records(resumed, "completions.jsonl") == groups

@@ -60,7 +60,6 @@ DROPPED = {
     "save_only_model": "checkpoints hold the optimiser, so that a run can go on",
     "sync_ref_model": "the reference model stays the initial one",
     "disable_dropout": "dropout stays as the model's config has it",
-    "vllm_enable_sleep_mode": "the engine stays awake beside the learner; vllm_gpu_memory_utilization is its share",
     "wandb_entity": "set the environment variable WANDB_ENTITY",
     "wandb_project": "set the environment variable WANDB_PROJECT",
     "wandb_run_group": "set the environment variable WANDB_RUN_GROUP",

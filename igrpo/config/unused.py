@@ -52,6 +52,8 @@ TABLE = (
     # --- what the machine lacks
     Row("on the CPU an engine is one process", lambda c, cpu: cpu and _starts_engine(c),
         ("vllm_tensor_parallel_size",), "write 1, or run on a machine with so many GPUs"),
+    Row("vLLM's CPU build has no sleep mode", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "colocate"
+        and bool(c.vllm_enable_sleep_mode), ("vllm_enable_sleep_mode",), "leave it out"),
     Row("a machine without a GPU has none to name", lambda c, cpu: cpu and c.vllm_mode == "server"
         and _starts_engine(c), ("vllm_server_devices",), "write null"),
     Row("nccl and ipc carry weights between GPUs", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "server"
@@ -61,10 +63,13 @@ TABLE = (
     Row("on a GPU the loss is triton, cuda or torch", lambda c, cpu: not cpu and c.loss_impl == "cpu",
         ("loss_impl",), "write auto"),
     Row("there is no GPU", lambda c, cpu: cpu and _starts_engine(c), ("vllm_gpu_memory_utilization",)),
+    Row("an engine sleeps in the trainer's process only", lambda c, _: c.use_vllm and c.vllm_mode == "server",
+        ("vllm_enable_sleep_mode",)),
     Row("on the CPU activations are in the computer's memory already", lambda c, cpu: cpu, ("activation_offloading",)),
     Row("vLLM runs on the GPU", lambda c, cpu: not cpu and _starts_engine(c), ("vllm_cpu_kvcache_gib",)),
     # --- the engine
-    Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", *OF_SERVERS, *OF_THE_ENGINE)),
+    Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", "vllm_enable_sleep_mode",
+        *OF_SERVERS, *OF_THE_ENGINE)),
     Row("vllm_mode is colocate", lambda c, _: c.use_vllm and c.vllm_mode == "colocate", OF_SERVERS),
     Row("the servers run already and were given their own", lambda c, _: c.use_vllm and c.vllm_mode == "server"
         and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE)),

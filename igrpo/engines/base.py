@@ -108,6 +108,11 @@ class Engine(Protocol):
         """Restarts the sampler's random numbers."""
         ...
 
+    def sleep(self) -> bool:
+        """Leaves its memory to the learner where it can and nothing runs; then it has forgotten its weights, wants a
+        push next, and is awake again after it."""
+        ...
+
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         """Replaces all weights and forgets every cached prefix; requests that run go on under the new weights.
 

@@ -146,6 +146,9 @@ class HFEngine:
     def seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
+    def sleep(self) -> bool:
+        return False
+
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         """By transformers' own loading, which knows how a folder's tensors become the model's."""
         old = self.model

@@ -1,4 +1,8 @@
-"""Weights to the engine, and whether they arrived: after each push both sides read the same probe tokens."""
+"""Weights to the engine, and whether they arrived: after each push both sides read the same probe tokens.
+
+The learner reads them first, before a sleeping engine is woken: where that fills the GPU, awake, the learner has no
+room for a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -37,12 +41,14 @@ class WeightSync:
         Raises:
             EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
         """
+        self.engine.sleep()
+        own = self.learner.score(self.probe)
         figures = self.engine.push_weights(self.learner.named_tensors, version)
-        gap = self._gap()
+        gap = self._gap(own)
         if not gap <= self.tolerance:
             self.engine.restart()
             figures = self.engine.push_weights(self.learner.named_tensors, version)
-            gap = self._gap()
+            gap = self._gap(own)
         if not gap <= self.tolerance:
             raise EngineError(
                 f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
@@ -63,33 +69,36 @@ class WeightSync:
             ConfigError: they do not; the architecture is named.
         """
         noise = self.tolerance / 3
-        if self.engine.version == version:
-            noise = self._gap()
+        theirs = self.engine.score(self.probe) if self.engine.version == version else None
+        self.engine.sleep()
+        before = self.learner.score(self.probe)
+        if theirs is not None:
+            noise = self._over_processes(theirs, before)
             if not noise <= self.tolerance:
                 raise self._refused(
                     f"computes differently in the engine: its log-probabilities of the same weights are {noise:.2f} "
                     f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance})"
                 )
-        before = self.learner.score(self.probe)
         with disturbed(self.learner):
-            moved = self._over_processes(before, self.learner.score(self.probe))
+            own = self.learner.score(self.probe)
+            moved = self._over_processes(before, own)
             try:
                 self.engine.push_weights(self.learner.named_tensors, TRIAL_VERSION)
             except EngineError as error:
                 raise self._refused(f"cannot be pushed to the engine ({error})") from error
-            gap = self._gap()
+            gap = self._gap(own)
         if not gap <= min(self.tolerance, max(moved / 10, 3 * noise, LEAST_LIMIT)):
             raise self._refused(
                 f"does not reach the engine whole: after a trial push, which moved the learner's log-probabilities by "
                 f"{moved:.2f} nats per token, the engine's are {gap:.2f} from them"
             )
 
-    def _gap(self) -> float:
-        """Mean |log p_engine - log p_learner| over the probe's tokens (nats), and over the processes: all of them must
-        come to the same decision."""
-        return self._over_processes(self.engine.score(self.probe), self.learner.score(self.probe))
+    def _gap(self, own: Sequence[float]) -> float:
+        return self._over_processes(self.engine.score(self.probe), own)
 
     def _over_processes(self, ours: Sequence[float], theirs: Sequence[float]) -> float:
+        """Mean |difference| over the probe's tokens (nats), and over the processes: all of them must come to the same
+        decision."""
         gap = fmean(abs(a - b) for a, b in zip(ours, theirs, strict=True))
         return self.learner.over_processes({"gap": gap})["gap"]
 

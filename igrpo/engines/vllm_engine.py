@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from igrpo.engines.base import EngineError, Request, Result, WeightSource, request_seed
+from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource, request_seed
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
 from igrpo.settings import ConfigError
@@ -55,6 +55,9 @@ class VLLMEngine:
         self._sent: dict[str, Sent] = {}
         """With the last push."""
         self._restarts = 0
+        self._sleeps = bool(config.vllm_enable_sleep_mode) and not self.on_cpu
+        self._asleep: list[str] = []
+        """Tags of vLLM's memory that are not there."""
         self._set_environment()
         self._start()
 
@@ -76,7 +79,7 @@ class VLLMEngine:
             ) from error
         try:
             self.llm = LLM(**self._options())
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise EngineError(f"vLLM did not start: {error}") from error
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -107,6 +110,7 @@ class VLLMEngine:
             | {
                 "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
                 "tensor_parallel_size": config.vllm_tensor_parallel_size,
+                "enable_sleep_mode": self._sleeps,
             }
             | launched_with_others()
         )
@@ -116,6 +120,7 @@ class VLLMEngine:
         self._submit(request, seed)
 
     def _submit(self, request: Request, seed: int | None) -> None:
+        self._check_awake()
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         sampling = request.sampling
@@ -180,12 +185,17 @@ class VLLMEngine:
         """A new engine. On a GPU this works where the old one's memory can be freed; a lost CUDA context cannot be
         mended inside its process, and starting fails with EngineError."""
         begun = list(self._running.values())
+        self._wake(*self._asleep)  # vLLM gives back only what is there
         self.close()
         self._running.clear()
         del self.engine, self.llm
         gc.collect()
         if not self.on_cpu:
             torch.cuda.empty_cache()
+        if self._sleeps:  # their pool holds one engine per process, and keeps the blocks of the one before
+            from vllm.device_allocator.cumem import CuMemAllocator
+
+            CuMemAllocator.get_instance().release_pools()
         self._start()
         for request, seed in begun:  # they start over at the next poll
             self._submit(request, seed)
@@ -206,8 +216,35 @@ class VLLMEngine:
                     f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone"
                 ) from error
 
+    def sleep(self) -> bool:
+        if self._asleep:
+            return True
+        if not self._sleeps or self._running or self._finished:
+            return False
+        # The next push brings all weights; vLLM itself keeps a copy of the model's buffers, rotary tables among them.
+        # CUDA graphs stay, and stay valid: what comes back lies at the same addresses.
+        self.llm.sleep(level=2)
+        self._asleep, self.version = ["weights", "kv_cache"], UNKNOWN_VERSION
+        return True
+
+    def _wake(self, *tags: str) -> None:
+        for tag in [tag for tag in tags if tag in self._asleep]:
+            try:
+                self.llm.wake_up(tags=[tag])
+            except RuntimeError as error:
+                raise EngineError(
+                    f"vLLM's {tag.replace('_', ' ')} finds no room beside the learner ({error}); lower "
+                    "vllm_gpu_memory_utilization"
+                ) from error
+            self._asleep.remove(tag)
+
+    def _check_awake(self) -> None:
+        if self._asleep:
+            raise EngineError("the engine sleeps and has forgotten its weights: push first")
+
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         start, restarts = time.perf_counter(), 0
+        self._wake("weights")
         try:
             compared = self._push(source, version)
         except EngineError:  # the model is half loaded; only a new one can be trusted
@@ -216,6 +253,7 @@ class VLLMEngine:
             restarts = 1
             self.restart()
             compared = self._push(source, version)
+        self._wake("kv_cache")  # last: what the learner gathered for the push is gone
         return {
             "sync/seconds": time.perf_counter() - start,
             "sync/tensors_compared": float(compared),
@@ -251,6 +289,7 @@ class VLLMEngine:
         return compared
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
+        self._check_awake()
         while True:
             try:
                 scores = self._score(token_ids)

@@ -154,7 +154,7 @@ class Learner:
         metrics: Accumulator,
         on_progress: OnProgress,
     ) -> None:
-        self.placement.begin_step()
+        self.placement.settle()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self.placement.micro_batch(last=i == len(micros) - 1):
@@ -237,7 +237,8 @@ class Learner:
         """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model; as
         they are, or as they are written where the model computes in ``compute``."""
         # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
-        self.placement.settle()
+        for placed in filter(None, (self.placement, self.reference)):
+            placed.settle()
         for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
                 dtype = None if compute is None else self.saved_format.dtype(name, tensor, compute)

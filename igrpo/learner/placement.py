@@ -33,7 +33,7 @@ class Placement(ABC):
     least_micro_batches: ClassVar[int] = 0
     """Without which a step cannot be taken."""
 
-    optimizer: Any
+    optimizer: Any = None
     module: torch.nn.Module
     """What is told whether it trains."""
 
@@ -62,10 +62,6 @@ class Placement(ABC):
         finally:
             self.module.train(training)
 
-    def begin_step(self) -> None:
-        """Drops the gradients of the step before."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Around the forward and backward pass of one micro-batch, the step's ``last`` one or another."""
         return nullcontext()
@@ -88,8 +84,11 @@ class Placement(ABC):
         if math.isfinite(norm):
             self.optimizer.step()
 
-    def settle(self) -> None:  # noqa: B027
-        """Drops gathered weights that a forward pass without backward has left: parameters are what is kept."""
+    def settle(self) -> None:
+        """Drops what a step and a scoring pass have left, gradients and gathered weights: before the next step, and for
+        an engine that wants their room."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """All of a parameter or buffer, in ``dtype`` if given; every process must ask for it, after ``settle``."""

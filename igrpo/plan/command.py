@@ -137,7 +137,7 @@ def rehearsed(work: Any, recipe: str) -> list[str]:
     if sizes.get("model_type") is None:
         raise ConfigError(f"rehearse: {source} names no model_type")
     report = rehearse(
-        AutoConfig.for_model(**sizes), config, hardware.learners, int(hardware.device.memory),
+        AutoConfig.for_model(**sizes), work.placed, hardware.learners, int(hardware.device.memory),
         prompt=int(work.prefix(config.num_drafts)), completion=int(work.lengths.mean), context=work.context(),
     )  # fmt: skip
     planned = work.memory().learner
@@ -186,6 +186,10 @@ def assumptions(work: Any, source: str, rows: int | None, calibrated: bool) -> l
         "the learner packs tokens" + (" and computes a group's prompt once" if work.config.shared_prefix else ""),
         "rewards and tokenisation are hidden behind decoding; the slowest engine counts",
     ]
+    if device.kind == "cuda" and work.placed.engine_sleeps:
+        awake = replace(work, config=replace(work.config, vllm_enable_sleep_mode=False))
+        total = awake.memory().total / 2**30
+        said.append(f"the engine sleeps while the learner works, except under lag 1, which takes {total:.1f} GiB")
     if rows is None and work.config.max_steps < 1:
         said.append("the data set's size is not known here: --problems N gives the hours of the whole run")
     if not calibrated or device.kind != "cpu":

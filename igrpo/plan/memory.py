@@ -6,7 +6,8 @@
     plan.lines() / plan.fits / plan.advice()       the table, the verdict, and what to change
     largest_context(shape, config, machine)        tokens of one sequence that still fit
 
-Sizes are bytes per process, at the worse of two moments of a step. Items marked exact follow from the settings alone.
+Sizes are bytes per process, at the worst moment of a step: two of the learner's, beside the engine or, where that
+sleeps, beside what it keeps; and then the moment when it is awake again. Items marked exact follow from the settings.
 Activations are an estimate: a count of what autograd keeps in one decoder layer, within 20 % of what a Llama layer was
 measured to keep; on GPUs the whole is within 10 % of rehearsals (``rehearsal.py``). So only the exact items refuse a
 run; the estimate warns.
@@ -14,7 +15,7 @@ run; the estimate warns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,9 @@ from igrpo.machine import Machine
 GIB = 2**30
 CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
 """Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
-ENGINE = ("engine weights", "KV cache")
+ENGINE = ("engine weights", "KV cache", "sleeping engine")
+ASLEEP = GIB
+"""What a sleeping engine keeps: CUDA graphs, and what vLLM allocates outside of its pool. A guess."""
 
 
 @dataclass(frozen=True)
@@ -115,21 +118,30 @@ class MemoryPlan:
     """What lives in one process's memory at the worst moment of a step."""
 
     items: tuple[Item, ...]
+    """Of the worst moment."""
     machine: Machine
     suggestions: tuple[str, ...]
+    learning: tuple[Item, ...]
+    generating: tuple[Item, ...] = ()
+    """While the engine is awake, if it sleeps while the learner works."""
 
     @property
     def total(self) -> int:
-        return sum(item.bytes for item in self.items)
+        return _bytes(self.items)
 
     @property
     def learner(self) -> int:
-        """Without the engine."""
-        return sum(item.bytes for item in self.items if item.name not in ENGINE)
+        """While it works, without the engine."""
+        return _bytes(item for item in self.learning if item.name not in ENGINE)
+
+    @property
+    def between(self) -> int:
+        """Of the learner, beside an engine that is awake."""
+        return _bytes(item for item in self.generating or self.learning if item.name not in ENGINE)
 
     @property
     def certain(self) -> int:
-        return sum(item.bytes for item in self.items if item.exact)
+        return max(_bytes(item for item in items if item.exact) for items in (self.learning, self.generating))
 
     @property
     def fits(self) -> bool:
@@ -149,7 +161,15 @@ class MemoryPlan:
             "memory plan, per process:",
             *rows,
             f"  {'together':<22} {self.total / GIB:8.2f} GiB  of {self.machine.memory / GIB:.1f} GiB ({where})",
+            *self._phases(),
         ]
+
+    def _phases(self) -> list[str]:
+        if not self.generating:
+            return []
+        learning, generating = f"{_bytes(self.learning) / GIB:.2f} GiB", f"{_bytes(self.generating) / GIB:.2f} GiB"
+        now = "learner works" if self.items == self.learning else "engine samples"
+        return [f"  while the {now}: the engine sleeps when the learner works ({learning} then, {generating} else)"]
 
     def advice(self) -> str:
         """What to change, most effective first; for the error and the warning."""
@@ -166,13 +186,21 @@ def memory_plan(
         sharded: FSDP: weights, gradients and optimiser are divided by the number of processes.
     """
     moments = _moments(shape, config, machine, context, sharded)
-    worst = max(moments, key=lambda items: sum(item.bytes for item in items))
-    items = [
-        *_weights(shape, config, machine, sharded),
-        *worst,
-        *_engine(shape, config, machine, context),
-    ]
-    return MemoryPlan(tuple(items), machine, _suggestions(config, machine, sharded))
+    worst = max(moments, key=_bytes)
+    weights, engine = _weights(shape, config, machine, sharded), _engine(shape, config, machine, context)
+    if not (config.engine_sleeps and machine.device == "cuda"):
+        items = (*weights, *worst, *engine)
+        return MemoryPlan(items, machine, _suggestions(config, machine, sharded), items)
+    asleep = Item("sleeping engine", ASLEEP, False, "CUDA graphs, and what vLLM keeps outside of its pool")
+    # DDP's buckets are the gradients.
+    kept = [item for item in weights if item.name != "gradients" or (machine.processes > 1 and not sharded)]
+    learning, generating = (*weights, *worst, asleep), (*kept, *engine)
+    items = max(learning, generating, key=_bytes)
+    return MemoryPlan(items, machine, _suggestions(config, machine, sharded), learning, generating)
+
+
+def _bytes(items: Iterable[Item]) -> int:
+    return sum(item.bytes for item in items)
 
 
 def largest_context(shape: ModelShape, config: TrainConfig, machine: Machine, *, sharded: bool = False) -> int:
@@ -220,9 +248,7 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
         note = f"two moments in {'8 bits' if eight_bit else 'fp32'}{split}"
         items.append(Item("optimiser", (2 if eight_bit else 8) * trained // parts, True, note))
     if config.beta > 0 and not config.use_peft:
-        gathered = _width(config) * shape.outside_layers if parts > 1 else 0  # stays whole after it has scored
-        size = 4 * shape.parameters // parts + gathered
-        items.append(Item("reference model", size, True, f"fp32, because beta > 0{split}"))
+        items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because beta > 0{split}"))
     return items
 
 
@@ -273,7 +299,9 @@ def _moments(
         Item("logits chunk", chunk * stays, False, chunks),
         Item("gradient of the head", held, True, "until the embedding has its own"),
     ]
-    return tuple([item for item in moment if item.bytes] for moment in (loss, last))  # type: ignore[return-value]
+    scored = _width(config) * shape.outside_layers if sharded and config.beta > 0 and not config.use_peft else 0
+    gathered = Item("reference, gathered", scored, True, "its embedding and head, since it has scored")
+    return tuple([i for i in (*moment, gathered) if i.bytes] for moment in (loss, last))  # type: ignore[return-value]
 
 
 def _width(config: TrainConfig) -> int:
@@ -333,6 +361,8 @@ def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: i
 def _suggestions(config: TrainConfig, machine: Machine, sharded: bool) -> tuple[str, ...]:
     said = []
     beside = config.use_vllm and config.vllm_mode == "colocate"
+    if beside and machine.device == "cuda" and not config.engine_sleeps:
+        said.append("let the engine sleep while the learner works (vllm_enable_sleep_mode: true, draft_policy_lag: 0)")
     if beside and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
         said.append("lower vllm_gpu_memory_utilization, or let vLLM run elsewhere")
     if not config.gradient_checkpointing:

@@ -6,11 +6,13 @@
 
 transformers builds the model from its config, ``Learner`` shards and trains it, torch computes shapes only. Stand-ins:
 the attention kernels, which keep what the real ones keep, and the other processes. Two steps of two full micro-batches
-are taken, the second with the optimiser's moments in place. The engine is not rehearsed: it takes what is left.
+are taken, the second with the optimiser's moments in place. The engine is not rehearsed: it takes what is left, of the
+learner's peak or, where it sleeps while the learner works, of what that holds else.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.plan.device_trace import DeviceTrace, Phase
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
+from igrpo.plan.memory import ASLEEP
 
 GIB = 2**30
 LOAD, BATCHES, STEP, PUSH = "loading", "micro-batches", "clip and optimiser", "weight push"
@@ -44,6 +47,8 @@ class Rehearsal:
     """Of one process in one step."""
     tokens: int
     """Of the largest micro-batch."""
+    share: float | None = None
+    """Of the GPU, that an engine takes which sleeps while the learner works; None: it stays awake, or is elsewhere."""
 
     @property
     def peak(self) -> int:
@@ -51,9 +56,14 @@ class Rehearsal:
         return max(self.phases[name].peak for name in (BATCHES, STEP, PUSH))
 
     @property
+    def held(self) -> int:
+        """While it waits for an engine that sleeps when it works."""
+        return self.phases[PUSH].held
+
+    @property
     def left(self) -> int:
-        """For an engine beside the learner."""
-        return self.memory - self.peak
+        """For an engine that is awake."""
+        return self.memory - (self.peak if self.share is None else self.held)
 
     def lines(self, most: int = 8) -> list[str]:
         """A report for people: the ``most`` largest of each kind."""
@@ -64,17 +74,26 @@ class Rehearsal:
             f"{'phase':<20} {'peak GiB':>9} {'held after':>11}",
         ]
         said += [f"{name:<20} {p.peak / GIB:>9.2f} {p.held / GIB:>11.2f}" for name, p in self.phases.items()]
-        share = max(0.0, self.left / self.memory)
-        verdict = f"{self.left / GIB:.1f} GiB are left for an engine, a share of {share:.2f}"
-        if self.left < 0:
-            verdict = f"THE LEARNER DOES NOT FIT: {-self.left / GIB:.1f} GiB are missing"
-        said += ["", f"the learner's peak is {self.peak / GIB:.2f} GiB; {verdict}", ""]
+        said += ["", f"the learner's peak is {self.peak / GIB:.2f} GiB; {self._verdict()}", ""]
         worst = max((self.phases[name] for name in (BATCHES, STEP, PUSH)), key=lambda p: p.peak)
         said.append("alive at that moment, GiB, by what allocated it")
         said += [f"{size / GIB:9.2f}  {by}" for by, size in worst.alive.most_common(most)]
         for name in (BATCHES, STEP, PUSH):
             said += _traffic(name, self.phases[name], most)
         return said
+
+    def _verdict(self) -> str:
+        free = self.memory - self.peak - (0 if self.share is None else ASLEEP)
+        if free < 0:
+            return f"THE LEARNER DOES NOT FIT: {-free / GIB:.1f} GiB are missing"
+        share = self.left / self.memory
+        if self.share is None:
+            return f"{self.left / GIB:.1f} GiB are left for an engine, a share of {share:.2f}"
+        fits = "fits" if self.share <= share else "DOES NOT FIT"
+        return (
+            f"the engine sleeps meanwhile. Then the learner holds {self.held / GIB:.2f} GiB, and {self.left / GIB:.1f} "
+            f"GiB are left for the engine, a share of {share:.2f}: vllm_gpu_memory_utilization: {self.share} {fits}"
+        )
 
 
 def _traffic(name: str, phase: Phase, most: int) -> list[str]:
@@ -137,13 +156,13 @@ def _steps(
 
         learner.train_on(everyone[0], on_progress)
     with trace.phase(PUSH):
-        for _ in learner.named_tensors():
-            pass
+        deque(learner.named_tensors(), maxlen=0)
     del trace.phases["first step"], trace.phases[""]
     together = [sample for samples in everyone for sample in samples]
     bins = pack(together, Limits.of(config), shared=config.shared_prefix, processes=len(everyone))
     largest = max(map(unique_tokens, bins))
-    return Rehearsal(trace.phases, memory, len(everyone), -(-len(bins) // len(everyone)), largest)
+    share = config.vllm_gpu_memory_utilization if config.engine_sleeps else None
+    return Rehearsal(trace.phases, memory, len(everyone), -(-len(bins) // len(everyone)), largest, share)
 
 
 def _model(model_config: Any, config: TrainConfig, trace: DeviceTrace) -> Any:

@@ -137,8 +137,12 @@ class Workload:
             machine = this_machine(use_cpu=True, processes=learners)
         else:
             machine = Machine("cuda", int(self.hardware.device.memory), learners)
-        config = replace(self.config, vllm_mode="server" if self.hardware.generation else "colocate")
-        return memory_plan(self.shape, config, machine, context=self.context(), sharded=learners > 1)
+        return memory_plan(self.shape, self.placed, machine, context=self.context(), sharded=learners > 1)
+
+    @property
+    def placed(self) -> TrainConfig:
+        """The recipe with its engine where the hardware has it."""
+        return replace(self.config, vllm_mode="server" if self.hardware.generation else "colocate")
 
     def context(self) -> int:
         """Tokens of the longest sequence."""

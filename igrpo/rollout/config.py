@@ -97,12 +97,23 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     full_determinism: bool = False
     """Same seed, same run, bit for bit on the CPU: the engine waits for scores instead of running on."""
 
+    @property
+    def engine_sleeps(self) -> bool:
+        """Whether an engine beside the learner on a GPU sleeps while that works."""
+        asked, beside = self.vllm_enable_sleep_mode, self.use_vllm and self.vllm_mode == "colocate"
+        return beside and (not self.draft_policy_lag if asked is None else asked)
+
     def check(self) -> None:
         if self.draft_selection_score == "accuracy_first" and "accuracy" not in self.reward_funcs:
             raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
         if self.draft_policy_lag and self.rollout_schedule == "barrier":
             raise ConfigError(
                 "rollout_schedule: barrier separates the stages that draft_policy_lag: 1 overlaps; drop one"
+            )
+        if self.draft_policy_lag and self.vllm_enable_sleep_mode and self.use_vllm and self.vllm_mode == "colocate":
+            raise ConfigError(
+                "vllm_enable_sleep_mode: with draft_policy_lag: 1 the engine samples while the learner works; write "
+                "false, or draft_policy_lag: 0"
             )
         if self.early_stop_drafts and self.draft_selection != "best":
             raise ConfigError(

@@ -19,12 +19,14 @@ GYM = {"dataset_name": "reasoning_gym:chain_sum"}
 # because -> (settings and machine in which the row holds, settings and machine in which it does not)
 CASES = {
     "on the CPU an engine is one process": ({}, "cpu", {}, "gpu"),
+    "vLLM's CPU build has no sleep mode": ({}, "cpu", {}, "gpu"),
     "a machine without a GPU has none to name": (SERVER, "cpu", SERVER, "gpu"),
     "nccl and ipc carry weights between GPUs": (SERVER, "cpu", SERVER, "gpu"),
     "on the CPU the loss is cpu or torch": ({"loss_impl": "cuda"}, "cpu", {}, "gpu"),
     "on a GPU the loss is triton, cuda or torch": ({"loss_impl": "cpu"}, "gpu", {"loss_impl": "cpu"}, "cpu"),
     "there is no GPU": ({}, "cpu", {}, "gpu"),
     "on the CPU activations are in the computer's memory already": ({}, "cpu", {}, "gpu"),
+    "an engine sleeps in the trainer's process only": (SERVER, "gpu", {}, "gpu"),
     "vLLM runs on the GPU": ({}, "gpu", {}, "cpu"),
     "use_vllm is false": ({"use_vllm": False}, "gpu", SERVER, "gpu"),
     "vllm_mode is colocate": ({}, "gpu", SERVER, "gpu"),
@@ -71,6 +73,7 @@ PARTICULAR = {
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
+    "vllm_enable_sleep_mode": True,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

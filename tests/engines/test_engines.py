@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import EngineError, Request, Result, Sampling, start_engine
+from igrpo.engines.base import UNKNOWN_VERSION
 from tests.support.tiny import save_tiny, tiny_llama
 
 PROMPT = tuple(range(40, 90))
@@ -121,10 +123,40 @@ def test_requests_that_run_go_on_under_new_weights(engine):
     assert result.version == 6 and logprob_gap(2, result, temperature=1.0) < 1e-4
 
 
+@pytest.fixture
+def sleeper(engine, monkeypatch):
+    """As on a GPU: the CPU build stops and starts its scheduler too, and has no pool to release."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    pools = types.SimpleNamespace(released=0)
+    pools.release_pools = lambda: setattr(pools, "released", pools.released + 1)
+    monkeypatch.setattr(CuMemAllocator, "get_instance", lambda: pools)
+    monkeypatch.setattr(engine, "_sleeps", True)
+    engine.pools = pools
+    return engine
+
+
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
-def test_a_push_that_breaks_half_way_is_repeated_on_a_new_engine(engine):
+def test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it(sleeper):
+    sleeper.push_weights(source(1), version=5)
+    sleeper.submit(Request("a", PROMPT, 1, SAMPLING))
+    assert not sleeper.sleep() and drain(sleeper, 1)["a"].version == 5
+    assert sleeper.sleep() and sleeper.sleep() and sleeper.version == UNKNOWN_VERSION
+    for use in (lambda: sleeper.submit(Request("b", PROMPT, 1, SAMPLING)), lambda: sleeper.score(PROMPT)):
+        with pytest.raises(EngineError, match="the engine sleeps and has forgotten its weights"):
+            use()
+    sleeper.push_weights(source(2), version=6)
+    sleeper.submit(Request("b", PROMPT, 1, SAMPLING))
+    result = drain(sleeper, 1)["b"]
+    assert result.version == 6 and logprob_gap(2, result) < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["vllm"], indirect=True)
+def test_a_push_that_breaks_half_way_is_repeated_on_a_new_engine(sleeper):
+    engine = sleeper
+    engine.sleep()
     figures = engine.push_weights(breaks_half_way(2, fails=1), version=7)
-    assert figures["sync/restarts"] == 1.0
+    assert figures["sync/restarts"] == 1.0 == engine.pools.released and not engine.llm.llm_engine.is_sleeping()
     engine.submit(Request("a", PROMPT, 3, SAMPLING))
     result = drain(engine, 1)["a"]
     assert result.version == 7 and logprob_gap(2, result) < 1e-4

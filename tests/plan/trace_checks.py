@@ -99,6 +99,7 @@ def planned(made):
         machine = Machine("cuda", 2**34, devices)
         plan = memory_plan(model_shape(made.to_dict()), config, machine, context=8192, sharded=devices > 1)
         ratios[f"{devices} {settings}"] = plan.learner / found.peak
+        ratios[f"{devices} {settings}, waiting"] = plan.between / found.held
     return ratios
 
 

@@ -115,6 +115,9 @@ class ServerEngine:
     def seed(self, seed: int) -> None:
         self._seed = seed
 
+    def sleep(self) -> bool:
+        return False
+
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         start = time.perf_counter()
         if self._folder is not None:

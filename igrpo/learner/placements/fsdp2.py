@@ -81,10 +81,6 @@ class Fsdp2(Placement):
     def __call__(self, *args: Any, exact: bool = False, **named: Any) -> GRPOLossOutput | torch.Tensor:
         return self.module(*args, **named)
 
-    def begin_step(self) -> None:
-        self.settle()
-        super().begin_step()
-
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """The head and embedding stay gathered until the step's last micro-batch.
 
@@ -96,6 +92,7 @@ class Fsdp2(Placement):
         return nullcontext()
 
     def settle(self) -> None:
+        super().settle()
         self.module.reshard()
 
     def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

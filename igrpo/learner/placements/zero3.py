@@ -84,8 +84,9 @@ class Zero3(Placement):
         out = self.engine(*args, **named)
         return GRPOLossOutput(**out) if isinstance(out, dict) else out
 
-    def begin_step(self) -> None:
-        self.engine.optimizer.zero_grad(set_to_none=True)
+    def settle(self) -> None:
+        if self.optimizer is not None:
+            self.engine.optimizer.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """The engine steps after the ``last`` one of the optimiser step."""
