@@ -1,6 +1,7 @@
 """The two public losses: from logits, or from hidden states and the lm_head so that logits never exist whole."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -8,9 +9,11 @@ from torch.distributed import ProcessGroup
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
 from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.impls import resolve_impl
+from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.losses import PROMPT_MEAN
+from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
-from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
+from igrpo_kernels.vocab_parallel import VocabShard
 
 _DEFAULT_CONFIG = GRPOLossConfig()
 
@@ -27,6 +30,7 @@ def grpo_loss(
     loss_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     prompt_lengths: Tensor | None = None,  # (B,) | (S,)
+    sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
     process_group: ProcessGroup | None = None,
@@ -54,6 +58,10 @@ def grpo_loss(
         nll_weights: adds sum of nll_weights · (-log-prob) to the loss, divided by nothing; float, shaped as
             `advantages`. NLL on good answers with weight mu: mu / (their tokens in the step), 0 elsewhere.
         prompt_lengths: with prompt_mean: tokens of all completions of the sequence's prompt in the optimiser step.
+        sampling_mask: what the sampler's top_k, top_p or min_p left of the vocabulary, token by token. Log-probs,
+            ratio, KL, entropy and gradient are then over those sets, the gradient elsewhere is exactly 0. The other
+            log-probs must be over the same sets: vLLM's processed ones are, and `selective_log_softmax` takes the
+            mask, too. Two passes for any loss, and not inside torch.compile (docs/kernels.md).
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
         num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens. With
             prompt_mean: the step's prompts; None = those that this call holds, a part of a prompt for that part.
@@ -90,7 +98,8 @@ def grpo_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit (with the shapes), ids outside the vocabulary (on the CPU;
-            NaN rows elsewhere), missing ref_per_token_logps, unknown `impl`.
+            NaN rows elsewhere), missing ref_per_token_logps, unknown `impl`; a token outside its own set of
+            sampling_mask (on the CPU; NaN rows elsewhere).
         RuntimeError: `impl` names an implementation this installation cannot run.
 
     Example:
@@ -113,16 +122,18 @@ def grpo_loss(
     )
     columns = logits.shape[-1]
     shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
-    check_index(batch.index, logits.device, columns if shard is None else shard.vocab_size)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(batch.index, logits.device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
     kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
-    arguments = (logits, batch, config, num_items_in_batch)
+    kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     if kernels is None:
-        rows = reference.grpo_loss(*arguments, shard=shard)
+        rows = reference.grpo_loss(logits, batch, config, num_items_in_batch, shard=shard, kept=kept)
     else:
-        kernels = kernels if shard is None else ShardedRows(kernels, shard)
-        rows = fused_loss.grpo_loss(kernels, *arguments, inplace=inplace)
-    return _output(rows, batch)
+        kernels, index = kernels_for(kernels, batch.index, shard, kept)
+        served = batch if kept is None else replace(batch, index=index)
+        rows = fused_loss.grpo_loss(kernels, logits, served, config, num_items_in_batch, inplace=inplace)
+    return _output(rows, batch, kept)
 
 
 def linear_grpo_loss(
@@ -139,6 +150,7 @@ def linear_grpo_loss(
     loss_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     prompt_lengths: Tensor | None = None,  # (B,) | (S,)
+    sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     lengths: Sequence[int] | None = None,  # (S,)
     num_items_in_batch: Tensor | float | None = None,
@@ -201,22 +213,30 @@ def linear_grpo_loss(
     )
     columns, device = lm_head_weight.shape[0], hidden_states.device
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)
-    check_index(batch.index, device, columns if shard is None else shard.vocab_size)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(batch.index, device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
     kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
+    kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    arguments = (hidden, lm_head_weight, lm_head_bias, batch, config, num_items_in_batch)
+    head = (hidden, lm_head_weight, lm_head_bias)
     options = {"fp32_logits": fp32_logits, "compute_metrics": compute_metrics, "shard": shard}
     if kernels is None:
-        rows = reference.linear_grpo_loss(*arguments, **options)
+        rows = reference.linear_grpo_loss(*head, batch, config, num_items_in_batch, **options, kept=kept)
     else:
-        kernels = kernels if shard is None else ShardedRows(kernels, shard)
-        rows = fused_linear_autograd.linear_grpo_loss(kernels, *arguments, **options)
-    return _output(rows, batch)
+        kernels, index = kernels_for(kernels, batch.index, shard, kept)
+        served = batch if kept is None else replace(batch, index=index)
+        rows = fused_linear_autograd.linear_grpo_loss(kernels, *head, served, config, num_items_in_batch, **options)
+    return _output(rows, batch, kept if compute_metrics else None)
 
 
-def _output(rows: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]], batch: TokenBatch) -> GRPOLossOutput:
+def _output(
+    rows: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]], batch: TokenBatch, kept: KeptSets | None
+) -> GRPOLossOutput:
     loss, logps, entropy, metrics = rows
+    if kept is not None:
+        size = batch.masked(kept.mask.counts.to(logps.dtype)).sum() / batch.lengths.sum().clamp(min=1.0)
+        metrics["sampling/kept_tokens/mean"] = size
     return GRPOLossOutput(loss, logps.detach().view(batch.shape), entropy.detach().view(batch.shape), metrics)
 
 

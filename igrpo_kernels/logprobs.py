@@ -7,8 +7,10 @@ from torch.distributed import ProcessGroup
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
 from igrpo_kernels.batch import check_index, check_index_dtype, check_linear_shapes, check_logits_shape
 from igrpo_kernels.impls import resolve_impl
+from igrpo_kernels.kept_rows import kernels_for
+from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
 from igrpo_kernels.types import LogitTransform
-from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
+from igrpo_kernels.vocab_parallel import VocabShard
 
 
 def selective_log_softmax(
@@ -17,6 +19,7 @@ def selective_log_softmax(
     *,
     temperature: float = 1.0,
     return_entropy: bool = False,
+    sampling_mask: SamplingMask | None = None,  # one set per element of index
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -29,6 +32,8 @@ def selective_log_softmax(
         index: (...) int32 or int64, the token whose log-probability is wanted.
         temperature: > 0.
         return_entropy: also return H, in nats.
+        sampling_mask: the tokens that a sampler's top_k, top_p or min_p kept: the softmax is over each row's own set,
+            and the gradient elsewhere exactly 0. See `grpo_loss`.
         process_group: logits hold this rank's contiguous columns of a vocabulary spread over the group in rank order
             (`index` stays global); see `grpo_loss`.
         impl: "auto", or a name from `available_impls()`.
@@ -42,19 +47,25 @@ def selective_log_softmax(
 
     Raises:
         ValueError: shapes that do not match; on the CPU, an index outside [0, V). On other devices looking would cost
-        a sync, so such a row's log-probability and gradient are NaN instead.
+        a sync, so such a row's log-probability and gradient are NaN instead. The same for an index outside its set.
     """
     check_logits_shape("logits", logits, index)
     columns = logits.shape[-1]
     shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
-    check_index(index, logits.device, columns if shard is None else shard.vocab_size)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(index, logits.device, vocab_size)
     kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
-    arguments = (logits, index.long(), checked_transform(temperature))
+    rows, transform = index.reshape(-1).long(), checked_transform(temperature)
+    kept = KeptSets.of(sampling_mask, rows, None, vocab_size, index.shape)
     if kernels is None:
-        logps, entropy = reference.selective_log_softmax(*arguments, return_entropy=return_entropy, shard=shard)
+        logps, entropy = reference.selective_log_softmax(
+            logits, rows.view(index.shape), transform, return_entropy=return_entropy, shard=shard, kept=kept
+        )
     else:
-        kernels = kernels if shard is None else ShardedRows(kernels, shard)
-        logps, entropy = fused_loss.selective_log_softmax(kernels, *arguments, return_entropy=return_entropy)
+        kernels, rows = kernels_for(kernels, rows, shard, kept)
+        logps, entropy = fused_loss.selective_log_softmax(
+            kernels, logits, rows.view(index.shape), transform, return_entropy=return_entropy
+        )
     return (logps, entropy) if return_entropy else logps
 
 
@@ -69,6 +80,7 @@ def linear_selective_log_softmax(
     final_logit_softcapping: float | None = None,
     row_mask: Tensor | None = None,  # (...)
     return_entropy: bool = False,
+    sampling_mask: SamplingMask | None = None,  # one set per element of index
     fp32_logits: bool = False,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
@@ -88,6 +100,7 @@ def linear_selective_log_softmax(
         temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(logit_scale·logits/softcap) / temperature.
         row_mask: (...) bool, int or float; rows of 0 are dropped before the matmul, output 0 and gradient exactly 0.
         return_entropy: also return the entropy, in nats.
+        sampling_mask: see `selective_log_softmax`.
         fp32_logits: keep 16-bit matmuls' logits in fp32 instead of rounding them to 16 bits: at |logit| ~ 16 that
             rounding alone moves probability ratios by several percent. The chunk's buffer doubles, or triples on CUDA,
             where the operands stay 16-bit; elsewhere they are widened (one temporary copy of the weight).
@@ -114,16 +127,17 @@ def linear_selective_log_softmax(
         rows = torch.where(mask, rows, 0)
     columns, device = lm_head_weight.shape[0], hidden_states.device
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)
-    check_index(rows, device, columns if shard is None else shard.vocab_size)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(rows, device, vocab_size)
     kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    arguments = (hidden, lm_head_weight, lm_head_bias, rows, transform)
+    kept = KeptSets.of(sampling_mask, rows, mask, vocab_size, index.shape)
+    head = (hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias)
     options = {"return_entropy": return_entropy, "row_mask": mask, "fp32_logits": fp32_logits, "shard": shard}
     if kernels is None:
-        logps, entropy = reference.linear_selective_log_softmax(*arguments, **options)
+        logps, entropy = reference.linear_selective_log_softmax(*head, rows, transform, **options, kept=kept)
     else:
-        kernels = kernels if shard is None else ShardedRows(kernels, shard)
-        logps, entropy = fused_linear_autograd.linear_selective_log_softmax(kernels, *arguments, **options)
+        kernels, rows = kernels_for(kernels, rows, shard, kept)
+        logps, entropy = fused_linear_autograd.linear_selective_log_softmax(kernels, *head, rows, transform, **options)
     logps = logps.view(index.shape)
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 

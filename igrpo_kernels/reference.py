@@ -17,6 +17,7 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.objective import grpo_objective, shapes_the_loss
+from igrpo_kernels.sampling_mask import KeptSets
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard, whole_vocabulary
 
@@ -36,6 +37,7 @@ def grpo_loss(
     num_items_in_batch: Tensor | float | None,
     *,
     shard: VocabShard | None = None,
+    kept: KeptSets | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
     logps, entropy = selective_log_softmax(
@@ -46,6 +48,7 @@ def grpo_loss(
         row_mask=batch.mask.view(batch.shape),
         entropy_gradient=config.needs_entropy_gradient,
         shard=shard,
+        kept=kept,
     )
     logps, entropy = logps.reshape(-1), entropy.reshape(-1)
     loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
@@ -63,6 +66,7 @@ def linear_grpo_loss(
     fp32_logits: bool = False,
     compute_metrics: bool = True,
     shard: VocabShard | None = None,
+    kept: KeptSets | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
     logps, entropy = linear_selective_log_softmax(
@@ -75,6 +79,7 @@ def linear_grpo_loss(
         row_mask=batch.mask if compute_metrics else shapes_the_loss(batch, config),
         fp32_logits=fp32_logits,
         shard=shard,
+        kept=kept,
     )
     loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
     return loss, logps, entropy, metrics if compute_metrics else {}
@@ -97,16 +102,25 @@ def selective_log_softmax(
     row_mask: Tensor | None = None,  # (...) bool; masked rows: output 0, gradient exactly 0
     entropy_gradient: bool = True,
     shard: VocabShard | None = None,
+    kept: KeptSets | None = None,  # the softmax is over these
 ) -> tuple[Tensor, Tensor | None]:
     """logps (...) and entropy (...) or None, fp32 or fp64. An index outside the vocabulary makes its row's logp NaN."""
     logits = whole_vocabulary(logits, -1, shard)
     x = logits.to(compute_dtype(logits.dtype))
     if row_mask is not None:  # on the logits, so that NaN in a masked row cannot reach any gradient
         x = torch.where(row_mask[..., None], x, 0.0)
-    log_p = torch.log_softmax(transform_logits(x, transform), dim=-1)
+    if kept is None:
+        z = transform_logits(x, transform)
+    else:
+        inside = kept.mask.table(x.shape[-1]).view(x.shape)
+        inside = inside if row_mask is None else inside | ~row_mask[..., None]
+        z = transform_logits(torch.where(inside, x, 0.0), transform).masked_fill(~inside, -torch.inf)
+    log_p = torch.log_softmax(z, dim=-1)
     in_vocab = index.clamp(0, logits.shape[-1] - 1)
     logps = log_p.gather(-1, in_vocab[..., None]).squeeze(-1)
     logps = torch.where(index == in_vocab, logps, torch.nan)
+    if kept is not None:
+        logps = torch.where(kept.places.view(index.shape) < 0, torch.nan, logps)
     entropy = None
     if return_entropy:
         with contextlib.nullcontext() if entropy_gradient else torch.no_grad():
@@ -129,6 +143,7 @@ def linear_selective_log_softmax(
     row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
     fp32_logits: bool = False,
     shard: VocabShard | None = None,
+    kept: KeptSets | None = None,  # the softmax is over these
 ) -> tuple[Tensor, Tensor | None]:
     """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits."""
     weight = whole_vocabulary(weight, 0, shard)
@@ -137,7 +152,7 @@ def linear_selective_log_softmax(
     if fp32_logits:
         matmul_dtype = compute_dtype(matmul_dtype)
     logps, entropy = LinearSelectiveLogSoftmax.apply(
-        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype
+        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept
     )
     return logps, entropy
 
@@ -150,18 +165,18 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype):
+    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
-        ctx.transform, ctx.matmul_dtype = transform, matmul_dtype
-        head = _LmHead(hidden, weight, bias, transform, ctx.matmul_dtype)
+        ctx.transform, ctx.matmul_dtype, ctx.kept = transform, matmul_dtype, kept
+        head = _LmHead(hidden, weight, bias, transform, matmul_dtype, kept)
         logps = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
         entropy, log_norm = torch.zeros_like(logps) if return_entropy else None, torch.zeros_like(logps)
         for chunk in _chunks(row_mask, hidden, weight):
-            z = transform_logits(head.logits(chunk), transform)
+            z = head.transformed(head.logits(chunk), chunk)
             log_norm[chunk] = log_z = z.logsumexp(-1)
             in_vocab = index[chunk].clamp(0, weight.shape[0] - 1)
             target = z.gather(-1, in_vocab[:, None]).squeeze(-1) - log_z
-            logps[chunk] = torch.where(index[chunk] == in_vocab, target, torch.nan)
+            logps[chunk] = torch.where(head.chosen(index, chunk, in_vocab), target, torch.nan)
             if return_entropy:
                 log_p = z.sub_(log_z[:, None])
                 entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=_LOG_P_FLOOR)).sum(-1)
@@ -173,7 +188,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
         hidden, weight, bias, index, row_mask, log_norm, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = _LmHead(hidden, weight, bias, ctx.transform, ctx.matmul_dtype)
+        head = _LmHead(hidden, weight, bias, ctx.transform, ctx.matmul_dtype, ctx.kept)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
@@ -189,14 +204,16 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
                     grad_hidden[chunk] = (grad_x.to(ctx.matmul_dtype) @ head.weight).to(hidden.dtype)
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 class _LmHead:
     """The projection with its dtypes settled once: matmul in `matmul_dtype`, result in the compute dtype."""
 
-    def __init__(self, hidden, weight, bias, transform: LogitTransform, matmul_dtype: torch.dtype):
-        self.hidden, self.transform, self.matmul_dtype = hidden, transform, matmul_dtype
+    def __init__(
+        self, hidden, weight, bias, transform: LogitTransform, matmul_dtype: torch.dtype, kept: KeptSets | None
+    ):
+        self.hidden, self.transform, self.matmul_dtype, self.kept = hidden, transform, matmul_dtype, kept
         self.weight = weight.to(matmul_dtype)  # a copy only when the dtypes differ
         self.bias = None if bias is None else bias.to(matmul_dtype)
         self.dtype = compute_dtype(hidden.dtype)
@@ -204,9 +221,22 @@ class _LmHead:
     def logits(self, chunk: Tensor) -> Tensor:
         """Raw logits x (m, V) of the rows in `chunk` (m,), compute dtype."""
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return torch.nn.functional.linear(self.hidden[chunk].to(self.matmul_dtype), self.weight, self.bias).to(
-                self.dtype
-            )
+            x = torch.nn.functional.linear(self.hidden[chunk].to(self.matmul_dtype), self.weight, self.bias)
+        return x.to(self.dtype) if self.kept is None else x.to(self.dtype).masked_fill_(self.outside(chunk), 0.0)
+
+    def transformed(self, x: Tensor, chunk: Tensor) -> Tensor:
+        """Policy logits z of `logits`, -inf outside of the kept sets; may reuse x."""
+        z = transform_logits(x, self.transform)
+        return z if self.kept is None else z.masked_fill(self.outside(chunk), -torch.inf)
+
+    def outside(self, chunk: Tensor) -> Tensor:
+        """Bool (m, V): what was not kept."""
+        return ~self.kept.mask.select(chunk).table(self.weight.shape[0])
+
+    def chosen(self, index: Tensor, chunk: Tensor, in_vocab: Tensor) -> Tensor:
+        """Bool (m,): tokens that are in the vocabulary and were kept."""
+        known = index[chunk] == in_vocab
+        return known if self.kept is None else known & (self.kept.places[chunk] >= 0)
 
 
 def _grad_logits(
@@ -222,7 +252,7 @@ def _grad_logits(
     transform = head.transform
     slope = transform.logit_scale / transform.temperature  # dz/dx without soft-capping
     x = head.logits(chunk)
-    log_p = transform_logits(x, transform).sub_(log_norm[chunk][:, None])  # may reuse x, unless x is needed below
+    log_p = head.transformed(x, chunk).sub_(log_norm[chunk][:, None])  # may reuse x, unless x is needed below
     p = log_p.exp()
     if grad_entropy is None:
         grad = p.neg_()
@@ -233,7 +263,7 @@ def _grad_logits(
         target = index[chunk]
         in_vocab = target.clamp(0, p.shape[1] - 1)
         # NaN: a bad target poisons its row
-        g = torch.where(target == in_vocab, grad_logps[chunk] * slope, torch.nan)[:, None]
+        g = torch.where(head.chosen(index, chunk, in_vocab), grad_logps[chunk] * slope, torch.nan)[:, None]
         grad = grad.mul_(g) if grad_entropy is None else grad.addcmul_(p, g, value=-1.0)
         grad.scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
     if transform.final_logit_softcapping is not None:

@@ -26,7 +26,7 @@ from igrpo.config.recipe import DROPPED, RENAMED, REQUIRED, field_docs, key_grou
 from igrpo.config.train_config import TrainConfig  # noqa: E402
 from igrpo.settings.kinds import describe_type  # noqa: E402
 from igrpo.settings.section import default_of, field_types  # noqa: E402
-from igrpo_kernels import GRPOLossConfig, GRPOLossOutput  # noqa: E402
+from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, SamplingMask  # noqa: E402
 
 NOTE = "<!-- Written by scripts/write_docs.py from the source; change it there. -->\n"
 
@@ -78,6 +78,7 @@ def api() -> str:
     lines += function(igrpo_kernels.available_impls)
     for cls in (GRPOLossConfig, GRPOLossOutput):
         lines += dataclass_section(cls)
+    lines += constructors(SamplingMask)
     lines += [
         "## Equations",
         "",
@@ -110,6 +111,12 @@ def dataclass_section(cls: type) -> list[str]:
             kind = cell(ast.unparse(node.annotation))
             lines.append(f"| `{field.name}` | `{kind}` | {default} | {cell(following.value.value)} |")
     return [*lines, ""]
+
+
+def constructors(cls: type) -> list[str]:
+    made = [getattr(cls, name) for name, f in vars(cls).items() if isinstance(f, classmethod)]
+    text = [f"{f.__name__}{inspect.signature(f)}\n{textwrap.indent(inspect.getdoc(f), '    ')}" for f in made]
+    return [f"## {cls.__name__}", "", "```text", inspect.getdoc(cls), "", *text, "```", ""]
 
 
 def equations() -> list[str]:

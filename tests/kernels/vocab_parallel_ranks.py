@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from igrpo_kernels import (
     GRPOLossConfig,
+    SamplingMask,
     available_impls,
     grpo_loss,
     linear_grpo_loss,
@@ -74,11 +75,20 @@ def same_output(impl: str, out, truth) -> None:
         close(impl, name, out.metrics[name], value)
 
 
-def loss_case(ranks: Ranks, impl: str, name: str, layout: str = "padded", inplace: bool = False) -> None:
+def kept_sets(inputs) -> SamplingMask:
+    """The token's own id and two more: on this rank, on others, on all."""
+    rows = inputs.completion_ids.flatten().tolist()
+    return SamplingMask.from_lists([[a, (a + i) % V, (a + 5 * i) % V] for i, a in enumerate(rows)])
+
+
+def loss_case(
+    ranks: Ranks, impl: str, name: str, layout: str = "padded", inplace: bool = False, kept: bool = False
+) -> None:
     config = CONFIGS[name]
     inputs, _ = inputs_and_head(impl, config)
     inputs = packed(inputs) if layout == "packed" else inputs
-    call = partial(grpo_loss, config=config, num_items_in_batch=17)
+    mask = kept_sets(inputs) if kept else None
+    call = partial(grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask)
     whole = inputs.logits.clone().requires_grad_()
     truth = call(whole, inputs.completion_ids, inputs.advantages, impl="torch", **inputs.keywords(config))
     truth.loss.backward()
@@ -120,11 +130,14 @@ def log_probs_case(ranks: Ranks, impl: str) -> None:
     assert logps[2].isnan().all() and entropy[2].isnan().all(), (logps[2], entropy[2])
 
 
-def linear_case(ranks: Ranks, impl: str, name: str, chunk_rows: int = 1000, frozen: bool = False) -> None:
+def linear_case(
+    ranks: Ranks, impl: str, name: str, chunk_rows: int = 1000, frozen: bool = False, kept: bool = False
+) -> None:
     config = CONFIGS[name]
     inputs, head = inputs_and_head(impl, config)
     inputs = replace(inputs, advantages=inputs.advantages * torch.tensor([1.0, 0.0, 1.0, 1.0]))
-    call = partial(linear_grpo_loss, config=config, num_items_in_batch=17)
+    mask = kept_sets(inputs) if kept else None
+    call = partial(linear_grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask)
     leaves = [x.double().clone().requires_grad_() for x in head]
     truth = call(
         *leaves[:2], inputs.completion_ids, inputs.advantages, lm_head_bias=leaves[2], impl="torch",
@@ -246,6 +259,8 @@ def cases() -> dict[str, tuple[int, Callable[[Ranks], None]]]:
         three = {
             "sequence packed": partial(loss_case, impl=impl, name="sequence", layout="packed"),
             "linear everything": partial(linear_case, impl=impl, name="everything", chunk_rows=11),
+            "kept": partial(loss_case, impl=impl, name="everything", layout="packed", kept=True),
+            "linear kept": partial(linear_case, impl=impl, name="sequence", chunk_rows=5, kept=True),
         }
         if impl != "triton":  # interpreted: the same Python around other kernels
             two |= {

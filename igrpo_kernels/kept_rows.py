@@ -1,0 +1,142 @@
+"""Row kernels over a sampler's kept sets (`sampling_mask.py`), for every implementation.
+
+A kept set is small against the vocabulary, so the kept logits are gathered into one packed array, everything is
+computed there, and the gradient is zeros with those entries scattered into it: per bf16 logit 2 B written, whatever the
+loss. Sums run in fp64 in a fixed order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.sampling_mask import KeptSets
+from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
+from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
+
+_LOG_P_FLOOR = -1e4  # p = 0 there, and 0·inf must not appear
+
+
+@dataclass(frozen=True)
+class KeptRows:
+    """`RowKernels` whose `index` holds row numbers of the mask: a chunk of rows then says which sets are its own.
+
+    With a shard each rank gathers the kept logits that it has, and one sum gives all of them to every rank.
+    """
+
+    kernels: RowKernels
+    kept: KeptSets
+    shard: VocabShard | None
+
+    @property
+    def name(self) -> str:
+        """Of the implementation below."""
+        return self.kernels.name
+
+    def statistics(
+        self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
+    ) -> RowStats:
+        """Of the kept columns."""
+        at, entry, counts = self.kept.mask.entries(index, mask)
+        z, _ = _transformed(self._gather(logits, at, entry), transform)
+        row_max = torch.segment_reduce(z, "max", lengths=counts, unsafe=True)
+        shifted = z - row_max[at]
+        weight = shifted.exp()
+        total = _sums(weight, counts)
+        log_sum = total.log()
+        mean = _sums(weight * shifted.clamp(min=_LOG_P_FLOOR), counts) / total
+        place = self.kept.places[index]
+        first = counts.cumsum(0) - counts - self.kept.mask.offsets[index]
+        chosen = (place + first).clamp(0, max(len(z) - 1, 0))
+        logps = shifted[chosen] - log_sum if len(z) else torch.zeros_like(row_max)
+        stats = RowStats(torch.where(place < 0, torch.nan, logps), log_sum - mean, row_max, log_sum)
+        return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
+
+    def gradient(
+        self,
+        logits: Tensor,
+        out: Tensor | None,
+        index: Tensor,
+        mask: Tensor | None,
+        stats: RowStats,
+        grad_logps: Tensor | None,
+        grad_entropy: Tensor | None,
+        transform: LogitTransform,
+    ) -> Tensor:
+        """Exactly 0 outside of the kept columns."""
+        at, entry, _ = self.kept.mask.entries(index, mask)
+        z, slope = _transformed(self._gather(logits, at, entry), transform)
+        log_p = z - stats.row_max[at] - stats.log_sum[at]
+        p, grad = log_p.exp(), torch.zeros_like(z)
+        if grad_logps is not None:
+            place = self.kept.places[index]
+            g = torch.where(place < 0, torch.nan, grad_logps)[at]
+            grad = torch.where(entry == place[at], g, 0.0) - p * g
+        if grad_entropy is not None:
+            grad = grad - grad_entropy[at] * p * (log_p.clamp(min=_LOG_P_FLOOR) + stats.entropy[at])
+        grad, ids = grad * slope, self.kept.mask.ids[entry]
+        if self.shard is not None:
+            mine, local = self.shard.owned(ids)
+            at, ids, grad = at[mine], local[mine], grad[mine]
+        out = self._zeros(logits, out, stats)
+        out.index_put_(_where(out, at, ids), grad.to(out.dtype))
+        return out
+
+    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
+        """Never: the objective runs on rows."""
+        return False
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """grad *= factor ()."""
+        self.kernels.scale_(grad, factor)
+
+    def _zeros(self, logits: Tensor, out: Tensor | None, stats: RowStats) -> Tensor:
+        """By the implementation's own kernel, to which all rows are masked: its memory, its way of writing."""
+        if out is not None and out is not logits:
+            return out.zero_()
+        n, device = len(stats.logps), logits.device
+        none, zeros = torch.zeros(n, dtype=torch.bool, device=device), torch.zeros_like(stats.logps)
+        return self.kernels.gradient(
+            logits, out, none.long(), none, RowStats(*[zeros] * 4), zeros, None, LogitTransform()
+        )
+
+    def _gather(self, logits: Tensor, at: Tensor, entry: Tensor) -> Tensor:
+        """Kept logits in the compute dtype."""
+        ids, dtype = self.kept.mask.ids[entry], compute_dtype(logits.dtype)
+        if self.shard is None:
+            return logits[_where(logits, at, ids)].to(dtype)
+        mine, local = self.shard.owned(ids)
+        return self.shard.sum_(torch.where(mine, logits[_where(logits, at, local)].to(dtype), 0.0))
+
+
+def kernels_for(
+    kernels: RowKernels, index: Tensor, shard: VocabShard | None, kept: KeptSets | None
+) -> tuple[RowKernels, Tensor]:
+    """What serves a call on this rank's columns and over these sets, and the (n,) `index` that it takes."""
+    if kept is not None:
+        return KeptRows(kernels, kept, shard), torch.arange(len(index), device=index.device)
+    return kernels if shard is None else ShardedRows(kernels, shard), index
+
+
+def _where(logits: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Indices into (n, V) or (B, T, V), whose strides may not allow a view as (n, V)."""
+    if logits.dim() == 2:
+        return at, ids
+    return at // logits.shape[1], at % logits.shape[1], ids
+
+
+def _transformed(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """z and dz/dx."""
+    scale, cap, temperature = transform
+    if cap is None:
+        return x * scale / temperature, scale / temperature
+    bent = torch.tanh(x * (scale / cap))
+    return bent * cap / temperature, (1.0 - bent * bent) * (scale / temperature)
+
+
+def _sums(x: Tensor, counts: Tensor) -> Tensor:
+    return torch.segment_reduce(x.double(), "sum", lengths=counts, initial=0, unsafe=True).to(x.dtype)
