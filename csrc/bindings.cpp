@@ -28,17 +28,22 @@ struct Cpu {
   // that held one is kept for the next, from the moment that nobody holds it any more: then, and not before, its storage
   // calls the deleter.
   static Tensor new_grad(const Tensor& logits) {
-    const std::vector<int64_t> shape{logits.size(0), logits.size(1), logits.size(2)};
-    const int64_t bytes = logits.numel() * static_cast<int64_t>(logits.element_size()), limit = kept_limit();
-    if (bytes < kHuge || bytes > limit) return new_pages(logits, shape);
+    return new_kept(logits, {logits.size(0), logits.size(1), logits.size(2)});
+  }
+
+  static Tensor new_kept(const Tensor& like, const std::vector<int64_t>& shape) {
+    std::vector<int64_t> strides(shape.size());
+    int64_t count = 1;
+    for (size_t i = shape.size(); i-- > 0; count *= shape[i]) strides[i] = count;
+    const int64_t bytes = count * static_cast<int64_t>(like.element_size()), limit = kept_limit();
+    if (bytes < kHuge || bytes > limit) return new_pages(like, shape);
     std::optional<Tensor> found = kept().take(bytes, limit);
-    Tensor block = found.has_value() ? std::move(*found) : new_pages(logits, shape);
+    Tensor block = found.has_value() ? std::move(*found) : new_pages(like, shape);
     const auto give_back = [block, limit](void*) {
       const int64_t size = block.numel() * static_cast<int64_t>(block.element_size());
       kept().give_back(block, size, limit);
     };
-    return torch::stable::from_blob(block.data_ptr(), shape, {shape[1] * shape[2], shape[2], 1}, logits.device(),
-                                    logits.scalar_type(), give_back);
+    return torch::stable::from_blob(block.data_ptr(), shape, strides, like.device(), like.scalar_type(), give_back);
   }
 
   // Never destroyed: a gradient may outlive every static object.
@@ -89,6 +94,11 @@ struct Cpu {
 
 std::string cpu_capability() { return cpu::kernels().name; }
 
+Tensor cpu_new(Tensor like, std::vector<int64_t> shape) {
+  IGRPO_CHECK(like.is_cpu(), "cpu_new makes CPU tensors");
+  return Cpu::new_kept(like, shape);
+}
+
 int64_t cpu_keep_at_most(int64_t bytes) { return Cpu::kept().keep_at_most(bytes); }
 
 std::string policy_terms() { return kPolicyTermNames; }
@@ -116,6 +126,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(igrpo, m) {
   m.def("scale_(Tensor(a!) grad, Tensor factor) -> ()");  // CUDA only: on the CPU the factor can simply be looked at
   m.def("cpu_capability() -> str");
   m.def("cpu_keep_at_most(int bytes) -> int");
+  m.def("cpu_new(Tensor like, int[] shape) -> Tensor");
   m.def("policy_terms() -> str");
   m.def("source_hash() -> str");
 }
@@ -124,6 +135,7 @@ STABLE_TORCH_LIBRARY_IMPL(igrpo, CPU, m) { igrpo::Operators<igrpo::Cpu>::bind(m)
 
 STABLE_TORCH_LIBRARY_IMPL(igrpo, CompositeExplicitAutograd, m) {
   m.impl("cpu_capability", TORCH_BOX(&igrpo::cpu_capability));
+  m.impl("cpu_new", TORCH_BOX(&igrpo::cpu_new));
   m.impl("cpu_keep_at_most", TORCH_BOX(&igrpo::cpu_keep_at_most));
   m.impl("policy_terms", TORCH_BOX(&igrpo::policy_terms));
   m.impl("source_hash", TORCH_BOX(&igrpo::source_hash));

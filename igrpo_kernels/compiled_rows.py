@@ -103,6 +103,13 @@ class CompiledRows:
             grad.mul_(factor)
 
 
+def new_tensor(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Uninitialised, on the device of `like`; on a CPU in memory that earlier calls have left, if there is any."""
+    if like.device.type != "cpu" or missing_library("_C_cpu") is not None:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+    return torch.ops.igrpo.cpu_new(like.new_empty(0, dtype=dtype), shape)
+
+
 def objective_numbers(config: GRPOLossConfig) -> list[float]:
     """ObjectiveParams of csrc/params.h, in its order."""
     return [
@@ -209,3 +216,4 @@ def _register_fake_kernels() -> None:
     torch.library.register_fake("igrpo::token_loss", lambda logits, *_: (*loss_rows(logits), gradient(logits)))
     torch.library.register_fake("igrpo::token_loss_", loss_rows)
     torch.library.register_fake("igrpo::scale_", lambda *_: None)
+    torch.library.register_fake("igrpo::cpu_new", lambda like, shape: like.new_empty(shape))

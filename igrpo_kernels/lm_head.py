@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import compute_dtype
+from igrpo_kernels.compiled_rows import new_tensor
 
 # Of logits at a time. CUDA: 2.5 GiB in two halves, e.g. 2 x 4,352 rows of bf16 at V = 152k: enough for the matmuls to
 # run at full speed while the row kernel works on the other half. CPU: 128 MiB, e.g. 682 rows of fp32 at V = 49k.
@@ -163,7 +164,7 @@ class LmHead:
         """(rows, V) uninitialised, for as many rows as a chunk has."""
         if dtype not in self.buffers:
             shape = (min(self.plan.chunk_rows, self.used.count), self.weight.shape[0])
-            self.buffers[dtype] = torch.empty(shape, dtype=dtype, device=self.device)
+            self.buffers[dtype] = new_tensor(self.x, shape, dtype)
         return self.buffers[dtype]
 
     def kept_rows(self, chunk: slice, active: Tensor, in_buffer: bool) -> slice | Tensor:
@@ -218,14 +219,14 @@ def _rounds_once(weight: Tensor, matmul_dtype: torch.dtype) -> bool:
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """total + a @ b accumulated in `dtype`; `total` is overwritten. Only CUDA multiplies bf16 into fp32 directly."""
-    if a.dtype == dtype:
-        return torch.mm(a, b) if total is None else total.addmm_(a, b)
-    if a.is_cuda:
-        if total is None:
-            return torch.mm(a, b, out_dtype=dtype)
-        return torch.addmm(total, a, b, out_dtype=dtype, out=total)
     first = total is None
-    total = torch.empty(a.shape[0], b.shape[1], dtype=dtype) if total is None else total
+    total = new_tensor(a, (a.shape[0], b.shape[1]), dtype) if total is None else total
+    if a.dtype == dtype:
+        return torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype, out=total) if first else (
+            torch.addmm(total, a, b, out_dtype=dtype, out=total)
+        )  # fmt: skip
     b = b.to(dtype)
     for part, some in zip(total.split(_COLUMNS_AT_ONCE), a.split(_COLUMNS_AT_ONCE), strict=True):
         torch.addmm(part, some.to(dtype), b, beta=0 if first else 1, out=part)

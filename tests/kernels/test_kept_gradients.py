@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igrpo_kernels import GRPOLossConfig, available_impls, grpo_loss, selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, available_impls, grpo_loss, linear_grpo_loss, selective_log_softmax
 
 REASON = available_impls()["cpu"]
 pytestmark = pytest.mark.skipif(REASON != "available", reason=REASON)
@@ -85,14 +85,21 @@ def test_a_masked_row_of_kept_memory_is_zero():
     assert (logits.grad[0, ::2] == 0).all() and (logits.grad[0, 1::2] != 0).any(-1).all()
 
 
-def test_the_steady_state_takes_no_fresh_pages():
-    logits, ids, advantages = problem(320)  # 61 MiB
-    logits.requires_grad_()
+@pytest.mark.parametrize("linear", [None, torch.float32, torch.bfloat16], ids=str)
+def test_the_steady_state_takes_no_fresh_pages(linear):
+    """Of logits, 61 MiB; from hidden states: dW of 97 or 49 MiB, and logits of 24 or 12."""
+    if linear is None:
+        logits, ids, advantages = problem(320)
+        leaves = [logits.requires_grad_()]
+    else:
+        _, ids, advantages = problem(128)
+        leaves = [torch.randn(1, 128, 512).to(linear).requires_grad_(), torch.randn(V, 512).to(linear).requires_grad_()]
 
     def call() -> int:
-        logits.grad = None
+        for leaf in leaves:
+            leaf.grad = None
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        grpo_loss(logits, ids, advantages, impl="cpu").loss.backward()
+        (grpo_loss if linear is None else linear_grpo_loss)(*leaves, ids, advantages, impl="cpu").loss.backward()
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     faults = [call() for _ in range(6)]
