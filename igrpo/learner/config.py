@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from igrpo.models.config import ModelConfig
+from igrpo.settings import ConfigError
 from igrpo.settings.kinds import (
     Count,
     Finite,
@@ -66,6 +67,9 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Leave out tokens or sequences that learner and sampler disagree about: `token_k1`, `seq_mean_k3`, …"""
     rollout_rs_threshold: str | float | None = None
     """Up to where they stay: for k1 two ratios in quotes, `"0.5_2.0"`; for k2 and k3 an upper bound."""
+    bypass_mode: bool = False
+    """Take the sampler's log-probabilities for the old policy's: ratio and clip are against the sampler. Needs
+    `vllm_importance_sampling_correction: false`."""
     vllm_importance_sampling_correction: bool = True
     """Weight by the learner-to-sampler ratio, capped."""
     vllm_importance_sampling_mode: CorrectionMode = "sequence_mask"
@@ -133,3 +137,11 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Optimiser steps per rollout batch."""
     trust_checkpoint: bool = False
     """Unpickle what a checkpoint holds beyond tensors and plain data; its files can then run code on this machine."""
+
+    def check(self) -> None:
+        if self.bypass_mode and (self.vllm_importance_sampling_correction or self.rollout_rs is not None):
+            key = "rollout_rs" if self.rollout_rs is not None else "vllm_importance_sampling_correction"
+            raise ConfigError(
+                f"bypass_mode: the ratio is against the sampler already, and {key} compares the old policy with it; "
+                f"write {key}: {'null' if self.rollout_rs is not None else 'false'}, or bypass_mode: false"
+            )

@@ -13,6 +13,8 @@ from igrpo_kernels.integrations.per_token import LOG_RATIO_LIMIT, clipped, maske
 
 __all__ = ["PolicyLoss", "log_probs_from_logits"]
 
+_SMALLEST = 1e-6  # probabilities stay so far from 0 and 1
+
 
 def log_probs_from_logits(
     logits: Tensor,  # (..., V)
@@ -26,8 +28,8 @@ def log_probs_from_logits(
 class PolicyLoss(torch.nn.Module):
     """Clipped PPO or GSPO loss on log-probabilities. Arguments and defaults are OpenRLHF's.
 
-    What differs: `is_correction_gating` other than "ratio" is refused, and what stands under the mask, NaN included,
-    changes nothing; a batch that is masked whole gives 0. Equations: row "grpo" of the table in docs/algorithm.md.
+    What differs: what stands under the mask, NaN included, changes nothing; a batch that is masked whole gives 0.
+    Equations: row "grpo" of the table in docs/algorithm.md.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to [1 - clip_eps_low, 1 + clip_eps_high].
@@ -36,10 +38,12 @@ class PolicyLoss(torch.nn.Module):
         policy_loss_type: "ppo", or "gspo": one ratio per sequence.
         is_correction_level: weigh with exp(old - rollout) per "token", judge it per "seq", or "off".
         is_correction_mode: what lies outside is dropped ("mask") or, per token, clamped ("clip").
-        is_correction_threshold: the interval (low, high).
+        is_correction_gating: what is judged: the "ratio", or how far "binary_kl" or "tv" say that the sampled token's
+            probability is from the sampler's; per sequence the ratio's geometric mean, the others' mean.
+        is_correction_threshold: the interval (low, high); of the two distances low must be 0.
 
     Raises:
-        ValueError: an unknown name, "clip" with "seq", and what `GRPOLossConfig` refuses.
+        ValueError: an unknown name, "clip" with "seq" or with a distance, and what `GRPOLossConfig` refuses.
     """
 
     def __init__(
@@ -59,10 +63,18 @@ class PolicyLoss(torch.nn.Module):
             raise ValueError(f"policy_loss_type={policy_loss_type!r} is unknown; choose 'ppo' or 'gspo'")
         if is_correction_level not in ("off", "token", "seq") or is_correction_mode not in ("mask", "clip"):
             raise ValueError("is_correction_level must be off, token or seq, and is_correction_mode mask or clip")
-        if is_correction_gating != "ratio":
-            raise ValueError(f"is_correction_gating={is_correction_gating!r} is not covered; use 'ratio'")
-        if is_correction_mode == "clip" and is_correction_level == "seq":
-            raise ValueError("is_correction_mode=clip requires is_correction_level=token")
+        if is_correction_gating not in ("ratio", "binary_kl", "tv"):
+            raise ValueError(f"is_correction_gating={is_correction_gating!r} is unknown; take ratio, binary_kl or tv")
+        ratio = is_correction_gating == "ratio"
+        if is_correction_mode == "clip" and (is_correction_level == "seq" or not ratio):
+            raise ValueError(
+                "is_correction_mode=clip requires is_correction_level=token and is_correction_gating=ratio"
+            )
+        if not ratio and is_correction_level != "off" and is_correction_threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_gating={is_correction_gating!r} has an upper bound only; write "
+                f"is_correction_threshold=(0, {is_correction_threshold[1]})"
+            )
         self.config = GRPOLossConfig(
             epsilon=clip_eps_low, epsilon_high=clip_eps_high, dual_clip=dual_clip,
             importance_sampling_level="sequence" if policy_loss_type == "gspo" else "token",
@@ -70,7 +82,7 @@ class PolicyLoss(torch.nn.Module):
         self.gspo = policy_loss_type == "gspo"
         self.token_level_loss = token_level_loss and not self.gspo
         self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
-        self.is_correction_threshold = is_correction_threshold
+        self.is_correction_gating, self.is_correction_threshold = is_correction_gating, is_correction_threshold
 
     def forward(
         self,
@@ -89,10 +101,12 @@ class PolicyLoss(torch.nn.Module):
         corrects = self.is_correction_level != "off"
         behaviour = rollout_log_probs if self.gspo and corrects else old_log_probs
         limit = torch.inf if self.gspo else LOG_RATIO_LIMIT
-        loss, weight = per_token_policy_loss(log_probs, behaviour, advantages, mask, self.config, log_ratio_limit=limit)
+        loss, weight, _ = per_token_policy_loss(
+            log_probs, behaviour, advantages, mask, self.config, log_ratio_limit=limit
+        )
         vllm_kl, filtered_share = None, None
         if corrects and not self.gspo:
-            coefficient, filtered = self._correction(old_log_probs - rollout_log_probs, mask)
+            coefficient, filtered = self._correction(old_log_probs, rollout_log_probs, mask)
             loss = loss * coefficient
             share = filtered.to(loss.dtype)
             filtered_share = share.mean() if share.shape[1] == 1 else masked_mean(share, mask)
@@ -101,14 +115,21 @@ class PolicyLoss(torch.nn.Module):
         clip_ratio = masked_mean(clipped(weight, advantages, self.config).to(loss.dtype), mask)
         return loss, clip_ratio, masked_mean(old_log_probs - log_probs, mask), vllm_kl, filtered_share
 
-    def _correction(self, log_ratio: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Factor of each token's loss (B, T), and which tokens (B, T) or sequences (B, 1) lie outside the band."""
         low, high = self.is_correction_threshold
-        log_ratio = torch.where(mask != 0, log_ratio.detach(), 0.0)
-        ratio = statistic = log_ratio.exp()
-        lengths = mask.sum(-1, keepdim=True)
+        old, rollout = (torch.where(mask != 0, x.detach(), 0.0) for x in (old, rollout))
+        statistic = old - rollout
+        ratio = statistic.exp()
+        if self.is_correction_gating != "ratio":
+            p, q = (x.exp().clamp(_SMALLEST, 1 - _SMALLEST) for x in (rollout, old))
+            statistic = (p - q).abs()
+            if self.is_correction_gating == "binary_kl":
+                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         if self.is_correction_level == "seq":
-            statistic = (log_ratio.sum(-1, keepdim=True) / lengths).exp()
+            statistic = torch.where(mask != 0, statistic, 0.0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
+        if self.is_correction_gating == "ratio":
+            statistic = statistic.exp()
         outside = ~((statistic >= low) & (statistic <= high))  # NaN, of no tokens, is not inside
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), outside

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,19 @@ LOG_RATIO_LIMIT = 20.0
 """verl and OpenRLHF hold a token's log-ratio inside this band, on both sides, gradient and all."""
 
 
+class PolicyLoss(NamedTuple):
+    """Of each token (B, T), 0 where masked."""
+
+    loss: Tensor
+    """Differentiable in the log-probabilities."""
+
+    weight: Tensor
+    """Importance weight, detached."""
+
+    leaves: Tensor | None
+    """Bool: outside the loss's trust region; None where it has none, or clips a ratio."""
+
+
 def per_token_policy_loss(
     logps: Tensor,  # (B, T)
     old_logps: Tensor,  # (B, T)
@@ -30,12 +44,11 @@ def per_token_policy_loss(
     *,
     log_ratio_limit: float = torch.inf,
     sequence_weight: Callable[[Tensor, TokenBatch], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss per token (B, T), differentiable in `logps`, and the importance weights (B, T), detached; 0 where masked.
+) -> PolicyLoss:
+    """The equations are those of `losses.py`; only keys of `config` that shape the policy term have an effect.
 
-    The equations are those of `igrpo_kernels.losses`; only keys of `config` that shape the policy term have an effect.
     `log_ratio_limit` clamps each token's log-ratio; `sequence_weight(log_ratio (n,), batch) -> (n,)` takes the place of
-    the weight that importance_sampling_level="sequence" defines.
+    the weight that another importance_sampling_level than "token" defines.
     """
     batch = TokenBatch.build(
         torch.zeros_like(mask, dtype=torch.int64),
@@ -46,22 +59,27 @@ def per_token_policy_loss(
     )
     rows = batch.masked(logps.reshape(-1).to(batch.advantages.dtype))
     log_ratio = (rows - batch.old_per_token_logps).clamp(-log_ratio_limit, log_ratio_limit)
-    if sequence_weight is not None and config.importance_sampling_level == "sequence":
+    if sequence_weight is not None and config.importance_sampling_level != "token":
         weight = sequence_weight(log_ratio, batch)
     else:
         weight = importance_weight(log_ratio, batch, config)
     terms = TermInputs(rows, batch.old_per_token_logps, log_ratio, weight, batch.advantages, None, batch)
-    loss = config.loss.term.function(terms, config)
-    return batch.masked(loss).view(batch.shape), batch.masked(weight.detach()).view(batch.shape)
+    term = config.loss.term
+    leaves = None if term.leaves is None else (term.leaves(terms, config) & batch.mask).view(batch.shape)
+    loss, weight = (batch.masked(x).view(batch.shape) for x in (term.function(terms, config), weight.detach()))
+    return PolicyLoss(loss, weight, leaves)
 
 
-def policy_settings(config: GRPOLossConfig) -> GRPOLossConfig:
-    """`config`, or ValueError for a key that would have no effect: the rest of the loss is the other trainer's."""
+def policy_settings(config: GRPOLossConfig, *others: str) -> GRPOLossConfig:
+    """`config`, or ValueError for a key that would have no effect: the rest of the loss is the other trainer's.
+
+    `others` are keys that have one with this trainer.
+    """
     default = GRPOLossConfig()
     idle = [
         name
         for name in (f.name for f in fields(GRPOLossConfig))
-        if name not in EFFECTIVE and getattr(config, name) != getattr(default, name)
+        if name not in (*EFFECTIVE, *others) and getattr(config, name) != getattr(default, name)
     ]
     if idle:
         raise ValueError(

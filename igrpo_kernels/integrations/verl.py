@@ -24,10 +24,11 @@ from igrpo_kernels.integrations.per_token import (
     per_token_policy_loss,
     policy_settings,
 )
-from igrpo_kernels.losses import CISPO, CLIPPED, TermInputs
+from igrpo_kernels.losses import CISPO, CLIPPED, DPPO_KL, DPPO_TV, GMPO, KL_COV, SAPO
 
 __all__ = ["linear_cross_entropy", "policy_loss"]
 
+_HELD = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL)  # the losses of which verl holds a token's log-ratio inside ±20
 _LOG_SEQUENCE_RATIO_LIMIT = 10.0
 
 
@@ -39,8 +40,10 @@ def policy_loss(
     `config` decides the policy term; how tokens are added up stays with verl (`loss_agg_mode`), and so do its clip
     keys' places: `clip_ratio_low`, `clip_ratio_high` and `clip_ratio_c` of the actor have no effect on this loss.
     `aggregate` replaces verl's `agg_loss`. Equations: the loss type's row of the table in docs/algorithm.md;
-    log-probabilities in nats. As in verl, a token's log-ratio is held inside ±20, and
-    importance_sampling_level="sequence" is GSPO-token: w = sg(s)·exp(l - sg(l)) with the sequence's ratio s.
+    log-probabilities in nats. As in verl, a token's log-ratio is held inside ±20 where it is there, and
+    importance_sampling_level="sequence" is GSPO-token: w = sg(s)·exp(l - sg(l)) with the sequence's ratio s. verl's
+    default loss is GRPOLossConfig(dual_clip=3.0) under token-mean; gmpo wants seq-mean-token-mean; `dro_beta`,
+    `clip_cov_*`, `kl_cov_ratio` and `ppo_kl_coef` are verl's names.
 
     Returns:
         f(old_log_prob (B, T), log_prob (B, T), advantages (B, T), response_mask (B, T), loss_agg_mode, config,
@@ -62,36 +65,44 @@ def policy_loss(
         agg_loss = aggregate
         if agg_loss is None:
             from verl.trainer.ppo.core_algos import agg_loss
-        loss, weight = per_token_policy_loss(
+        terms = per_token_policy_loss(
             log_prob, old_log_prob, advantages, response_mask, settings, log_ratio_limit=limit,
             sequence_weight=_gspo_token_weight,
         )  # fmt: skip
+        loss = terms.loss
         if rollout_is_weights is not None:
-            loss = loss * torch.where(response_mask != 0, rollout_is_weights, 0.0)
+            loss = loss * _rollout_factor(torch.where(response_mask != 0, rollout_is_weights, 1.0), response_mask)
         batch_info = {} if config is None else config.global_batch_info
         total = agg_loss(loss_mat=loss, loss_mask=response_mask, loss_agg_mode=loss_agg_mode, **batch_info)
-        return total, _metrics(weight, log_prob, old_log_prob, advantages, response_mask)
+        return total, _metrics(terms.weight, terms.leaves, log_prob, old_log_prob, advantages, response_mask)
 
-    def _metrics(weight, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
+    def _rollout_factor(weights: Tensor, mask: Tensor) -> Tensor:
+        """Of a geometric mean the weights' own geometric mean (B, 1), else they themselves (B, T)."""
+        if settings.loss.term is not GMPO:
+            return weights
+        return ((weights + 1e-10).log().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
+
+    def _metrics(weight, leaves, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
         if settings.loss.term is CLIPPED:
             clip = clipped(weight, advantages, settings)
-        elif settings.loss.term.leaves is not None:
-            rows = TermInputs(log_prob, old_log_prob, log_prob - old_log_prob, weight, advantages, None, None)
-            clip = settings.loss.term.leaves(rows, settings)
+        elif leaves is not None:
+            clip = leaves
         else:  # whatever the advantage, as verl's
             outside = (weight > settings.clip_high) | (weight < settings.clip_low)
             clip = outside & (settings.loss.term is CISPO)
         dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
+        log_ratio = (old_log_prob - log_prob).clamp(-limit, limit)
         shares = {
             "actor/pg_clipfrac": clip.to(log_prob.dtype),
-            "actor/ppo_kl": (old_log_prob - log_prob).clamp(-limit, limit),
+            "actor/ppo_kl": log_ratio.abs() if settings.loss.term is KL_COV else log_ratio,
             "actor/pg_clipfrac_lower": dual.to(log_prob.dtype),
         }
         values = torch.stack([masked_mean(x, mask) for x in shares.values()])
         return dict(zip(shares, values.tolist(), strict=True))
 
     settings = policy_settings(config)
-    limit = LOG_RATIO_LIMIT if settings.importance_sampling_level == "token" else torch.inf
+    held = settings.importance_sampling_level == "token" and settings.loss.term in _HELD
+    limit = LOG_RATIO_LIMIT if held else torch.inf
     return compute_policy_loss
 
 

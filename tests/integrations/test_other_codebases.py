@@ -220,7 +220,13 @@ def openrlhf_loss(x: SimpleNamespace, keys: dict[str, Any], call: dict[str, Any]
         low, high = k["is_correction_threshold"]
         token = (x.old - x.sampler).exp()
         statistic = token
-        if k["is_correction_level"] == "seq":
+        if k.get("is_correction_gating", "ratio") != "ratio":
+            p, q = (t.exp().clamp(1e-6, 1 - 1e-6) for t in (x.sampler, x.old))
+            binary_kl = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+            statistic = binary_kl if k["is_correction_gating"] == "binary_kl" else (p - q).abs()
+            if k["is_correction_level"] == "seq":
+                statistic = ((statistic * mask).sum(-1) / mask.sum(-1))[:, None]
+        elif k["is_correction_level"] == "seq":
             statistic = (((x.old - x.sampler) * mask).sum(-1) / mask.sum(-1)).exp()[:, None]
         outside = (statistic < low) | (statistic > high)
         loss = loss * (statistic.clamp(low, high) if k["is_correction_mode"] == "clip" else token * ~outside)
@@ -244,6 +250,18 @@ OPENRLHF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "icepop": ({"is_correction_level": "token", "is_correction_threshold": (0.8, 1.25)}, {}),
     "tis": ({"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.2)}, {}),
     "seq-mask-tis": ({"is_correction_level": "seq", "is_correction_threshold": (0.5, 1.2)}, {}),
+    **{
+        f"{level} {gating}": (
+            {"is_correction_level": level, "is_correction_gating": gating, "is_correction_threshold": (0.0, high)},
+            {},
+        )
+        for level, gating, high in (
+            ("token", "tv", 0.05),
+            ("seq", "tv", 0.08),
+            ("token", "binary_kl", 0.01),
+            ("seq", "binary_kl", 0.02),
+        )
+    },
 }
 
 
@@ -281,7 +299,9 @@ def test_openrlhf_log_probabilities_leave_the_logits_alone():
     ("keys", "words"),
     [
         ({"policy_loss_type": "dpo"}, "choose 'ppo' or 'gspo'"),
-        ({"is_correction_gating": "tv"}, "use 'ratio'"),
+        ({"is_correction_gating": "kl"}, "take ratio, binary_kl or tv"),
+        ({"is_correction_gating": "tv", "is_correction_level": "seq"}, "write is_correction_threshold=\\(0, 5.0\\)"),
+        ({"is_correction_gating": "tv", "is_correction_level": "token", "is_correction_mode": "clip"}, "gating=ratio"),
         ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "requires is_correction_level=token"),
         ({"dual_clip": 0.5}, "dual_clip=0.5 must be > 1"),
     ],
@@ -321,7 +341,13 @@ def test_prime_rls_loss_weights_count(x, monkeypatch):
 
 @pytest.mark.parametrize(
     "setting",
-    [{"beta": 0.5}, {"entropy_coef": 0.1}, {"importance_sampling_mode": "token_mask"}, {"temperature": 0.5}],
+    [
+        {"beta": 0.5},
+        {"entropy_coef": 0.1},
+        {"importance_sampling_mode": "token_mask"},
+        {"temperature": 0.5},
+        {"kl_tau": 0.1},
+    ],
     ids=lambda setting: next(iter(setting)),
 )
 def test_keys_without_effect_on_a_policy_term_are_refused(x, setting):

@@ -71,6 +71,22 @@ ADDING_UP |= {
 }  # fmt: skip
 
 
+ADDING_UP["prime-rl's default"] = {"loss_type": "dppo_tv", "epsilon": 1e-3, "kl_tau": 1e-3, "bypass_mode": True}
+
+
+def test_the_sampler_as_the_old_policy():
+    """The ratio is against the sampler: its log-probabilities decide the clip, with a single iteration, too."""
+    samples = some_samples()
+    clipped = [replace(s, sampling_logprobs=tuple(x - 9.0 for x in s.sampling_logprobs)) for s in samples]
+    settings = {"bypass_mode": True, "max_grad_norm": 0.0}
+    _, open_ = gradients(learner(**settings), samples)
+    _, shut = gradients(learner(**settings), [s for s in clipped if s.advantage > 0])
+    assert open_.abs().max() > 1e-4 and not shut.any()  # every ratio is above the clip
+    for other in ({"vllm_importance_sampling_correction": True}, {"rollout_rs": "token_k2", "rollout_rs_threshold": 1}):
+        with pytest.raises(ConfigError, match=f"bypass_mode: .*{next(iter(other))}: (false|null)"):
+            learner(**settings, **other)
+
+
 @pytest.mark.parametrize("settings", ADDING_UP.values(), ids=ADDING_UP)
 def test_micro_batches_add_up_to_one_big_batch(settings):
     samples = some_samples()
