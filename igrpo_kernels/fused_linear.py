@@ -71,7 +71,7 @@ def token_level_loss(
         def turn(half: Half, logits: Tensor) -> Tensor | None:
             """Logits of a half into dlogits; on the CPU also which rows have any."""
             some = [x if x is None or x.dim() == 0 else x[half.rows] for x in inputs]
-            *values, slope, grad = kernels.token_loss(logits, head.dlogits(half.place), some, config)
+            *values, slope, grad = kernels.token_loss(logits, head.dlogits(half.place, logits), some, config)
             found.append(values)
             if slope is None or grad.device.type != "cpu" or config.needs_entropy_gradient:
                 return None
@@ -163,7 +163,7 @@ class _Walk:
             mask = None if self.mask is None else self.mask[half.rows]
             some = [None if slope is None else slope[at] for slope in slopes]
             arguments = (self.index[half.rows], mask, stats.at(at), *some, config.logit_transform)
-            self.kernels.gradient(logits, head.dlogits(half.place), *arguments)
+            self.kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
         ready = head.logits if again else lambda rows, place: head.buffer(head.plan.logits_dtype)[place]
         _multiply(head, _beside(self.side, halves, ready, turn))
@@ -250,7 +250,7 @@ def log_probs_backward(
         def turn(half: Half, logits: Tensor) -> None:
             some = [None if x is None else x[half.rows] for x in (index, mask)]
             slopes = [None if grad is None else grad[half.rows] for grad in grads]
-            kernels.gradient(logits, head.dlogits(half.place), *some, stats.at(half.rows), *slopes, transform)
+            kernels.gradient(logits, head.dlogits(half.place, logits), *some, stats.at(half.rows), *slopes, transform)
 
         for chunk in _chunks(0, used.with_gradient, plan.chunk_rows):
             _multiply(head, _beside(side, head.halves(chunk), head.logits, turn))

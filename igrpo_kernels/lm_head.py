@@ -156,8 +156,10 @@ class LmHead:
             return torch.mm(x, self.weight.t(), **wide, out=out)
         return torch.addmm(self.bias, x, self.weight.t(), **wide, out=out)
 
-    def dlogits(self, place: slice) -> Tensor:
+    def dlogits(self, place: slice, logits: Tensor | None = None) -> Tensor:
         """Where the gradients of logits go, in the matmul dtype: over the logits, unless those are wider."""
+        if logits is not None and logits.dtype == self.plan.matmul_dtype:
+            return logits  # itself, which row kernels know as "in place"
         return self.buffer(self.plan.matmul_dtype)[place]
 
     def buffer(self, dtype: torch.dtype) -> Tensor:

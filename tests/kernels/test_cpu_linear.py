@@ -146,6 +146,8 @@ def test_rows_without_gradient_cost_no_matmul():
     with OperatorLog() as log:
         _, grads = linear_loss_and_grads(*single(head), inputs, config, impl="cpu")
     active = int((grads[0] != 0).any(-1).sum())
+    written = [x.shape for name, _, outputs in log.calls if name == "copy_" for x in outputs]
+    assert not any(shape[1:] == (V,) for shape in written)  # dlogits, over the logits
     assert 0 < active < 0.8 * len(inputs.completion_ids)  # the others are clipped
     assert [m[2] for m in log.matmuls() if m[:2] == (V, 8)] == [active]  # dW's inner size
 
