@@ -113,7 +113,7 @@ std::string source_hash() { return IGRPO_SOURCE_HASH; }
 #define IGRPO_STATS "Tensor logps, Tensor entropy, Tensor norm, Tensor grad_logps, Tensor? grad_entropy"
 #define IGRPO_CONSTANTS                                                                                       \
   "Tensor advantages, Tensor loss_weight, Tensor? old_logps, Tensor? ref_logps, Tensor? sampler, Tensor? grad_entropy, " \
-  "float[] objective"
+  "Tensor? centre, Tensor? nll_weights, float[] objective"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(igrpo, m) {
   m.def("row_stats(Tensor logits, " IGRPO_ROWS ", " IGRPO_TRANSFORM ") -> (Tensor, Tensor, Tensor)");

@@ -86,13 +86,14 @@ inline Tensor new_floats(const Tensor& like, std::vector<int64_t> shape) {
 // The objective's numbers travel as one list, in the order of ObjectiveParams (`objective_numbers` in
 // igrpo_kernels/compiled_rows.py writes it).
 inline ObjectiveParams objective_of(const std::vector<double>& x) {
-  IGRPO_CHECK(x.size() == 10, "the objective has 10 numbers, got ", x.size());
+  IGRPO_CHECK(x.size() == 12, "the objective has 12 numbers, got ", x.size());
   const auto number = [&](size_t i) { return static_cast<float>(x[i]); };
   const auto choice = [&](size_t i) { return static_cast<int32_t>(x[i]); };
   IGRPO_CHECK(choice(0) >= 0 && choice(0) < kPolicyTerms, "policy term ", choice(0), " is unknown; there are ",
               kPolicyTermNames);
   IGRPO_CHECK(choice(1) >= 1 && choice(1) <= 3, "KL estimator k", choice(1), " is unknown; there are k1 k2 k3");
-  return {choice(0), choice(1), choice(2), number(3), number(4), number(5), number(6), number(7), number(8), number(9)};
+  return {choice(0), choice(1), choice(2), number(3), number(4), number(5), number(6), number(7),
+          number(8), number(9), number(10), number(11)};
 }
 
 struct RowOutputs {
@@ -151,7 +152,8 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor> token_loss_into(
       Tensor grad, Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight,
       MaybeTensor old_logps, MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy,
-      std::vector<double> objective, double logit_scale, double softcap, double temperature) {
+      MaybeTensor centre, MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap,
+      double temperature) {
     const Rows rows = with_grad(rows_of(logits, index, mask, logit_scale, softcap, temperature), grad);
     const int64_t n = rows.n;
     const RowOutputs out(logits, n);
@@ -159,30 +161,32 @@ struct Operators {
     const TokenConstants constants{floats(advantages, logits, n), floats(loss_weight, logits, n),
                                    floats(old_logps, logits, n),  floats(ref_logps, logits, n),
                                    floats(sampler, logits, n),    floats(grad_entropy, logits, n),
+                                   floats(centre, logits, n),     floats(nll_weights, logits, n),
                                    floats(grad_logps, logits, n), objective_of(objective)};
     IGRPO_CHECK(constants.objective.beta == 0.0f || ref_logps.has_value(), "beta != 0 needs ref_logps");
+    IGRPO_CHECK(constants.objective.kl_tau == 0.0f || centre.has_value(), "kl_tau != 0 needs centre");
     Backend::token_loss(logits, rows, out.stats(), constants);
     return {out.logps, out.entropy, grad_logps};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(
       Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight, MaybeTensor old_logps,
-      MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, std::vector<double> objective,
-      double logit_scale, double softcap, double temperature) {
+      MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, MaybeTensor centre,
+      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature) {
     memory_of(logits);
     Tensor grad = Backend::new_grad(logits);
     return std::tuple_cat(
         token_loss_into(grad, logits, index, mask, advantages, loss_weight, old_logps, ref_logps, sampler,
-                        grad_entropy, objective, logit_scale, softcap, temperature),
+                        grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature),
         std::make_tuple(grad));
   }
 
   static std::tuple<Tensor, Tensor, Tensor> token_loss_(
       Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight, MaybeTensor old_logps,
-      MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, std::vector<double> objective,
-      double logit_scale, double softcap, double temperature) {
+      MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, MaybeTensor centre,
+      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature) {
     return token_loss_into(logits, logits, index, mask, advantages, loss_weight, old_logps, ref_logps, sampler,
-                           grad_entropy, objective, logit_scale, softcap, temperature);
+                           grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature);
   }
 
   template <class Library>

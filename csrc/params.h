@@ -29,6 +29,8 @@ struct ObjectiveParams {
   float beta;
   float sapo_temperature_pos;
   float sapo_temperature_neg;
+  float kl_tau;
+  float dro_beta;
 };
 
 // Where rows are and what is known of each.
@@ -67,6 +69,8 @@ struct TokenConstants {
   const float* ref_logps;     // [n] optional; present iff beta != 0
   const float* sampler;       // [n] optional: sampler ratio
   const float* grad_entropy;  // [n] optional: dloss / dentropy
+  const float* centre;        // [n] optional; present iff kl_tau != 0: the sampler's log-probabilities, NaN = unknown
+  const float* nll_weights;   // [n] optional
   float* grad_logps;          // [n] output: the dloss/dlogp that was applied
   ObjectiveParams objective;
 };

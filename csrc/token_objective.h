@@ -20,7 +20,7 @@
 namespace igrpo {
 
 // The policy terms of igrpo_kernels/losses.py whose slope is here; Python asks for this list to learn their codes.
-#define IGRPO_POLICY_TERMS(X) X(clipped) X(cispo) X(sapo) X(dppo_tv) X(dppo_kl)
+#define IGRPO_POLICY_TERMS(X) X(clipped) X(cispo) X(sapo) X(dppo_tv) X(dppo_kl) X(topr) X(dro)
 
 enum class PolicyTerm : int32_t {
 #define IGRPO_ENUMERATOR(name) name,
@@ -42,6 +42,7 @@ struct Token {
   float ref_logp;   // r, read when beta != 0
   float advantage;  // A
   float sampler;    // constant factor of the policy term
+  float centre;     // what kl_tau pulls l to, read when kl_tau != 0
 };
 
 // d(surrogate)/dw of min(min(w, delta)·A, clip(w)·A) and its dual-clip floor. Bounds are inclusive and ties count
@@ -88,7 +89,7 @@ IGRPO_HOST_DEVICE float slope_inside(bool leaves, float w, const Token& t, const
   return leaves || t.advantage == 0.0f ? 0.0f : -fminf(w, p.delta) * t.advantage;
 }
 
-// dL/dl, where L = sampler · policy_term + beta · KL. A factor of 0 beats an infinite ratio, as in objective.py.
+// dL/dl, where L = sampler · policy_term + beta · KL + kl_tau · (l - centre)². A factor of 0 beats an infinite ratio, as in objective.py.
 IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& p) {
   const float w = expf(t.logp - t.old_logp);
   if (w != w) return w;  // a NaN shows; fminf and fmaxf would drop it
@@ -99,6 +100,8 @@ IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& 
     case PolicyTerm::sapo: through_w = sapo_slope(w, t.advantage, p); break;
     case PolicyTerm::dppo_tv: direct = slope_inside(dppo_tv_leaves(t, p), w, t, p); break;
     case PolicyTerm::dppo_kl: direct = slope_inside(dppo_kl_leaves(t, p), w, t, p); break;
+    case PolicyTerm::topr: direct = -(t.advantage > 0.0f ? 1.0f : fminf(w, 1.0f)) * t.advantage; break;
+    case PolicyTerm::dro: direct = p.dro_beta * (t.logp - t.old_logp) - t.advantage; break;
   }
   through_w = t.sampler == 0.0f ? 0.0f : through_w * t.sampler;
   direct = t.sampler == 0.0f ? 0.0f : direct * t.sampler;
@@ -110,12 +113,13 @@ IGRPO_HOST_DEVICE float token_loss_slope(const Token& t, const ObjectiveParams& 
     direct += p.beta * (p.bias_corrected_kl ? kl_slope * w : kl_slope);
     through_w += p.bias_corrected_kl ? p.beta * kl : 0.0f;
   }
+  if (p.kl_tau != 0.0f && t.centre == t.centre) direct += 2.0f * p.kl_tau * (t.logp - t.centre);
   return direct + (through_w == 0.0f ? 0.0f : through_w * w);
 }
 
 // What row r's coefficient needs besides its log-probability. A kernel may load it long before.
 struct RowConstants {
-  float advantage, loss_weight, old_logp, ref_logp, sampler, grad_entropy;
+  float advantage, loss_weight, old_logp, ref_logp, sampler, grad_entropy, centre, nll_weight;
 };
 
 IGRPO_HOST_DEVICE RowConstants row_constants(int64_t r, const TokenConstants& c) {
@@ -124,13 +128,18 @@ IGRPO_HOST_DEVICE RowConstants row_constants(int64_t r, const TokenConstants& c)
           c.old_logps ? c.old_logps[r] : 0.0f,
           c.ref_logps ? c.ref_logps[r] : 0.0f,
           c.sampler ? c.sampler[r] : 1.0f,
-          c.grad_entropy ? c.grad_entropy[r] : 0.0f};
+          c.grad_entropy ? c.grad_entropy[r] : 0.0f,
+          c.centre ? c.centre[r] : 0.0f,
+          c.nll_weights ? c.nll_weights[r] : 0.0f};
 }
 
-// dloss/dlogp of a row. A NaN log-probability (bad target) poisons the row whatever the clip would have said.
+// dloss/dlogp of a row. A NaN log-probability (bad target) poisons the row whatever the clip would have said; a weight of
+// 0 takes a row's loss out.
 IGRPO_HOST_DEVICE float row_coefficient(float logp, const RowConstants& row, const TokenConstants& c) {
-  const Token token{logp, c.old_logps ? row.old_logp : logp, row.ref_logp, row.advantage, row.sampler};
-  return logp != logp ? logp : row.loss_weight * token_loss_slope(token, c.objective);
+  const Token token{logp, c.old_logps ? row.old_logp : logp, row.ref_logp, row.advantage, row.sampler, row.centre};
+  if (logp != logp) return logp;
+  const float slope = row.loss_weight == 0.0f ? 0.0f : row.loss_weight * token_loss_slope(token, c.objective);
+  return slope - row.nll_weight;
 }
 
 }  // namespace igrpo

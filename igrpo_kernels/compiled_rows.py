@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, reduction_weights
+from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, pulled_to, reduction_weights
 from igrpo_kernels.source_hash import source_hash
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -63,13 +63,14 @@ class CompiledRows:
         corrects = config.importance_sampling_mode is not None or config.rollout_rs is not None
         sampled = corrects and batch.sampling_per_token_logps is not None
         factor_follows_logps = sampled and batch.old_per_token_logps is None
-        one_pass = config.loss.term.one_pass and config.kl_tau == 0.0 and batch.nll_weights is None
-        return one_pass and coupling(batch, config) == "token" and not factor_follows_logps
+        return config.loss.term.one_pass and coupling(batch, config) == "token" and not factor_follows_logps
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, ...]:
-        """index, mask, advantages, loss weights, old, ref, sampler ratio, dloss/dentropy; each (n,) or None."""
+        """index, mask, advantages, loss weights, old, ref, policy factor, dloss/dentropy, what kl_tau pulls to, NLL
+        weights; each (n,) or None.
+        """
         old = batch.old_per_token_logps
         sampler = None if old is None else policy_factor(old, batch, config)
         slope = entropy_slope(batch, config)
@@ -82,6 +83,8 @@ class CompiledRows:
             batch.ref_per_token_logps if config.beta != 0.0 else None,
             sampler,
             None if slope is None else torch.where(batch.mask, slope, 0.0),
+            pulled_to(batch, config),
+            batch.nll_weights,
         )
 
     def token_loss(
@@ -123,6 +126,8 @@ def objective_numbers(config: GRPOLossConfig) -> list[float]:
         config.beta,
         config.sapo_temperature_pos,
         config.sapo_temperature_neg,
+        config.kl_tau,
+        config.dro_beta or 0.0,
     ]
 
 

@@ -6,9 +6,9 @@ Bytes are per logit element in bf16, n·V of them:
     grpo_loss                losses whose coefficients are known row by row: one launch, at most 6 B (4 where the row
                              stays on chip), loss and gradient together, in forward
                              losses that need a whole sequence or batch before any gradient is known (sequence-level
-                             ratios, vespo, off_policy_mask_threshold, top_entropy_quantile, sequence_* corrections
-                             without old log-probs), and vocabulary shards: statistics 2 B, objective on (n,) rows,
-                             gradient 4 B in backward
+                             ratios, vespo, gmpo, clip_cov, kl_cov, off_policy_mask_threshold, top_entropy_quantile,
+                             sequence_* corrections and rejection without old log-probs), and vocabulary shards:
+                             statistics 2 B, objective on (n,) rows, gradient 4 B in backward
 
 Besides the logits there is one gradient buffer, or none with `inplace`.
 """

@@ -257,8 +257,8 @@ _DPPO = {"settings": (*_EPSILONS, "delta"), "one_pass": True, "levels": ("token"
 DPPO_TV = Term("dppo_tv", dppo_tv, leaves=dppo_tv_leaves, **_DPPO)
 DPPO_KL = Term("dppo_kl", dppo_kl, leaves=dppo_kl_leaves, **_DPPO)
 GMPO = Term("gmpo", gmpo, _EPSILONS, couples="sequence", levels=("token",), leaves=gmpo_leaves)
-TOPR = Term("topr", topr, (), levels=_CONSTANT)
-DRO = Term("dro", dro, ("dro_beta",), levels=("token",), of_advantage=False)
+TOPR = Term("topr", topr, (), one_pass=True, levels=_CONSTANT)
+DRO = Term("dro", dro, ("dro_beta",), one_pass=True, levels=("token",), of_advantage=False)
 _COV = {"couples": "batch", "levels": ("token",)}
 CLIP_COV = Term(
     "clip_cov", clip_cov, (*_EPSILONS, "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), leaves=clip_cov_leaves, **_COV

@@ -163,6 +163,13 @@ def from_sampler(logps: Tensor, old: Tensor, batch: TokenBatch) -> Tensor:
     return (logps - sampler).masked_fill(unscored, 0.0)
 
 
+def pulled_to(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
+    """What kl_tau draws l to (n,): s, or o without a sampler; None where it does not."""
+    if config.kl_tau == 0.0:
+        return None
+    return batch.old_per_token_logps if batch.sampling_per_token_logps is None else batch.sampling_per_token_logps
+
+
 def policy_factor(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
     """What the policy term of a row is multiplied with (n,): the sampler's ratio, 0 where it is rejected."""
     sampler, accepted = sampler_ratio(old, batch, config), accepts(old, batch, config)

@@ -44,6 +44,8 @@ class LossScalars(NamedTuple):
     sampler_low: float
     sampler_high: float
     beta: float
+    kl_tau: float
+    dro_beta: float
 
     @classmethod
     def of(cls, config: GRPOLossConfig) -> "LossScalars":
@@ -62,6 +64,8 @@ class LossScalars(NamedTuple):
             bound(config.importance_sampling_clip_min, -torch.inf),
             bound(config.importance_sampling_clip_max, torch.inf),
             float(config.beta),
+            float(config.kl_tau),
+            float(config.dro_beta or 0.0),
         )
 
 
@@ -72,6 +76,7 @@ class LossKind(NamedTuple):
     sampler: int  # NO_SAMPLER, TRUNCATE or MASK: token-level correction inside the kernel
     kl: int  # 0, or the k of k1, k2, k3
     bias_corrected_kl: int  # 0 or 1
+    pulls: int  # 0 or 1: kl_tau
 
     @classmethod
     def of(cls, config: GRPOLossConfig) -> "LossKind":
@@ -80,7 +85,9 @@ class LossKind(NamedTuple):
         if mode is not None and mode.startswith("token"):  # a sequence's ratio arrives as a number per row
             sampler = {"token_truncate": TRUNCATE, "token_mask": MASK}[mode]
         kl = int(config.kl_estimator[1]) if config.beta != 0.0 else 0
-        return cls(config.loss.term.name, sampler.value, kl, int(config.use_bias_correction_kl))
+        return cls(
+            config.loss.term.name, sampler.value, kl, int(config.use_bias_correction_kl), int(config.kl_tau != 0.0)
+        )
 
 
 class CoefficientInputs(NamedTuple):
@@ -92,9 +99,10 @@ class CoefficientInputs(NamedTuple):
     loss_weight: Tensor  # dloss/d(token loss): the reduction's weight
     old_per_token_logps: Tensor | None  # None = the current policy
     ref_per_token_logps: Tensor | None
-    sampling_per_token_logps: Tensor | None  # for the token-level correction only
+    sampling_per_token_logps: Tensor | None  # for the token-level correction and kl_tau only
     policy_weight: Tensor | None  # sampler ratio that is no token's own, and 0 where the row is rejected
     grad_entropy: Tensor | None  # (): dloss/dentropy, the same for every unmasked row
+    nll_weights: Tensor | None
 
 
 _POINTERS = [
@@ -111,6 +119,7 @@ _POINTERS = [
     "sampling_ptr",
     "policy_weight_ptr",
     "grad_entropy_ptr",
+    "nll_weights_ptr",
 ]
 _RUN_TIME = [
     "V",
@@ -142,10 +151,13 @@ def token_coefficient(
     sampler_low,
     sampler_high,
     beta,
+    kl_tau,
+    dro_beta,
     TERM: tl.constexpr,
     SAMPLER: tl.constexpr,
     KL: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
+    PULLS: tl.constexpr,
 ):
     """d(token loss)/dlogp; the equations of `objective.py` in the same order, differentiated by hand."""
     w = tl.exp(logp - old)
@@ -164,6 +176,10 @@ def token_coefficient(
             ratio_slope += beta * kl
             kl_slope = times(kl_slope, w)
         direct += beta * kl_slope
+    if TERM == "dro":
+        direct += times(policy_weight, dro_beta * (logp - old))
+    if PULLS:  # to the sampler, where it is known
+        direct += tl.where(sampling != sampling, 0.0, 2.0 * kl_tau * (logp - sampling))
     # A NaN shows: tl.minimum and tl.maximum would drop it.
     return tl.where(w != w, w, times(ratio_slope, w) + direct)
 
@@ -184,6 +200,7 @@ def token_loss_kernel(
     sampling_ptr,
     policy_weight_ptr,
     grad_entropy_ptr,
+    nll_weights_ptr,
     # shape and strides
     V: tl.int32,
     tokens: tl.int64,
@@ -204,11 +221,14 @@ def token_loss_kernel(
     sampler_low: tl.float64,
     sampler_high: tl.float64,
     beta: tl.float64,
+    kl_tau: tl.float64,
+    dro_beta: tl.float64,
     # constants
     TERM: tl.constexpr,
     SAMPLER: tl.constexpr,
     KL: tl.constexpr,
     BIAS_CORRECTED: tl.constexpr,
+    PULLS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     VEC: tl.constexpr,
     TILE: tl.constexpr,
@@ -235,7 +255,6 @@ def token_loss_kernel(
     tl.debug_barrier()
     tl.store(logps_ptr + row, tl.where(active, logp, 0.0))
     tl.store(entropy_ptr + row, tl.where(active, entropy, 0.0))
-
     old = logp
     if old_ptr is not None:
         old = tl.load(old_ptr + row)
@@ -267,14 +286,19 @@ def token_loss_kernel(
         tl.full((), sampler_low, DTYPE),
         tl.full((), sampler_high, DTYPE),
         tl.full((), beta, DTYPE),
+        tl.full((), kl_tau, DTYPE),
+        tl.full((), dro_beta, DTYPE),
         TERM,
         SAMPLER,
         KL,
         BIAS_CORRECTED,
+        PULLS,
     )
-    grad_logp = grad_logp * tl.load(loss_weight_ptr + row)
+    loss_weight = tl.load(loss_weight_ptr + row)
+    grad_logp = tl.where(loss_weight == 0.0, 0.0, grad_logp * loss_weight)
+    if nll_weights_ptr is not None:
+        grad_logp -= tl.load(nll_weights_ptr + row)
     grad_logp = tl.where((target >= 0) & (target < V), grad_logp, float("nan"))
-
     wanted = (active != 0) & ((grad_logp != 0.0) | (grad_entropy != 0.0))
     write_gradient(
         row_ptr, grad_row_ptr, target, V, inner, outer, row_max, log_sum, entropy, grad_logp, grad_entropy, wanted,
@@ -317,6 +341,7 @@ def token_loss_fwd(
                 SAMPLER=kind.sampler,
                 KL=kind.kl,
                 BIAS_CORRECTED=bool(kind.bias_corrected_kl),
+                PULLS=bool(kind.pulls),
                 SOFTCAP=capped,
                 VEC=vector_length(logits, grad),
                 TILE=tile,

@@ -297,6 +297,10 @@ def policy_slopes(
     elif TERM == "dppo_tv" or TERM == "dppo_kl":
         leaves = dppo_leaves(logp, old, advantage, clip_low, clip_high, TERM)
         direct = tl.where(leaves, 0.0, -times(advantage, tl.minimum(w, delta)))
+    elif TERM == "topr":
+        direct = -tl.where(advantage > 0.0, 1.0, tl.minimum(w, 1.0)) * advantage
+    elif TERM == "dro":  # its squared log-ratio: token_coefficient
+        direct = -advantage
     else:
         tl.static_assert(False, "triton_math.policy_slopes does not know this policy term of losses.py")
     return through_w, direct

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from igrpo_kernels import triton_ops as ops
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, reduction_weights
+from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, pulled_to, reduction_weights
 from igrpo_kernels.triton_grpo_loss import CoefficientInputs, LossKind, LossScalars
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -47,8 +47,8 @@ class TritonRows:
         """Whether dloss/dl of a row follows from that row's logits alone."""
         old = batch.old_per_token_logps
         rejects = config.rollout_rs is not None and batch.sampling_per_token_logps is not None
-        one_pass = config.loss.term.one_pass and config.kl_tau == 0.0 and batch.nll_weights is None
-        return one_pass and coupling(batch, config) == "token" and not (rejects and old is None)
+        one_pass = config.loss.term.one_pass and coupling(batch, config) == "token"
+        return one_pass and not (rejects and old is None)
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
@@ -64,9 +64,10 @@ class TritonRows:
             reduction_weights(batch, config, num_items_in_batch),
             old,
             batch.ref_per_token_logps if config.beta != 0.0 else None,
-            batch.sampling_per_token_logps if in_kernel else None,
+            batch.sampling_per_token_logps if in_kernel else pulled_to(batch, config),
             policy_weight,
             entropy_slope(batch, config),
+            batch.nll_weights,
         )
 
     def token_loss(

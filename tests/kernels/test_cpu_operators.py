@@ -25,7 +25,7 @@ def test_opcheck():
     stats = ops.row_stats(logits, batch.index, batch.mask, *transform)
     row_arguments = (batch.index, batch.mask, *stats, batch.advantages, None, *transform)
     constants = (batch.index, batch.mask, batch.advantages, batch.advantages, batch.old_per_token_logps)
-    constants = (*constants, batch.ref_per_token_logps, None, None)
+    constants = (*constants, batch.ref_per_token_logps, None, None, None, None)
     constants = (*constants, compiled_rows.objective_numbers(GRPOLossConfig(beta=0.1)), *transform)
     torch.library.opcheck(ops.row_stats, (logits, batch.index, batch.mask, *transform))
     torch.library.opcheck(ops.row_grad, (logits, *row_arguments))

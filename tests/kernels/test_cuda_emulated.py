@@ -37,7 +37,8 @@ class Transform(ctypes.Structure):
 
 class Objective(ctypes.Structure):
     _fields_ = [(name, c_int32) for name in ("policy", "kl", "bias_corrected_kl")] + [
-        (name, c_float) for name in ("low", "high", "delta", "dual", "beta", "sapo_pos", "sapo_neg")
+        (name, c_float)
+        for name in ("low", "high", "delta", "dual", "beta", "sapo_pos", "sapo_neg", "kl_tau", "dro_beta")
     ]
 
 
@@ -60,7 +61,10 @@ class RowGradients(ctypes.Structure):
 
 class TokenConstants(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("advantages", "loss_weight", "old", "ref", "sampler", "grad_entropy", "out")),
+        *(
+            (name, c_void_p)
+            for name in ("advantages", "loss_weight", "old", "ref", "sampler", "grad_entropy", "centre", "nll", "out")
+        ),
         ("objective", Objective),
     ]
 
@@ -118,8 +122,7 @@ class Launch:
             constants[3],
             batch.old_per_token_logps,
             batch.ref_per_token_logps if config.beta else None,
-            None,
-            constants[7],
+            *constants[6:],
         ]
         objective = Objective(*(int(x) for x in numbers[:3]), *numbers[3:])
         return TokenConstants(*map(pointer, self.tensors), self.coefficient.data_ptr(), objective)
@@ -152,10 +155,10 @@ def misaligned(logits, offset):
     return view.copy_(logits)
 
 
-def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False):
+def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False, **extra):
     B, T, _ = logits.shape
     batch = TokenBatch.build(
-        inputs.completion_ids, inputs.advantages.float(), dtype=torch.float32, **inputs.keywords(config)
+        inputs.completion_ids, inputs.advantages.float(), dtype=torch.float32, **inputs.keywords(config) | extra
     )
     mask = batch.mask.view(B, T)
     raw = logits.masked_fill(~mask[..., None], float("nan"))
@@ -215,6 +218,19 @@ def test_token_loss_of_other_policy_terms(kernels, loss_type, threshold):
     config = GRPOLossConfig(loss_type, epsilon=threshold, epsilon_high=2 * threshold, beta=0.1)
     inputs = boundary_inputs(B=2, T=12, V=37, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
     check_token_loss(kernels, "two_pass", inputs.logits.contiguous(), inputs, config)
+
+
+@pytest.mark.parametrize("name", ["dppo_tv", "topr", "dro"])
+def test_token_loss_with_what_stands_around_it(kernels, name):
+    """Every input of a row's coefficient: sampler, rejection, kl_tau, and weights, of which some are 0."""
+    kernels.configure(True, False)
+    keys = {"rollout_rs": "token_k2", "rollout_rs_threshold": 0.05, "importance_sampling_mode": "seq-mask-tis"}
+    config = GRPOLossConfig(name, kl_tau=0.3, beta=0.1, dro_beta=0.4 if name == "dro" else None, **keys)
+    inputs = boundary_inputs(B=2, T=12, V=37, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
+    weights = torch.linspace(-1, 1, 24).view(2, 12).masked_fill(torch.arange(24).view(2, 12) % 5 == 0, 0.0)
+    extra = {"loss_weights": weights, "nll_weights": weights.flip(1) / 50}
+    for plan in ("two_pass", "cluster2x3"):
+        check_token_loss(kernels, plan, inputs.logits.clone(), inputs, config, **extra)
 
 
 @pytest.mark.parametrize("plan", LONG_PLANS)

@@ -55,7 +55,7 @@ def test_a_code_that_no_kernel_has_is_refused(place, code, message):
     numbers = objective_numbers(GRPOLossConfig())
     numbers[place] = code
     row = torch.zeros(1)
-    arguments = (torch.zeros(1, dtype=torch.long), None, row, row, None, None, None, None, numbers, 1.0, 0.0, 1.0)
+    arguments = (torch.zeros(1, dtype=torch.long), None, row, row, *[None] * 6, numbers, 1.0, 0.0, 1.0)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.igrpo.token_loss(torch.zeros(1, 1, 4), *arguments)
 

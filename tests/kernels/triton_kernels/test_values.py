@@ -14,7 +14,7 @@ import torch
 from igrpo_kernels import GRPOLossConfig, grpo_loss, selective_log_softmax
 from igrpo_kernels.losses import LOSSES, SEQUENCE_MEAN, Loss, Term
 from igrpo_kernels.triton_rows import TRITON
-from tests.kernels.oracle import LOSS_LEVELS, assert_close_to_truth, loss_and_grad, packed
+from tests.kernels.oracle import LOSS_LEVELS, REQUIRED, assert_close_to_truth, loss_and_grad, packed
 
 OPTIONS = {
     "k1": {"beta": 0.3, "kl_estimator": "k1"},
@@ -31,14 +31,18 @@ OPTIONS = {
     "entropy_bonus": {"entropy_coef": 0.2},
     "top_entropy": {"top_entropy_quantile": 0.6, "entropy_coef": 0.2},
     "logits": {"temperature": 0.7, "logit_scale": 1.3, "final_logit_softcapping": 5.0},
-}
+    "kl_tau": {"kl_tau": 0.3, "importance_sampling_mode": "token_mask", "importance_sampling_clip_min": 0.9},
+    "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis", "importance_sampling_clip_min": 0.95},
+    "rejection": {"rollout_rs": "token_k2,seq_max_k3", "rollout_rs_threshold": "0.05,0.3", "kl_tau": 0.2,
+                  "importance_sampling_mode": "token_truncate", "importance_sampling_clip_max": 1.1},
+}  # fmt: skip
 EVERYTHING = {**OPTIONS["k3"], **OPTIONS["token_mask"], **OPTIONS["entropy_bonus"], **OPTIONS["logits"]}
 
 
-def compare(inputs, config, **keywords):
+def compare(inputs, config, tensors=None, **keywords):
     """Both implementations in fp64: equal to rounding; returns the triton result."""
-    truth, true_grad = loss_and_grad(inputs, config, impl="torch", num_items_in_batch=17)
-    out, grad = loss_and_grad(inputs, config, impl="triton", num_items_in_batch=17, **keywords)
+    truth, true_grad = loss_and_grad(inputs, config, impl="torch", num_items_in_batch=17, **tensors or {})
+    out, grad = loss_and_grad(inputs, config, impl="triton", num_items_in_batch=17, **tensors or {}, **keywords)
     assert true_grad.abs().max() > 1e-4, "an all-zero gradient would pass"
     assert_close_to_truth("grad", grad, true_grad, rtol=1e-12)
     assert_close_to_truth("loss", out.loss, truth.loss, rtol=1e-12, atol=1e-15)
@@ -54,6 +58,7 @@ def compare(inputs, config, **keywords):
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 def test_every_loss(small_inputs, loss_type, level, options):
+    options = {**REQUIRED.get(loss_type, {}), **options}
     config = GRPOLossConfig(loss_type=loss_type, importance_sampling_level=level, max_completion_length=9, **options)
     compare(small_inputs(level), config)
 
@@ -62,6 +67,17 @@ def test_every_loss(small_inputs, loss_type, level, options):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_every_option(small_inputs, level, options):
     compare(small_inputs(level), GRPOLossConfig(importance_sampling_level=level, **OPTIONS[options]))
+
+
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "topr", "dro", "clip_cov"])
+def test_weights_of_tokens(small_inputs, loss_type):
+    """Beside kl_tau and a rejection; some are 0."""
+    inputs = small_inputs()
+    config = GRPOLossConfig(loss_type, **REQUIRED.get(loss_type, {}), **OPTIONS["rejection"], beta=0.1)
+    n = inputs.completion_ids.numel()
+    weights = torch.linspace(-1, 1, n, dtype=torch.float64).view(inputs.completion_ids.shape)
+    weights = weights.masked_fill(torch.arange(n).view(weights.shape) % 5 == 0, 0.0)
+    compare(inputs, config, {"loss_weights": weights, "nll_weights": weights.flip(-1) / 50})
 
 
 def test_inputs_reach_every_branch(small_inputs):
@@ -75,8 +91,18 @@ def test_inputs_reach_every_branch(small_inputs):
 
 def test_one_pass_only_where_coefficients_are_local(small_inputs):
     batch = type("Batch", (), {"old_per_token_logps": None, "sampling_per_token_logps": torch.zeros(1)})
-    assert TRITON.fits_one_pass(batch, GRPOLossConfig(**EVERYTHING))
-    for options in (OPTIONS["sequence_mask"], OPTIONS["opsm"], OPTIONS["top_entropy"], {"loss_type": "vespo"}):
+    assert TRITON.fits_one_pass(batch, GRPOLossConfig(**EVERYTHING, kl_tau=0.1))
+    given = type("Batch", (), {"old_per_token_logps": torch.zeros(1), "sampling_per_token_logps": torch.zeros(1)})
+    for options in (OPTIONS["rejection"], OPTIONS["seq-mask-tis"], {"loss_type": "dro", "dro_beta": 1.0}):
+        assert TRITON.fits_one_pass(given, GRPOLossConfig(**options))
+    for options in (
+        OPTIONS["rejection"],
+        OPTIONS["seq-mask-tis"],
+        OPTIONS["sequence_mask"],
+        OPTIONS["opsm"],
+        OPTIONS["top_entropy"],
+        {"loss_type": "vespo"},
+    ):
         assert not TRITON.fits_one_pass(batch, GRPOLossConfig(**options))
 
 
