@@ -236,6 +236,12 @@ def _placed(config: TrainConfig) -> TrainConfig:
     rank, processes = place()
     on_cpu = this_machine(config.use_cpu).device == "cpu"
     say_unused(config, on_cpu, rank)
+    if config.use_vllm and config.vllm_quantization and not config.vllm_importance_sampling_correction and rank == 0:
+        print(
+            f"warning: the engine samples with {config.vllm_quantization} weights and nothing corrects for it; "
+            "vllm_importance_sampling_correction: true does",
+            flush=True,
+        )
     config = replace(config, vllm_enable_sleep_mode=config.engine_sleeps and not on_cpu)
     return beside_the_learner(config, visible_gpus(config.use_cpu), local_processes(), processes)
 

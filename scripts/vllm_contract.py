@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from functools import cache, cached_property
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from igrpo.engines.config import Quantization  # noqa: E402
 
 TRANSFER = "vllm.distributed.weight_transfer"
 MEMBERS = {
@@ -64,8 +67,11 @@ FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
 }
-WORDS = {"vllm/v1/worker/gpu_worker.py": ('tag="weights"', 'tag="kv_cache"')}
-"""File -> what it must hold: the parts in which vLLM's memory wakes."""
+WORDS = {
+    "vllm/v1/worker/gpu_worker.py": ('tag="weights"', 'tag="kv_cache"'),
+    "vllm/model_executor/layers/quantization/__init__.py": tuple(f'"{name}"' for name in get_args(Quantization)),
+}
+"""File -> what it must hold: the parts in which vLLM's memory wakes; formats of weights."""
 ENDPOINTS = {
     "/collective_rpc": ("method", "kwargs", "results"), "/reset_prefix_cache": ("reset_running_requests",),
     "/pause": ("mode", "keep"), "/finish_weight_update": ("weight_version",), "/update_weights": ("update_info",),
@@ -218,7 +224,7 @@ def server_words() -> tuple[set[str], set[str]]:
 def _config(**settings: object) -> SimpleNamespace:
     from igrpo.config.train_config import TrainConfig
 
-    return TrainConfig(model_name_or_path="m", dataset_name="d", bf16=True, **settings)  # type: ignore[arg-type]
+    return TrainConfig(model_name_or_path="m", dataset_name="d", bf16=True, vllm_quantization="fp8", **settings)  # type: ignore[arg-type]
 
 
 def missing(sources: Sources) -> Iterator[tuple[str, str]]:

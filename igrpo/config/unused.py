@@ -29,6 +29,9 @@ OF_SERVERS = (
 OF_THE_ENGINE = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib")
 
 
+ON_CPU = (None, "fp8_per_channel", "int8_per_channel_weight_only")
+
+
 @dataclass(frozen=True)
 class Row:
     """Keys that do nothing where ``idle(config, on_cpu)``."""
@@ -52,6 +55,8 @@ TABLE = (
     # --- what the machine lacks
     Row("on the CPU an engine is one process", lambda c, cpu: cpu and _starts_engine(c),
         ("vllm_tensor_parallel_size",), "write 1, or run on a machine with so many GPUs"),
+    Row("vLLM's CPU build computes no such weights", lambda c, cpu: cpu and _starts_engine(c)
+        and c.vllm_quantization not in ON_CPU, ("vllm_quantization",), f"write {' or '.join(filter(None, ON_CPU))}"),
     Row("vLLM's CPU build has no sleep mode", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "colocate"
         and bool(c.vllm_enable_sleep_mode), ("vllm_enable_sleep_mode",), "leave it out"),
     Row("a machine without a GPU has none to name", lambda c, cpu: cpu and c.vllm_mode == "server"
@@ -68,11 +73,12 @@ TABLE = (
     Row("on the CPU activations are in the computer's memory already", lambda c, cpu: cpu, ("activation_offloading",)),
     Row("vLLM runs on the GPU", lambda c, cpu: not cpu and _starts_engine(c), ("vllm_cpu_kvcache_gib",)),
     # --- the engine
-    Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", "vllm_enable_sleep_mode",
+    Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", "vllm_enable_sleep_mode", "vllm_quantization",
+        "vllm_engine_args",
         *OF_SERVERS, *OF_THE_ENGINE)),
     Row("vllm_mode is colocate", lambda c, _: c.use_vllm and c.vllm_mode == "colocate", OF_SERVERS),
     Row("the servers run already and were given their own", lambda c, _: c.use_vllm and c.vllm_mode == "server"
-        and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE)),
+        and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE, "vllm_engine_args")),
     Row("weights do not travel as files", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"
         and c.weight_backend(cpu) != "igrpo_file", ("vllm_weight_dir",)),
     Row("weights do not travel over nccl", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+from igrpo.engines.arguments import check_arguments
 from igrpo.settings import ConfigError
 from igrpo.settings.kinds import (
     Address,
@@ -20,6 +21,14 @@ from igrpo.settings.kinds import (
     Text,
 )
 from igrpo.settings.shared import SeedConfig, WeightsConfig
+
+Quantization = Literal[
+    "fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "int8_per_channel_weight_only",
+    "nvfp4_per_token",
+]  # fmt: skip
+"""What vLLM 0.28 to 0.33 make of bf16 weights as they are loaded, and again with each push."""
+TOLERANCES = {0: 0.2, 8: 0.5, 4: 1.0}
+"""Nats per token by the bits that weights are rounded to; 0: they are not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +50,12 @@ class EngineConfig(SeedConfig, WeightsConfig):
     """KV-cache size of the CPU engine in GiB."""
     vllm_max_num_seqs: Count = 128
     """Sequences decoded at once."""
-    weight_sync_tolerance: Annotated[Positive, Mark.ONLY_IF_ASKED] = 0.2
-    """Largest mean log-probability gap (nats per token) of engine and learner on the probe after a weight push."""
+    vllm_quantization: Annotated[Quantization | None, Mark.ONLY_IF_ASKED] = None
+    """Format to which vLLM rounds the weights it samples with (`fp8`); the learner's stay as they are."""
+    vllm_engine_args: Annotated[dict[str, Any], Mark.ONLY_IF_ASKED] = field(default_factory=dict)
+    """Further arguments of vLLM's engine (`{enforce_eager: true}`), except what the loop relies on."""
+    weight_sync_tolerance: Annotated[Positive | None, Mark.ONLY_IF_ASKED] = None
+    """Largest mean gap of engine and learner on the probe, nats per token; null: 0.2, of 8 bits 0.5, of 4 bits 1."""
 
     # --- servers
     vllm_server_base_url: Annotated[Address | None, Mark.ONLY_IF_ASKED] = None
@@ -71,6 +84,20 @@ class EngineConfig(SeedConfig, WeightsConfig):
     """Folder for `file`, seen by trainer and servers; null: shared memory, which servers on this machine see."""
     vllm_group_port: Annotated[Port, Mark.ONLY_IF_ASKED] = 51216
     """First port of the trainer's end of `nccl`, one per server."""
+
+    def check(self) -> None:
+        check_arguments(self.vllm_engine_args)
+        if self.vllm_quantization is not None and not self.bf16:
+            raise ConfigError(
+                f"vllm_quantization: vLLM makes {self.vllm_quantization} of bf16 weights only; write bf16: true, or "
+                "null"
+            )
+
+    @property
+    def probe_tolerance(self) -> float:
+        """``weight_sync_tolerance``, or what fits the format of the engine's weights."""
+        bits = 0 if self.vllm_quantization is None else 4 if "fp4" in self.vllm_quantization else 8
+        return self.weight_sync_tolerance or TOLERANCES[bits if self.use_vllm else 0]
 
     @property
     def server_urls(self) -> list[str]:

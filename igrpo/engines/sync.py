@@ -33,7 +33,7 @@ class WeightSync:
     def __init__(self, engine: Any, learner: Any, probe_ids: Sequence[int], config: EngineConfig):
         self.engine, self.learner = engine, learner
         self.probe = probe_ids[:PROBE_TOKENS]
-        self.tolerance = config.weight_sync_tolerance
+        self.tolerance = config.probe_tolerance
 
     def push(self, version: int) -> dict[str, float]:
         """Pushes and compares. An engine that does not hold what it was sent is replaced and sent it again, once.
@@ -52,7 +52,7 @@ class WeightSync:
         if not gap <= self.tolerance:
             raise EngineError(
                 f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
-                f"(weight_sync_tolerance: {self.tolerance}); the engine does not hold these weights"
+                f"(weight_sync_tolerance: {self.tolerance:g}); the engine does not hold these weights"
             )
         return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
 
@@ -77,7 +77,7 @@ class WeightSync:
             if not noise <= self.tolerance:
                 raise self._refused(
                     f"computes differently in the engine: its log-probabilities of the same weights are {noise:.2f} "
-                    f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance})"
+                    f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance:g})"
                 )
         with disturbed(self.learner):
             own = self.learner.score(self.probe)

@@ -79,6 +79,10 @@ class VLLMEngine:
             ) from error
         try:
             self.llm = LLM(**self._options())
+        except TypeError as error:
+            if not self.config.vllm_engine_args:
+                raise
+            raise ConfigError(f"vllm_engine_args: {error}; write what this vLLM's EngineArgs takes") from error
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
             raise EngineError(f"vLLM did not start: {error}") from error
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
@@ -102,9 +106,10 @@ class VLLMEngine:
             "generation_config": "vllm",  # no sampling defaults from the model's files
             "use_tqdm_on_load": False,
             "seed": self._rank_seed,
+            "quantization": config.vllm_quantization,
         }
         if self.on_cpu:
-            return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+            return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE} | config.vllm_engine_args
         return (
             options
             | {
@@ -113,6 +118,7 @@ class VLLMEngine:
                 "enable_sleep_mode": self._sleeps,
             }
             | launched_with_others()
+            | config.vllm_engine_args
         )
 
     def submit(self, request: Request) -> None:

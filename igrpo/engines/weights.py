@@ -78,7 +78,8 @@ def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iter
     """Parameters that the engine keeps as they were sent, under the names that they were sent with: embedding, norms,
     plain layers. vLLM's names may have another prefix, which the model's own mapper knows.
 
-    Merged, sharded or repacked layers (qkv, gate-up, tensor parallelism, the CPU's linear layers) have no twin, and
+    Merged, sharded, repacked or rounded layers (qkv, gate-up, tensor parallelism, the CPU's linear layers, fp8) have no
+    twin, and
     square matrices are taken for none: GPT-2's are turned round. An embedding may have rows of padding behind those
     that were sent; they are cut off.
     """
@@ -88,7 +89,12 @@ def twins(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> Iter
         if known.split(".")[-2:] != name.split(".")[-2:] or known not in own or len(set(sent)) < len(sent):
             continue
         parameter = own[known]
-        if parameter.dim() == len(sent) and len(parameter) >= sent[0] and parameter.shape[1:] == sent[1:]:
+        if (
+            parameter.element_size() > 1
+            and parameter.dim() == len(sent)
+            and len(parameter) >= sent[0]
+            and parameter.shape[1:] == sent[1:]
+        ):
             yield name, parameter.data[: sent[0]]
 
 

@@ -55,7 +55,7 @@ FREE_SETTINGS = {
 }  # fmt: skip
 """Besides the engine's: they change no completion and no score, or the records themselves tell them."""
 KEPT_SETTINGS = [
-    "seed", "use_vllm", "bf16", "model_revision",
+    "seed", "use_vllm", "bf16", "model_revision", "vllm_quantization", "vllm_engine_args",
     *(key for key in field_types(EvalConfig) if key not in field_types(EngineConfig) and key not in FREE_SETTINGS),
 ]  # fmt: skip
 """What must be the same for an evaluation to be continued."""

@@ -336,8 +336,14 @@ def activation_bytes_per_token(shape: ModelShape, bf16: bool, sharded: bool = Fa
     return 17 * hidden + 8 * inner + 8 * q if sharded else 24 * hidden + 10 * inner + 4 * q + 8 * kv
 
 
+def engine_weight_bytes(shape: ModelShape, config: TrainConfig) -> int:
+    """Of one engine. Of the formats, int8 and fp4 concern experts alone; embedding and head stay as they are."""
+    rounds = config.use_vllm and "fp8" in (config.vllm_quantization or "")
+    return _width(config) * shape.parameters - rounds * shape.num_layers * shape.layer_parameters
+
+
 def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
-    weights = (2 if config.bf16 else 4) * shape.parameters
+    weights = engine_weight_bytes(shape, config)
     if config.use_vllm and config.vllm_mode == "server":
         return []
     if not config.use_vllm:

@@ -8,7 +8,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
-from igrpo.plan.memory import MemoryPlan, ModelShape, memory_plan
+from igrpo.plan.memory import MemoryPlan, ModelShape, engine_weight_bytes, memory_plan
 
 ALONE = 0.9
 """Share of a GPU's memory that vLLM takes where nothing learns beside it."""
@@ -69,17 +69,16 @@ class Workload:
             cache = config.vllm_cpu_kvcache_gib * 2**30
         else:
             share = ALONE if self.hardware.generation else config.vllm_gpu_memory_utilization
-            cache = parts * share * device.memory - 2 * self.shape.parameters
+            cache = parts * share * device.memory - engine_weight_bytes(self.shape, self.config)
         context = self.prefix(config.num_drafts) + _mean(self.lengths, "refinement") / 2
         return max(1, min(config.vllm_max_num_seqs, int(cache / (self.shape.kv_bytes_per_token * context))))
 
     def engine_cost(self) -> EngineCost:
         device, rates = self.hardware.device, self.rates
         parts = self.config.vllm_tensor_parallel_size
-        width = 2 if self.config.bf16 else 4
         scale = rates.generation_scale / parts
         return EngineCost(
-            weight_bytes=width * self.shape.parameters,
+            weight_bytes=engine_weight_bytes(self.shape, self.config),
             parameters=self.shape.parameters,
             kv_bytes_per_token=self.shape.kv_bytes_per_token,
             bandwidth=device.bandwidth * rates.bandwidth / scale,

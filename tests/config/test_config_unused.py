@@ -20,6 +20,7 @@ GYM = {"dataset_name": "reasoning_gym:chain_sum"}
 CASES = {
     "on the CPU an engine is one process": ({}, "cpu", {}, "gpu"),
     "vLLM's CPU build has no sleep mode": ({}, "cpu", {}, "gpu"),
+    "vLLM's CPU build computes no such weights": ({}, "cpu", {}, "gpu"),
     "a machine without a GPU has none to name": (SERVER, "cpu", SERVER, "gpu"),
     "nccl and ipc carry weights between GPUs": (SERVER, "cpu", SERVER, "gpu"),
     "on the CPU the loss is cpu or torch": ({"loss_impl": "cuda"}, "cpu", {}, "gpu"),
@@ -73,7 +74,7 @@ PARTICULAR = {
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
-    "vllm_enable_sleep_mode": True,
+    "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -57,7 +57,7 @@ def written(folder: Path, name: str) -> str:
 
 
 def settings(path: str, **more) -> TrainConfig:
-    return TrainConfig(model_name_or_path=path, dataset_name="d", use_cpu=True, bf16=False, **more)
+    return TrainConfig(**{"model_name_or_path": path, "dataset_name": "d", "use_cpu": True, "bf16": False, **more})
 
 
 def stir(learner: Learner, seed: int) -> None:
@@ -88,6 +88,31 @@ def test_changed_weights_reach_vllm(name, tmp_path):
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(before)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
             assert figures["sync/restarts"] == 0
+    finally:
+        engine.close()
+
+
+def test_rounded_weights_are_judged_by_their_format(tmp_path):
+    """And with an argument that only vLLM knows."""
+    path = save_tiny(tmp_path)
+    rounded = {
+        "bf16": True,
+        "vllm_quantization": "fp8_per_channel",
+        "vllm_engine_args": {"max_num_batched_tokens": 256},
+    }
+    with pytest.raises(ConfigError, match=r"vllm_engine_args: .*max_batched.* EngineArgs takes"):
+        start_engine(path, settings(path, vllm_engine_args={"max_batched": 1}), 128, [1], 0)
+    config = settings(path, **rounded)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    engine = start_engine(path, config, max_model_length=128, stop_token_ids=[1], seed=0)
+    try:
+        assert engine.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 256
+        sync = WeightSync(engine, learner, IDS, config)
+        sync.prove(0)
+        stir(learner, 1)
+        figures = sync.push(1)
+        assert 0.05 < figures["sync/probe_logp_gap"] < 0.5 and figures["sync/restarts"] == 0
+        assert figures["sync/tensors_compared"] > 0  # embedding and norms are not rounded
     finally:
         engine.close()
 

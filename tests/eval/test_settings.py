@@ -63,6 +63,7 @@ NOT_THE_RECIPES = {
     "weight_sync_tolerance", "vllm_num_servers", "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer",
     "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
     "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
+    "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args",
 }  # fmt: skip
 NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "judge_cache", "reward_env"}
 
@@ -74,6 +75,7 @@ def another_value(key: str, value: object, hint: object) -> object:
         "judge_base_url": "http://127.0.0.1:9", "judge_api_key_env": "OTHER", "reward_weights": [1.0, 0.5],
         "vllm_gpu_memory_utilization": 0.5, "top_p": 0.8, "activation_offloading": True, "min_p": 0.1,
         "reward_funcs": ["accuracy", "length"], "vllm_group_port": 1,
+        "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     }  # fmt: skip
     if key in special:
         return special[key]

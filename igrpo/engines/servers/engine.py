@@ -173,7 +173,7 @@ class ServerEngine:
             raise EngineError(str(error)) from error
         for other in others:
             gap = sum(abs(a - b) for a, b in zip(first, other, strict=True)) / len(first)
-            if not gap <= self.config.weight_sync_tolerance:
+            if not gap <= self.config.probe_tolerance:
                 raise EngineError(f"servers that were sent the same weights differ by {gap:.3f} nats per token")
         return first
 

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from igrpo.engines.arguments import as_words
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.servers.auth import SECRET_VARIABLE
 from igrpo.engines.servers.openmp import shared_cores
@@ -42,6 +43,8 @@ def server_command(config: EngineConfig, path: str, length: int, port: int, seed
     ]
     if config.model_revision:
         options["revision"] = config.model_revision
+    if config.vllm_quantization:
+        options["quantization"] = config.vllm_quantization
     if config.trust_remote_code:
         flags.append("trust-remote-code")
     if on_cpu:
@@ -59,8 +62,9 @@ def server_command(config: EngineConfig, path: str, length: int, port: int, seed
             "tensor-parallel-size": config.vllm_tensor_parallel_size,
         }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    words += [f"--{flag}" for flag in flags]
     # Not the `vllm` script: the one in the CPU build looks up a distribution of another name and fails.
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *(f"--{flag}" for flag in flags)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *as_words(config.vllm_engine_args)]
 
 
 def server_environment(config: EngineConfig, secret: str, on_cpu: bool, devices: str | None = None) -> dict[str, str]:

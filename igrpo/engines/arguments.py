@@ -1,0 +1,65 @@
+"""What `vllm_engine_args` may hold: any argument of vLLM's engine but those that the loop relies on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from igrpo.settings import ConfigError
+
+KEYS = {
+    "model": "model_name_or_path", "revision": "model_revision", "trust_remote_code": "trust_remote_code",
+    "dtype": "bf16", "quantization": "vllm_quantization", "max_model_len": "vllm_max_model_length",
+    "max_num_seqs": "vllm_max_num_seqs", "gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "tensor_parallel_size": "vllm_tensor_parallel_size", "enable_sleep_mode": "vllm_enable_sleep_mode", "seed": "seed",
+    "host": "vllm_server_host", "port": "vllm_server_port",
+}  # fmt: skip
+"""Arguments that have a key here."""
+_IDS, _WEIGHTS, _POLICY = (
+    "token ids go in and out, as the model's own tokenizer gives them",
+    "every push replaces the weights, which are the model's own",
+    "what is sampled from must be the policy, and its log-probabilities those of the tokens",
+)
+_PROCESSES, _SECRETS = "no push was tried with them", "settings are written into logs; export it, as vLLM's page says"
+OWN = {
+    **dict.fromkeys(("tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init"), _IDS),
+    **dict.fromkeys(("load_format", "model_loader_extra_config", "weight_transfer_config", "hf_overrides",
+                     "hf_config_path", "quantization_config", "model_weights", "worker_cls",
+                     "worker_extension_cls", "runner", "convert", "middleware"), _WEIGHTS),
+    **dict.fromkeys(("logprobs_mode", "max_logprobs", "generation_config", "override_generation_config",
+                     "logits_processors", "enable_prefix_caching", "speculative_config", "enable_lora",
+                     "lora_modules"), _POLICY),
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"), _PROCESSES),
+    **dict.fromkeys(("hf_token", "api_key"), _SECRETS),
+}  # fmt: skip
+"""Arguments that nobody may set, and why."""
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ConfigError: one that has a key of its own, or that would break what the loop relies on.
+    """
+    for name in given:
+        plain = name.strip().lstrip("-").replace("-", "_").removeprefix("no_")
+        if plain != name:
+            raise ConfigError(f"vllm_engine_args: {name} is no name of an argument; write {plain}, as vLLM's LLM takes")
+        if not name.isidentifier():
+            raise ConfigError(f"vllm_engine_args: {name!r} is no name of an argument; write those of vLLM's LLM")
+        if name in KEYS:
+            raise ConfigError(f"vllm_engine_args: {name} has a key of its own; write {KEYS[name]}")
+        if name in OWN:
+            raise ConfigError(f"vllm_engine_args: {name} cannot be had, as {OWN[name]}; leave it out")
+
+
+def as_words(given: Mapping[str, Any]) -> Iterator[str]:
+    """The arguments as a server's command line has them."""
+    for name, value in given.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{flag}" if value else f"--no-{flag}"
+        elif isinstance(value, list):
+            yield from (f"--{flag}", *map(str, value))
+        elif value is not None:
+            yield from (f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value))

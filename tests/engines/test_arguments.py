@@ -1,0 +1,46 @@
+"""Arguments that pass through to vLLM, and those that may not."""
+
+from __future__ import annotations
+
+import pytest
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.engines.arguments import KEYS, OWN
+from igrpo.engines.servers.launch import server_command
+from igrpo.settings import ConfigError
+
+
+def config(**settings) -> TrainConfig:
+    return TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+
+
+def test_a_server_gets_them_as_words():
+    given = {
+        "max_num_batched_tokens": 512, "enable_chunked_prefill": False, "async_scheduling": True,
+        "kv_cache_dtype": "fp8", "compilation_config": {"level": 0}, "cudagraph_capture_sizes": [1, 8],
+        "block_size": None,
+    }  # fmt: skip
+    quantized = config(vllm_engine_args=given, vllm_quantization="fp8")
+    words = server_command(quantized, "m", 64, 1, 0, on_cpu=False)
+    assert words[-10:] == [
+        "--max-num-batched-tokens", "512", "--no-enable-chunked-prefill", "--async-scheduling",
+        "--kv-cache-dtype", "fp8", "--compilation-config", '{"level": 0}', "--cudagraph-capture-sizes", "1", "8",
+    ][-10:]  # fmt: skip
+    assert words[words.index("--quantization") + 1] == "fp8"
+
+
+@pytest.mark.parametrize("name", [*KEYS, *OWN, "no_enable_prefix_caching", "logprobs-mode", "--dtype", "a b", ""])
+def test_what_the_loop_relies_on_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=r"^vllm_engine_args: ") as refused:
+        config(vllm_engine_args={name: "x"})
+    assert (KEYS.get(name) or name.strip()) in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_format_wants_bf16_and_widens_the_tolerance():
+    with pytest.raises(ConfigError, match=r"^vllm_quantization: .*write bf16: true, or null"):
+        config(vllm_quantization="fp8", bf16=False)
+    with pytest.raises(ConfigError, match=r"^vllm_quantization: .*fp8_per_block"):
+        config(vllm_quantization="int2")
+    widths = [config(vllm_quantization=name).probe_tolerance for name in (None, "fp8", "mxfp8", "nvfp4_per_token")]
+    assert widths == [0.2, 0.5, 0.5, 1.0]
+    assert config(vllm_quantization="fp8", weight_sync_tolerance=0.1).probe_tolerance == 0.1
