@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from benchmarks import loop_tables, records, sass, tables, targets
+from benchmarks import linear_budget, loop_tables, records, sass, tables, targets
 
 PAGE = records.ROOT / "docs" / "performance.md"
 PICTURES = PAGE.parent / "performance"
@@ -89,6 +89,7 @@ def page(found: list[dict]) -> str:
         parts += machine_section(record)
     if not any("gpu" in record for record in found):
         parts.append("## CUDA devices\n\nNo record yet. `make gpu-check` on such a machine writes one.\n")
+    parts += linear_budget.section()
     parts += sass.section()
     return "\n".join(parts).rstrip() + "\n"
 

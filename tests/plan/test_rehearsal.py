@@ -11,6 +11,8 @@ import pytest
 import torch
 import yaml
 
+from benchmarks import linear_budget
+
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.applies(
     not any((Path(torch.__file__).parent / "lib").glob("libtorch_cuda.*")), otherwise="for torch's CPU build"
@@ -121,6 +123,7 @@ def test_the_linear_loss_gives_a_gpu_two_launches_per_chunk_beside_its_products(
     for chunks, name in enumerate(("two chunks", "three chunks"), 2):
         assert [c for c in work[name] if c[1] in known] == chunk * chunks
     assert len(work["three chunks"]) - len(work["two chunks"]) == len(chunk)
+    assert sum(c[1] != "product" for c in work["one chunk"]) <= linear_budget.LAUNCHES["now"]
     one = [c[1:] for c in work["one chunk"] if c[1] in known]
     assert one == [(what, n) for what, n in zip(
         ["product", "loss", "product", "loss", "product", "product", "product"],
