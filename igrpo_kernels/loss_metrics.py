@@ -9,6 +9,7 @@ from torch import Tensor, inf, where
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.losses import CISPO, CLIPPED, VESPO, TermInputs, vespo_phi
+from igrpo_kernels.rejection import accepts
 from igrpo_kernels.types import GRPOLossConfig
 
 
@@ -42,6 +43,8 @@ def objective_metrics(
         metrics["vespo/phi_seq_mean"] = _phi_mean(vespo_phi(rows, config), batch)
     if batch.sampling_per_token_logps is not None:
         metrics |= _sampling_metrics(rows.old, rows.sampler, batch, config)
+    if (accepted := accepts(rows.old, batch, config)) is not None:
+        metrics["sampling/rollout_rs_masked_fraction"] = _token_mean((~accepted).to(batch.lengths.dtype), batch)
     return metrics
 
 

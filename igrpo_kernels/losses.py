@@ -137,9 +137,11 @@ def dppo_kl_leaves(x: TermInputs, config: Config) -> Tensor:
 
 
 def _inside(leaves: Tensor, x: TermInputs, config: Config) -> Tensor:
+    from igrpo_kernels.silent_exp import silent_times
+
     weight = x.weight.detach()
     weight = weight if config.delta is None else weight.clamp(max=config.delta)
-    return -times(times(x.advantages, weight).masked_fill(leaves, 0.0), x.logps)
+    return -silent_times(times(x.advantages, weight).masked_fill(leaves, 0.0), x.logps)
 
 
 def gmpo(x: TermInputs, config: Config) -> Tensor:

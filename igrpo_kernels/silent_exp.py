@@ -1,4 +1,4 @@
-"""exp and square under the convention of `objective.py` that 0 · inf = 0."""
+"""exp, square and product under the convention of `objective.py` that 0 · inf = 0."""
 
 import torch
 from torch import Tensor
@@ -37,3 +37,20 @@ class _Square(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return torch.where((grad == 0) & x.isinf(), 0.0, 2.0 * grad * x)
+
+
+def silent_times(a: Tensor, x: Tensor) -> Tensor:
+    """a·x for a constant a, with 0 · inf = 0 in value, and in the gradient where a is infinite and the row dropped."""
+    return _Times.apply(a, x)
+
+
+class _Times(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(a)
+        return (a * x).masked_fill((a == 0) & x.isinf(), 0.0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        (a,) = ctx.saved_tensors
+        return None, torch.where((grad == 0) & a.isinf(), 0.0, grad * a)

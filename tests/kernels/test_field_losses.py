@@ -163,6 +163,9 @@ def compare(name, impl, fp64=False):
         out, actual = loss_and_grad(some, case.config, impl=impl, **extra)
         assert_close_to_truth("loss", out.loss, loss, rtol=1e-10 if fp64 else 2e-5)
         assert_close_to_truth("gradient", actual, wanted, rtol=1e-10 if fp64 else 3e-5)
+        if case.config.rollout_rs:
+            share = out.metrics["sampling/rollout_rs_masked_fraction"].item()
+            assert share == pytest.approx((dropped.sum() / mask.sum()).item())
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -275,6 +278,17 @@ def test_weights_of_zero_silence_a_token_of_probability_zero(impl):
         out = grpo_loss(
             leaf, ids, -torch.ones(1), old_per_token_logps=torch.full((1, 3), -2.0), loss_weights=weights,
             nll_weights=weights, config=config, impl=impl,
+        )  # fmt: skip
+        out.loss.backward()
+        assert out.loss.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[0, 1] == 0).all()
+    old = torch.tensor([[-2.0, -200.0, -2.0]])  # a ratio of exp(198), which nothing bounds
+    for config in (GRPOLossConfig("dppo_tv"), GRPOLossConfig("dppo_kl"), GRPOLossConfig(rollout_rs="token_k2",
+                   rollout_rs_threshold=1.0, loss_type="dppo_tv")):  # fmt: skip
+        leaf = torch.zeros(1, 3, 4).requires_grad_()
+        weighted = {} if config.rollout_rs else {"loss_weights": weights}
+        out = grpo_loss(
+            leaf, ids, -torch.ones(1), old_per_token_logps=old, sampling_per_token_logps=torch.full((1, 3), -2.0),
+            config=config, impl=impl, **weighted,
         )  # fmt: skip
         out.loss.backward()
         assert out.loss.isfinite() and leaf.grad.isfinite().all() and (leaf.grad[0, 1] == 0).all()
