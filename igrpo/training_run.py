@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config.train_config import TrainConfig
@@ -190,15 +191,17 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         from igrpo.engines import start_engine
         from igrpo.engines.sync import WeightSync
         from igrpo.learner.learner import Learner, seed_everything
+        from igrpo.learner.placements import launched
         from igrpo.models.loading import attention, load_policy
         from igrpo.rollout.rollout import Rollout
         from igrpo.run.progress import LiveView
         from igrpo.run.timeline import Timeline
 
         seed_everything(config.seed)
-        attn = attention(config)
-        reference = load_policy(path, config, attn) if config.beta > 0 and not config.use_peft else None
-        learner = Learner(load_policy(path, config, attn), reference, config, tokenizer.pad_token_id, length)
+        divide = launched(place()[1]).divider(config)
+        load = partial(load_policy, path, config, attention(config), divide)
+        reference = load() if config.beta > 0 and not config.use_peft else None
+        learner = Learner(load(), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
         engine = start_engine(path, placed, length, stop_ids, config.seed + learner.accelerator.process_index)

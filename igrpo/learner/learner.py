@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,9 @@ class Learner:
         def agree(wrong: str | None) -> str | None:
             return next((one for one in self.gather(wrong) if one is not None), None)
 
-        return find_form(models, log_probs, kernels, context, allowed, self._say, agree)
+        form = find_form(models, log_probs, kernels, context, allowed, self._say, agree)
+        self.placement.settle()  # before an engine looks for what is free
+        return form
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -141,7 +143,7 @@ class Learner:
         old = [self._log_probs(m) for m in micros] if self.config.num_iterations > 1 else None
         if self.config.bypass_mode:
             old = [m.sampling_per_token_logps for m in micros]
-        reference = [self._reference_log_probs(m) for m in micros] if self.config.beta > 0 else None
+        reference = self._reference_log_probs(micros) if self.config.beta > 0 else None
         metrics = Accumulator()
         for _ in range(self.config.num_iterations):
             self._step(micros, old, reference, totals, metrics, on_progress)
@@ -209,11 +211,12 @@ class Learner:
         with placed.evaluating():
             return placed(micro, logps_only=True, **options)
 
-    def _reference_log_probs(self, micro: MicroBatch) -> torch.Tensor:
-        if self.adapters is None:
-            return self._log_probs(micro, self.reference)
-        with self.adapters.disabled():
-            return self._log_probs(micro)
+    def _reference_log_probs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
+        with self.adapters.disabled() if self.adapters is not None else nullcontext():
+            scored = [self._log_probs(micro, self.reference) for micro in micros]
+        if self.reference is not None:
+            self.reference.settle()  # its head does not stay whole beside the policy's
+        return scored
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,6 +39,11 @@ class Placement(ABC):
 
     @abstractmethod
     def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True): ...
+
+    @staticmethod
+    def divider(config: LearnerConfig) -> Callable[[torch.nn.Module], None] | None:
+        """What divides a model that has shapes alone, so that this process reads its parts only; None: it reads all."""
+        return None
 
     @staticmethod  # noqa: B027 (most have nothing to say)
     def check_adapters(adapters: Adapters) -> None:

@@ -9,11 +9,14 @@ import os
 import pickle
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import logging as transformers_logging
 
 from igrpo.models.config import ModelConfig
@@ -49,14 +52,54 @@ def load_tokenizer(path: str, config: ModelConfig) -> Any:
     return tokenizer
 
 
-def load_policy(path: str, config: ModelConfig, attn_implementation: str = "sdpa") -> Any:
+def load_policy(
+    path: str, config: ModelConfig, attn_implementation: str = "sdpa", divide: Callable[[Any], None] | None = None
+) -> Any:
     """The causal LM, caching off, on the CPU; the learner moves it.
 
     float32 master weights; those that stay frozen beside adapters are kept in the compute dtype.
+
+    Args:
+        divide: makes DTensors of the parameters of a model on the meta device; then each process reads its part only.
     """
     dtype = torch.bfloat16 if config.use_peft and config.bf16 else torch.float32
     options = {"dtype": dtype, "attn_implementation": attn_implementation}
-    return prepared(_load(AutoModelForCausalLM, path, config, **options), config)
+    model = None if divide is None else _read_in_parts(path, config, divide, options)
+    return prepared(_load(AutoModelForCausalLM, path, config, **options) if model is None else model, config)
+
+
+def _read_in_parts(path: str, config: ModelConfig, divide: Callable[[Any], None], options: dict[str, Any]) -> Any:
+    """transformers reads of the files what a DTensor has on this process; None where it would not read the same."""
+    blank = skeleton(path, config)
+    kind = type(blank)
+    if getattr(blank.config, "quantization_config", None) or not all(
+        map(_keeps_rows, get_model_conversion_mapping(blank))
+    ):
+        return None
+
+    def __init__(self: Any, *args: Any, **named: Any) -> None:
+        kind.__init__(self, *args, **named)
+        divide(self)
+
+    divided = type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+    with torch.random.fork_rng(devices=()):
+        model, found = _load(divided, path, config, output_loading_info=True, **options)
+    if found["missing_keys"]:  # drawn at random, a part in each process
+        return None
+    model.__class__ = kind
+    return model
+
+
+def _keeps_rows(rule: Any) -> bool:
+    """Whether what a rule makes has its first dimension from the files: there it is divided."""
+    if not isinstance(rule, WeightConverter):
+        return True
+    stacked, *others = rule.operations
+    return (
+        isinstance(stacked, MergeModulelist)
+        and stacked.dim == 0
+        and all(isinstance(one, Concatenate) and one.dim > 0 for one in others)
+    )
 
 
 def prepared(model: Any, config: ModelConfig) -> Any:

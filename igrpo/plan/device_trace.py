@@ -111,7 +111,7 @@ class DeviceTrace(TorchDispatchMode):
 
     def move(self, tensor: torch.Tensor, device: torch.device) -> None:
         """A fake tensor to another device in place, which ``Module.to`` and FSDP do through ``.data``."""
-        if isinstance(tensor, FakeTensor) and tensor.device.type != device.type:
+        if isinstance(tensor, FakeTensor) and tensor.device.type not in (device.type, "meta"):
             tensor.fake_device = torch.device(device.type, 0)
             self._allocated(tensor)
 

@@ -56,11 +56,6 @@ class ModelShape:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def outside_layers(self) -> int:
-        """Parameters of embedding and head."""
-        return self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-
-    @property
     def kv_bytes_per_token(self) -> int:
         """bf16 keys and values of every layer."""
         return 2 * 2 * self.num_layers * self.kv_size
@@ -299,9 +294,7 @@ def _moments(
         Item("logits chunk", chunk * stays, False, chunks),
         Item("gradient of the head", held, True, "until the embedding has its own"),
     ]
-    scored = _width(config) * shape.outside_layers if sharded and config.beta > 0 and not config.use_peft else 0
-    gathered = Item("reference, gathered", scored, True, "its embedding and head, since it has scored")
-    return tuple([i for i in (*moment, gathered) if i.bytes] for moment in (loss, last))  # type: ignore[return-value]
+    return tuple([item for item in moment if item.bytes] for moment in (loss, last))  # type: ignore[return-value]
 
 
 def _width(config: TrainConfig) -> int:
@@ -309,13 +302,13 @@ def _width(config: TrainConfig) -> int:
 
 
 def _copies(shape: ModelShape, config: TrainConfig, sharded: bool, in_loss: bool) -> int:
-    """Weights beside the master weights. FSDP keeps embedding and head whole from the first layer to the last gradient,
-    and layers as they come: one gathered; in the backward pass also the next one, and this one's float32 gradient on
-    its way to its shards. Autocast keeps what it has cast to the end of the forward pass."""
+    """Weights beside the master weights. FSDP keeps the head whole from the first layer to the last gradient, and
+    layers as they come: one gathered; in the backward pass also the next one, and this one's float32 gradient on its
+    way to its shards. Autocast keeps what it has cast to the end of the forward pass."""
     width = _width(config)
     if sharded:
         layers = 1 if in_loss else 2 if config.use_peft else 4
-        return width * (shape.outside_layers + layers * shape.layer_parameters)
+        return width * (shape.vocab_size * shape.hidden_size + layers * shape.layer_parameters)
     if config.use_peft or not config.bf16:
         return 0
     return 2 * (shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size) if in_loss else (

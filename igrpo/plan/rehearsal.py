@@ -29,7 +29,7 @@ from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
 from igrpo.plan.memory import ASLEEP
 
 GIB = 2**30
-LOAD, BATCHES, STEP, PUSH = "loading", "micro-batches", "clip and optimiser", "weight push"
+LOAD, TRY, BATCHES, STEP, PUSH = "loading", "trying kernels", "micro-batches", "clip and optimiser", "weight push"
 MICRO_BATCHES = 2
 SPREAD = 0.4
 """Of a group's completions around their mean length."""
@@ -52,7 +52,7 @@ class Rehearsal:
 
     @property
     def peak(self) -> int:
-        """While it trains; loading comes before the engine, and has its own peak."""
+        """While it trains; loading and the trial of kernels come before the engine, and have their own peaks."""
         return max(self.phases[name].peak for name in (BATCHES, STEP, PUSH))
 
     @property
@@ -143,7 +143,8 @@ def _steps(
     with trace.phase(LOAD), trace.owned("weights"):
         model = _model(model_config, config, trace)
         reference = _model(model_config, config, trace) if config.beta > 0 and not config.use_peft else None
-        learner = Learner(model, reference, config, 0)
+        with patch.object(Learner, "_find_form", _in_phase(trace, Learner._find_form)):
+            learner = Learner(model, reference, config, 0)
     learner.set_schedule(10)
     with trace.phase("first step"):
         learner.train_on(everyone[0])
@@ -163,6 +164,14 @@ def _steps(
     largest = max(map(unique_tokens, bins))
     share = config.vllm_gpu_memory_utilization if config.engine_sleeps else None
     return Rehearsal(trace.phases, memory, len(everyone), -(-len(bins) // len(everyone)), largest, share)
+
+
+def _in_phase(trace: DeviceTrace, find_form: Any) -> Any:
+    def tried(*args: Any) -> Any:
+        with trace.phase(TRY), trace.owned(""):
+            return find_form(*args)
+
+    return tried
 
 
 def _model(model_config: Any, config: TrainConfig, trace: DeviceTrace) -> Any:

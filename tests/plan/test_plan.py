@@ -145,9 +145,9 @@ def test_every_recipe_can_be_planned_without_the_hub(capsys, monkeypatch):
 
 
 def test_the_table_of_public_figures_adds_up_to_the_models_names():
-    sizes = {"0.5B": 0.494, "1.5B": 1.54, "1.5B-untied": 1.78, "7B": 7.62, "14B": 14.77, "135m": 0.1345}
+    sizes = {"0.5B": 0.494, "1.5B": 1.54, "1.5B-untied": 1.78, "7B": 7.62, "14B": 14.77, "32B": 32.76, "135m": 0.1345}
     for name in json.loads(TABLE.read_text())["models"]:
-        key = next(s for s in ("0.5B", "1.5B", "7B", "14B", "135m") if s in name)
+        key = next(s for s in ("0.5B", "1.5B", "7B", "14B", "32B", "135m") if s in name)
         key = "1.5B-untied" if "Distill-Qwen-1.5B" in name else key
         assert table_shape(name).parameters / 1e9 == pytest.approx(sizes[key], rel=0.005), name
 

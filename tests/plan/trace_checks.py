@@ -22,6 +22,7 @@ from igrpo.plan.rehearsal import rehearse
 from tests.kernels import linear_on_fake_gpu
 
 MIB = 2**20
+WEIGHTS = ("master weights", "base weights", "adapters", "reference model")
 GPU = torch.device("cuda", 0)
 
 
@@ -87,11 +88,12 @@ def collectives(trace):
 
 
 def planned(made):
-    """By devices and settings: what ``memory_plan`` says over what the rehearsal finds."""
+    """By devices and settings: what ``memory_plan`` says over what the rehearsal finds, and what is on the GPU at most
+    while the model loads over the weights that it keeps there."""
     kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
     cases = ((8, {}), (8, kept), (8, adapters), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
-    ratios = {}
+    ratios, loaded = {}, {}
     for devices, settings in cases:
         config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **settings})
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -100,7 +102,9 @@ def planned(made):
         plan = memory_plan(model_shape(made.to_dict()), config, machine, context=8192, sharded=devices > 1)
         ratios[f"{devices} {settings}"] = plan.learner / found.peak
         ratios[f"{devices} {settings}, waiting"] = plan.between / found.held
-    return ratios
+        weights = sum(item.bytes for item in plan.items if item.name in WEIGHTS)
+        loaded[f"{devices} {settings}"] = found.phases["loading"].peak / weights
+    return ratios, loaded
 
 
 def run(recipe, sizes):
@@ -110,7 +114,7 @@ def run(recipe, sizes):
         for check in (allocation, backward, resized, waits, line, collectives):
             found[check.__name__] = check(trace)
         found["linear loss"] = linear_on_fake_gpu.checks(trace)
-    found["planned"] = planned(AutoConfig.for_model(**sizes))
+    found["planned"], found["loaded"] = planned(AutoConfig.for_model(**sizes))
     print("FOUND " + json.dumps(found))
     AcceleratorState._reset_state(reset_partial_state=True)
     return main([recipe, "--hardware", "8xA100-80G", "--rehearse"])

@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.learner.learner import Learner
 from igrpo.learner.placements import Fsdp2, Whole, Zero3
+from igrpo.models.loading import load_policy
 from igrpo.settings import ConfigError
+from tests.support.architectures import tiny_config, tiny_model
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 EVERYWHERE: dict[str, Any] = {
@@ -52,6 +55,8 @@ ZERO3: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """DeepSpeed with several processes; one process works without it, so that the two are compared."""
 
+READ_IN_PARTS: list[bool] = []
+"""Of each model that came from files."""
 RESUMED = ("sharded", "sharded, adapters, kl", "zero3", "zero3, adapters, kl")
 
 
@@ -68,7 +73,10 @@ def samples() -> list[TrainingSample]:
     return made
 
 
-def build(*, fsdp: bool = False, zero3: bool = False, tied: bool = True, **settings: Any) -> Learner:
+def build(
+    *, fsdp: bool = False, zero3: bool = False, tied: bool = True, files: Path | None = None,
+    read_in_parts: bool = False, **settings: Any,
+) -> Learner:  # fmt: skip
     AcceleratorState._reset_state()
     GradientState._reset_state()
     os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
@@ -86,7 +94,11 @@ def build(*, fsdp: bool = False, zero3: bool = False, tied: bool = True, **setti
     if reference is not None:
         with torch.no_grad():
             reference.model.norm.weight.mul_(1.1)  # near enough that the KL term's gradient is of ordinary size
-    model = tiny_llama(tied=tied)
+    if files is None:
+        model = tiny_llama(tied=tied)
+    else:
+        model = load_policy(str(files), config, divide=Fsdp2.divider(config) if read_in_parts else None)
+        READ_IN_PARTS.append(all(isinstance(p, DTensor) for p in model.parameters()))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     learner = Learner(model, reference, config, pad_token_id=0)
@@ -137,6 +149,47 @@ def runs_no_code(learner: Learner, folder: Path) -> None:
         raise AssertionError("it was unpickled")
 
 
+FILES: dict[str, tuple[dict[str, Any], bool]] = {
+    "tied, bf16": ({}, True),
+    "pickled": ({"use_peft": True, "lora_dropout": 0.0}, True),
+    "without a head": ({}, False),
+    "qwen3_moe": ({}, True),
+    "olmo_hybrid": ({}, False),
+}
+"""A model's files, and whether each process reads a part of them: experts are put together from whole files, but not
+rows of several weights in one, and what no file has is drawn as for a whole model."""
+
+
+def write_models(folder: Path) -> None:
+    tiny_llama().to(torch.bfloat16).save_pretrained(folder / "tied, bf16")
+    untied = tiny_llama(tied=False)
+    for name in ("pickled", "without a head"):
+        untied.config.save_pretrained(folder / name)
+        kept = {k: v for k, v in untied.state_dict().items() if name == "pickled" or k != "lm_head.weight"}
+        torch.save(kept, folder / name / "pytorch_model.bin")
+    for name in ("qwen3_moe", "olmo_hybrid"):
+        tiny_model(tiny_config(name)).save_pretrained(folder / name)
+
+
+def reads_its_part(folder: Path) -> None:
+    """And has the weights and takes the step that it would have with all of them."""
+    state = PartialState()
+    if state.is_main_process:
+        write_models(folder)
+    state.wait_for_everyone()
+    for name, (settings, in_parts) in FILES.items():
+        made = []
+        for read_in_parts in (False, True):
+            torch.manual_seed(2)
+            learner = build(fsdp=True, files=folder / name, read_in_parts=read_in_parts, **settings)
+            made.append(weights(learner))
+            if "llama" in learner.unwrapped.config.model_type:
+                made[-1] |= {"loss": torch.tensor(train(learner)["loss"])}
+                made[-1] |= {f"{key}, trained": tensor for key, tensor in weights(learner).items()}
+        assert READ_IN_PARTS[-2:] == [False, in_parts], name
+        assert made[0].keys() == made[1].keys() and all(torch.equal(made[1][k], v) for k, v in made[0].items()), name
+
+
 def refuses_an_optimiser_of_whole_weights() -> None:
     drawn = torch.get_rng_state()
     try:
@@ -179,6 +232,8 @@ def main(output: str) -> None:
         train(learner, advantage=0.0)
         scores = learner.score((5, 6, 7, 8))
         results[name] = {"figures": figures, "weights": weights(learner), "score": scores, "gathers": gathers}
+    if learner.accelerator.num_processes > 1:
+        reads_its_part(Path(output).parent)
     refuses_an_optimiser_of_whole_weights()
     if learner.accelerator.is_main_process:
         torch.save({"processes": learner.accelerator.num_processes, "results": results}, output)

@@ -3,26 +3,28 @@
 accelerate launches it (``recipes/accelerate/fsdp2.yaml``) and holds its settings. The wrapping itself is done here,
 because accelerate leaves it out on a CPU, and what is not tested there would be tested nowhere: one path for both.
 
-Each decoder layer is one unit, gathered when it computes. The root unit holds what is left, embedding, last norm and
-``lm_head``, tied or not: its weights are whole inside ``Policy.forward``, which is where the fused loss reads the head.
+Each decoder layer is one unit, gathered when it computes, and so is an embedding that is not the head as well. The root
+unit holds what is left, last norm and ``lm_head``: its weights are whole inside ``Policy.forward``, which is where the
+fused loss reads the head. Files are read in the same parts (``divider``).
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
 
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.optimizer import build_optimizer
@@ -54,14 +56,31 @@ class Fsdp2(Placement):
         }
         if trains:
             _check_optimizer(config, options["mesh"])
-        names = set(policy.model._no_split_modules or ())
-        layers = [m for m in policy.modules() if type(m).__name__ in names]
-        for layer in layers:
-            fully_shard(layer, reshard_after_forward=getattr(plugin, "reshard_after_forward", True), **options)
+        # What FSDP divides are shapes, so that no whole weight goes to the device.
+        offloaded = isinstance(options["offload_policy"], CPUOffloadPolicy)
+        shards = _each(policy, lambda p: _shard(p, options["mesh"]).to("cpu" if offloaded else accelerator.device))
+        policy.load_state_dict(_each(policy, _shape), strict=False, assign=True)
+        for unit in _units(policy.model):
+            fully_shard(unit, reshard_after_forward=getattr(plugin, "reshard_after_forward", True), **options)
         fully_shard(policy, reshard_after_forward=False, **options)
+        policy.load_state_dict(shards, strict=False, assign=True)
         self.module: Any = policy
         if trains:
             self.optimizer = build_optimizer(policy, config)
+
+    @staticmethod
+    def divider(config: LearnerConfig) -> Callable[[torch.nn.Module], None]:
+        processes = PartialState(cpu=config.use_cpu).num_processes
+        mesh = init_device_mesh("cpu", (processes,))
+
+        def part(p: torch.Tensor) -> torch.Tensor:
+            enough = p.ndim > 0 and len(p.chunk(processes)) == processes
+            return _shard(p, mesh) if enough else p  # of 8 experts over 16 processes, transformers cannot read none
+
+        def divide(model: torch.nn.Module) -> None:
+            model.load_state_dict(_each(model, part), strict=False, assign=True)
+
+        return divide
 
     @staticmethod
     def asked_for() -> bool:
@@ -73,8 +92,8 @@ class Fsdp2(Placement):
         asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
         if asked and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true":
             raise ConfigError(
-                "fsdp_cpu_ram_efficient_loading: every process reads the model itself; write false in the file given "
-                "to accelerate launch --config_file, or take recipes/accelerate/fsdp2.yaml"
+                "fsdp_cpu_ram_efficient_loading: every process reads its part of the model itself; write false in the "
+                "file given to accelerate launch --config_file, or take recipes/accelerate/fsdp2.yaml"
             )
         return asked
 
@@ -82,7 +101,7 @@ class Fsdp2(Placement):
         return self.module(*args, **named)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """The head and embedding stay gathered until the step's last micro-batch.
+        """The head stays gathered until the step's last micro-batch.
 
         Gradients are summed over the processes after each one (FSDP2's default): waiting for the last would keep every
         process's whole fp32 gradient where shards of it are enough (of 7B over 8 processes, on fake devices: a peak of
@@ -129,6 +148,37 @@ class Fsdp2(Placement):
             optim_state_dict=parts["optimizer"],
             options=StateDictOptions(flatten_optimizer_state_dict=True),
         )
+
+
+def _units(model: Any) -> list[torch.nn.Module]:
+    """What is gathered on its own: each decoder layer, and an embedding that is not the head as well."""
+    names = set(model._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = {id(p) for p in head.parameters()} & {id(p) for p in embedding.parameters()}
+    return layers if shared else [embedding, *layers]
+
+
+def _each(module: torch.nn.Module, make: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.nn.Parameter]:
+    """A parameter made of each, by name; tied ones stay tied."""
+    made = {p: torch.nn.Parameter(make(p.detach()), requires_grad=p.requires_grad) for p in module.parameters()}
+    return {name: made[p] for name, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _shape(p: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(p.shape, p.stride(), dtype=p.dtype, device="meta")
+
+
+def _shard(p: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+    """This process's part of a weight, as FSDP2 divides it, on the mesh's kind of device or the meta device."""
+    if not p.ndim:
+        return p  # which FSDP2 refuses by its name
+    if isinstance(p, DTensor):  # was read so
+        own = p.to_local()
+    else:
+        parts, rank = p.chunk(mesh.size()), mesh.get_local_rank()
+        own = parts[rank].clone() if rank < len(parts) else p[:0]
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=p.shape, stride=p.stride())
 
 
 def _check_optimizer(config: LearnerConfig, mesh: DeviceMesh) -> None:
