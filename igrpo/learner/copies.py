@@ -34,5 +34,25 @@ def parted(buffer: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, 
     }
 
 
+class Offloaded(torch.autograd.graph.saved_tensors_hooks):
+    """Inside, what autograd keeps of a GPU lies in the computer's memory, one pinned copy of each. The host waits for
+    none, as it does in torch's ``save_on_cpu``: both ways follow the stream that computes."""
+
+    def __init__(self) -> None:
+        super().__init__(self._out, self._back)
+
+    @staticmethod
+    def _out(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
+        if tensor.device.type == "cpu":
+            return tensor.device, tensor
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+    @staticmethod
+    def _back(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
+        device, tensor = kept
+        return tensor.to(device, non_blocking=True)
+
+
 def _starts(tensors: Mapping[str, torch.Tensor]) -> list[int]:
     return [0, *accumulate(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors.values())]

@@ -16,6 +16,7 @@ from torch import nn
 from igrpo.learner.adapters import head_product
 from igrpo.learner.batching import MicroBatch
 from igrpo.learner.config import LearnerConfig
+from igrpo.learner.copies import Offloaded
 from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
 from igrpo_kernels.model_logits import language_model, logit_transform_of
@@ -123,7 +124,6 @@ class Policy(nn.Module):
         else:
             inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
         # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
-        pinned = batch.input_ids.is_cuda
-        with torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offloads else nullcontext():
+        with Offloaded() if self.offloads else nullcontext():
             out = language_model(self.model)(input_ids=batch.input_ids, **inputs)
         return out.last_hidden_state.flatten(0, 1)[batch.rows]

@@ -78,14 +78,14 @@ def test_a_collective_counts_with_its_bytes(traced):
 
 def test_the_memory_plan_is_within_a_tenth_of_the_rehearsal(traced):
     found, _ = traced
-    assert len(found["planned"]) == 14
+    assert len(found["planned"]) == 16
     assert {case: ratio for case, ratio in found["planned"].items() if not 0.9 < ratio < 1.1} == {}
 
 
 def test_loading_takes_to_a_gpu_what_stays_there(traced):
     found, _ = traced
-    # Whole weights would be 8 or 16 times as much; blocks of the allocator count for more in a model this small.
-    assert {case: ratio for case, ratio in found["loaded"].items() if not 0.97 < ratio < 1.03} == {}
+    # Whole weights would be 8 or 16 times as much; small ones are rounded up to blocks of the allocator.
+    assert {case: ratio for case, ratio in found["loaded"].items() if not 0.95 < ratio < 1.1} == {}
 
 
 def test_eight_gpus_are_rehearsed_on_none(traced):
@@ -98,7 +98,8 @@ def test_eight_gpus_are_rehearsed_on_none(traced):
 
 
 def test_the_host_waits_once_per_optimiser_step_and_not_within_it(traced):
-    _, said = traced
+    found, said = traced
+    assert len(found["waited"]) == 8 and not any(found["waited"].values())
     assert "micro-batches: the host waits 0 times" in said
     assert "clip and optimiser: the host waits 1 times" in said
     assert "weight push: the host waits 0 times" in said

@@ -88,12 +88,13 @@ def collectives(trace):
 
 
 def planned(made):
-    """By devices and settings: what ``memory_plan`` says over what the rehearsal finds, and what is on the GPU at most
-    while the model loads over the weights that it keeps there."""
+    """By devices and settings: what ``memory_plan`` says over what the rehearsal finds; what is at most on the GPU
+    while the model loads over the weights that it keeps there; how often the host waits in micro-batches."""
     kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
     cases = ((8, {}), (8, kept), (8, adapters), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
+    cases += ((8, {"activation_offloading": True}),)
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
-    ratios, loaded = {}, {}
+    ratios, loaded, waited = {}, {}, {}
     for devices, settings in cases:
         config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **settings})
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -104,7 +105,8 @@ def planned(made):
         ratios[f"{devices} {settings}, waiting"] = plan.between / found.held
         weights = sum(item.bytes for item in plan.items if item.name in WEIGHTS)
         loaded[f"{devices} {settings}"] = found.phases["loading"].peak / weights
-    return ratios, loaded
+        waited[f"{devices} {settings}"] = found.phases["micro-batches"].waits.total()
+    return {"planned": ratios, "loaded": loaded, "waited": waited}
 
 
 def run(recipe, sizes):
@@ -114,7 +116,7 @@ def run(recipe, sizes):
         for check in (allocation, backward, resized, waits, line, collectives):
             found[check.__name__] = check(trace)
         found["linear loss"] = linear_on_fake_gpu.checks(trace)
-    found["planned"], found["loaded"] = planned(AutoConfig.for_model(**sizes))
+    found |= planned(AutoConfig.for_model(**sizes))
     print("FOUND " + json.dumps(found))
     AcceleratorState._reset_state(reset_partial_state=True)
     return main([recipe, "--hardware", "8xA100-80G", "--rehearse"])
