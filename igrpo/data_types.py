@@ -98,6 +98,8 @@ class RolloutGroup:
     """[P] the bare prompt the drafts were sampled from."""
     draft_advantages: tuple[float, ...] = ()
     """[N] of the drafts among themselves; only with ``train_on_drafts``."""
+    copies: tuple[bool, ...] = ()
+    """[G] whether a refinement repeats its draft too much to be trained on under the question alone; empty: none."""
 
     def __post_init__(self) -> None:
         if len(self.refinements) != len(self.advantages):
@@ -122,13 +124,17 @@ class TrainingSample:
     """[T] aligned with ``completion_ids``."""
     advantage: float
     masked: bool = False
-    """True: no token of it counts in the loss (a cut completion under ``mask_truncated_completions``)."""
+    """True: no token of it counts in the loss (a cut completion under ``mask_truncated_completions``, a mere copy)."""
     positive: bool = False
     """Its reward is above 0."""
     prompt_length: int = 0
     """Completion tokens that count, of all completions of its prompt."""
     opens_prompt: bool = False
     """The first completion of its prompt: so many prompts are counted."""
+    weight: float = 1.0
+    """How much of a sequence it is, in the loss and in its denominators."""
+    behaviour_logprobs: tuple[float, ...] | None = None
+    """[T] as sampled, where that was behind another prompt than ``prompt_ids``; for the figures alone."""
 
 
 def content_text(content: Any) -> str | None:

@@ -91,6 +91,8 @@ TABLE = (
         c.draft_selection in ("none", "random"), ("draft_selection_score",)),
     Row("early_stop_drafts is false", lambda c, _: c.algorithm == "igrpo" and not c.early_stop_drafts,
         ("early_stop_reward",)),
+    Row("refinements are trained behind their draft", lambda c, _: c.refinement_context == "draft",
+        ("bare_importance_ratio", "refinement_copy_limit")),
     Row("only pass_at_k has a k", lambda c, _: "pass_at_k" not in (c.advantage_estimator, c.draft_advantage_estimator),
         ("advantage_pass_k",)),
     Row("advantage_estimator: grpo alone divides by a deviation", lambda c, _: c.advantage_estimator != "grpo"

@@ -13,13 +13,14 @@ Which is which: docs/algorithm.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from igrpo.data_types import RolloutGroup, TrainingSample
+from igrpo.data_types import RolloutGroup, Scored, TrainingSample
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
@@ -59,6 +60,12 @@ class MicroBatch:
     layout: Layout | None = None
     """What reads what in a packed row."""
     attention_mask: torch.Tensor | None = None  # (S, L) int64 padded
+    behaviour_per_token_logps: torch.Tensor | None = None
+    """(n,) fp32, as sampled behind another prompt; NaN for what was sampled behind this one, None for all of that."""
+    corrected_tokens: int = 0
+    """Tokens, for the host, whose sampler's log-probability the loss knows."""
+    own_tokens: int = 0
+    """Tokens, for the host, that were sampled behind this prompt."""
 
     @property
     def num_sequences(self) -> int:
@@ -70,39 +77,70 @@ class MicroBatch:
 
 
 def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> list[TrainingSample]:
-    """Refinements only; with ``train_on_drafts`` also the drafts, as groups under their bare prompts."""
-    parts = [(group.prompt_ids, group.refinements, group.advantages) for group in groups]
+    """Refinements behind the prompt that ``refinement_context`` says; with ``train_on_drafts`` also the drafts, as
+    groups under their bare prompts."""
+    made: list[TrainingSample] = []
+    weight = 0.5 if config.refinement_context == "both" else 1.0
+    if config.refinement_context in ("draft", "both"):
+        for group in groups:
+            made += _group_samples(group.prompt_ids, group.refinements, group.advantages, config, weight)
+    if config.refinement_context in ("bare", "both"):
+        for group in groups:
+            under_question = _group_samples(
+                group.draft_prompt_ids, group.refinements, group.advantages, config, weight, group.copies
+            )
+            made += [_bare(one, config) for one in under_question]
     if config.train_on_drafts:
-        parts += [(group.draft_prompt_ids, group.drafts, group.draft_advantages) for group in groups]
-    made = []
-    for prompt_ids, completions, advantages in parts:
-        if any(advantages) or config.zero_variance == "keep":
-            masked = [config.mask_truncated_completions and scored.completion.truncated for scored in completions]
-            lengths = [0 if out else len(s.completion.token_ids) for s, out in zip(completions, masked, strict=True)]
-            made += [
-                TrainingSample(
-                    prompt_ids=prompt_ids,
-                    completion_ids=scored.completion.token_ids,
-                    sampling_logprobs=scored.completion.logprobs,
-                    advantage=advantage,
-                    masked=out,
-                    positive=scored.reward > 0,
-                    prompt_length=sum(lengths),
-                    opens_prompt=scored is completions[0],
-                )
-                for scored, advantage, out in zip(completions, advantages, masked, strict=True)
-            ]
+        for group in groups:
+            made += _group_samples(group.draft_prompt_ids, group.drafts, group.draft_advantages, config)
     return made
+
+
+def _group_samples(
+    prompt_ids: tuple[int, ...],
+    completions: Sequence[Scored],
+    advantages: Sequence[float],
+    config: LearnerConfig,
+    weight: float = 1.0,
+    left_out: Sequence[bool] = (),
+) -> list[TrainingSample]:
+    if not any(advantages) and config.zero_variance != "keep":
+        return []
+    masked = [config.mask_truncated_completions and scored.completion.truncated for scored in completions]
+    masked = [cut or copy for cut, copy in zip(masked, left_out or [False] * len(masked), strict=True)]
+    lengths = [0 if out else len(s.completion.token_ids) for s, out in zip(completions, masked, strict=True)]
+    return [
+        TrainingSample(
+            prompt_ids=prompt_ids,
+            completion_ids=scored.completion.token_ids,
+            sampling_logprobs=scored.completion.logprobs,
+            advantage=advantage,
+            masked=out,
+            positive=scored.reward > 0,
+            prompt_length=sum(lengths),
+            opens_prompt=scored is completions[0],
+            weight=weight,
+        )
+        for scored, advantage, out in zip(completions, advantages, masked, strict=True)
+    ]
+
+
+def _bare(sample: TrainingSample, config: LearnerConfig) -> TrainingSample:
+    """Under the question alone. ``bare_importance_ratio: bare`` is RLTF-SD's: the sampler, which saw the draft, is not
+    held against it (NaN is "no correction" for every implementation of the loss)."""
+    sampled = sample.sampling_logprobs
+    known = sampled if config.bare_importance_ratio == "behaviour" else (math.nan,) * len(sampled)
+    return replace(sample, sampling_logprobs=known, behaviour_logprobs=sampled)
 
 
 def count(samples: Sequence[TrainingSample]) -> Denominators:
     """This process's share of the denominators: a masked sample is a sequence without tokens."""
     lengths = [0 if s.masked else len(s.completion_ids) for s in samples]
     return Denominators(
-        sequences=float(len(samples)),
-        tokens=float(sum(lengths)),
-        prompts=float(sum(s.opens_prompt for s in samples)),
-        positive_tokens=float(sum(n for n, s in zip(lengths, samples, strict=True) if s.positive)),
+        sequences=float(sum(s.weight for s in samples)),
+        tokens=float(sum(n * s.weight for n, s in zip(lengths, samples, strict=True))),
+        prompts=float(sum(s.weight for s in samples if s.opens_prompt)),
+        positive_tokens=float(sum(n * s.weight for n, s in zip(lengths, samples, strict=True) if s.positive)),
     )
 
 
@@ -136,7 +174,7 @@ def micro_batch(
     pad_token_id: int | None = None,
     positive_nll_weight: float = 0.0,
 ) -> MicroBatch:
-    """The tensors of one micro-batch.
+    """The tensors of one micro-batch, whose samples are of one weight.
 
     Args:
         positive_nll_weight: of the mean of -log-prob over the step's positive tokens. The weights of this part of it
@@ -145,6 +183,7 @@ def micro_batch(
     """
     samples = [s for group in contents for s in group.samples]
     sizes = [len(s.completion_ids) for s in samples]
+    (weight,) = {s.weight for s in samples}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
     scale = LOSSES[loss_type].reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
     nll = positive_nll_weight / (max(totals.positive_tokens, 1.0) * scale)
@@ -154,12 +193,22 @@ def micro_batch(
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
         sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
         lengths=tuple(sizes),
-        scale=scale,
-        token_share=sum(sizes) / max(totals.tokens, 1.0),
+        scale=scale * weight,
+        token_share=weight * sum(sizes) / max(totals.tokens, 1.0),
         prompt_lengths=torch.tensor([s.prompt_length for s in samples], dtype=torch.float32),
         nll_weights=torch.tensor([nll * s.positive for s in samples for _ in s.completion_ids]) if nll else None,
+        behaviour_per_token_logps=_behaviour(samples),
+        corrected_tokens=sum(not math.isnan(x) for s in samples for x in s.sampling_logprobs),
+        own_tokens=sum(len(s.completion_ids) for s in samples if s.behaviour_logprobs is None),
         **inputs,
     )
+
+
+def _behaviour(samples: Sequence[TrainingSample]) -> torch.Tensor | None:
+    if all(s.behaviour_logprobs is None for s in samples):
+        return None
+    elsewhere = [s.behaviour_logprobs or (math.nan,) * len(s.completion_ids) for s in samples]
+    return torch.tensor([x for some in elsewhere for x in some], dtype=torch.float32)
 
 
 def _packed(contents: Bin) -> dict[str, Any]:

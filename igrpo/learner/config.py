@@ -79,6 +79,8 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Upper cap of that ratio."""
     vllm_importance_sampling_clip_min: NotNegative | None = None
     """Lower cap of that ratio."""
+    bare_importance_ratio: Literal["bare", "behaviour"] = "bare"
+    """`refinement_context: bare`: no correction, or that of a sampler for what was sampled behind the draft."""
     sapo_temperature_pos: Positive = 1.0
     """SAPO: gate temperature for positive advantages."""
     sapo_temperature_neg: Positive = 1.05
@@ -144,4 +146,15 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
             raise ConfigError(
                 f"bypass_mode: the ratio is against the sampler already, and {key} compares the old policy with it; "
                 f"write {key}: {'null' if self.rollout_rs is not None else 'false'}, or bypass_mode: false"
+            )
+        corrects = self.vllm_importance_sampling_correction or self.bypass_mode
+        if self.bare_importance_ratio == "behaviour" and not corrects:
+            raise ConfigError(
+                "bare_importance_ratio: behaviour is a correction for the sampler; write "
+                "vllm_importance_sampling_correction: true, or bare_importance_ratio: bare"
+            )
+        if self.bypass_mode and self.refinement_context != "draft" and self.bare_importance_ratio == "bare":
+            raise ConfigError(
+                "bypass_mode: the ratio is against the sampler, which saw the draft; write bare_importance_ratio: "
+                "behaviour, or bypass_mode: false"
             )

@@ -185,13 +185,16 @@ class Learner:
         self.scheduler.step()
 
     def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
-        """Micro-batches of the whole step, the same list in every process."""
-        limits = Limits.of(self.config)
-        if not samples:
-            return []
-        if not self.packs:
-            return pad(samples, limits if self.pads else Limits(completions=1))
-        return pack(samples, limits, shared=self.config.shared_prefix, processes=self.accelerator.num_processes)
+        """Micro-batches of the whole step, the same list in every process; each holds samples of one weight."""
+        limits, bins = Limits.of(self.config), []
+        for weight in sorted({s.weight for s in samples}):
+            alike = [s for s in samples if s.weight == weight]
+            if not self.packs:
+                bins += pad(alike, limits if self.pads else Limits(completions=1))
+                continue
+            shared, processes = self.config.shared_prefix, self.accelerator.num_processes
+            bins += pack(alike, limits, shared=shared, processes=processes)
+        return bins
 
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
         pad = None if packed else self.pad_token_id

@@ -22,6 +22,7 @@ SUMMED = re.compile(
     r"|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
 )
 """Counts and rates of a process's own share, which are the run's when added up."""
+GAP = "sampling/sampling_logp_difference"
 _EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
 
 
@@ -31,23 +32,35 @@ class Accumulator:
     def __init__(self) -> None:
         self.weighted: dict[str, torch.Tensor] = {}
         self.extremes: dict[str, torch.Tensor] = {}
-        self.tokens = 0
+        self.tokens: dict[str, int] = {}
         self.steps: list[tuple[float, float]] = []
         """Loss and gradient norm of each optimiser step."""
         self._read: dict[str, float] = {}
 
     def add(self, micro: MicroBatch, out: GRPOLossOutput) -> None:
         n = micro.completion_ids.numel()
-        gap = (out.per_token_logps - micro.sampling_per_token_logps).abs()
-        own = {"sampling/sampling_logp_difference/mean": gap.mean(), "sampling/sampling_logp_difference/max": gap.max()}
-        for name, value in {**out.metrics, **own}.items():
+        gap, elsewhere = out.per_token_logps - micro.sampling_per_token_logps, micro.behaviour_per_token_logps
+        if elsewhere is not None:  # what was sampled behind another prompt says nothing about engine and learner
+            gap = gap.masked_fill(~elsewhere.isnan(), 0.0)
+            self._add("bare/logp_gap", torch.nan_to_num(out.per_token_logps - elsewhere), n - micro.own_tokens)
+        figures = {k: v for k, v in out.metrics.items() if micro.corrected_tokens or not k.startswith("sampling/")}
+        figures = {k: v for k, v in figures.items() if not k.startswith(GAP)}
+        if micro.own_tokens:
+            self._add(f"{GAP}/mean", gap.abs(), micro.own_tokens)
+            figures[f"{GAP}/max"] = gap.abs().max()
+        for name, value in figures.items():
             value = value.detach().float()
             if name.endswith(("min", "max")):
                 pick = torch.minimum if name.endswith("min") else torch.maximum
                 self.extremes[name] = pick(self.extremes[name], value) if name in self.extremes else value
             else:
-                self.weighted[name] = self.weighted.get(name, 0.0) + value * n
-        self.tokens += n
+                self._add(name, value, n, mean=True)
+
+    def _add(self, name: str, value: torch.Tensor, tokens: int, mean: bool = False) -> None:
+        """Of so many tokens, each with its value, or () their mean."""
+        total = value * tokens if mean else value.detach().float().sum()
+        self.weighted[name] = self.weighted.get(name, 0.0) + total
+        self.tokens[name] = self.tokens.get(name, 0) + tokens
 
     def end_step(self, loss: torch.Tensor, norm: torch.Tensor, accelerator: Any) -> float:
         """The gradient's norm. Everything is read here at once: the host waits for the device once a step.
@@ -65,7 +78,7 @@ class Accumulator:
     def means(self) -> Metrics:
         """Over this process's tokens; the loss is the sum over processes, since their shares add up to the whole."""
         losses, norms = zip(*self.steps, strict=True)
-        result = {name: value / self.tokens if name in self.weighted else value for name, value in self._read.items()}
+        result = {name: value / self.tokens.get(name, 1) for name, value in self._read.items()}
         result["loss"], result["grad_norm"] = fmean(losses), fmean(norms)
         result["learner/skipped_steps"] = float(sum(not math.isfinite(norm) for norm in norms))
         return result

@@ -8,6 +8,9 @@ R_i the rewards of one group of n completions, mean and std (the sample one, div
     pass_at_k  k · mean over the k-subsets I with i of (max R_I - max R_(I without i))  2505.15201, eq. 33, times n;
                for k = 1 that is rloo
 
+With `refinement_baseline: drafts`, `grpo` takes the mean reward of the drafts off (RLTF-SD, 2602.02482) and divides by
+the batch's deviation or by nothing: a group of equal rewards that its drafts did not have has an advantage.
+
 `rloo` and `pass_at_k` are unbiased: (1/n) sum_i A_i grad log pi(o_i) has the gradient of E[R] and of E[max of k] as its
 mean. A completion that no reward function could judge (None) has no part in its group and advantage 0.
 """
@@ -31,10 +34,12 @@ def advantages_of(
     config: RolloutConfig,
     estimator: str,
     gather: Callable[[Any], list[Any]] = lambda one: [one],
+    drafts_P_N: Sequence[Sequence[Scored]] | None = None,
 ) -> list[tuple[float, ...]]:
     """One tuple of advantages per group, as ``config`` says.
 
     Args:
+        drafts_P_N: of the refinements in ``scored_P_G``, for ``refinement_baseline: drafts``.
         gather: one object of each process, at every process: deviations over the batch span all of them.
 
     Raises:
@@ -45,6 +50,9 @@ def advantages_of(
     rewards_P_G = [[reward_of(one) for one in scored] for scored in scored_P_G]
     batched = estimator == "grpo" and config.scale_rewards == "batch"
     batch = [group for part in gather(rewards_P_G) for group in part] if batched else None
+    if drafts_P_N is not None and config.refinement_baseline == "drafts":
+        baselines = [_mean_of_judged([reward_of(one) for one in drafts]) for drafts in drafts_P_N]
+        return _against(baselines, rewards_P_G, _deviation(rewards_P_G if batch is None else batch) if batched else 1.0)
     return group_advantages(rewards_P_G, config.scale_rewards, batch, estimator, config.advantage_pass_k)
 
 
@@ -71,10 +79,7 @@ def group_advantages(
         batch: the groups whose rewards are "all rewards" where other processes have some of them; None: these.
         pass_k: k of ``pass_at_k``.
     """
-    divisor = 1.0
-    if scale == "batch":
-        everything = [r for rewards in (rewards_P_G if batch is None else batch) for r in rewards if r is not None]
-        divisor = stdev(everything) if len(everything) > 1 else 0.0
+    divisor = _deviation(rewards_P_G if batch is None else batch) if scale == "batch" else 1.0
 
     def of_group(judged: list[float]) -> Sequence[float]:
         if estimator == "grpo":
@@ -91,6 +96,27 @@ def group_advantages(
         return _marginal_maxima(judged, pass_k)
 
     return [_among_judged(rewards, of_group) for rewards in rewards_P_G]
+
+
+def _deviation(rewards_P_G: Sequence[Rewards]) -> float:
+    everything = [r for rewards in rewards_P_G for r in rewards if r is not None]
+    return stdev(everything) if len(everything) > 1 else 0.0
+
+
+def _mean_of_judged(rewards: Rewards) -> float | None:
+    judged = [r for r in rewards if r is not None]
+    return fmean(judged) if judged else None
+
+
+def _against(
+    baselines: Sequence[float | None], rewards_P_G: Sequence[Rewards], divisor: float
+) -> list[tuple[float, ...]]:
+    """(R - the drafts' mean) / divisor; 0 where no draft could be judged, or nothing in the batch differs."""
+
+    def one(reward: float | None, baseline: float | None) -> float:
+        return 0.0 if reward is None or baseline is None or not divisor else (reward - baseline) / divisor
+
+    return [tuple(one(r, b) for r in rewards) for rewards, b in zip(rewards_P_G, baselines, strict=True)]
 
 
 def _among_judged(rewards: Rewards, of_group: Callable[[list[float]], Sequence[float]]) -> tuple[float, ...]:
@@ -134,6 +160,5 @@ def _normalized_then_summed(
             (part,) = group_advantages([[one.rewards[name] for one in scored]])
             total = [t + (weights[k] if weights else 1.0) * a for t, a in zip(total, part, strict=True)]
         summed_P_G.append([None if reward_of(one) is None else t for one, t in zip(scored, total, strict=True)])
-    everything = [a for part in gather(summed_P_G) for group in part for a in group if a is not None]
-    divisor = stdev(everything) if len(everything) > 1 else 0.0
+    divisor = _deviation([group for part in gather(summed_P_G) for group in part])
     return [tuple(a / divisor if a and divisor else 0.0 for a in group) for group in summed_P_G]

@@ -9,7 +9,7 @@ from igrpo.engines.config import EngineConfig
 from igrpo.rewards.config import RewardConfig
 from igrpo.rewards.functions import highest_reward
 from igrpo.settings import ConfigError, shown
-from igrpo.settings.kinds import Count
+from igrpo.settings.kinds import Count, ShareAboveZero
 from igrpo.settings.shared import BatchConfig, SamplingConfig, SeedConfig, WeightsConfig
 
 DEFAULT_SYSTEM_PROMPT = (
@@ -90,6 +90,10 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     """That of the drafts with `train_on_drafts`; null: the same as `advantage_estimator`."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """With several rewards: normalise their weighted sum, or each by itself in its group and then the sum (GDPO)."""
+    refinement_baseline: Literal["refinements", "drafts"] = "refinements"
+    """`grpo`: take off the mean reward of the refinements, or of the drafts, as RLTF-SD does."""
+    refinement_copy_limit: ShareAboveZero | None = None
+    """`refinement_context: bare`: leave out refinements with this share of their 4-grams, or more, from the draft."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """`grpo`: divide centred rewards by the group's or the batch's standard deviation, or not at all."""
     rollout_schedule: Literal["streaming", "barrier"] = "streaming"
@@ -125,6 +129,7 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
                 "early_stop_reward"
             )
         self._check_advantages()
+        self._check_refinements()
         if not self.train_on_drafts:
             return
         if self.algorithm != "igrpo" or self.num_drafts < 2:
@@ -134,6 +139,29 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
         if self.draft_policy_lag:
             raise ConfigError(
                 "train_on_drafts: what is trained on must come from the newest weights; draft_policy_lag: 0"
+            )
+
+    def _check_refinements(self) -> None:
+        if self.refinement_context != "draft" and not self.shows_draft:
+            raise ConfigError(
+                f"refinement_context: {self.refinement_context} is for refinements that saw a draft; write algorithm: "
+                "igrpo and a draft_selection other than none, or refinement_context: draft"
+            )
+        if self.refinement_baseline == "refinements":
+            return
+        if not self.drafts_per_prompt:
+            raise ConfigError("refinement_baseline: drafts needs drafts; write algorithm: igrpo")
+        if self.early_stop_drafts:
+            raise ConfigError("refinement_baseline: aborted drafts leave a biased mean; switch early_stop_drafts off")
+        if self.advantage_estimator != "grpo" or self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                "refinement_baseline: drafts is a baseline of advantage_estimator: grpo with sum_then_normalize; drop "
+                "one of them"
+            )
+        if self.scale_rewards == "group":
+            raise ConfigError(
+                "refinement_baseline: drafts gives a group of equal rewards an advantage, which its own deviation "
+                "cannot divide; write scale_rewards: none or batch"
             )
 
     def _check_advantages(self) -> None:

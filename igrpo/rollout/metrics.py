@@ -8,12 +8,10 @@ from statistics import fmean, pstdev
 from igrpo.data_types import RolloutGroup, Scored
 from igrpo.rewards.functions import reward_names
 from igrpo.rollout.config import RolloutConfig
+from igrpo.rollout.copying import copy_rate
 from igrpo.rollout.rollout import RolloutStats
 
 Metrics = dict[str, float]
-
-COPY_NGRAM = 4
-"""Tokens per n-gram in the copy rate; shorter ones occur by chance."""
 
 
 def correctness_reward(config: RolloutConfig) -> str:
@@ -91,15 +89,9 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], nam
             "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
             "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
         }
+    if any(g.copies for g in shown):
+        metrics["refinement/left_out_as_copies"] = fmean(copy for g in shown for copy in g.copies)
     return metrics
-
-
-def copy_rate(draft: Sequence[int], refinement: Sequence[int]) -> float:
-    """Share of the refinement's 4-grams that the draft contains; of its single tokens where it is shorter than 4."""
-    n = COPY_NGRAM if len(refinement) >= COPY_NGRAM else 1
-    known = {tuple(draft[i : i + n]) for i in range(len(draft) - n + 1)}
-    grams = [tuple(refinement[i : i + n]) for i in range(len(refinement) - n + 1)]
-    return fmean(gram in known for gram in grams) if grams else 0.0
 
 
 def _lengths(prefix: str, scored: Sequence[Scored]) -> Metrics:

@@ -24,6 +24,7 @@ from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rollout.advantage import advantages_of
 from igrpo.rollout.algorithm import Sample, two_stage
 from igrpo.rollout.config import RolloutConfig
+from igrpo.rollout.copying import copies_of
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.pump import Call, Pump, Usage
 from igrpo.rollout.schedule import Flow, drafts_ahead, may_go_on, surplus, uninformative, unsent
@@ -239,8 +240,11 @@ class Rollout:
 
     def _with_advantages(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
         config, drafts = self.config, [()] * len(groups)
-        own = advantages_of([group.refinements for group in groups], config, config.advantage_estimator, self.gather)
+        refined, drafted = ([getattr(group, name) for group in groups] for name in ("refinements", "drafts"))
+        own = advantages_of(refined, config, config.advantage_estimator, self.gather, drafted)
         if config.train_on_drafts:
-            drafts = advantages_of([group.drafts for group in groups], config, config.estimator_of_drafts, self.gather)
+            drafts = advantages_of(drafted, config, config.estimator_of_drafts, self.gather)
         parts = zip(groups, own, drafts, strict=True)
-        return [replace(group, advantages=a, draft_advantages=d) for group, a, d in parts]
+        return [
+            replace(group, advantages=a, draft_advantages=d, copies=copies_of(group, config)) for group, a, d in parts
+        ]

@@ -69,7 +69,8 @@ def uninformative(flows: Sequence[Flow], config: RolloutConfig) -> Iterator[int]
     """``zero_variance: resample``: places of the groups without an advantage, for other problems to take."""
     for place, flow in enumerate(flows):
         if flow.group is not None and flow.informs is None:
-            (own,) = advantages_of([flow.group.refinements], config, config.advantage_estimator)
+            drafts, refinements = flow.group.drafts, flow.group.refinements
+            (own,) = advantages_of([refinements], config, config.advantage_estimator, drafts_P_N=[drafts])
             flow.informs = any(own)
         if flow.informs is False:
             yield place

@@ -80,6 +80,8 @@ class BatchConfig(Section):
     """1: the next batch's drafts are sampled beside this batch's refinements and learner step, one update behind."""
     train_on_drafts: bool = False
     """Drafts get a GRPO update too, as a group of their own under the bare prompt (an extension of the algorithm)."""
+    refinement_context: Literal["draft", "bare", "both"] = "draft"
+    """What refinements are trained behind: the prompt with the draft, the question alone, or both, half of each."""
 
     def check(self) -> None:
         if self.num_generations < 2:

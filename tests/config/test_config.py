@@ -125,6 +125,38 @@ def test_values_on_the_command_line(words, key, value):
         (("--early_stop_drafts", "--reward_funcs", "my.module:f"), ("early_stop_drafts", "early_stop_reward")),
         (("--train_on_drafts", "--draft_policy_lag", "1"), ("train_on_drafts", "draft_policy_lag: 0")),
         (("--train_on_drafts", "--early_stop_drafts"), ("train_on_drafts", "early_stop_drafts")),
+        (("--refinement_context", "bare", "--algorithm", "grpo"), ("refinement_context: bare", "draft_selection")),
+        (("--refinement_context", "both", "--draft_selection", "none"), ("refinement_context: both", "none")),
+        (("--refinement_context", "question"), ("refinement_context", "draft, bare, both")),
+        (
+            (
+                "--refinement_context",
+                "bare",
+                "--bare_importance_ratio",
+                "behaviour",
+                "--vllm_importance_sampling_correction",
+                "false",
+            ),
+            ("bare_importance_ratio", "correction: true"),
+        ),
+        (
+            ("--refinement_context", "bare", "--bypass_mode", "--vllm_importance_sampling_correction", "false"),
+            ("bypass_mode", "bare_importance_ratio: behaviour"),
+        ),
+        (("--refinement_baseline", "drafts"), ("refinement_baseline", "scale_rewards: none or batch")),
+        (
+            ("--refinement_baseline", "drafts", "--scale_rewards", "none", "--algorithm", "grpo"),
+            ("refinement_baseline", "algorithm: igrpo"),
+        ),
+        (
+            ("--refinement_baseline", "drafts", "--scale_rewards", "none", "--early_stop_drafts"),
+            ("refinement_baseline", "early_stop_drafts"),
+        ),
+        (
+            ("--refinement_baseline", "drafts", "--scale_rewards", "none", "--advantage_estimator", "rloo"),
+            ("refinement_baseline", "advantage_estimator: grpo"),
+        ),
+        (("--refinement_copy_limit", "0"), ("refinement_copy_limit",)),
         (("--draft_advantage_estimator", "rloo"), ("draft_advantage_estimator", "train_on_drafts")),
         (("--advantage_estimator", "gae"), ("advantage_estimator", "grpo, rloo, maxrl, pass_at_k")),
         (

@@ -38,6 +38,7 @@ CASES = {
     "draft_selection: none shows no draft": ({"draft_selection": "none"}, "cpu", {}, "cpu"),
     "draft_selection looks at no score": ({"draft_selection": "random"}, "cpu", {}, "cpu"),
     "early_stop_drafts is false": ({}, "cpu", {"early_stop_drafts": True}, "cpu"),
+    "refinements are trained behind their draft": ({}, "cpu", {"refinement_context": "both"}, "cpu"),
     "only pass_at_k has a k": ({}, "cpu", {"advantage_estimator": "pass_at_k"}, "cpu"),
     "advantage_estimator: grpo alone divides by a deviation": ({"advantage_estimator": "rloo"}, "cpu", {}, "cpu"),
     "normalize_then_sum divides by both deviations": (
@@ -75,6 +76,7 @@ PARTICULAR = {
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
+    "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -119,3 +119,20 @@ def test_each_reward_normalised_by_itself():
     assert advantages_of([equal], config, "grpo") == [(0.0,) * 3]
     unjudged = TrainConfig(model_name_or_path="m", dataset_name="d", scale_rewards="none")
     assert advantages_of([two], unjudged, "grpo") == [(-2.0, 2.0, 0.0)]
+
+
+def test_the_mean_of_the_drafts_as_the_baseline():
+    """RLTF-SD by hand: equal refinements that beat their drafts are worth something, in the batch and alone."""
+
+    def of(scale: str, gather=lambda one: [one]) -> list[tuple[float, ...]]:
+        config = TrainConfig(
+            model_name_or_path="m", dataset_name="d", refinement_baseline="drafts", scale_rewards=scale
+        )
+        return advantages_of([refined, [scored(0.5, None), scored(None, None)]], config, "grpo", gather, [drafted, []])
+
+    refined = [scored(0.5, None), scored(0.5, None), scored(None, None)]  # scored() weighs by 2
+    drafted = [scored(0.5, None), scored(0.0, None), scored(None, None)]
+    assert of("none") == [(0.5, 0.5, 0.0), (0.0, 0.0)]  # no draft of the second to compare with
+    assert of("batch") == [(0.0, 0.0, 0.0), (0.0, 0.0)], "nothing in the batch differs"
+    wide = of("batch", lambda mine: [mine, [[3.0]]])
+    assert wide[0] == pytest.approx((0.5 / stdev([1.0, 1.0, 1.0, 3.0]), 0.5 / stdev([1.0, 1.0, 1.0, 3.0]), 0.0))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
 from igrpo.learner.metrics import over_processes
-from igrpo.rollout.metrics import copy_rate, rollout_metrics
+from igrpo.rollout.copying import copies_of, copy_rate
+from igrpo.rollout.metrics import rollout_metrics
 from igrpo.rollout.rollout import RolloutStats
 
 
@@ -63,6 +66,18 @@ def test_copy_rate():
     assert copy_rate((1, 2, 3, 4), (1, 2, 3, 4)) == 1.0
     assert copy_rate((1, 2, 3), (3, 9)) == 0.5
     assert copy_rate((), (1, 2, 3, 4)) == 0.0
+
+
+def test_copies_of_the_draft_are_left_out_from_a_limit_on():
+    draft, half, whole = scored(1.0, (1, 2, 3, 4, 5)), scored(1.0, (1, 2, 3, 4, 9)), scored(0.0, (2, 3, 4, 5))
+    made = group((scored(0.0, (9,)), draft), 1, (half, whole, scored(1.0, (7, 8))), (0.0,) * 3)
+    assert copies_of(made, CONFIG) == ()
+    settings = {"refinement_context": "bare", "model_name_or_path": "m", "dataset_name": "d"}
+    limits = {limit: copies_of(made, TrainConfig(refinement_copy_limit=limit, **settings)) for limit in (0.5, 0.6, 1.0)}
+    assert limits == {0.5: (True, True, False), 0.6: (False, True, False), 1.0: (False, True, False)}
+    m = rollout_metrics([replace(made, copies=limits[0.5])], STATS, CONFIG)
+    assert m["refinement/left_out_as_copies"] == pytest.approx(2 / 3)
+    assert "refinement/left_out_as_copies" not in rollout_metrics([made], STATS, CONFIG)
 
 
 def test_figures_of_several_processes_become_the_runs():
