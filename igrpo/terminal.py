@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from warnings import filterwarnings
+from pathlib import Path
+from typing import Any
 
 LONGEST = 4000
 """Characters of one message."""
@@ -71,9 +73,17 @@ class Warnings(logging.Handler):
 @contextmanager
 def shown_warnings() -> Iterator[Warnings]:
     """While it lasts, messages of this package reach the terminal, whatever levels and handlers other libraries give
-    the root logger; those of every process do, with its rank."""
+    the root logger; those of every process do, with its rank. So do Python warnings that the losses give."""
     shown = Warnings(int(os.environ.get("RANK", "0")))
-    before = {}
+    before, show = {}, warnings.showwarning
+
+    def show_ours_as_messages(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if "igrpo_kernels" in Path(filename).parts:
+            logging.getLogger("igrpo_kernels").warning("%s", message)
+        else:
+            show(message, category, filename, *rest)
+
+    warnings.showwarning = show_ours_as_messages
     for name, level in LEVELS.items():
         logger = logging.getLogger(name)
         before[name] = logger.level, logger.propagate
@@ -83,6 +93,7 @@ def shown_warnings() -> Iterator[Warnings]:
     try:
         yield shown
     finally:
+        warnings.showwarning = show
         for name, (level, propagate) in before.items():
             logger = logging.getLogger(name)
             logger.removeHandler(shown)
@@ -102,4 +113,4 @@ def quiet_libraries() -> None:
         "VLLM_LOGGING_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
-    filterwarnings("ignore", category=FutureWarning, module="vllm")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")

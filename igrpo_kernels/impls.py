@@ -147,16 +147,19 @@ _resolve._dynamo_marked_constant = True
 
 @functools.cache
 def _tell_once(device_type: str, impl: str, reason: str) -> None:
-    """The first time: plain PyTorch where kernels could have run is a warning, any other choice a line in the log."""
+    """The first time: plain PyTorch where kernels could have run, or a library that is there but of other sources or
+    another torch, is a warning, any other choice a line in the log."""
     if impl == "torch" and "cannot run" in reason:
-        warnings.warn(
+        said = (
             f"impl='auto' computes in plain PyTorch on {device_type} tensors, several times slower than the kernels: "
-            f"{reason}",
-            RuntimeWarning,
-            stacklevel=2,
+            f"{reason}"
         )
+    elif "builds it again" in reason:
+        said = f"impl='auto' uses {impl!r} on {device_type} tensors: {reason}"
     else:
         _logger.info("impl='auto' uses %r on %s tensors: %s", impl, device_type, reason)
+        return
+    warnings.warn(said, RuntimeWarning, stacklevel=2)
 
 
 def _unavailable_reason(name: str, device_type: str | None) -> str | None:

@@ -7,10 +7,12 @@ import logging
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 
 from igrpo.terminal import print_error, printable, shown_warnings
+from igrpo_kernels import impls
 
 
 @pytest.mark.parametrize(
@@ -51,12 +53,13 @@ def test_warnings_are_shown_once_and_kept(capsys):
             logger.warning("a \x1b[31mwarning %s", "of ours")
             kernels.warning("slow")
             kernels.info("unimportant")
+            warnings.warn_explicit("plain PyTorch", RuntimeWarning, impls.__file__, 1)
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-    lines = ["a note", r"warning: a \x1b[31mwarning of ours", "warning: slow"]
+    lines = ["a note", r"warning: a \x1b[31mwarning of ours", "warning: slow", "warning: plain PyTorch"]
     assert capsys.readouterr().err.splitlines() == lines
-    assert shown.take() == [r"a \x1b[31mwarning of ours", "slow"] and shown.take() == []
+    assert shown.take() == [r"a \x1b[31mwarning of ours", "slow", "plain PyTorch"] and shown.take() == []
     assert logging.getLogger("igrpo").propagate, "as it was before"
 
 

@@ -272,13 +272,23 @@ def test_a_missing_extension_is_told_once_and_pytorch_serves(monkeypatch, tmp_pa
         impls._tell_once.cache_clear()
 
 
-def test_a_library_of_other_sources_is_refused(monkeypatch):
+def test_a_library_of_other_sources_is_refused_and_told_of(monkeypatch):
     monkeypatch.setattr(compiled_rows, "source_hash", lambda library: "0" * 16)
+    monkeypatch.delenv(impls.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv("IGRPO_REQUIRE_EXT", raising=False)
     compiled_rows.missing_library.cache_clear()
+    impls._tell_once.cache_clear()
     try:
         assert "built from other sources" in available_impls()["cpu"]
+        with pytest.warns(
+            RuntimeWarning, match=r"plain PyTorch.*built from other sources.*pip install.*builds it again"
+        ):
+            selective_log_softmax(torch.zeros(2, 4), torch.tensor([0, 1]))
+        with pytest.warns(RuntimeWarning, match=r"uses 'triton' on cuda.*built from other sources"):
+            impls._tell_once("cuda", "triton", f"'cuda' is not chosen: {available_impls()['cpu']}")
     finally:
         compiled_rows.missing_library.cache_clear()
+        impls._tell_once.cache_clear()
 
 
 def test_cpu_tensors_only():

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import igrpo_kernels
+from igrpo_kernels.compiled_rows import build_command
+from igrpo_kernels.source_hash import source_hash
 
 CXX = shutil.which(os.environ.get("CXX") or "c++")
 PROGRAM = """
@@ -71,3 +73,11 @@ def test_a_library_that_is_not_there_or_does_not_load_breaks_nothing(tmp_path):
         assert warning.startswith("RuntimeWarning: impl='auto' computes in plain PyTorch on cpu tensors, several times")
         assert reason in warning and "\n" not in warning
     assert "a filter was heard" in done.stdout
+
+
+@pytest.mark.parametrize("library", ["_C_cpu", "_C_cuda"])
+def test_a_library_here_is_of_these_sources(library):
+    """Every test of one that is not would be skipped."""
+    built, wanted = Path(igrpo_kernels.__file__).with_name(f"{library}.so"), source_hash(library)
+    if built.is_file() and wanted is not None:
+        assert wanted.encode() in built.read_bytes(), f"csrc/ has changed since; {build_command()} builds it again"
