@@ -65,8 +65,9 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Mask negative-advantage sequences whose sampler-to-learner KL exceeds this."""
     rollout_rs: str | None = None
     """Leave out tokens or sequences that learner and sampler disagree about: `token_k1`, `seq_mean_k3`, …"""
-    rollout_rs_threshold: str | float | None = None
-    """Up to where they stay: for k1 two ratios in quotes, `"0.5_2.0"`; for k2 and k3 an upper bound."""
+    rollout_rs_threshold: str | None = None
+    """Up to where they stay, in quotes (YAML reads 1_2 as 12): for k1 two ratios, `"0.5_2.0"`; for k2 and k3 an upper
+    bound, `"0.01"`."""
     bypass_mode: bool = False
     """Take the sampler's log-probabilities for the old policy's: ratio and clip are against the sampler. Needs
     `vllm_importance_sampling_correction: false`."""

@@ -6,6 +6,7 @@ padding positions never meet the vocabulary.
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from typing import Any
@@ -37,7 +38,7 @@ def loss_config(config: LearnerConfig, model_config: Any = None) -> GRPOLossConf
     try:
         return GRPOLossConfig(**same, **correction, **logit_transform_of(model_config))
     except ValueError as error:
-        raise ConfigError(str(error).replace("importance_sampling_mode", "vllm_importance_sampling_mode")) from None
+        raise ConfigError(re.sub(r"\b(importance_sampling_(mode|clip))", r"vllm_\1", str(error))) from None
 
 
 class Policy(nn.Module):

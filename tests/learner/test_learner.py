@@ -66,7 +66,7 @@ ADDING_UP["dro"]["dro_beta"] = 0.1
 ADDING_UP |= {
     f"{name} with all around it": {
         "loss_type": name, "kl_tau": 0.1, "positive_example_nll_weight": 0.3, "entropy_coef": 0.1,
-        "rollout_rs": "token_k2", "rollout_rs_threshold": 2.0,
+        "rollout_rs": "token_k2", "rollout_rs_threshold": "2.0",
     } for name in ("grpo", "prompt_mean")
 }  # fmt: skip
 
@@ -82,7 +82,10 @@ def test_the_sampler_as_the_old_policy():
     _, open_ = gradients(learner(**settings), samples)
     _, shut = gradients(learner(**settings), [s for s in clipped if s.advantage > 0])
     assert open_.abs().max() > 1e-4 and not shut.any()  # every ratio is above the clip
-    for other in ({"vllm_importance_sampling_correction": True}, {"rollout_rs": "token_k2", "rollout_rs_threshold": 1}):
+    for other in (
+        {"vllm_importance_sampling_correction": True},
+        {"rollout_rs": "token_k2", "rollout_rs_threshold": "1"},
+    ):
         with pytest.raises(ConfigError, match=f"bypass_mode: .*{next(iter(other))}: (false|null)"):
             learner(**settings, **other)
 
