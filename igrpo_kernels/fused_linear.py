@@ -37,13 +37,14 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.lm_head import Half, HeadPlan, LmHead, UsedRows
-from igrpo_kernels.objective import coupling, objective_and_row_gradients
+from igrpo_kernels.objective import coupling, grpo_objective, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.side_stream import SideStream, may_ask
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+Objective = tuple[Tensor, dict[str, Tensor]]
 
 
 def token_level_loss(
@@ -98,8 +99,9 @@ def coupled_loss(
     needs: list[bool],
     plan: HeadPlan,
     shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, *Gradients]:
-    """What `token_level_loss` returns, with coefficients from the objective once all rows they need are measured."""
+) -> tuple[Objective, Tensor, Tensor, *Gradients]:
+    """The loss () and its metrics, then what `token_level_loss` returns, with coefficients from the objective once all
+    rows they need are measured."""
     used = UsedRows.of(hidden.shape[0], contributes, reported, may_ask(hidden))
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
         head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
@@ -114,7 +116,10 @@ def coupled_loss(
             walk.finish(chunk, again=False)
         for chunk in split:
             walk.finish(chunk, again=True)
-        return walk.stats.logps, walk.stats.entropy, *_summed(head.gradients(), hidden, shard)
+        logps, entropy = walk.stats.logps, walk.stats.entropy
+        # The last chunk's objective was the first that saw every row.
+        found = walk.objective or grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+        return found, logps, entropy, *_summed(head.gradients(), hidden, shard)
 
 
 class _Walk:
@@ -131,6 +136,7 @@ class _Walk:
     ):
         self.kernels, self.head, self.batch, self.config = kernels, head, batch, config
         self.num_items, self.side = num_items, side
+        self.objective: Objective | None = None
         self.index = head.used.take(batch.index)
         self.mask = None if head.used.masked is None else batch.mask
         self.stats = RowStats.zeros(head.n, head.dtype, head.device)
@@ -149,7 +155,10 @@ class _Walk:
         """Turns the chunk's logits, computed once more if `again`, into dlogits; adds their share of every gradient."""
         stats, config, head = self.stats, self.config, self.head
         # Rows of other chunks may still hold 0; none of them enters this chunk's coefficients.
-        _, _, *slopes = objective_and_row_gradients(stats.logps, stats.entropy, self.batch, config, self.num_items)
+        loss, metrics, *slopes = objective_and_row_gradients(
+            stats.logps, stats.entropy, self.batch, config, self.num_items
+        )
+        self.objective = loss, metrics
         halves = head.halves(chunk)
         if head.device.type == "cpu":  # elsewhere looking would cost a sync per chunk
             at = self.numbers(chunk)

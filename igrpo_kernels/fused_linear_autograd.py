@@ -64,7 +64,7 @@ def linear_grpo_loss(
     with torch.no_grad():
         detached = [None if x is None else x.detach() for x in leaves]
         if not one_pass:
-            logps, entropy, *gradients = fused_linear.coupled_loss(
+            (loss, metrics), logps, entropy, *gradients = fused_linear.coupled_loss(
                 kernels, *detached, batch, config, num_items_in_batch, contributes, reported, needs, plan, shard
             )
         else:
@@ -78,7 +78,7 @@ def linear_grpo_loss(
             else:
                 arguments = (inputs, contributes, reported, config, needs, plan)
                 logps, entropy, *gradients = fused_linear.token_level_loss(kernels, *detached, *arguments)
-        loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+            loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
     loss = with_gradients(kernels, loss, leaves, gradients)
     return loss, logps, entropy, metrics if compute_metrics else {}
 
