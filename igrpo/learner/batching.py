@@ -54,7 +54,7 @@ class MicroBatch:
     """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
     token_share: float
     """Share of the step's tokens."""
-    prompt_lengths: torch.Tensor  # (S,) fp32: completion tokens of the sequence's prompt in the step
+    prompt_lengths: torch.Tensor | None = None  # (S,) fp32: completion tokens of the sequence's prompt in the step
     nll_weights: torch.Tensor | None = None  # (n,) fp32
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
     layout: Layout | None = None
@@ -185,7 +185,9 @@ def micro_batch(
     sizes = [len(s.completion_ids) for s in samples]
     (weight,) = {s.weight for s in samples}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
-    scale = LOSSES[loss_type].reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
+    reduction = LOSSES[loss_type].reduction
+    scale = reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
+    prompt_lengths = [float(s.prompt_length) for s in samples]
     nll = positive_nll_weight / (max(totals.positive_tokens, 1.0) * scale)
     return MicroBatch(
         completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
@@ -195,7 +197,7 @@ def micro_batch(
         lengths=tuple(sizes),
         scale=scale * weight,
         token_share=weight * sum(sizes) / max(totals.tokens, 1.0),
-        prompt_lengths=torch.tensor([s.prompt_length for s in samples], dtype=torch.float32),
+        prompt_lengths=torch.tensor(prompt_lengths) if reduction.items == "prompts" else None,
         nll_weights=torch.tensor([nll * s.positive for s in samples for _ in s.completion_ids]) if nll else None,
         behaviour_per_token_logps=_behaviour(samples),
         corrected_tokens=sum(not math.isnan(x) for s in samples for x in s.sampling_logprobs),
