@@ -81,11 +81,13 @@ def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> l
     groups under their bare prompts."""
     made: list[TrainingSample] = []
     weight = 0.5 if config.refinement_context == "both" else 1.0
-    if config.refinement_context in ("draft", "both"):
-        for group in groups:
-            made += _group_samples(group.prompt_ids, group.refinements, group.advantages, config, weight)
+    refined = [group for group in groups if group.chosen is not None]
+    for group in groups:
+        if group.chosen is None or config.refinement_context != "bare":
+            share = 1.0 if group.chosen is None else weight
+            made += _group_samples(group.prompt_ids, group.refinements, group.advantages, config, share)
     if config.refinement_context in ("bare", "both"):
-        for group in groups:
+        for group in refined:
             under_question = _group_samples(
                 group.draft_prompt_ids, group.refinements, group.advantages, config, weight, group.copies
             )

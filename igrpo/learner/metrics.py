@@ -39,26 +39,23 @@ class Accumulator:
 
     def add(self, micro: MicroBatch, out: GRPOLossOutput) -> None:
         n = micro.completion_ids.numel()
-        gap, elsewhere = out.per_token_logps - micro.sampling_per_token_logps, micro.behaviour_per_token_logps
-        if elsewhere is not None:  # what was sampled behind another prompt says nothing about engine and learner
-            gap = gap.masked_fill(~elsewhere.isnan(), 0.0)
-            self._add("bare/logp_gap", torch.nan_to_num(out.per_token_logps - elsewhere), n - micro.own_tokens)
         figures = {k: v for k, v in out.metrics.items() if micro.corrected_tokens or not k.startswith("sampling/")}
-        figures = {k: v for k, v in figures.items() if not k.startswith(GAP)}
-        if micro.own_tokens:
-            self._add(f"{GAP}/mean", gap.abs(), micro.own_tokens)
-            figures[f"{GAP}/max"] = gap.abs().max()
+        figures = {k: v for k, v in figures.items() if not k.startswith(GAP)}  # of all tokens, whatever they saw
+        for name, values in _differences(micro, out).items():
+            tokens = n - micro.own_tokens if name.startswith("bare/") else micro.own_tokens
+            if tokens:
+                self._add(name, values.sum(), tokens)
+                if name.startswith("sampling/"):
+                    figures[f"{GAP}/max"] = values.max()
         for name, value in figures.items():
             value = value.detach().float()
             if name.endswith(("min", "max")):
                 pick = torch.minimum if name.endswith("min") else torch.maximum
                 self.extremes[name] = pick(self.extremes[name], value) if name in self.extremes else value
             else:
-                self._add(name, value, n, mean=True)
+                self._add(name, value * n, n)
 
-    def _add(self, name: str, value: torch.Tensor, tokens: int, mean: bool = False) -> None:
-        """Of so many tokens, each with its value, or () their mean."""
-        total = value * tokens if mean else value.detach().float().sum()
+    def _add(self, name: str, total: torch.Tensor, tokens: int) -> None:
         self.weighted[name] = self.weighted.get(name, 0.0) + total
         self.tokens[name] = self.tokens.get(name, 0) + tokens
 
@@ -82,6 +79,19 @@ class Accumulator:
         result["loss"], result["grad_norm"] = fmean(losses), fmean(norms)
         result["learner/skipped_steps"] = float(sum(not math.isfinite(norm) for norm in norms))
         return result
+
+
+def _differences(micro: MicroBatch, out: GRPOLossOutput) -> dict[str, torch.Tensor]:
+    """(n,) what learner and engine say about the same token: behind the same prompt, and where the engine had seen a
+    draft. 0 for tokens of the other kind."""
+    gap = (out.per_token_logps - micro.sampling_per_token_logps).abs().float()
+    if micro.behaviour_per_token_logps is None:
+        return {"sampling/sampling_logp_difference/mean": gap}
+    moved = (out.per_token_logps - micro.behaviour_per_token_logps).float()
+    return {
+        "sampling/sampling_logp_difference/mean": gap.masked_fill(~moved.isnan(), 0.0),
+        "bare/logp_gap": moved.nan_to_num(nan=0.0),
+    }
 
 
 def over_processes(everyone: Sequence[Metrics]) -> Metrics:

@@ -293,6 +293,13 @@ def reward_names(names: Sequence[str]) -> list[str]:
     return logged
 
 
+def correctness_reward(config: RewardConfig) -> str:
+    """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
+    if "accuracy" in config.reward_funcs:
+        return "accuracy"
+    return reward_names(config.reward_funcs)[0]
+
+
 def _logged_name(path: str, taken: set[str]) -> str:
     """A function of the user's goes by its own name, unless that is taken."""
     short = path.partition(":")[2]

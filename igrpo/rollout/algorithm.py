@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from igrpo.data_types import Problem, RolloutGroup, Scored
+from igrpo.rewards.functions import correctness_reward
 from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.prompts import PromptBuilder, PromptParts
 
@@ -42,12 +43,20 @@ async def two_stage(problem: Problem, step: int, prompts: PromptBuilder, config:
     question = prompts.parts(problem)
     drafts = await Sample("draft", question, question.bare, config.drafts_per_prompt)
     best = select_draft(drafts, config, step, problem.index)
+    if config.refine_only == "dead" and solved(drafts, config):
+        best = None
     prompt_ids, trimmed = question.bare, False
     if best is not None:
         prompt_ids, trimmed = prompts.with_draft(question, drafts[best].completion.token_ids)
     refinements = await Sample("refinement", question, prompt_ids, config.num_generations)
     unknown = (0.0,) * len(refinements)
     return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare)
+
+
+def solved(drafts: Sequence[Scored], config: RolloutConfig) -> bool:
+    """Whether any draft is right."""
+    name = correctness_reward(config)
+    return any((draft.rewards.get(name) or 0.0) >= 1 for draft in drafts)
 
 
 def select_draft(drafts: Sequence[Scored], config: RolloutConfig, step: int, row: int) -> int | None:

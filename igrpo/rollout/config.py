@@ -90,6 +90,8 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     """That of the drafts with `train_on_drafts`; null: the same as `advantage_estimator`."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """With several rewards: normalise their weighted sum, or each by itself in its group and then the sum (GDPO)."""
+    refine_only: Literal["all", "dead"] = "all"
+    """`dead`: a problem with a right draft gets G more answers to the question alone in place of refinements."""
     refinement_baseline: Literal["refinements", "drafts"] = "refinements"
     """`grpo`: take off the mean reward of the refinements, or of the drafts, as RLTF-SD does."""
     refinement_copy_limit: ShareAboveZero | None = None
@@ -146,6 +148,11 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
             raise ConfigError(
                 f"refinement_context: {self.refinement_context} is for refinements that saw a draft; write algorithm: "
                 "igrpo and a draft_selection other than none, or refinement_context: draft"
+            )
+        if self.refine_only == "dead" and not self.shows_draft:
+            raise ConfigError(
+                "refine_only: dead shows a draft of the other problems; write algorithm: igrpo and a draft_selection "
+                "other than none"
             )
         if self.refinement_baseline == "refinements":
             return

@@ -6,19 +6,12 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, pstdev
 
 from igrpo.data_types import RolloutGroup, Scored
-from igrpo.rewards.functions import reward_names
+from igrpo.rewards.functions import correctness_reward
 from igrpo.rollout.config import RolloutConfig
 from igrpo.rollout.copying import copy_rate
 from igrpo.rollout.rollout import RolloutStats
 
 Metrics = dict[str, float]
-
-
-def correctness_reward(config: RolloutConfig) -> str:
-    """The reward that says right or wrong: ``accuracy`` if there is one, else the first."""
-    if "accuracy" in config.reward_funcs:
-        return "accuracy"
-    return reward_names(config.reward_funcs)[0]
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config: RolloutConfig) -> Metrics:
@@ -49,7 +42,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         metrics[f"rewards/{function}/not_judged"] = float(len(scores) - len(judged))
     metrics |= _lengths("completions", refinements)
     if drafts:
-        metrics |= _draft_metrics(groups, drafts, name)
+        metrics |= _draft_metrics(groups, drafts, config)
         metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
     if config.zero_variance == "resample":
         right = sum(all(_right(g, name)) for g in stats.discarded)
@@ -61,7 +54,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
     return metrics
 
 
-def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], name: str) -> Metrics:
+def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], config: RolloutConfig) -> Metrics:
+    name = correctness_reward(config)
     accuracy_P = [_mean_score(g.drafts, name) for g in groups]
     metrics: Metrics = {
         "draft/reward": fmean(s.reward for s in drafts),
@@ -89,6 +83,10 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], nam
             "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
             "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
         }
+    if config.refine_only == "dead":
+        rescued = [_mean_score(g.refinements, name) for g in shown]
+        metrics["refinement/refined"] = len(shown) / len(groups)
+        metrics |= {"refinement/rescued": fmean(rescued)} if rescued else {}
     if any(g.copies for g in shown):
         metrics["refinement/left_out_as_copies"] = fmean(copy for g in shown for copy in g.copies)
     return metrics

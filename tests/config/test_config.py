@@ -143,6 +143,8 @@ def test_values_on_the_command_line(words, key, value):
             ("--refinement_context", "bare", "--bypass_mode", "--vllm_importance_sampling_correction", "false"),
             ("bypass_mode", "bare_importance_ratio: behaviour"),
         ),
+        (("--refine_only", "dead", "--draft_selection", "none"), ("refine_only: dead", "draft_selection")),
+        (("--refine_only", "dead", "--algorithm", "grpo"), ("refine_only: dead", "algorithm: igrpo")),
         (("--refinement_baseline", "drafts"), ("refinement_baseline", "scale_rewards: none or batch")),
         (
             ("--refinement_baseline", "drafts", "--scale_rewards", "none", "--algorithm", "grpo"),

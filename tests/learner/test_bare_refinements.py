@@ -178,6 +178,14 @@ def test_samples_of_each_context():
     assert [s.weight for s in both] == [0.5] * 6 + [1.0] * 2 and [s.masked for s in both] == [
         False, False, False, *copied.copies, False, False,
     ]  # fmt: skip
+    alone = replace(group, prompt_ids=question, chosen=None)  # no draft was shown: nothing is off its policy
+    (*_, last) = [
+        training_samples(
+            [alone], TrainConfig(model_name_or_path="m", dataset_name="d", refinement_context=c, refine_only="dead")
+        )
+        for c in ("bare", "both")
+    ]
+    assert [(s.prompt_ids, s.weight, s.behaviour_logprobs) for s in last] == [(question, 1.0, None)] * 3
     flat = replace(copied, advantages=(0.0,) * 3)
     options = {"num_generations": 3, "per_device_train_batch_size": 3, "zero_variance": "drop"}
     config = TrainConfig(model_name_or_path="m", dataset_name="d", refinement_context="both", **options)

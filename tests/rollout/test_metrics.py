@@ -68,6 +68,16 @@ def test_copy_rate():
     assert copy_rate((), (1, 2, 3, 4)) == 0.0
 
 
+def test_what_became_of_groups_without_a_right_draft():
+    config = replace(CONFIG, refine_only="dead")
+    dead = group((scored(0.0), scored(0.0)), 1, (scored(1.0), scored(0.0)), (0.7, -0.7))
+    live = group((scored(1.0), scored(0.0)), None, (scored(1.0), scored(1.0)), (0.0, 0.0))
+    m = rollout_metrics([dead, live, live], STATS, config)
+    assert (m["refinement/refined"], m["refinement/rescued"]) == (pytest.approx(1 / 3), 0.5)
+    m = rollout_metrics([live], STATS, config)
+    assert m["refinement/refined"] == 0.0 and "refinement/rescued" not in m
+
+
 def test_copies_of_the_draft_are_left_out_from_a_limit_on():
     draft, half, whole = scored(1.0, (1, 2, 3, 4, 5)), scored(1.0, (1, 2, 3, 4, 9)), scored(0.0, (2, 3, 4, 5))
     made = group((scored(0.0, (9,)), draft), 1, (half, whole, scored(1.0, (7, 8))), (0.0,) * 3)

@@ -295,6 +295,19 @@ def test_ties_go_to_the_first_draft():
     assert choose(drafts((0, 0), (0, 0))) == 0  # all wrong: still one is shown
 
 
+def test_only_groups_without_a_right_draft_are_refined():
+    settings = {"system_prompt": None, "draft_template": " [{draft}]", "num_drafts": 2, "num_generations": 2}
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", refine_only="dead", **settings)
+    for scored, chosen in ((drafts((0, 0), (0, 1)), 1), (drafts((0, 1), (1, 0)), None), (drafts((0.5, 0), (0, 0)), 0)):
+        coroutine = two_stage(PROBLEMS[0], 1, PromptBuilder(TOKENIZER, config), config)
+        bare = coroutine.send(None).prompt_ids
+        wanted = coroutine.send(tuple(scored))
+        assert (wanted.stage, wanted.n, wanted.prompt_ids == bare) == ("refinement", 2, chosen is None)
+        with pytest.raises(StopIteration) as end:
+            coroutine.send(tuple(scored))
+        assert end.value.value.chosen == chosen and end.value.value.prompt_ids == wanted.prompt_ids
+
+
 def test_accuracy_first_prefers_right_over_well_formed():
     scored = drafts((0, 1), (1, 0), (1, 1), (1, 1))
     assert choose(scored[:2]) == 0 and choose(scored[:2], draft_selection_score="accuracy_first") == 1
