@@ -22,6 +22,8 @@ class Machine:
     """Bytes one process may use."""
     processes: int = 1
     """Processes of the run, which share a sharded model."""
+    offloads: bool = False
+    """Whether they keep its parts in the computer's memory, and bring to the GPU what it computes with."""
 
 
 def process_control(option: int, value: int) -> None:
@@ -50,12 +52,17 @@ def this_machine(use_cpu: bool = False, processes: int = 1) -> Machine:
         import torch
 
         if torch.cuda.is_available():
-            return Machine("cuda", torch.cuda.get_device_properties(0).total_memory, processes)
+            return Machine("cuda", torch.cuda.get_device_properties(0).total_memory, processes, offloads_weights())
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         if Path(limit).is_file() and (text := Path(limit).read_text().strip()).isdigit():
             memory = min(memory, int(text))
     return Machine("cpu", memory // local_processes(), processes)
+
+
+def offloads_weights() -> bool:
+    """Whether ``accelerate launch`` was told ``fsdp_offload_params``."""
+    return os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
 
 
 def local_processes() -> int:

@@ -143,6 +143,9 @@ class DeviceTrace(TorchDispatchMode):
                 out = func(*args, **{**kwargs, "pin_memory": None})  # no CUDA that could pin it
                 out.rehearsed_as_pinned = True
                 return out
+        if func is aten._pin_memory.default:
+            args[0].rehearsed_as_pinned = True
+            return args[0]
         on_gpu = bool(fakes) and any(x.device.type == "cuda" for x in fakes)
         out = self._answer(func, args, kwargs) if on_gpu else NotImplemented
         if out is NotImplemented:

@@ -244,6 +244,8 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
         items.append(Item("optimiser", (2 if eight_bit else 8) * trained // parts, True, note))
     if config.beta > 0 and not config.use_peft:
         items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because beta > 0{split}"))
+    if machine.offloads and sharded:
+        return [replace(item, bytes=0, note=f"{item.note}: {item.bytes / GIB:.2f} GiB, on the host") for item in items]
     return items
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.machine import Machine, this_machine
+from igrpo.machine import Machine, offloads_weights, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 from igrpo.plan.memory import MemoryPlan, ModelShape, engine_weight_bytes, memory_plan
@@ -135,7 +135,7 @@ class Workload:
         if self.hardware.device.kind == "cpu":
             machine = this_machine(use_cpu=True, processes=learners)
         else:
-            machine = Machine("cuda", int(self.hardware.device.memory), learners)
+            machine = Machine("cuda", int(self.hardware.device.memory), learners, offloads_weights())
         return memory_plan(self.shape, self.placed, machine, context=self.context(), sharded=learners > 1)
 
     @property

@@ -119,6 +119,8 @@ def test_a_7b_model_does_not_fit_one_gpu_and_the_plan_says_what_would():
     split = memory_plan(shape, config(token_budget=4096), eight, context=4096, sharded=True)
     assert split.fits and not split.tight and sizes_of(split)["optimiser"] == pytest.approx(billion)
     assert memory_plan(shape, config(use_peft=True, token_budget=4096), A100, context=4096).fits
+    on_host = memory_plan(shape, config(token_budget=4096), replace(eight, offloads=True), context=4096, sharded=True)
+    assert split.learner - on_host.learner == pytest.approx(16 * shape.parameters / 8)
 
 
 def test_an_engine_that_sleeps_is_not_counted_beside_the_learner():

@@ -1,6 +1,7 @@
 """What the tracer sees of programs whose memory, waits and collectives are known; run by ``test_rehearsal.py``."""
 
 import json
+import os
 from types import SimpleNamespace
 
 import torch
@@ -92,16 +93,21 @@ def planned(made):
     while the model loads over the weights that it keeps there; how often the host waits in micro-batches."""
     kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
     cases = ((8, {}), (8, kept), (8, adapters), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
-    cases += ((8, {"activation_offloading": True}),)
+    cases += ((8, {"activation_offloading": True}), (8, {"fsdp_offload_params": True}))
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
     ratios, loaded, waited = {}, {}, {}
     for devices, settings in cases:
-        config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **settings})
+        offloads = "fsdp_offload_params" in settings  # accelerate's, not the recipe's
+        os.environ["FSDP_OFFLOAD_PARAMS"] = str(offloads).lower()
+        own = {} if offloads else settings
+        config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **own})
         AcceleratorState._reset_state(reset_partial_state=True)
         found = rehearse(made, config, devices, 2**34, prompt=100, completion=450, context=8192)
-        machine = Machine("cuda", 2**34, devices)
+        machine = Machine("cuda", 2**34, devices, offloads)
         plan = memory_plan(model_shape(made.to_dict()), config, machine, context=8192, sharded=devices > 1)
         ratios[f"{devices} {settings}"] = plan.learner / found.peak
+        if offloads:  # nothing is left there while it waits, and FSDP2 itself waits for its copies
+            continue
         ratios[f"{devices} {settings}, waiting"] = plan.between / found.held
         weights = sum(item.bytes for item in plan.items if item.name in WEIGHTS)
         loaded[f"{devices} {settings}"] = found.phases["loading"].peak / weights
