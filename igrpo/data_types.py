@@ -6,7 +6,8 @@ Everything here is frozen: a stage reads the previous stage's objects and makes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,33 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What a sampler with top-p, top-k or min-p left to choose from, token by token: packed, since they are many.
+
+    Example: ``Kept.of([[5, 7, 9], [2]])``
+    """
+
+    ids: bytes
+    """Token ids of all sets, one after the other, int32."""
+    counts: bytes
+    """[T] sizes of the sets, int32."""
+
+    @classmethod
+    def of(cls, sets: Sequence[Sequence[int]]) -> Kept:
+        return cls(array("i", (i for one in sets for i in one)).tobytes(), array("i", map(len, sets)).tobytes())
+
+    def sets(self) -> Iterator[array[int]]:
+        """[T]"""
+        ids, counts = array("i"), array("i")
+        ids.frombytes(self.ids)
+        counts.frombytes(self.counts)
+        start = 0
+        for count in counts:
+            yield ids[start : start + count]
+            start += count
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine sampled: token ids as sampled, never re-tokenised.
 
@@ -50,6 +78,8 @@ class Completion:
     """``"stop"`` (ended by itself) or ``"length"`` (cut at the limit)."""
     version: int
     """Version of the weights that sampled it (its last token): the number of optimiser steps done."""
+    kept: Kept | None = None
+    """[T] what was left to choose from; None where the loss does not ask, or nothing was left out."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -135,6 +165,8 @@ class TrainingSample:
     """How much of a sequence it is, in the loss and in its denominators."""
     behaviour_logprobs: tuple[float, ...] | None = None
     """[T] as sampled, where that was behind another prompt than ``prompt_ids``; for the figures alone."""
+    kept: Kept | None = None
+    """[T] as in ``Completion``."""
 
 
 def content_text(content: Any) -> str | None:

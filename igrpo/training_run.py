@@ -16,6 +16,7 @@ from igrpo.data.feed import ProblemFeed, steps_of
 from igrpo.data.sources import ProblemSampler, load_data
 from igrpo.data_types import Problem, RolloutGroup
 from igrpo.engines.layout import beside_the_learner, visible_gpus
+from igrpo.engines.masks import why_not
 from igrpo.machine import local_processes, this_machine
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
@@ -204,7 +205,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner = Learner(load(), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
-        engine = start_engine(path, placed, length, stop_ids, config.seed + learner.accelerator.process_index)
+        seed, masks = config.seed + learner.accelerator.process_index, config.replays_sampling
+        engine = start_engine(path, placed, length, stop_ids, seed, masks)
         stack.callback(engine.close)
         if resume_from:
             engine.sleep()
@@ -238,6 +240,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """
     rank, processes = place()
     on_cpu = this_machine(config.use_cpu).device == "cpu"
+    config.check_sampler(why_not(config, on_cpu))
     say_unused(config, on_cpu, rank)
     if config.use_vllm and config.vllm_quantization and not config.vllm_importance_sampling_correction and rank == 0:
         print(

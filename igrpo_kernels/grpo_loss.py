@@ -10,6 +10,7 @@ from igrpo_kernels import fused_linear_autograd, fused_loss, reference
 from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.kept_rows import kernels_for
+from igrpo_kernels.loss_metrics import kept_metrics
 from igrpo_kernels.losses import PROMPT_MEAN
 from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
@@ -235,8 +236,7 @@ def _output(
 ) -> GRPOLossOutput:
     loss, logps, entropy, metrics = rows
     if kept is not None:
-        size = batch.masked(kept.mask.counts.to(logps.dtype)).sum() / batch.lengths.sum().clamp(min=1.0)
-        metrics["sampling/kept_tokens/mean"] = size
+        metrics = metrics | kept_metrics(kept.mask.counts, batch)
     return GRPOLossOutput(loss, logps.detach().view(batch.shape), entropy.detach().view(batch.shape), metrics)
 
 

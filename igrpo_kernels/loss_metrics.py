@@ -48,6 +48,11 @@ def objective_metrics(
     return metrics
 
 
+def kept_metrics(sizes: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
+    """From the size of each token's kept set (n,)."""
+    return {"sampling/kept_tokens/mean": _token_mean(sizes.to(batch.lengths.dtype), batch)}
+
+
 def _clip_metrics(weight: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> dict[str, Tensor]:
     """Shares of clipped decisions: strict inequalities, by the sign of A, after the delta clamp; A = 0 never clips."""
 

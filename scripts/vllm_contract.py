@@ -42,6 +42,7 @@ MEMBERS = {
         "request_id", "prompt_token_ids", "prompt_logprobs", "outputs", "finished", "num_cached_tokens",
     ),
     "vllm.outputs.CompletionOutput": ("index", "token_ids", "logprobs", "finish_reason"),
+    "vllm.sampling_params.SamplingParams": ("top_p", "top_k", "min_p"),
     "vllm.logprobs.Logprob": ("logprob",),
     "vllm.sampling_params.RequestOutputKind": ("FINAL_ONLY",),
     "vllm.model_executor.models.utils.WeightsMapper": ("apply_list values",),
@@ -63,6 +64,11 @@ MEMBERS = {
     f"{TRANSFER}.base.WeightTransferUpdateRequest": ("update_info",),
 }  # fmt: skip
 """Class -> its members: a field or property, or a method with the arguments it is given."""
+MASKS = {
+    "vllm.config.model.ModelConfig": ("return_sampling_mask",), "vllm.outputs.CompletionOutput": ("sampling_mask",),
+    "vllm.engine.arg_utils.EngineArgs": ("return_sampling_mask",), "vllm.outputs.SamplingMask": ("token_ids",),
+}  # fmt: skip
+"""The same, for training with top_p, top_k or min_p only: vLLM before 0.32 is refused there (``engines/masks.py``)."""
 FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
@@ -89,6 +95,7 @@ ANSWERS = {
     "ModelCard": ("id", "max_model_len"), "ModelList": ("data",),
 }  # fmt: skip
 NOTICED_BY = {
+    "sampling masks": "tests/engines/test_masks.py::test_what_vllm_says_it_kept",
     "imported names": "tests/engines/test_engines.py::test_several_servers_form_one_group_for_a_direct_transfer",
     "arguments of calls": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
     "members": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
@@ -202,6 +209,7 @@ def engine_options() -> set[str]:
 
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.config, engine.path, engine.max_model_length, engine._rank_seed = _config(), "m", 64, 0
+    engine.masks = False  # of which `MASKS` asks
     engine._sleeps = True
     options: set[str] = set()
     for engine.on_cpu in (True, False):
@@ -248,6 +256,8 @@ def missing(sources: Sources) -> Iterator[tuple[str, str]]:
 
 
 def _missing_members(sources: Sources) -> Iterator[tuple[str, str]]:
+    for owner, wanted in MASKS.items():
+        yield from (("sampling masks", f"{owner}.{name}") for name in wanted if name not in sources.members(owner))
     for owner, wanted in MEMBERS.items():
         members = sources.members(owner)
         for text in wanted:

@@ -105,7 +105,7 @@ def test_a_held_out_question_that_is_too_long_is_left_out_and_anyone_can_load_th
 
 def test_killed_at_any_moment_and_resumed_bit_for_bit(model, questions, tmp_path):
     """kill -9 while steps and saves go on: the resumed run ends as the one that was never killed, in every bit."""
-    settings = {"use_vllm": False, "save_steps": 1, "max_steps": 12, "save_total_limit": 2}
+    settings = {"use_vllm": False, "save_steps": 1, "max_steps": 12, "save_total_limit": 2, "top_p": 0.9}
     run(words(model, questions, tmp_path / "whole", **settings))
     arguments = words(model, questions, tmp_path / "killed", **settings)
     command = [sys.executable, "-m", "igrpo.train", *arguments]
@@ -224,7 +224,7 @@ def test_a_disk_that_fills_with_logs_ends_the_run_with_a_sentence(model, questio
 def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     settings = {
         "algorithm": "grpo", "use_vllm": False, "max_steps": 1, "loss_type": "dapo", "beta": 0.01,
-        "attn_implementation": "flash_attention_2",
+        "attn_implementation": "flash_attention_2", "top_k": 20,
     }  # fmt: skip
     output = run(
         ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -234,6 +234,7 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
     assert output.count("packed sequences use sdpa") == 1  # one line, though policy and reference are both loaded
     (only,) = steps(tmp_path / "run")
     assert "draft/accuracy" not in only and only["rollout/rollouts_per_prompt"] == 4.0 and "kl" in only
+    assert only["sampling/kept_tokens/mean"] == 20.0 and only["sampling/sampling_logp_difference/max"] < 1e-3
 
 
 SHARED = {

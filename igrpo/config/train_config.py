@@ -31,3 +31,43 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             raise ConfigError(
                 "eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use"
             )
+
+    @property
+    def reads_sampler(self) -> dict[str, str]:
+        """Keys by which the loss compares learner and sampler -> what switches them off."""
+        found = {
+            "vllm_importance_sampling_correction": (self.vllm_importance_sampling_correction, "false"),
+            "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, "null"),
+            "rollout_rs": (self.rollout_rs is not None, "null"),
+            "kl_tau": (self.kl_tau > 0, "0"),
+            "bypass_mode": (self.bypass_mode, "false"),
+        }
+        return {key: off for key, (on, off) in found.items() if on}
+
+    @property
+    def replays_sampling(self) -> bool:
+        """Whether the loss is over what the sampler kept, which the engine must then say."""
+        return bool(self.truncates and self.reads_sampler)
+
+    def check_sampler(self, why_not: str | None) -> None:
+        """
+        Args:
+            why_not: the engine cannot say what its sampler kept; None: it can.
+
+        Raises:
+            ConfigError: the loss would compare log-probabilities over what was kept with some over all tokens, whose
+                ratio comes to nothing within a hundred tokens.
+        """
+        way = "take an engine that says what it kept (use_vllm: false, or vLLM 0.32 on a GPU in the trainer's process)"
+        if self.refinement_context != "draft":
+            why_not, way = "refinements are trained behind another prompt than sampled", "refinement_context: draft"
+        if why_not is None or not self.replays_sampling:
+            return
+        (key, value), *_ = self.truncates.items()
+        whole = ", ".join(f"{name}: {1.0 if name == 'top_p' else 0}" for name in self.truncates)
+        off = ", ".join(f"{name}: {value}" for name, value in self.reads_sampler.items())
+        raise ConfigError(
+            f"{key}: {value} cannot be trained with here: {why_not}, and {' and '.join(self.reads_sampler)} would "
+            f"compare log-probabilities of what was kept with those of the whole vocabulary; write {whole}, or "
+            f"{off}, or {way}"
+        )

@@ -10,9 +10,18 @@ __all__ = ["Engine", "EngineError", "Request", "Result", "Sampling", "WeightSour
 
 
 def start_engine(
-    path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+    path: str,
+    config: EngineConfig,
+    max_model_length: int,
+    stop_token_ids: Sequence[int],
+    seed: int,
+    masks: bool = False,
 ) -> Engine:
-    """The engine the config asks for; imports only the library it needs."""
+    """The engine the config asks for; imports only the library it needs.
+
+    Args:
+        masks: say what top-p, top-k and min-p kept (``Result.kept``); ``masks.why_not`` tells whether it can.
+    """
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
 
@@ -20,7 +29,7 @@ def start_engine(
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 
-        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed)
+        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks)
     from igrpo.engines.hf_engine import HFEngine
 
-    return HFEngine(path, config, max_model_length, stop_token_ids, seed)
+    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks)

@@ -29,7 +29,7 @@ OWN = {
                      "worker_extension_cls", "runner", "convert", "middleware"), _WEIGHTS),
     **dict.fromkeys(("logprobs_mode", "max_logprobs", "generation_config", "override_generation_config",
                      "logits_processors", "enable_prefix_caching", "speculative_config", "enable_lora",
-                     "lora_modules"), _POLICY),
+                     "lora_modules", "return_sampling_mask"), _POLICY),
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"), _PROCESSES),
     **dict.fromkeys(("hf_token", "api_key"), _SECRETS),
 }  # fmt: skip

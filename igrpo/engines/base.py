@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from igrpo.data_types import Kept
+
 if TYPE_CHECKING:  # a server's supervisor imports this package and needs no torch
     import torch
 
@@ -34,6 +36,11 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are left out before one is drawn."""
+        return self.temperature > 0 and (self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +85,8 @@ class Result:
     """Weights that sampled the n outputs; the newer ones, where weights were pushed while it ran."""
     cached_tokens: int
     """Prompt tokens served from the prefix cache."""
+    kept: tuple[Kept, ...] | None = None
+    """[n] what top-p, top-k and min-p left to choose from; of engines that were started with ``masks``."""
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from igrpo.data_types import Kept
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
 from igrpo.engines.config import EngineConfig
 from igrpo.models.rotary import pin_rotary
@@ -41,12 +43,20 @@ class _Recorder(LogitsProcessor):
     """Comes last, so it sees the distribution that is sampled from. Keeps the tokens' own [R] log-probabilities alone:
     generate's ``output_scores`` would keep [R, V] for each of them, gigabytes for a real vocabulary."""
 
-    def __init__(self) -> None:
+    def __init__(self, masks: bool) -> None:
         self._columns: list[torch.Tensor] = []
         self._distribution: torch.Tensor | None = None
+        self._masks = masks
+        self.kept: list[tuple[list[int], ...]] = []
+        """[T][R] token ids that were left to choose from, with ``masks``."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         self._note(input_ids)
+        if self._masks:
+            left = scores > -torch.inf
+            ids = left.nonzero()[:, 1].tolist()
+            ends = left.sum(-1).cumsum(0).tolist()
+            self.kept.append(tuple(ids[start:end] for start, end in pairwise([0, *ends])))
         self._distribution = scores.float().log_softmax(-1)  # [R, V], of the token that comes next
         return scores
 
@@ -64,9 +74,15 @@ class HFEngine:
     """See ``igrpo.engines.base.Engine``. Holds its own copy of the weights, as any engine does."""
 
     def __init__(
-        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+        self,
+        path: str,
+        config: EngineConfig,
+        max_model_length: int,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        masks: bool = False,
     ):
-        self.path, self.config = path, config
+        self.path, self.config, self.masks = path, config, masks
         self.max_model_length = max_model_length
         self.stop_token_ids = list(stop_token_ids)
         self._waiting: list[Request] = []
@@ -102,7 +118,7 @@ class HFEngine:
         batch = [r for r in self._waiting if r.sampling == first.sampling and r.n == first.n]
         self._waiting = [r for r in self._waiting if r not in batch]
         ids, mask = self._left_padded([r.prompt_ids for r in batch for _ in range(r.n)])
-        recorder = _Recorder()
+        recorder = _Recorder(masks=self.masks and first.sampling.truncates)
         whole = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -116,10 +132,13 @@ class HFEngine:
         )
         tokens = whole[:, ids.shape[1] :]  # [R, T]
         chosen = recorder.logprobs(whole)
-        return [self._result(r, tokens[i * r.n : (i + 1) * r.n], chosen[i * r.n : (i + 1) * r.n])
+        kept = list(zip(*recorder.kept, strict=True))  # [R][T]
+        return [self._result(r, *(x[i * r.n : (i + 1) * r.n] for x in (tokens, chosen, kept)))
                 for i, r in enumerate(batch)]  # fmt: skip
 
-    def _result(self, request: Request, tokens: torch.Tensor, logprobs: torch.Tensor) -> Result:
+    def _result(
+        self, request: Request, tokens: torch.Tensor, logprobs: torch.Tensor, kept: Sequence[Sequence[list[int]]]
+    ) -> Result:
         ids, values, reasons = [], [], []
         for row, row_logprobs in zip(tokens.tolist(), logprobs.tolist(), strict=True):
             stop = next((t for t, token in enumerate(row) if token in self.stop_token_ids), None)
@@ -128,8 +147,9 @@ class HFEngine:
             values.append(tuple(row_logprobs[:length]))
             reasons.append("length" if stop is None else "stop")
         return Result(
-            request.request_id, request.prompt_ids, tuple(ids), tuple(values), tuple(reasons), self.version, 0
-        )
+            request.request_id, request.prompt_ids, tuple(ids), tuple(values), tuple(reasons), self.version, 0,
+            tuple(Kept.of(sets[: len(row)]) for sets, row in zip(kept, ids, strict=True)) if kept else None,
+        )  # fmt: skip
 
     def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         longest = max(map(len, prompts))

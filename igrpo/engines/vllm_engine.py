@@ -15,13 +15,24 @@ from typing import Any
 
 import torch
 
-from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource, request_seed
+from igrpo.data_types import Kept
+from igrpo.engines.base import (
+    UNKNOWN_VERSION,
+    EngineError,
+    Request,
+    Result,
+    Sampling,
+    WeightSource,
+    request_seed,
+)  # fmt: skip
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
 from igrpo.settings import ConfigError
 
 CPU_BLOCK_SIZE = 32
 """The CPU backend wants a multiple of 32; its default of 128 would cache prefixes only in steps of 128 tokens."""
+WHOLE_VOCABULARY = 2**31 - 1
+"""A top-k that leaves nothing out: vLLM takes the vocabulary's size instead."""
 MAX_RESTARTS = 3
 """New engines in a row, without a finished request between them, before giving up."""
 
@@ -40,9 +51,15 @@ class VLLMEngine:
     """
 
     def __init__(
-        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+        self,
+        path: str,
+        config: EngineConfig,
+        max_model_length: int,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        masks: bool = False,
     ):
-        self.path, self.config, self.max_model_length = path, config, max_model_length
+        self.path, self.config, self.max_model_length, self.masks = path, config, max_model_length, masks
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.stop_token_ids = list(stop_token_ids)
         self._rank_seed = self._seed = seed
@@ -107,6 +124,7 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
             "seed": self._rank_seed,
             "quantization": config.vllm_quantization,
+            **({"return_sampling_mask": True} if self.masks else {}),
         }
         if self.on_cpu:
             return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE} | config.vllm_engine_args
@@ -132,9 +150,8 @@ class VLLMEngine:
         sampling = request.sampling
         params = SamplingParams(
             n=request.n,
-            temperature=sampling.temperature,
+            **self._chosen(sampling),
             top_p=sampling.top_p,
-            top_k=sampling.top_k,
             min_p=sampling.min_p,
             seed=seed,
             max_tokens=sampling.max_tokens,
@@ -147,6 +164,14 @@ class VLLMEngine:
         self._submitted += 1
         self._running[name] = (request, seed)
         self.engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
+
+    def _chosen(self, sampling: Sampling) -> dict[str, Any]:
+        """Temperature and top-k. An engine that says what it kept takes no request without a top-k, and none greedy."""
+        if not self.masks:
+            return {"temperature": sampling.temperature, "top_k": sampling.top_k}
+        if sampling.temperature == 0:
+            return {"temperature": 1.0, "top_k": 1}
+        return {"temperature": sampling.temperature, "top_k": sampling.top_k or WHOLE_VOCABULARY}
 
     def poll(self) -> list[Result]:
         finished, self._finished = self._finished, []
@@ -168,8 +193,10 @@ class VLLMEngine:
 
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
+        request, _ = self._running.pop(output.request_id)
+        asked = self.masks and request.sampling.truncates
         return Result(
-            request_id=self._running.pop(output.request_id)[0].request_id,
+            request_id=request.request_id,
             prompt_ids=tuple(output.prompt_token_ids),
             token_ids=tuple(tuple(s.token_ids) for s in samples),
             logprobs=tuple(
@@ -178,6 +205,7 @@ class VLLMEngine:
             finish_reasons=tuple("length" if s.finish_reason == "length" else "stop" for s in samples),
             version=self.version,
             cached_tokens=output.num_cached_tokens or 0,
+            kept=tuple(Kept.of(s.sampling_mask.token_ids) for s in samples) if asked else None,
         )
 
     def seed(self, seed: int) -> None:
@@ -308,8 +336,9 @@ class VLLMEngine:
         from vllm.sampling_params import SamplingParams
 
         params = SamplingParams(
-            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, seed=None if self.on_cpu else 0
-        )
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, seed=None if self.on_cpu else 0,
+            top_k=1 if self.masks else 0,
+        )  # fmt: skip
         self.engine.add_request("score", {"prompt_token_ids": list(token_ids)}, params)
         logprobs = None
         while logprobs is None:

@@ -25,6 +25,7 @@ from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
 from igrpo.learner.packing import Bin
+from igrpo_kernels import SamplingMask
 from igrpo_kernels.losses import LOSSES
 
 
@@ -56,6 +57,7 @@ class MicroBatch:
     """Share of the step's tokens."""
     prompt_lengths: torch.Tensor | None = None  # (S,) fp32: completion tokens of the sequence's prompt in the step
     nll_weights: torch.Tensor | None = None  # (n,) fp32
+    sampling_mask: SamplingMask | None = None  # n sets
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
     layout: Layout | None = None
     """What reads what in a packed row."""
@@ -73,7 +75,9 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         values = {name: getattr(self, name) for name in self.__slots__}
-        return replace(self, **sent({k: v for k, v in values.items() if isinstance(v, torch.Tensor)}, device))
+        mask = None if self.sampling_mask is None else self.sampling_mask.to(device)
+        tensors = sent({k: v for k, v in values.items() if isinstance(v, torch.Tensor)}, device)
+        return replace(self, **tensors, sampling_mask=mask)
 
 
 def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> list[TrainingSample]:
@@ -122,6 +126,7 @@ def _group_samples(
             prompt_length=sum(lengths),
             opens_prompt=scored is completions[0],
             weight=weight,
+            kept=scored.completion.kept,
         )
         for scored, advantage, out in zip(completions, advantages, masked, strict=True)
     ]
@@ -204,6 +209,7 @@ def micro_batch(
         behaviour_per_token_logps=_behaviour(samples),
         corrected_tokens=sum(not math.isnan(x) for s in samples for x in s.sampling_logprobs),
         own_tokens=sum(len(s.completion_ids) for s in samples if s.behaviour_logprobs is None),
+        sampling_mask=_sampling_mask(samples),
         **inputs,
     )
 
@@ -213,6 +219,18 @@ def _behaviour(samples: Sequence[TrainingSample]) -> torch.Tensor | None:
         return None
     elsewhere = [s.behaviour_logprobs or (math.nan,) * len(s.completion_ids) for s in samples]
     return torch.tensor([x for some in elsewhere for x in some], dtype=torch.float32)
+
+
+def _sampling_mask(samples: Sequence[TrainingSample]) -> SamplingMask | None:
+    """What was left to choose from, token by token; None where nobody said."""
+    kept = [s.kept for s in samples if s.kept is not None]
+    if not kept:
+        return None
+    if len(kept) < len(samples):
+        raise ValueError(f"what the sampler kept is known of {len(kept)} samples of {len(samples)}; a loss takes all")
+    ids, counts = (torch.tensor(memoryview(b"".join(parts)).cast("i"), dtype=torch.int64)
+                   for parts in ([k.ids for k in kept], [k.counts for k in kept]))  # fmt: skip
+    return SamplingMask(ids, torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]))
 
 
 def _packed(contents: Bin) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Policy(nn.Module):
         """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities instead.
 
         Args:
-            temperature: of those log-probabilities; None: the sampling temperature.
+            temperature: of those log-probabilities; None: the sampling temperature, over what the sampler kept.
             own: those of the model's whole logits, of sequences that are not padded: what all others must agree with.
         """
         if own:
@@ -86,6 +86,7 @@ class Policy(nn.Module):
                 temperature=settings.temperature if temperature is None else temperature,
                 logit_scale=settings.logit_scale,
                 final_logit_softcapping=settings.final_logit_softcapping,
+                sampling_mask=batch.sampling_mask if temperature is None else None,
                 impl=self.impl,
             )
         return linear_grpo_loss(
@@ -97,6 +98,7 @@ class Policy(nn.Module):
             old_per_token_logps=old_per_token_logps,
             ref_per_token_logps=ref_per_token_logps,
             sampling_per_token_logps=batch.sampling_per_token_logps,
+            sampling_mask=batch.sampling_mask,
             cu_seqlens=batch.cu_seqlens,
             # Every row has a gradient (``batching.contributing``), unless rows are ranked by their entropy.
             lengths=batch.lengths if self.loss_config.top_entropy_quantile == 1.0 else None,

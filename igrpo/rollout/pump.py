@@ -118,8 +118,9 @@ class Pump:
 
     def _completions(self, result: Result) -> list[Completion]:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.token_ids]
-        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, strict=True)
-        return [Completion(ids, logprobs, text, reason, result.version) for ids, logprobs, text, reason in outputs]
+        kept = result.kept or [None] * len(texts)
+        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, strict=True)
+        return [Completion(ids, probs, text, why, result.version, sets) for ids, probs, text, why, sets in outputs]
 
 
 def _check(result: Result, request: Request, call: Call) -> None:
@@ -131,6 +132,15 @@ def _check(result: Result, request: Request, call: Call) -> None:
         )
     if len(result.token_ids) != request.n:
         raise EngineError(f"row {row}: the engine returned {len(result.token_ids)} completions of {request.n}")
+    for ids, kept in zip(result.token_ids, result.kept or (), strict=False):
+        sets = list(kept.sets())
+        wrong = [i for i, (token, one) in enumerate(zip(ids, sets, strict=False)) if token not in one]
+        if wrong or len(sets) != len(ids):
+            place = wrong[0] if wrong else min(len(ids), len(sets))
+            raise EngineError(
+                f"row {row}: the engine kept {len(sets)} sets of tokens for the {len(ids)} it sampled, and at position "
+                f"{place} the sampled one is not among them"
+            )
     if call.stage == "refinement" and result.version != call.sent_at:
         raise EngineError(
             f"row {row}: weights went from version {call.sent_at} to {result.version} while its refinements were "

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any, TypeVar
 
-from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
+from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Scored
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import RewardPool
@@ -171,7 +171,7 @@ class Rollout:
         """Takes saved drafts, of any process, for the next step; a problem that has none here gets new ones."""
         for record in state:
             drafts = {
-                int(i): (Scored(Completion(**saved["completion"]), saved["rewards"], saved["reward"]),)
+                int(i): (Scored(_completion(saved["completion"]), saved["rewards"], saved["reward"]),)
                 for i, saved in record["drafts"].items()
             }
             self._restored.setdefault(record["row"], []).append(drafts)
@@ -248,3 +248,9 @@ class Rollout:
         return [
             replace(group, advantages=a, draft_advantages=d, copies=copies_of(group, config)) for group, a, d in parts
         ]
+
+
+def _completion(saved: dict[str, Any]) -> Completion:
+    """What ``dataclasses.asdict`` made plain; without ``kept`` in older checkpoints."""
+    kept = saved.get("kept")
+    return Completion(**{**saved, "kept": None if kept is None else Kept(**kept)})

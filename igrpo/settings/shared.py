@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from igrpo.settings import ConfigError, shown
 from igrpo.settings.kinds import (
@@ -54,13 +54,19 @@ class SamplingConfig(Section):
     temperature: Positive = 0.7
     """Sampling temperature of both stages; the learner divides its logits by the same number."""
     top_p: ShareAboveZero = 1.0
-    """Nucleus sampling; other than 1.0 makes the sampler's distribution differ from the learner's."""
+    """Nucleus sampling; below 1.0 training takes an engine that says what it kept (docs/engines.md)."""
     top_k: CountOrZero = 0
     """Top-k sampling; 0 = off. See `top_p`."""
     min_p: Share = 0.0
     """Minimum-probability sampling; 0 = off. See `top_p`."""
     max_completion_length: Count = 512
     """Longest draft or refinement, in tokens."""
+
+    @property
+    def truncates(self) -> dict[str, Any]:
+        """Keys that leave tokens out before one is drawn, with their values."""
+        values = {"top_p": self.top_p, "top_k": self.top_k, "min_p": self.min_p}
+        return {key: value for key, value in values.items() if value != (1.0 if key == "top_p" else 0)}
 
 
 @dataclass(frozen=True, kw_only=True)

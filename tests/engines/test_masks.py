@@ -1,0 +1,164 @@
+"""What a sampler with top-p, top-k or min-p kept, from the engine to the learner's gradient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from vllm.logprobs import Logprob
+from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
+
+from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Scored
+from igrpo.engines import EngineError, Request, Sampling, masks, start_engine
+from igrpo.engines.vllm_engine import WHOLE_VOCABULARY, VLLMEngine
+from igrpo.learner.batching import training_samples
+from igrpo.learner.learner import Learner
+from igrpo.rollout.pump import _check
+from igrpo.settings import ConfigError
+from igrpo.training_run import _placed
+from tests.support.tiny import save_tiny, tiny_llama
+
+TOKENS = 120
+PROMPT = tuple(range(40, 60))
+STEP = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "num_generations": 4, "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "use_vllm": False}  # fmt: skip
+
+
+def config(path="m", **settings) -> TrainConfig:
+    return TrainConfig(model_name_or_path=path, dataset_name="d", **{**STEP, **settings})
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    model = save_tiny(tmp_path_factory.mktemp("model"))
+    return start_engine(model, config(model), 512, (999,), 0, masks=True)
+
+
+def sampled(engine, tokens: int = TOKENS, **truncation):
+    """One request of four completions that never stop early."""
+    engine.submit(Request("r", PROMPT, 4, Sampling(1.0, tokens, **truncation)))
+    (result,) = engine.poll()
+    return result
+
+
+def trained(result, iterations: int = 1, **settings) -> dict[str, float]:
+    """Figures of one learner step on the completions, half of them good."""
+    AcceleratorState._reset_state(True)
+    settings = config(temperature=1.0, num_iterations=iterations, learning_rate=1e-9, **settings)
+    made = Learner(tiny_llama(), tiny_llama() if settings.beta else None, settings, pad_token_id=0)
+    made.set_schedule(10)
+    kept = result.kept or [None] * 4
+    parts = zip(result.token_ids, result.logprobs, kept, strict=True)
+    scored = tuple(Scored(Completion(ids, p, "", "length", 0, k), {"r": 1.0}, 1.0) for ids, p, k in parts)
+    group = RolloutGroup(Problem(0, "q", "1"), (), None, PROMPT, scored, (1.0, -1.0, 1.0, -1.0))
+    try:
+        return made.train_on(training_samples([group], settings))
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+
+def test_truncated_sampling_trains_as_whole_sampling_does(engine):
+    """Without what was kept the sampler's correction leaves no gradient; with it learner and sampler agree."""
+    whole = trained(sampled(engine))
+    cut = sampled(engine, top_p=0.9)
+    blind = trained(replace(cut, kept=None))
+    seeing = trained(cut, beta=0.1, iterations=2)
+    assert blind["grad_norm"] < 1e-3 * whole["grad_norm"]
+    assert 0.3 < seeing["grad_norm"] / whole["grad_norm"] < 3.0
+    assert trained(cut, beta=0.1, iterations=2, shared_prefix=False)["loss"] == pytest.approx(seeing["loss"], abs=1e-5)
+    for figures in (whole, seeing):
+        assert figures["sampling/sampling_logp_difference/max"] < 1e-4
+        assert figures["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-3)
+    assert seeing["kl"] == pytest.approx(0.0, abs=1e-6)  # the reference is over the same sets, too
+    assert blind["sampling/sampling_logp_difference/mean"] > 0.03
+    assert 1 < seeing["sampling/kept_tokens/mean"] < 200 and "sampling/kept_tokens/mean" not in whole
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.5, "top_k": 9}, {"top_k": 1}])
+def test_generate_says_what_it_kept(engine, monkeypatch, truncation):
+    result = sampled(engine, 20, **truncation)
+    net = tiny_llama()
+    for ids, logprobs, kept in zip(result.token_ids, result.logprobs, result.kept, strict=True):
+        logits = net(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1].detach()
+        for token, logprob, own, row in zip(ids, logprobs, kept.sets(), logits, strict=True):
+            assert token in own and 1 <= len(own) <= truncation.get("top_k", 288)
+            assert row[list(own)].log_softmax(-1)[own.index(token)].item() == pytest.approx(logprob, abs=1e-4)
+            assert row[list(own)].min() >= row.sort(descending=True).values[len(own) - 1] - 1e-4
+    assert sampled(engine, 2).kept is None
+    monkeypatch.setattr(engine, "masks", False)
+    assert sampled(engine, 2, **truncation).kept is None
+
+
+def test_what_vllm_says_it_kept():
+    """vLLM's own message; its engine gives it on a GPU, or with Triton's CPU backend."""
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.masks, engine.version = True, 3
+    request = Request("a", (5, 6), 2, Sampling(0.7, 8, top_p=0.9))
+    engine._running = {"0": (request, None), "1": (replace(request, sampling=Sampling(0.7, 8)), None)}
+
+    def output(name):
+        outputs = [
+            CompletionOutput(i, "", ids, 0.0, [{t: Logprob(-0.5)} for t in ids], finish_reason="stop",
+                             sampling_mask=SamplingMask(sets))
+            for i, (ids, sets) in enumerate([([7, 8], [[7, 9], [8]]), ([9], [[1, 2, 9]])])
+        ]  # fmt: skip
+        return RequestOutput(name, None, [5, 6], None, outputs, finished=True)
+
+    result = engine._result(output("0"))
+    assert result.kept == (Kept.of([[7, 9], [8]]), Kept.of([[1, 2, 9]]))
+    assert engine._result(output("1")).kept is None  # nothing was left out
+    assert engine._chosen(Sampling(0.7, 8, top_p=0.9)) == {"temperature": 0.7, "top_k": WHOLE_VOCABULARY}
+    assert engine._chosen(Sampling(0.7, 8, top_k=20))["top_k"] == 20
+    assert engine._chosen(Sampling(0.0, 8)) == {"temperature": 1.0, "top_k": 1}
+    call = SimpleNamespace(problem=Problem(4, "q", "1"), stage="draft", sent_at=3)
+    _check(result, request, call)
+    for kept in (Kept.of([[7, 9], [9]]), Kept.of([[7]])):
+        with pytest.raises(EngineError, match=r"row 4: the engine kept . sets of tokens for the 2 .* position 1"):
+            _check(replace(result, kept=(kept, result.kept[1])), request, call)
+
+
+WAYS_OUT = {
+    "top_p: 0.9": ({"top_p": 0.9}, "write top_p: 1.0, or vllm_importance_sampling_correction: false, or take"),
+    "top_k: 20": ({"top_k": 20, "min_p": 0.1}, "write top_k: 0, min_p: 0, or vllm_importance_sampling_correction: "),
+    "min_p: 0.1": ({"min_p": 0.1, "kl_tau": 0.1, "vllm_importance_sampling_correction": False}, "or kl_tau: 0, or"),
+    "top_p: 0.8": ({"top_p": 0.8, "off_policy_mask_threshold": 0.1, "rollout_rs": "token_k2"},
+                   "correction: false, off_policy_mask_threshold: null, rollout_rs: null, or"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", WAYS_OUT)
+@pytest.mark.parametrize("where", [{}, {"vllm_mode": "server"}])
+def test_where_nobody_says_what_was_kept_truncation_is_refused(key, where):
+    settings, words = WAYS_OUT[key]
+    wanted = config(
+        use_vllm=True, rollout_rs_threshold="1.0" if "rollout_rs" in settings else None, **settings, **where
+    )
+    reason = masks.why_not(wanted, on_cpu=True)
+    with pytest.raises(ConfigError, match=f"^{key} cannot be trained with here: .*{words}"):
+        wanted.check_sampler(reason)
+    with pytest.raises(ConfigError, match=f"^{key} .* trained behind another prompt .*, or refinement_context: draft"):
+        replace(wanted, use_vllm=False, refinement_context="both").check_sampler(None)
+    replace(wanted, use_vllm=False).check_sampler(masks.why_not(replace(wanted, use_vllm=False), on_cpu=True))
+    if not where:
+        wanted.check_sampler(masks.why_not(wanted, on_cpu=False))  # 0.32 and later
+        with pytest.raises(ConfigError, match=f"^{key} cannot be trained with here"):
+            _placed(wanted)
+    off = {"vllm_importance_sampling_correction": False, "off_policy_mask_threshold": None, "rollout_rs": None,
+           "rollout_rs_threshold": None, "kl_tau": 0.0}  # fmt: skip
+    replace(wanted, **off).check_sampler(reason)
+    replace(wanted, top_p=1.0, top_k=0, min_p=0.0).check_sampler(reason)
+
+
+def test_an_older_vllm_is_told_by_what_it_lacks(tmp_path, monkeypatch):
+    (tmp_path / "vllm" / "config").mkdir(parents=True)
+    (tmp_path / "vllm" / "__init__.py").write_text("")
+    (tmp_path / "vllm" / "config" / "model.py").write_text("enforce_eager: bool = False")
+    monkeypatch.setattr(masks, "_folder", lambda name: tmp_path / name)
+    assert "has no return_sampling_mask, which came with 0.32" in masks.why_not(config(use_vllm=True), on_cpu=False)
+    assert masks.why_not(config(), on_cpu=False) is None
