@@ -76,9 +76,16 @@ def test_verl_policy_loss_is_dual_clip_ppo(x):
 
 GSPO = GRPOLossConfig(epsilon=0.01, epsilon_high=0.02, importance_sampling_level="sequence")
 VERL = {
-    "vanilla": (GRPOLossConfig(epsilon=0.2, epsilon_high=0.3, dual_clip=1.8), "token-mean"),
+    "vanilla": (GRPOLossConfig(epsilon=0.2, epsilon_high=0.3, dual_clip=3.0), "token-mean"),
     "gspo": (GSPO, "seq-mean-token-mean"),
     "sapo": (GRPOLossConfig(loss_type="sapo"), "seq-mean-token-mean"),
+    **{name: (GRPOLossConfig(name, epsilon=0.02, epsilon_high=0.03, delta=3.0), "token-mean")
+        for name in ("dppo_tv", "dppo_kl")},
+    "cispo": (GRPOLossConfig("cispo_two_sided"), "token-mean"),
+    "geo_mean": (GRPOLossConfig("gmpo"), "seq-mean-token-mean"),
+    "dro": (GRPOLossConfig("dro", dro_beta=0.3), "token-mean"),
+    "kl_cov": (GRPOLossConfig("kl_cov", kl_cov_ratio=0.2, ppo_kl_coef=0.7), "token-mean"),
+    "clip_cov": (GRPOLossConfig("clip_cov", clip_cov_ratio=1.0, clip_cov_lb=0.1), "token-mean"),
 }  # fmt: skip
 
 
@@ -86,12 +93,14 @@ VERL = {
 @pytest.mark.parametrize("name", VERL)
 def test_verl_policy_losses_are_verls_own(x, name):
     core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
-    from verl.workers.config import FSDPActorConfig
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
     config, mode = VERL[name]
+    keys = ("dro_beta", "kl_cov_ratio", "ppo_kl_coef", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub")
     actor = FSDPActorConfig(
         strategy="fsdp", rollout_n=4, use_dynamic_bsz=True, clip_ratio_low=config.epsilon,
-        clip_ratio_high=config.clip_high - 1, clip_ratio_c=config.dual_clip or 3.0,
+        clip_ratio_high=config.epsilon if config.epsilon_high is None else config.epsilon_high, clip_ratio_c=3.0,
+        policy_loss=PolicyLossConfig(loss_mode=name, **{key: getattr(config, key) for key in keys}),
     )  # fmt: skip
     args = (x.old, x.logps, x.advantages, x.mask)
     theirs, _ = core.get_policy_loss_fn(name)(*args, loss_agg_mode=mode, config=actor)
