@@ -25,7 +25,7 @@ for nothing.
 
 A frozen weight saves 2·n·H·V; on the CPU, so do rows whose coefficient turns out to be 0 (clipped), twice.
 `linear_selective_log_softmax`: 2·n·H·V forward, 6·n·H·V backward (logits again), since its upstream gradients are
-unknown in forward.
+unknown in forward; 4·n·H·V backward on the CPU where all logits are 32 MiB at most, which then wait for it.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.lm_head import Half, HeadPlan, LmHead, UsedRows
+from igrpo_kernels.lm_head import KEPT_BYTES, Half, HeadPlan, LmHead, UsedRows
 from igrpo_kernels.objective import coupling, grpo_objective, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.side_stream import SideStream, may_ask
@@ -174,8 +174,7 @@ class _Walk:
             arguments = (self.index[half.rows], mask, stats.at(at), *some, config.logit_transform)
             self.kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
-        ready = head.logits if again else lambda rows, place: head.buffer(head.plan.logits_dtype)[place]
-        _multiply(head, _beside(self.side, halves, ready, turn))
+        _multiply(head, _beside(self.side, halves, head.logits if again else head.logits_there, turn))
 
     def closed_chunks(self, contributes: Tensor | None) -> tuple[list[slice], list[slice]]:
         """Used rows in chunks that need no other chunk's statistics, and in chunks that do."""
@@ -213,8 +212,9 @@ def log_probs(
     with_entropy: bool,
     plan: HeadPlan,
     shard: VocabShard | None = None,
-) -> RowStats:
-    """Statistics of every unmasked row; zeros elsewhere."""
+    keep: bool = False,
+) -> tuple[RowStats, Tensor | None]:
+    """Statistics of every unmasked row, zeros elsewhere; with `keep` the logits (n, V) as well, if they are few."""
     used = UsedRows.of(hidden.shape[0], row_mask, None, may_ask(hidden))
     with torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
         head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
@@ -222,7 +222,10 @@ def log_probs(
         work, found = _statistics(kernels, used.take(index), mask, transform, with_entropy), []
         for chunk in _chunks(0, used.count, plan.chunk_rows):
             found += [job() for _, job in _beside(side, head.halves(chunk), head.logits, work)]
-        return RowStats(*_joined(found or [RowStats.zeros(0, head.dtype, head.device)], head))
+        stats = RowStats(*_joined(found or [RowStats.zeros(0, head.dtype, head.device)], head))
+        whole = keep and used.numbers is None and 0 < used.count <= plan.chunk_rows
+        kept = head.buffer(plan.logits_dtype) if whole else None
+        return stats, None if kept is None or kept.nbytes > KEPT_BYTES.get(kept.device.type, 0) else kept
 
 
 def log_probs_backward(
@@ -239,6 +242,7 @@ def log_probs_backward(
     needs: list[bool],
     plan: HeadPlan,
     shard: VocabShard | None,
+    kept: Tensor | None = None,  # (n, V) logits of forward, overwritten
 ) -> list[Tensor | None]:
     """dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted."""
     active, grads = row_mask, [grad_logps, grad_entropy]
@@ -261,8 +265,11 @@ def log_probs_backward(
             slopes = [None if grad is None else grad[half.rows] for grad in grads]
             kernels.gradient(logits, head.dlogits(half.place, logits), *some, stats.at(half.rows), *slopes, transform)
 
+        if kept is not None:
+            head.buffers[plan.logits_dtype] = used.take(kept)
+        logits = head.logits if kept is None else head.logits_there
         for chunk in _chunks(0, used.with_gradient, plan.chunk_rows):
-            _multiply(head, _beside(side, head.halves(chunk), head.logits, turn))
+            _multiply(head, _beside(side, head.halves(chunk), logits, turn))
         return _summed(head.gradients(), hidden, shard)
 
 

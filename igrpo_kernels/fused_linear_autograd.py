@@ -120,7 +120,8 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         if torch.compiler.is_compiling():
             stats = RowStats(*linear_log_probs(kernels.name, *rows, *transform, return_entropy, *plan))
         else:
-            stats = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan, shard)
+            keep = any(ctx.needs_input_grad)
+            stats, ctx.kept = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan, shard, keep)
         ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats)
         return stats.logps, stats.entropy
 
@@ -135,9 +136,10 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
             )
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
         else:
+            kept, ctx.kept = ctx.kept, None  # a second backward computes them
             gradients = fused_linear.log_probs_backward(
                 ctx.kernels, *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
-                ctx.plan, ctx.shard,
+                ctx.plan, ctx.shard, kept,
             )  # fmt: skip
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, rows[:3], strict=True)]
         return None, *typed, None, None, None, None, None, None
@@ -197,7 +199,7 @@ def linear_log_probs(
     """`fused_linear.log_probs`."""
     transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
-    return tuple(fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan))
+    return tuple(fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)[0])
 
 
 @linear_log_probs.register_fake

@@ -11,6 +11,8 @@ from igrpo_kernels.compiled_rows import new_tensor
 # Of logits at a time. CUDA: 2.5 GiB in two halves, e.g. 2 x 4,352 rows of bf16 at V = 152k: enough for the matmuls to
 # run at full speed while the row kernel works on the other half. CPU: 128 MiB, e.g. 682 rows of fp32 at V = 49k.
 CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
+KEPT_BYTES = {"cpu": 2**25}
+"""Of log-probs' logits at most that wait for backward in place of being computed again. On a GPU memory is dearer."""
 HALF_ROWS = {"cuda": 1024}
 """A chunk of at least twice as many rows is worked on in halves. Where there is no second stream nothing is gained."""
 _COLUMNS_AT_ONCE = 8192  # of dW, where a device multiplies into fp32 only what is fp32
@@ -155,6 +157,10 @@ class LmHead:
         if self.bias is None:
             return torch.mm(x, self.weight.t(), **wide, out=out)
         return torch.addmm(self.bias, x, self.weight.t(), **wide, out=out)
+
+    def logits_there(self, rows: slice | Tensor, place: slice) -> Tensor:
+        """What `logits` left at a place."""
+        return self.buffer(self.plan.logits_dtype)[place]
 
     def dlogits(self, place: slice, logits: Tensor | None = None) -> Tensor:
         """Where the gradients of logits go, in the matmul dtype: over the logits, unless those are wider."""

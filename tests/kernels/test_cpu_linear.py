@@ -233,6 +233,25 @@ def test_linear_log_probs(wanted, rows_per_chunk, monkeypatch):
         assert_close_to_truth(name, actual, truth, rtol=RTOL)
 
 
+@pytest.mark.parametrize("some", [False, True])
+def test_few_logits_wait_for_backward_and_many_are_computed_again(some, monkeypatch):
+    """The same gradients, from a second backward as well, and with rows that some upstream gradients leave out."""
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((24, 8), (V, 8))]
+    index, upstream = torch.randint(V, (24,), generator=generator), torch.randn(24, generator=generator)
+    upstream = upstream * (torch.arange(24) % 3 != 1) if some else upstream
+    results = []
+    for limit, products in ((24 * V * 4, 3), (24 * V * 4 - 1, 4)):
+        monkeypatch.setitem(lm_head.KEPT_BYTES, "cpu", limit)
+        with OperatorLog() as log:
+            logps = linear_selective_log_softmax(*leaves, index, impl="cpu")
+            results.append(torch.autograd.grad(logps, leaves, upstream, retain_graph=True))
+        assert len(log.matmuls()) == products
+        results.append(torch.autograd.grad(logps, leaves, upstream))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-7)
+
+
 def test_fp64_is_the_references_work():
     inputs, config = boundary_inputs(), smooth_config()
     head = random_head(inputs)
