@@ -128,8 +128,10 @@ class RolloutGroup:
     """[P] the bare prompt the drafts were sampled from."""
     draft_advantages: tuple[float, ...] = ()
     """[N] of the drafts among themselves; only with ``train_on_drafts``."""
+    shown: tuple[int, ...] = ()
+    """All drafts in the refinement prompt, in its order; ``chosen`` is one of them."""
     copies: tuple[bool, ...] = ()
-    """[G] whether a refinement repeats its draft too much to be trained on under the question alone; empty: none."""
+    """[G] whether a refinement repeats a draft too much to be trained on under the question alone; empty: none."""
 
     def __post_init__(self) -> None:
         if len(self.refinements) != len(self.advantages):

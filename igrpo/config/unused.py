@@ -18,7 +18,8 @@ from igrpo.settings.section import Section, default_of
 
 GYM, PACKAGED = "reasoning_gym:", "smollm2-135m"
 DRAFTS = (
-    "num_drafts", "draft_selection", "draft_selection_score", "draft_template", "draft_max_tokens", "draft_hide_answer",
+    "num_drafts", "show_drafts", "draft_separator", "draft_selection", "draft_selection_score", "draft_template",
+    "draft_max_tokens", "draft_hide_answer",
     "draft_policy_lag", "early_stop_drafts", "early_stop_reward", "rollout_schedule",
 )  # fmt: skip
 OF_STARTED_SERVERS = ("vllm_server_host", "vllm_server_port", "vllm_num_servers", "vllm_server_devices")
@@ -86,7 +87,8 @@ TABLE = (
     # --- the algorithm
     Row("algorithm is grpo, which has no drafts", lambda c, _: c.algorithm == "grpo", DRAFTS),
     Row("draft_selection: none shows no draft", lambda c, _: c.algorithm == "igrpo" and not c.shows_draft,
-        ("draft_template", "draft_max_tokens", "draft_hide_answer")),
+        ("draft_template", "draft_max_tokens", "draft_hide_answer", "show_drafts", "draft_separator")),
+    Row("one draft is shown", lambda c, _: c.algorithm == "igrpo" and c.show_drafts == 1, ("draft_separator",)),
     Row("draft_selection looks at no score", lambda c, _: c.algorithm == "igrpo" and
         c.draft_selection in ("none", "random"), ("draft_selection_score",)),
     Row("early_stop_drafts is false", lambda c, _: c.algorithm == "igrpo" and not c.early_stop_drafts,

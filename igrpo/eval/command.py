@@ -131,6 +131,7 @@ def _config(
         "model_name_or_path": model.path,
         "algorithm": "igrpo" if drafts else "grpo",
         "draft_selection": "best",  # by the rule of --two_stage
+        "show_drafts": 1,
         "eval_temperature": arguments.temperature,
         "top_p": arguments.top_p,
         "seed": arguments.seed,

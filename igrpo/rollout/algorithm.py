@@ -45,12 +45,13 @@ async def two_stage(problem: Problem, step: int, prompts: PromptBuilder, config:
     best = select_draft(drafts, config, step, problem.index)
     if config.refine_only == "dead" and solved(drafts, config):
         best = None
+    shown = select_more(drafts, best, config, step, problem.index)
     prompt_ids, trimmed = question.bare, False
-    if best is not None:
-        prompt_ids, trimmed = prompts.with_draft(question, drafts[best].completion.token_ids)
+    if shown:
+        prompt_ids, trimmed = prompts.with_draft(question, *(drafts[i].completion.token_ids for i in shown))
     refinements = await Sample("refinement", question, prompt_ids, config.num_generations)
     unknown = (0.0,) * len(refinements)
-    return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare)
+    return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare, shown=shown)
 
 
 def solved(drafts: Sequence[Scored], config: RolloutConfig) -> bool:
@@ -61,10 +62,27 @@ def solved(drafts: Sequence[Scored], config: RolloutConfig) -> bool:
 
 def select_draft(drafts: Sequence[Scored], config: RolloutConfig, step: int, row: int) -> int | None:
     """Index of the draft to show, if any; ``random`` draws from (seed, step, row), so a resumed run draws the same."""
-    scores = [(draft.reward,) for draft in drafts]
+    return choose(_scores(drafts, config), config.draft_selection, f"{config.seed}/{step}/{row}")
+
+
+def select_more(
+    drafts: Sequence[Scored], chosen: int | None, config: RolloutConfig, step: int, row: int
+) -> tuple[int, ...]:
+    """``show_drafts`` drafts in sampling order, the chosen one among them; fewer where siblings were aborted."""
+    if chosen is None:
+        return ()
+    others, scores = [i for i in range(len(drafts)) if i != chosen], _scores(drafts, config)
+    if config.draft_selection == "random":
+        random.Random(f"{config.seed}/{step}/{row}/more").shuffle(others)
+    else:  # stable: ties go to the first
+        others.sort(key=scores.__getitem__, reverse=config.draft_selection == "best")
+    return tuple(sorted([chosen, *others[: config.show_drafts - 1]]))
+
+
+def _scores(drafts: Sequence[Scored], config: RolloutConfig) -> list[tuple[float, ...]]:
     if config.draft_selection_score == "accuracy_first":
-        scores = [(draft.rewards.get("accuracy") or 0.0, draft.reward) for draft in drafts]
-    return choose(scores, config.draft_selection, f"{config.seed}/{step}/{row}")
+        return [(draft.rewards.get("accuracy") or 0.0, draft.reward) for draft in drafts]
+    return [(draft.reward,) for draft in drafts]
 
 
 def choose(scores: Sequence[tuple[float, ...] | None], selection: str, seed: str) -> int | None:

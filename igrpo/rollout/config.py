@@ -54,10 +54,19 @@ class PromptsConfig(SamplingConfig):
     """N: drafts per prompt (Stage 1, no gradient)."""
     draft_selection: Literal["best", "random", "worst", "none"] = "best"
     """Which draft Stage 2 sees; all but `best` are controls. `none` draws drafts but shows none."""
+    show_drafts: Count = 1
+    """K: so many drafts are shown, the best K with `draft_selection: best`, in the order in which they were sampled."""
+    draft_separator: str = "\n</draft>\n<draft>\n"
+    """Text between two shown drafts."""
 
     def check(self) -> None:
         if self.draft_template.count("{draft}") != 1:
             raise ConfigError("draft_template: write {draft} exactly once, where the draft goes")
+        if self.show_drafts > self.num_drafts and self.shows_draft:
+            raise ConfigError(
+                f"show_drafts: {self.show_drafts} is more than num_drafts = {self.num_drafts}; write "
+                f"{self.num_drafts} or less"
+            )
         if taken := sorted(_RENDER_ARGUMENTS & self.chat_template_kwargs.keys()):
             raise ConfigError(f"chat_template_kwargs: {taken[0]} is set by the program itself; leave it out")
         for example in self.few_shot_examples:

@@ -21,9 +21,11 @@ def copy_rate(draft: Sequence[int], refinement: Sequence[int]) -> float:
 
 
 def copies_of(group: RolloutGroup, config: RolloutConfig) -> tuple[bool, ...]:
-    """[G] which refinements have ``refinement_copy_limit`` of their n-grams or more from the draft; empty: no limit."""
+    """[G] which refinements have ``refinement_copy_limit`` of their n-grams or more from one draft; empty: no limit."""
     if config.refinement_copy_limit is None or group.chosen is None:
         return ()
-    draft = group.drafts[group.chosen].completion.token_ids
-    rates = (copy_rate(draft, one.completion.token_ids) for one in group.refinements)
-    return tuple(rate >= config.refinement_copy_limit for rate in rates)
+    drafts = [group.drafts[i].completion.token_ids for i in group.shown or (group.chosen,)]
+    return tuple(
+        max(copy_rate(draft, one.completion.token_ids) for draft in drafts) >= config.refinement_copy_limit
+        for one in group.refinements
+    )

@@ -83,6 +83,9 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], con
             "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
             "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
         }
+    if config.show_drafts > 1 and shown:
+        metrics["draft/shown"] = fmean(len(g.shown) for g in shown)
+        metrics["draft/shown_accuracy"] = fmean(_score(g.drafts[i], name) for g in shown for i in g.shown)
     if config.refine_only == "dead":
         rescued = [_mean_score(g.refinements, name) for g in shown]
         metrics["refinement/refined"] = len(shown) / len(groups)

@@ -47,13 +47,20 @@ class PromptParts:
     """q' up to the draft; empty where no draft is shown."""
     after_draft: tuple[int, ...] = ()
     """q' from the end of the draft to where the model writes."""
+    between_drafts: tuple[int, ...] = ()
+    """Ids between two of several drafts."""
+    shown_drafts: int = 1
     prompt_suffix: str = ""
     """Tags of an answer that the prompt already ends with, such as ``<think>\\n``: reward functions are told."""
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of q, or of q' with an empty draft."""
-        return max(len(self.bare), len(self.before_draft) + len(self.after_draft))
+        """Tokens of q, or of q' with empty drafts."""
+        return max(len(self.bare), self.around_drafts(self.shown_drafts))
+
+    def around_drafts(self, count: int) -> int:
+        """Tokens of q' that are of no draft."""
+        return len(self.before_draft) + len(self.after_draft) + (count - 1) * len(self.between_drafts)
 
 
 class PromptBuilder:
@@ -75,6 +82,7 @@ class PromptBuilder:
         self.vocab_size = vocab_size
         self.before, self.after = config.draft_template.split("{draft}")
         self._after_draft: dict[str, tuple[str, tuple[int, ...]]] = {}
+        self._between_drafts: tuple[int, ...] | None = None
         self.start = self._start() if tokenizer.chat_template is None else ()
         # Those without a role of their own too, a chat model's turn markers for example.
         added = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
@@ -103,28 +111,35 @@ class PromptBuilder:
         if not mark or _MARK in tail:
             raise ConfigError("the chat template must write the user's text exactly once; choose another model")
         before_draft, after_draft = self._around_draft(head, tail)
-        return PromptParts(messages, bare, self.start + before_draft, after_draft, suffix)
+        shown = self.config.show_drafts
+        if shown > 1 and self._between_drafts is None:
+            self._between_drafts = self._between(head, tail)
+        between = self._between_drafts or ()
+        return PromptParts(messages, bare, self.start + before_draft, after_draft, between, shown, suffix)
 
-    def with_draft(self, parts: PromptParts, draft_ids: Sequence[int]) -> tuple[tuple[int, ...], bool]:
-        """Ids of q' and whether the draft was trimmed.
+    def with_draft(self, parts: PromptParts, *drafts: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """Ids of q' with one draft or several, and whether one was trimmed.
 
-        The draft loses its special tokens (the end-of-sequence token would end the user turn) and, if the context
+        A draft loses its special tokens (the end-of-sequence token would end the user turn) and, if the context
         demands it, its beginning: the answer stands at the end. The question and the system prompt are never cut.
-        With ``draft_hide_answer`` its conclusion goes first, which does not count as trimming.
+        With ``draft_hide_answer`` its conclusion goes first, which does not count as trimming. Several have equal room.
         """
-        draft = tuple(i for i in draft_ids if i not in self.special_ids)
-        if self.config.draft_hide_answer:
-            draft = self._without_answer(draft)
-        room = self._room_for_draft(parts)
-        kept = draft[max(0, len(draft) - room) :] if room is not None else draft
-        return parts.before_draft + kept + parts.after_draft, len(kept) < len(draft)
+        room, inside, trimmed = self._room_for_draft(parts, len(drafts)), (), False
+        for number, draft_ids in enumerate(drafts):
+            draft = tuple(i for i in draft_ids if i not in self.special_ids)
+            if self.config.draft_hide_answer:
+                draft = self._without_answer(draft)
+            kept = draft[max(0, len(draft) - room) :] if room is not None else draft
+            inside += (parts.between_drafts if number else ()) + kept
+            trimmed |= len(kept) < len(draft)
+        return parts.before_draft + inside + parts.after_draft, trimmed
 
     def longest_refinement(self, parts: PromptParts) -> int:
         """Tokens that prompt, longest draft and completion can take together for one question."""
         draft = 0
         if self.config.shows_draft:
             draft = min(self.config.draft_max_tokens or math.inf, self.config.max_completion_length)
-        return parts.longest_prompt + draft + self.config.max_completion_length
+        return parts.longest_prompt + parts.shown_drafts * draft + self.config.max_completion_length
 
     def shortest_context(self, parts: PromptParts) -> int:
         """Tokens without which not even an empty draft fits; a question that needs more is left out."""
@@ -137,11 +152,11 @@ class PromptBuilder:
         end = bisect_right(range(len(draft) + 1), kept, key=lambda n: len(self.tokenizer.decode(draft[:n])))
         return draft[: end - 1]
 
-    def _room_for_draft(self, parts: PromptParts) -> int | None:
+    def _room_for_draft(self, parts: PromptParts, count: int) -> int | None:
         rooms = [self.config.draft_max_tokens] if self.config.draft_max_tokens is not None else []
         if self.max_model_length is not None:
-            taken = len(parts.before_draft) + len(parts.after_draft) + self.config.max_completion_length
-            rooms.append(self.max_model_length - taken)
+            taken = parts.around_drafts(count) + self.config.max_completion_length
+            rooms.append((self.max_model_length - taken) // count)
         if rooms and min(rooms) < 0:
             raise ValueError(
                 f"a question of {len(parts.bare)} tokens leaves no room in a context of {self.max_model_length}; "
@@ -202,6 +217,20 @@ class PromptBuilder:
                 return a[:before], a[cut:]
         raise ConfigError(
             "draft_template: this tokenizer joins what stands beside {draft} with the draft; put line breaks around it"
+        )
+
+    def _between(self, head: str, tail: str) -> tuple[int, ...]:
+        """Ids between two drafts, found as those around one are."""
+        before, after = (len(ids) for ids in self._around_draft(head, tail))
+        for one, two in _FILLERS:
+            texts = (f"{head}{filler}{self.config.draft_separator}{filler}{tail}" for filler in (one, two))
+            a, b = (ids[before : len(ids) - after] for ids in map(self._encode, texts))
+            same = next((i for i, (x, y) in enumerate(zip(a[1:], b[1:], strict=False)) if x != y), 0) + 1
+            ends = [self.tokenizer.decode(ids).strip() for ids in (a[:1], a[same:], b[:1], b[same:])]
+            if ends == [one, one, two, two]:
+                return a[1:same]
+        raise ConfigError(
+            "draft_separator: this tokenizer joins it with the drafts beside it; put line breaks around it"
         )
 
     def _start(self) -> tuple[int, ...]:

@@ -252,6 +252,7 @@ def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
         "solution": group.problem.solution,
         "drafts": [{**scored_record(s), "version": s.completion.version} for s in group.drafts],
         "chosen": group.chosen,
+        **({"shown": list(group.shown)} if len(group.shown) > 1 else {}),
         "refinements": [
             {**scored_record(s), "version": s.completion.version, "advantage": a}
             for s, a in zip(group.refinements, group.advantages, strict=True)

@@ -143,6 +143,7 @@ def test_values_on_the_command_line(words, key, value):
             ("--refinement_context", "bare", "--bypass_mode", "--vllm_importance_sampling_correction", "false"),
             ("bypass_mode", "bare_importance_ratio: behaviour"),
         ),
+        (("--show_drafts", "3", "--num_drafts", "2"), ("show_drafts", "num_drafts = 2")),
         (("--refine_only", "dead", "--draft_selection", "none"), ("refine_only: dead", "draft_selection")),
         (("--refine_only", "dead", "--algorithm", "grpo"), ("refine_only: dead", "algorithm: igrpo")),
         (("--refinement_baseline", "drafts"), ("refinement_baseline", "scale_rewards: none or batch")),

@@ -36,6 +36,7 @@ CASES = {
     "weights do not travel over nccl": (SERVER, "cpu", SERVER, "gpu"),
     "algorithm is grpo, which has no drafts": ({"algorithm": "grpo"}, "cpu", {}, "cpu"),
     "draft_selection: none shows no draft": ({"draft_selection": "none"}, "cpu", {}, "cpu"),
+    "one draft is shown": ({}, "cpu", {"show_drafts": 2}, "cpu"),
     "draft_selection looks at no score": ({"draft_selection": "random"}, "cpu", {}, "cpu"),
     "early_stop_drafts is false": ({}, "cpu", {"early_stop_drafts": True}, "cpu"),
     "refinements are trained behind their draft": ({}, "cpu", {"refinement_context": "both"}, "cpu"),

@@ -78,6 +78,15 @@ def test_what_became_of_groups_without_a_right_draft():
     assert m["refinement/refined"] == 0.0 and "refinement/rescued" not in m
 
 
+def test_several_shown_drafts():
+    config = replace(CONFIG, show_drafts=2, refinement_context="bare", refinement_copy_limit=1.0)
+    drafts = (scored(1.0, (1, 2, 3, 4)), scored(0.0, (9, 9)), scored(0.0, (5, 6, 7, 8)))
+    made = replace(group(drafts, 0, (scored(0.0, (5, 6, 7, 8)), scored(1.0, (9, 9))), (0.7, -0.7)), shown=(0, 2))
+    assert copies_of(made, config) == (True, False), "of any draft that was shown, of no other"
+    m = rollout_metrics([made], STATS, config)
+    assert (m["draft/shown"], m["draft/shown_accuracy"], m["draft/chosen_accuracy"]) == (2.0, 0.5, 1.0)
+
+
 def test_copies_of_the_draft_are_left_out_from_a_limit_on():
     draft, half, whole = scored(1.0, (1, 2, 3, 4, 5)), scored(1.0, (1, 2, 3, 4, 9)), scored(0.0, (2, 3, 4, 5))
     made = group((scored(0.0, (9,)), draft), 1, (half, whole, scored(1.0, (7, 8))), (0.0,) * 3)

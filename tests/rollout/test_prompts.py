@@ -81,6 +81,18 @@ def test_a_long_draft_loses_its_beginning_and_nothing_else_is_cut(tokenizer):
     assert ids == (*parts.before_draft, *range(115, 120), *parts.after_draft)
 
 
+def test_several_drafts_have_equal_room(tokenizer):
+    settings = {"show_drafts": 2, "max_completion_length": 8}
+    free = builder(tokenizer, **settings)
+    parts = free.parts(PROBLEM)
+    needed = free.shortest_context(parts)
+    whole, _ = free.with_draft(parts, range(100, 108), range(110, 118))
+    assert free.longest_refinement(parts) == len(whole) + 8 == needed + 16
+    ids, trimmed = builder(tokenizer, needed + 7, **settings).with_draft(parts, range(100, 108), (50, 51))
+    assert trimmed and ids == (*parts.before_draft, 105, 106, 107, *parts.between_drafts, 50, 51, *parts.after_draft)
+    assert tokenizer.decode(parts.between_drafts) == free.config.draft_separator
+
+
 def test_draft_max_tokens(tokenizer):
     built = builder(tokenizer, draft_max_tokens=3)
     parts = built.parts(PROBLEM)
@@ -231,6 +243,7 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind, template):
     tokenizer.chat_template = TEMPLATES[template]
     for draft_template in (DEFAULT_DRAFT_TEMPLATE, " [{draft}] ", "\n{draft}"):
         built = builder(tokenizer, system_prompt="Be brief.", draft_template=draft_template)
+        several = builder(tokenizer, system_prompt="Be brief.", draft_template=draft_template, show_drafts=2)
         for text in TEXTS:
             parts = built.parts(Problem(0, text, "7"))
             whole = tokenizer.apply_chat_template(list(parts.messages), tokenize=True, add_generation_prompt=True)
@@ -243,6 +256,14 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind, template):
                 draft = tuple(q[len(parts.before_draft) : end])
                 assert tokenizer.decode(draft).strip() == draft_text
                 assert list(built.with_draft(parts, draft)[0]) == list(q)
+                two = f"{draft_text}{several.config.draft_separator}{draft_text}"
+                turns[-1] = {"role": "user", "content": text + draft_template.replace("{draft}", two)}
+                q = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=True)["input_ids"]
+                both = several.parts(Problem(0, text, "7"))
+                first, *_, last = q[len(both.before_draft) : len(q) - len(both.after_draft)]
+                if tokenizer.decode([last]).strip() == draft_text:  # else a blank behind it is a token of its own
+                    assert list(several.with_draft(both, (first,), (last,))[0]) == list(q)
+                assert several.with_draft(both, draft) == built.with_draft(parts, draft)
             same = takewhile(lambda pair: pair[0] == pair[1], zip(parts.bare, parts.before_draft, strict=False))
             assert len(list(same)) >= len(tokenizer.encode("Be brief.", add_special_tokens=False))
 

@@ -11,7 +11,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, Scored
 from igrpo.engines import EngineError, Request, Result
 from igrpo.rollout.advantage import group_advantages
-from igrpo.rollout.algorithm import select_draft, two_stage
+from igrpo.rollout.algorithm import select_draft, select_more, two_stage
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.rollout import Rollout
 from tests.support.tiny import tiny_tokenizer
@@ -293,6 +293,31 @@ def test_ties_go_to_the_first_draft():
     assert choose(tied) == 1
     assert choose(tied, draft_selection="worst") == 0
     assert choose(drafts((0, 0), (0, 0))) == 0  # all wrong: still one is shown
+
+
+def test_several_drafts_are_shown_in_the_order_they_were_sampled_in():
+    settings = {"system_prompt": None, "draft_template": " [{draft}]", "num_drafts": 4, "num_generations": 2}
+    settings |= {"show_drafts": 2, "draft_separator": " | ", "model_name_or_path": "m", "dataset_name": "d"}
+    completions = [Completion((*TOKENIZER.encode(f"{i}"), 1), (-1.0, -1.0), f"{i}", "stop", 0) for i in (4, 6, 5, 6)]
+    scored = LateScores(completions, float).result()
+    for selection, shown in (("best", (1, 3)), ("worst", (0, 2))):
+        config = TrainConfig(draft_selection=selection, **settings)
+        coroutine = two_stage(PROBLEMS[0], 1, PromptBuilder(TOKENIZER, config), config)
+        coroutine.send(None)
+        wanted = coroutine.send(scored)
+        texts = " | ".join(completions[i].text for i in shown)
+        assert f"Q0 [{texts}]" in TOKENIZER.decode(wanted.prompt_ids)
+        with pytest.raises(StopIteration) as end:
+            coroutine.send(scored[:2])
+        assert end.value.value.shown == shown and end.value.value.chosen in shown
+    config = TrainConfig(draft_selection="random", **settings)
+    drawn = {select_more(scored, select_draft(scored, config, step, 0), config, step, 0) for step in range(60)}
+    assert (
+        len(drawn) == 6
+        and select_more(scored[:1], 0, config, 1, 0) == (0,)
+        and select_more([], None, config, 1, 0) == ()
+    )
+    assert select_more(scored, 1, TrainConfig(**{**settings, "show_drafts": 4}), 1, 0) == (0, 1, 2, 3)
 
 
 def test_only_groups_without_a_right_draft_are_refined():
