@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig
+from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.integrations import prime_rl, verl
+from igrpo_kernels.losses import ROLLOUT_RS
+from igrpo_kernels.rejection import accepts
 from tests.integrations.test_other_codebases import B, dual_clip_ppo, same, token_mean, token_sum
 from tests.integrations.test_other_codebases import x as x
 
@@ -77,3 +80,21 @@ def test_prime_rls_default_loss(x, weighted):
             same(loss, (per_token * mask).sum(), x.logps)
         dropped += int((~inside & mask).sum())
     assert dropped > 0
+
+
+@pytest.mark.needs_package("verl")
+@pytest.mark.parametrize("options", [*ROLLOUT_RS, "seq_max_k2,token_k3,seq_sum_k1"])
+def test_rejection_is_verls_own(x, options):
+    helper = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper", exc_type=ImportError)
+    sampler = x.sampler.clone()
+    sampler[0, 2], sampler[1, 1] = x.old[0, 2] - 50.0, x.old[1, 0] + 30.0
+    for ratios, bound in (("0.7_1.3", "0.05"), ("0.5_2.0", "0.5"), ("1.5", "3.0")):
+        threshold = ",".join(ratios if name.endswith("k1") else bound for name in options.split(","))
+        theirs, _ = helper.compute_rollout_rejection_mask(x.old - sampler, x.mask, options, threshold)
+        batch = TokenBatch.build(
+            torch.zeros(x.mask.shape, dtype=torch.long), x.advantages, dtype=torch.float32, completion_mask=x.mask,
+            old_per_token_logps=x.old, sampling_per_token_logps=sampler,
+        )  # fmt: skip
+        config = GRPOLossConfig(rollout_rs=options, rollout_rs_threshold=threshold)
+        kept = (accepts(batch.old_per_token_logps, batch, config) & batch.mask).view(x.mask.shape)
+        assert torch.equal(kept, theirs.bool())

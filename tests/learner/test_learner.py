@@ -74,6 +74,17 @@ ADDING_UP |= {
 ADDING_UP["prime-rl's default"] = {"loss_type": "dppo_tv", "epsilon": 1e-3, "kl_tau": 1e-3, "bypass_mode": True}
 
 
+def test_the_likelihood_term_is_a_mean_over_the_positive_tokens():
+    """Whatever the loss divides by, and without an advantage."""
+    samples = [replace(s, advantage=0.0) for s in some_samples()]
+    for loss_type in ("grpo", "dapo"):
+        made = learner(loss_type=loss_type, positive_example_nll_weight=0.3, temperature=1.0, max_grad_norm=0.0)
+        good = [s for s in samples if s.positive]
+        logps = [x for s in good for x in made.score((*s.prompt_ids, *s.completion_ids))[-len(s.completion_ids) :]]
+        metrics, gradient = gradients(made, samples)
+        assert metrics["loss"] == pytest.approx(-0.3 * sum(logps) / len(logps), rel=1e-5) and gradient.any()
+
+
 def test_the_sampler_as_the_old_policy():
     """The ratio is against the sampler: its log-probabilities decide the clip, with a single iteration, too."""
     samples = some_samples()
