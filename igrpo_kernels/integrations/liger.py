@@ -106,7 +106,7 @@ def triton_grpo_loss(
     loss, kl, clipped = _per_token(logps, batch, batch, config, ratio)
     if not reduce:
         return loss * mask, None if kl is None else kl * mask, clipped * mask
-    return _reduce(loss * mask, mask, config, num_items_in_batch), _metrics(kl, clipped, mask)
+    return _reduce(loss * mask, mask, batch, config, num_items_in_batch), _metrics(kl, clipped, mask)
 
 
 class LigerFusedLinearGRPOLoss(torch.nn.Module):
@@ -196,7 +196,7 @@ class LigerFusedLinearGRPOLoss(torch.nn.Module):
         everywhere = _batch(ids, torch.ones_like(ids), advantages, old_per_token_logps, ref) if unmasked else batch
         loss, kl, clipped = _per_token(logps, everywhere, batch, config, ratio)
         loss = loss if unmasked else loss * mask
-        return _reduce(loss, mask, config, num_items_in_batch), self._metrics(kl, clipped, mask)
+        return _reduce(loss, mask, batch, config, num_items_in_batch), self._metrics(kl, clipped, mask)
 
     def _config(self, beta: float) -> GRPOLossConfig:
         if self.loss_type == "dr_grpo" and self.settings["max_completion_length"] is None:
@@ -294,14 +294,14 @@ def _per_token(
     return loss.view(batch.shape), kl, clipped.float().view(batch.shape)
 
 
-def _reduce(loss: Tensor, mask: Tensor, config: GRPOLossConfig, num_items: Tensor | float | None) -> Tensor:
+def _reduce(
+    loss: Tensor, mask: Tensor, batch: TokenBatch, config: GRPOLossConfig, num_items: Tensor | float | None
+) -> Tensor:
     """(B, T) -> (), as Liger reduces."""
     mask = mask.float()
     if config.loss.reduction is SEQUENCE_SUM:
         return (loss * mask.sum(-1, keepdim=True)).mean()
-    weights = config.loss.reduction.weights(
-        mask.sum(-1), loss.shape[0], config, _denominator(mask, num_items, config.loss_type)
-    )
+    weights = config.loss.reduction.weights(batch, config, _denominator(mask, num_items, config.loss_type))
     return (loss.sum(-1) * weights).sum()
 
 
