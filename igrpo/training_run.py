@@ -205,8 +205,9 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner = Learner(load(), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
+        adapter = learner.adapters.described() if learner.adapters and config.lora_sync == "adapter" else None
         seed, masks = config.seed + learner.accelerator.process_index, config.replays_sampling
-        engine = start_engine(path, placed, length, stop_ids, seed, masks)
+        engine = start_engine(path, placed, length, stop_ids, seed, masks, adapter)
         stack.callback(engine.close)
         if resume_from:
             engine.sleep()

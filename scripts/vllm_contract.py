@@ -33,8 +33,13 @@ MEMBERS = {
     "vllm.device_allocator.cumem.CuMemAllocator": ("get_instance", "release_pools"),
     "vllm.v1.worker.gpu_worker.Worker": ("sleep level", "wake_up tags", "_sleep_saved_buffers"),
     "vllm.v1.engine.llm_engine.LLMEngine": (
-        "add_request request_id prompt params", "step", "abort_request request_ids", "engine_core",
+        "add_request request_id prompt params lora_request", "add_lora lora_request", "step",
+        "abort_request request_ids", "engine_core",
     ),
+    "vllm.lora.request.LoRARequest": ("lora_name", "lora_int_id", "lora_path", "load_inplace"),
+    "vllm.lora.lora_model.LoRAModel": ("loras",), "vllm.lora.lora_weights.LoRALayerWeights": ("lora_a", "lora_b"),
+    "vllm.lora.model_manager.LoRAModelManager": ("get_adapter adapter_id",),
+    "vllm.lora.worker_manager.WorkerLoRAManager": ("_adapter_manager",),
     "vllm.v1.engine.core_client.EngineCoreClient": ("shutdown",),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights weights_iterator",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights weights_iterator",),
@@ -214,7 +219,8 @@ def engine_options() -> set[str]:
     options: set[str] = set()
     for engine.on_cpu in (True, False):
         options |= set(engine._options())
-    return options | {"distributed_executor_backend"} | set(launched_with_others())
+    lora = {"enable_lora", "max_lora_rank", "max_loras"}
+    return options | lora | {"distributed_executor_backend"} | set(launched_with_others())
 
 
 def server_words() -> tuple[set[str], set[str]]:

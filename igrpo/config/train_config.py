@@ -19,9 +19,17 @@ from igrpo.settings import ConfigError
 __all__ = ["ConfigError", "TrainConfig"]
 
 
+LARGEST_RANK = 512
+"""Of adapters that vLLM serves."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfig):
     def check(self) -> None:
+        if self.use_peft and self.use_vllm and self.lora_sync == "adapter" and self.lora_r > LARGEST_RANK:
+            raise ConfigError(
+                f"lora_sync: vLLM takes adapters up to rank {LARGEST_RANK}, and lora_r is {self.lora_r}; write merged"
+            )
         if self.draft_policy_lag and self.full_determinism and self.use_peft and self.lora_dropout > 0:
             raise ConfigError(
                 "full_determinism: with draft_policy_lag: 1 sampler and dropout draw from one generator at once; write "

@@ -1,7 +1,8 @@
 """Engines that sample: one protocol (`base.py`), vLLM in this process (`vllm_engine.py`) or in servers
 (`servers/`), Hugging Face generate (`hf_engine.py`)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from igrpo.engines.base import Engine, EngineError, Request, Result, Sampling, WeightSource
 from igrpo.engines.config import EngineConfig
@@ -16,20 +17,26 @@ def start_engine(
     stop_token_ids: Sequence[int],
     seed: int,
     masks: bool = False,
+    adapter: Mapping[str, Any] | None = None,
 ) -> Engine:
     """The engine the config asks for; imports only the library it needs.
 
     Args:
         masks: say what top-p, top-k and min-p kept (``Result.kept``); ``masks.why_not`` tells whether it can.
+        adapter: peft's description of the adapter that pushes will bring, in place of weights.
     """
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
 
         return ServerEngine(path, config, max_model_length, stop_token_ids, seed)
+    if config.use_vllm and adapter is not None:
+        from igrpo.engines.vllm_adapters import AdapterVLLMEngine
+
+        return AdapterVLLMEngine(path, config, max_model_length, stop_token_ids, seed, adapter, masks)
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 
         return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks)
     from igrpo.engines.hf_engine import HFEngine
 
-    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks)
+    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter)

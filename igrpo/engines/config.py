@@ -50,6 +50,8 @@ class EngineConfig(SeedConfig, WeightsConfig):
     """KV-cache size of the CPU engine in GiB."""
     vllm_max_num_seqs: Count = 128
     """Sequences decoded at once."""
+    lora_sync: Annotated[Literal["merged", "adapter"], Mark.ONLY_IF_ASKED] = "merged"
+    """With `use_peft`: push whole weights with the adapters merged in, or the adapters alone beside one base."""
     vllm_quantization: Annotated[Quantization | None, Mark.ONLY_IF_ASKED] = None
     """Format to which vLLM rounds the weights it samples with (`fp8`); the learner's stay as they are."""
     vllm_engine_args: Annotated[dict[str, Any], Mark.ONLY_IF_ASKED] = field(default_factory=dict)
@@ -87,6 +89,8 @@ class EngineConfig(SeedConfig, WeightsConfig):
 
     def check(self) -> None:
         check_arguments(self.vllm_engine_args)
+        if self.lora_sync == "adapter" and self.use_vllm and self.vllm_mode == "server":
+            raise ConfigError("lora_sync: servers get merged weights only; write merged, or vllm_mode: colocate")
         if self.vllm_quantization is not None and not self.bf16:
             raise ConfigError(
                 f"vllm_quantization: vLLM makes {self.vllm_quantization} of bf16 weights only; write bf16: true, or "

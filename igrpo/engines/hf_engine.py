@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -81,8 +81,9 @@ class HFEngine:
         stop_token_ids: Sequence[int],
         seed: int,
         masks: bool = False,
+        adapter: Mapping[str, Any] | None = None,
     ):
-        self.path, self.config, self.masks = path, config, masks
+        self.path, self.config, self.masks, self.adapter = path, config, masks, adapter
         self.max_model_length = max_model_length
         self.stop_token_ids = list(stop_token_ids)
         self._waiting: list[Request] = []
@@ -171,6 +172,10 @@ class HFEngine:
 
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         """By transformers' own loading, which knows how a folder's tensors become the model's."""
+        if self.adapter is not None:
+            self._push_adapter(source, version)
+            self.version = version
+            return {}
         old = self.model
         try:
             weights = {name: tensor.detach().clone() for name, tensor in source()}  # loading would not copy them
@@ -187,6 +192,21 @@ class HFEngine:
         self.model.generation_config = GenerationConfig()
         self.version = version
         return {}
+
+    def _push_adapter(self, source: WeightSource, version: int) -> None:
+        """Beside the base, which stays as it is."""
+        from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+
+        if not isinstance(self.model, PeftModel):
+            config = LoraConfig.from_peft_type(**self.adapter)
+            self.model = get_peft_model(self.model, config, autocast_adapter_dtype=False).eval()
+        try:
+            found = set_peft_model_state_dict(self.model, dict(source()))
+        except Exception as error:  # a source that stopped half-way, or a tensor that does not fit
+            raise EngineError(f"the push of version {version} failed: {error}") from error
+        missing = [name for name in found.missing_keys if ".lora_" in name]
+        if missing or found.unexpected_keys:
+            raise EngineError(f"the push of version {version}: {[*missing, *found.unexpected_keys][:3]} did not fit")
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:

@@ -34,6 +34,8 @@ class WeightSync:
         self.engine, self.learner = engine, learner
         self.probe = probe_ids[:PROBE_TOKENS]
         self.tolerance = config.probe_tolerance
+        self.alone = learner.adapters is not None and config.lora_sync == "adapter"
+        self.source = learner.adapter_tensors if self.alone else learner.named_tensors
 
     def push(self, version: int) -> dict[str, float]:
         """Pushes and compares. An engine that does not hold what it was sent is replaced and sent it again, once.
@@ -43,11 +45,11 @@ class WeightSync:
         """
         self.engine.sleep()
         own = self.learner.score(self.probe)
-        figures = self.engine.push_weights(self.learner.named_tensors, version)
+        figures = self.engine.push_weights(self.source, version)
         gap = self._gap(own)
         if not gap <= self.tolerance:
             self.engine.restart()
-            figures = self.engine.push_weights(self.learner.named_tensors, version)
+            figures = self.engine.push_weights(self.source, version)
             gap = self._gap(own)
         if not gap <= self.tolerance:
             raise EngineError(
@@ -79,11 +81,11 @@ class WeightSync:
                     f"computes differently in the engine: its log-probabilities of the same weights are {noise:.2f} "
                     f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance:g})"
                 )
-        with disturbed(self.learner):
+        with disturbed(self.learner, self.alone):
             own = self.learner.score(self.probe)
             moved = self._over_processes(before, own)
             try:
-                self.engine.push_weights(self.learner.named_tensors, TRIAL_VERSION)
+                self.engine.push_weights(self.source, TRIAL_VERSION)
             except EngineError as error:
                 raise self._refused(f"cannot be pushed to the engine ({error})") from error
             gap = self._gap(own)
@@ -108,13 +110,15 @@ class WeightSync:
 
 
 @contextmanager
-def disturbed(learner: Any) -> Iterator[None]:
-    """Inside, every weight of the learner is a few percent off; afterwards all are bit for bit what they were."""
-    _flip(learner)
+def disturbed(learner: Any, adapters: bool = False) -> Iterator[None]:
+    """Inside, every weight of the learner is a few percent off, or of the adapters the second factor, which begins as
+    zeros, is another; afterwards all are bit for bit what they were."""
+    flip = _flip_adapters if adapters else _flip
+    flip(learner)
     try:
         yield
     finally:
-        _flip(learner)
+        flip(learner)
 
 
 @torch.no_grad()
@@ -123,3 +127,12 @@ def _flip(learner: Any) -> None:
     for tensor in learner.placement.local_parameters():
         bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
         tensor.view(bits).bitwise_xor_(round(2**-3 / torch.finfo(tensor.dtype).eps))
+
+
+@torch.no_grad()
+def _flip_adapters(learner: Any) -> None:
+    """Turns over the bits of the exponent that make 2^-5 of a zero."""
+    names = [name for name, _ in learner.placement.module.named_parameters()]
+    for name, tensor in zip(names, learner.placement.local_parameters(), strict=False):  # ZeRO-3 gives none
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            tensor.view(torch.int32).bitwise_xor_(torch.tensor(2.0**-5).view(torch.int32).item())

@@ -50,6 +50,11 @@ class VLLMEngine:
         EngineError: vllm did not start.
     """
 
+    sleep_level = 2
+    """Of vLLM: the next push brings all weights."""
+    lora_request: Any = None
+    """Of every request, where an adapter is loaded."""
+
     def __init__(
         self,
         path: str,
@@ -105,7 +110,7 @@ class VLLMEngine:
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.engine = self.llm.llm_engine
-        self.version = 0
+        self.version, self.lora_request = 0, None
 
     def _options(self) -> dict[str, Any]:
         config = self.config
@@ -163,7 +168,8 @@ class VLLMEngine:
         name = f"{self._submitted}"
         self._submitted += 1
         self._running[name] = (request, seed)
-        self.engine.add_request(name, {"prompt_token_ids": list(request.prompt_ids)}, params)
+        prompt = {"prompt_token_ids": list(request.prompt_ids)}
+        self.engine.add_request(name, prompt, params, lora_request=self.lora_request)
 
     def _chosen(self, sampling: Sampling) -> dict[str, Any]:
         """Temperature and top-k. An engine that says what it kept takes no request without a top-k, and none greedy."""
@@ -255,9 +261,9 @@ class VLLMEngine:
             return True
         if not self._sleeps or self._running or self._finished:
             return False
-        # The next push brings all weights; vLLM itself keeps a copy of the model's buffers, rotary tables among them.
+        # vLLM itself keeps a copy of the model's buffers, rotary tables among them.
         # CUDA graphs stay, and stay valid: what comes back lies at the same addresses.
-        self.llm.sleep(level=2)
+        self.llm.sleep(level=self.sleep_level)
         self._asleep, self.version = ["weights", "kv_cache"], UNKNOWN_VERSION
         return True
 
@@ -339,7 +345,7 @@ class VLLMEngine:
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, seed=None if self.on_cpu else 0,
             top_k=1 if self.masks else 0,
         )  # fmt: skip
-        self.engine.add_request("score", {"prompt_token_ids": list(token_ids)}, params)
+        self.engine.add_request("score", {"prompt_token_ids": list(token_ids)}, params, lora_request=self.lora_request)
         logprobs = None
         while logprobs is None:
             for output in self.engine.step():

@@ -103,11 +103,31 @@ class Adapters:
         """Name of the weight that an adapter changes."""
         return f"{plain_name(layer)}.{getattr(self.layers[layer], 'parameter_name', 'weight')}"
 
+    def described(self) -> dict[str, Any]:
+        """As ``adapter_config.json`` says it, for an engine that keeps the base and gets the adapter alone.
+
+        Raises:
+            ConfigError: experts in one tensor, whose adapters such an engine lays out otherwise.
+        """
+        for name in self.fused_experts():
+            raise ConfigError(f"lora_sync: {name} holds fused experts, whose adapters travel merged only; write merged")
+        config = self.wrapper.peft_config[_ADAPTER]
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": config.r, "lora_alpha": config.lora_alpha,
+            "target_modules": sorted(plain_name(name) for name in self.layers), "lora_dropout": 0.0, "bias": "none",
+            "fan_in_fan_out": config.fan_in_fan_out,
+        }  # fmt: skip
+
     def save(self, folder: Path, full_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         """The adapter alone, as peft writes it."""
         state = {f"{_WRAPPED}{name}": tensor for name, tensor in full_tensors if ".lora_" in name}
         # The base model's embedding is no part of it, though peft would add it beside an adapted one.
         self.wrapper.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+
+
+def sent_name(name: str) -> str:
+    """That a factor has in peft's files."""
+    return _WRAPPED + plain_name(name).replace(f".{_ADAPTER}", "")
 
 
 def plain_name(name: str) -> str:

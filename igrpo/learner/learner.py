@@ -17,7 +17,7 @@ from accelerate.utils import gather_object, set_seed
 from igrpo.data_types import TrainingSample
 from igrpo.learner import batching
 from igrpo.learner import state as learner_state
-from igrpo.learner.adapters import Adapters
+from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
@@ -241,12 +241,23 @@ class Learner:
         merged = self.adapters.merged(self._full_tensors())
         return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in merged)
 
-    def _full_tensors(self, compute: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model; as
-        they are, or as they are written where the model computes in ``compute``."""
+    def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The adapters' factors alone, named as in peft's files, in the engine's dtype."""
+        self._settle()
+        compute = torch.bfloat16 if self.config.bf16 else torch.float32
+        for name, tensor in tensors_of(self.unwrapped):
+            if ".lora_" in name:
+                yield sent_name(name), self.placement.whole(tensor, compute)
+
+    def _settle(self) -> None:
         # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
         for placed in filter(None, (self.placement, self.reference)):
             placed.settle()
+
+    def _full_tensors(self, compute: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and buffers that a checkpoint has, and the factors of adapters, under their names in the model; as
+        they are, or as they are written where the model computes in ``compute``."""
+        self._settle()
         for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
                 dtype = None if compute is None else self.saved_format.dtype(name, tensor, compute)

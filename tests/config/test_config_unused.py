@@ -76,6 +76,7 @@ PARTICULAR = {
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
+    "lora_sync": "adapter",
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5,
 }  # fmt: skip

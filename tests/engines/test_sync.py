@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.engines import start_engine, weights
+from igrpo.engines import EngineError, start_engine, weights
 from igrpo.engines.base import TRIAL_VERSION
 from igrpo.engines.hf_engine import HFEngine
 from igrpo.engines.sync import WeightSync, disturbed
@@ -88,6 +88,36 @@ def test_changed_weights_reach_vllm(name, tmp_path):
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(before)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
             assert figures["sync/restarts"] == 0
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("use_vllm", [True, False])
+def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
+    path = save_tiny(tmp_path)
+    alone = {"use_peft": True, "lora_sync": "adapter", "lora_r": 4, "lora_dropout": 0.0, "use_vllm": use_vllm}
+    config = settings(path, **alone)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    engine = start_engine(path, config, 128, [1], 0, adapter=learner.adapters.described())
+    before = [p.detach().clone() for p in learner.unwrapped.parameters()]
+    try:
+        sync = WeightSync(engine, learner, IDS, config)
+        sync.prove(0)
+        assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
+        for version in (1, 2):  # a second adapter takes the place of the first
+            own = learner.score(IDS)
+            with torch.no_grad():
+                for name, p in learner.unwrapped.named_parameters():
+                    if ".lora_B." in name:
+                        p.add_(torch.randn_like(p) * 0.1)
+            figures = sync.push(version)
+            assert torch.tensor(learner.score(IDS)).sub(torch.tensor(own)).abs().mean() > 0.3
+            assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
+        assert not use_vllm or figures["sync/tensors_compared"] == 2 * 2 * 7
+        stranger = [("base_model.model.model.layers.0.nowhere.lora_A.weight", torch.ones(4, 4))]
+        push = engine._push if use_vllm else engine.push_weights  # which would try again on a new engine
+        with pytest.raises(EngineError):
+            push(lambda: stranger, 3)
     finally:
         engine.close()
 

@@ -63,7 +63,7 @@ NOT_THE_RECIPES = {
     "weight_sync_tolerance", "vllm_num_servers", "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer",
     "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
     "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
-    "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args",
+    "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args", "lora_sync",
 }  # fmt: skip
 NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "judge_cache", "reward_env"}
 

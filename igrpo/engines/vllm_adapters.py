@@ -1,0 +1,101 @@
+"""vLLM in this process with the base once and an adapter beside it: a push is the adapter alone.
+
+vLLM reads adapters from folders as peft writes them; ours lie in shared memory for the moment of the push. One adapter
+is ever loaded, under one name, replaced in place.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from igrpo.engines.base import EngineError, WeightSource
+from igrpo.engines.config import EngineConfig
+from igrpo.engines.vllm_engine import VLLMEngine
+from igrpo.engines.weights import Sent, fingerprint, recorded
+
+NAME, NUMBER = "policy", 1
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of adapters, for which vLLM makes room."""
+SHARED_MEMORY = "/dev/shm"
+
+
+class AdapterVLLMEngine(VLLMEngine):
+    """See ``VLLMEngine``; the source of a push gives the adapter's factors, named and laid out as peft has them.
+
+    Args:
+        adapter: what ``adapter_config.json`` says of it.
+    """
+
+    sleep_level = 1  # the base must come back by itself
+
+    def __init__(
+        self,
+        path: str,
+        config: EngineConfig,
+        max_model_length: int,
+        stop_token_ids: Sequence[int],
+        seed: int,
+        adapter: Mapping[str, Any],
+        masks: bool = False,
+    ):
+        self._adapter = adapter
+        super().__init__(path, config, max_model_length, stop_token_ids, seed, masks)
+
+    def _options(self) -> dict[str, Any]:
+        rank = next(rank for rank in RANKS if rank >= self._adapter["r"])
+        return super()._options() | {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+
+    def _push(self, source: WeightSource, version: int) -> int:
+        from vllm.lora.request import LoRARequest
+
+        sent: dict[str, Sent] = {}
+        dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+        with TemporaryDirectory(
+            prefix="igrpo-adapter-", dir=SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
+        ) as f:
+            try:
+                factors = {name: tensor.cpu().contiguous() for name, tensor in recorded(source(), sent, dtype)}
+                save_file(factors, Path(f, "adapter_model.safetensors"))
+                Path(f, "adapter_config.json").write_text(json.dumps(dict(self._adapter)), encoding="utf-8")
+                self.engine.add_lora(LoRARequest(NAME, NUMBER, f, load_inplace=True))
+            except Exception as error:  # whatever went wrong inside, nobody knows what is loaded
+                raise EngineError(f"the adapter of version {version} was not loaded: {error}") from error
+            self.lora_request = LoRARequest(NAME, NUMBER, f)
+        # Requests that run lose their blocks too, and read prompt and tokens so far again under the new adapter.
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("the prefix cache still holds blocks of the old adapter")
+        compared = self._compare_factors(factors)
+        self.version, self._source, self._sent = version, source, sent
+        return compared
+
+    def _compare_factors(self, factors: Mapping[str, torch.Tensor]) -> int:
+        """Bit for bit, the scale multiplied into B as vLLM does it."""
+        scale = self._adapter["lora_alpha"] / self._adapter["r"]
+        expected = {name: _bits(t * scale if ".lora_B." in name and scale != 1 else t) for name, t in factors.items()}
+        there = {bits for found in self.llm.collective_rpc(_loaded) for bits in found}
+        wrong = [name for name, bits in expected.items() if bits not in there]
+        if wrong or not expected:
+            raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
+        return len(expected)
+
+
+def _loaded(worker: Any) -> list[tuple[Any, ...]]:
+    """Of each factor that this worker holds."""
+    adapter = worker.model_runner.lora_manager._adapter_manager.get_adapter(NUMBER)
+    found = []
+    for layer in adapter.loras.values():
+        for factor in (layer.lora_a, layer.lora_b):
+            found += [_bits(t) for t in (factor if isinstance(factor, list) else [factor]) if t is not None]
+    return found
+
+
+def _bits(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return (tuple(tensor.shape), tensor.dtype, int(fingerprint(tensor.contiguous())))
