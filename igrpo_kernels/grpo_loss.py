@@ -175,8 +175,6 @@ def linear_grpo_loss(
             entropies are 0. The loss and its gradient do not change.
         process_group: lm_head_weight and lm_head_bias hold this rank's rows; see `grpo_loss`. The gradient of
             hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
-        lengths: of the sequences of cu_seqlens, where the host knows them (completion_mask must be None). With
-            gradients every token then gets its full work, whether it contributes or not, and the host never waits for
         lengths: of the sequences of cu_seqlens, where the host knows them. Every token then gets its full work
             (completion_mask must be None), whether it contributes or not, and the host never waits for the device. On
             CUDA that is so without them, too, unless completion_mask or compute_metrics=False asks for rows to be
