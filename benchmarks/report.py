@@ -7,6 +7,7 @@ What people wrote by hand (predictions, what was tried, what bounds a kernel) is
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -90,8 +91,22 @@ def page(found: list[dict]) -> str:
     if not any("gpu" in record for record in found):
         parts.append("## CUDA devices\n\nNo record yet. `make gpu-check` on such a machine writes one.\n")
     parts += linear_budget.section()
-    parts += sass.section()
+    parts += [*sass.section(), *launches()]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def launches() -> Iterable[str]:
+    counts = json.loads((records.RESULTS.parent / "launches.json").read_text(encoding="utf-8"))
+    yield "## Launches per call\n"
+    yield (
+        "`grpo_loss` with Triton in bf16, forward and backward together, metrics included, at any number of tokens: "
+        "operators that PyTorch dispatches and Triton's grids, counted without a GPU by `python -m "
+        "tests.kernels.launches`. Packed batches take as many. None waits for the device. What couples sequences in "
+        "another way than GSPO is computed by `objective.py`, operator by operator.\n"
+    )
+    yield "| | launches |\n|---|---|"
+    yield from (f"| {name} | {count} |" for name, count in counts.items() if not name.endswith("packed"))
+    yield ""
 
 
 def machine_section(record: dict) -> Iterable[str]:

@@ -5,8 +5,9 @@ deterministic (a row sum when padded, a segmented reduction without atomics when
 they depend neither on the layout nor on the other sequences, and a sequence of 100,000 tokens loses nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,8 +92,12 @@ class TokenBatch:
         prompt_lengths: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        tables: Callable[..., dict[str, Tensor | None]] | None = None,
     ) -> "TokenBatch":
-        """Validate and flatten. Shapes as in `grpo_loss`; raises ValueError naming the offending shapes."""
+        """Validate and flatten. Shapes as in `grpo_loss`; raises ValueError naming the offending shapes.
+
+        `tables` makes the same tensors in one launch (`triton_batch.token_tables`); None = what is written here.
+        """
         _check_layout(completion_ids, cu_seqlens)
         per_token = {
             "completion_mask": completion_mask,
@@ -104,6 +109,10 @@ class TokenBatch:
             _check_per_token(name, x, completion_ids)
         if lengths is not None:
             _check_lengths(lengths, completion_ids.numel(), cu_seqlens, completion_mask)
+        either = {"advantages": advantages, "loss_weights": loss_weights, "nll_weights": nll_weights}
+        if tables is not None and _may_launch(completion_ids, loss_weights, nll_weights, prompt_lengths):
+            rows = (completion_ids, advantages, *per_token.values(), cu_seqlens)
+            return cls(**_launched(tables, *rows, lengths=lengths, dtype=dtype))
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
         num_sequences, seq_id, in_sequence = _sequences(completion_ids, cu_seqlens)
         mask = in_sequence if completion_mask is None else in_sequence & (completion_mask.reshape(-1) != 0)
@@ -123,18 +132,12 @@ class TokenBatch:
             mask=mask,
             seq_id=seq_id,
             num_sequences=num_sequences,
-            advantages=on_rows("advantages", advantages),
             sequence_advantages=advantages.detach().to(dtype) if per_sequence else None,
             lengths=_segment_sum(mask.to(dtype), cu_seqlens, seq_id, num_sequences),
             cu_seqlens=cu_seqlens,
-            shape=tuple(completion_ids.shape),
-            lengths_on_host=None if lengths is None else tuple(lengths),
-            whole=completion_mask is None,
-            old_per_token_logps=neutral(old_per_token_logps),
-            ref_per_token_logps=neutral(ref_per_token_logps),
-            sampling_per_token_logps=neutral(sampling_per_token_logps),
-            loss_weights=on_rows("loss_weights", loss_weights),
-            nll_weights=on_rows("nll_weights", nll_weights),
+            **_known(completion_ids, completion_mask, lengths),
+            **{name: neutral(x) for name, x in per_token.items() if name != "completion_mask"},
+            **{name: on_rows(name, x) for name, x in either.items()},
             prompt_lengths=None if prompt_lengths is None else prompt_lengths.detach().to(dtype),
         )
 
@@ -219,6 +222,34 @@ def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
             f"token ids must lie in [0, {vocab_size}) on unmasked positions, got values from {low} to {high}; "
             "set completion_mask to 0 where the ids are padding such as -100"
         )
+
+
+def _may_launch(completion_ids: Tensor, *more: Tensor | None) -> bool:
+    """Whether one launch makes the batch: there are rows, no graph is traced, and nothing it does not know is given."""
+    return completion_ids.numel() > 0 and not torch.compiler.is_compiling() and all(x is None for x in more)
+
+
+def _launched(
+    tables: Callable[..., dict[str, Tensor | None]],
+    completion_ids: Tensor,
+    advantages: Tensor,
+    completion_mask: Tensor | None,
+    *rest: Tensor | None,  # old, ref and sampling log-probs, cu_seqlens
+    lengths: Sequence[int] | None,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The fields of a `TokenBatch` from one launch."""
+    cu_seqlens = rest[-1]
+    S = completion_ids.shape[0] if cu_seqlens is None else max(cu_seqlens.numel() - 1, 1)
+    options = {"per_sequence": _is_per_sequence("advantages", advantages, completion_ids, S), "num_sequences": S}
+    made = tables(completion_ids, advantages, completion_mask, *rest, **options, dtype=dtype)
+    return {**made, "num_sequences": S, **_known(completion_ids, completion_mask, lengths)}
+
+
+def _known(ids: Tensor, mask: Tensor | None, lengths: Sequence[int] | None) -> dict[str, Any]:
+    """What the host knows of a batch."""
+    on_host = None if lengths is None else tuple(lengths)
+    return {"shape": tuple(ids.shape), "lengths_on_host": on_host, "whole": mask is None}
 
 
 def _segment_sum(x: Tensor, cu_seqlens: Tensor | None, seq_id: Tensor, num_sequences: int) -> Tensor:

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, pulled_to, reduction_weights
+from igrpo_kernels.objective import coupling, entropy_slope, grpo_objective, policy_factor, pulled_to, reduction_weights
 from igrpo_kernels.source_hash import source_hash
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -64,6 +65,29 @@ class CompiledRows:
         sampled = corrects and batch.sampling_per_token_logps is not None
         factor_follows_logps = sampled and batch.old_per_token_logps is None
         return config.loss.term.one_pass and coupling(batch, config) == "token" and not factor_follows_logps
+
+    def tables(self, device: torch.device) -> Callable[..., dict[str, Tensor | None]] | None:
+        """On a GPU as Triton makes them: there launches cost more than their work."""
+        if device.type != "cuda":
+            return None
+        from igrpo_kernels.triton_rows import TRITON
+
+        return TRITON.tables(device)
+
+    def objective(
+        self,
+        logps: Tensor,
+        entropy: Tensor | None,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `tables`."""
+        if logps.is_cuda:
+            from igrpo_kernels.triton_rows import TRITON
+
+            return TRITON.objective(logps, entropy, batch, config, num_items_in_batch)
+        return grpo_objective(logps, entropy, batch, config, num_items_in_batch)
 
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None

@@ -18,7 +18,7 @@ from igrpo_kernels.fused_loss import LossRows, with_gradients
 from igrpo_kernels.impls import IMPLS
 from igrpo_kernels.lm_head import HeadPlan
 from igrpo_kernels.loss_checks import NAMES
-from igrpo_kernels.objective import grpo_objective, may_contribute, shapes_the_loss
+from igrpo_kernels.objective import may_contribute, shapes_the_loss
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.side_stream import may_ask
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
@@ -59,7 +59,7 @@ def linear_grpo_loss(
             row_mask=measured, fp32_logits=fp32_logits, shard=shard,
         )  # fmt: skip
         used = entropy if config.needs_entropy_gradient else entropy.detach()
-        loss, metrics = grpo_objective(logps, used, batch, config, num_items_in_batch)
+        loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch)
         return loss, logps, entropy, metrics if compute_metrics else {}
     with torch.no_grad():
         detached = [None if x is None else x.detach() for x in leaves]
@@ -78,7 +78,7 @@ def linear_grpo_loss(
             else:
                 arguments = (inputs, contributes, reported, config, needs, plan)
                 logps, entropy, *gradients = fused_linear.token_level_loss(kernels, *detached, *arguments)
-            loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+            loss, metrics = kernels.objective(logps, entropy, batch, config, num_items_in_batch)
     loss = with_gradients(kernels, loss, leaves, gradients)
     return loss, logps, entropy, metrics if compute_metrics else {}
 

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.first_order import first_order_only
-from igrpo_kernels.objective import grpo_objective
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -66,7 +65,7 @@ def grpo_loss(
             logps, entropy, _, grad = kernels.token_loss(x, x if inplace else None, inputs, config)
             if inplace:  # whoever saved these logits for backward must fail instead of reading gradients
                 torch.autograd.graph.increment_version(logits)
-            loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+            loss, metrics = kernels.objective(logps, entropy, batch, config, num_items_in_batch)
         return with_gradients(kernels, loss, [logits], [grad]), logps, entropy, metrics
     logps, entropy = selective_log_softmax(
         kernels,
@@ -79,7 +78,7 @@ def grpo_loss(
     )
     # An entropy that only feeds metrics must not send the gradient kernel a zero coefficient to multiply with.
     used = entropy if config.needs_entropy_gradient else entropy.detach()
-    loss, metrics = grpo_objective(logps, used, batch, config, num_items_in_batch)
+    loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch)
     return loss, logps, entropy, metrics
 
 

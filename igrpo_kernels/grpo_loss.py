@@ -108,6 +108,8 @@ def grpo_loss(
         >>> out.loss.backward()
     """
     check_logits_shape("logits", logits, completion_ids)
+    columns = logits.shape[-1]
+    kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
     batch = TokenBatch.build(
         completion_ids,
         advantages,
@@ -120,13 +122,12 @@ def grpo_loss(
         nll_weights=nll_weights,
         prompt_lengths=prompt_lengths,
         cu_seqlens=cu_seqlens,
+        tables=None if kernels is None else kernels.tables(logits.device),
     )
-    columns = logits.shape[-1]
     shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
     vocab_size = columns if shard is None else shard.vocab_size
     check_index(batch.index, logits.device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     if kernels is None:
         rows = reference.grpo_loss(logits, batch, config, num_items_in_batch, shard=shard, kept=kept)
@@ -196,6 +197,8 @@ def linear_grpo_loss(
         >>> out.loss.backward()
     """
     check_linear_shapes(hidden_states, lm_head_weight, lm_head_bias, completion_ids)
+    columns, device = lm_head_weight.shape[0], hidden_states.device
+    kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
     batch = TokenBatch.build(
         completion_ids,
         advantages,
@@ -209,13 +212,12 @@ def linear_grpo_loss(
         prompt_lengths=prompt_lengths,
         cu_seqlens=cu_seqlens,
         lengths=lengths,
+        tables=None if kernels is None else kernels.tables(device),
     )
-    columns, device = lm_head_weight.shape[0], hidden_states.device
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)
     vocab_size = columns if shard is None else shard.vocab_size
     check_index(batch.index, device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
-    kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     head = (hidden, lm_head_weight, lm_head_bias)

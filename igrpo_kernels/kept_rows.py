@@ -90,6 +90,17 @@ class KeptRows:
         """Never: the objective runs on rows."""
         return False
 
+    def objective(
+        self,
+        logps: Tensor,
+        entropy: Tensor | None,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of rows it is the same."""
+        return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
+
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor ()."""
         self.kernels.scale_(grad, factor)

@@ -5,8 +5,10 @@ dtype, `logits` itself = in place, or a tensor of any dtype. Masked rows are not
 are 0. An index outside the vocabulary makes its row NaN.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
@@ -49,6 +51,19 @@ class RowKernels(Protocol):
         self, logits: Tensor, out: Tensor | None, inputs: tuple[Tensor | None, ...], config: GRPOLossConfig
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """logps (n,), entropy (n,), dloss/dlogps (n,) or None, dlogits."""
+
+    def tables(self, device: torch.device) -> Callable[..., dict[str, Tensor | None]] | None:
+        """What makes a batch's tensors there in one launch, for `TokenBatch.build`; None = PyTorch does."""
+
+    def objective(
+        self,
+        logps: Tensor,  # (n,)
+        entropy: Tensor | None,  # (n,)
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`objective.grpo_objective`: loss () and metrics, differentiable in logps and with a bonus in entropy."""
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor () in place, free where factor is 1."""

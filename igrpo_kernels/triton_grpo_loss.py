@@ -135,6 +135,26 @@ _RUN_TIME = [
 
 
 @triton.jit
+def token_slopes(
+    logp, advantage, old, ref, w, policy_weight, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos,
+    sapo_temperature_neg, beta, TERM: tl.constexpr, KL: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
+):  # fmt: skip
+    """d(token loss)/dw, and the part of d(token loss)/dlogp that does not go through the ratio."""
+    ratio_slope, direct = policy_slopes(
+        logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
+    )
+    ratio_slope = times(policy_weight, ratio_slope)
+    direct = times(policy_weight, direct)
+    if KL != 0:
+        kl, kl_slope = kl_and_slope(ref - logp, KL)
+        if BIAS_CORRECTED:
+            ratio_slope += beta * kl
+            kl_slope = times(kl_slope, w)
+        direct += beta * kl_slope
+    return ratio_slope, direct
+
+
+@triton.jit
 def token_coefficient(
     logp,  # of the token
     advantage,
@@ -165,17 +185,10 @@ def token_coefficient(
         policy_weight = times(
             policy_weight, sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
         )
-    ratio_slope, direct = policy_slopes(
-        logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos, sapo_temperature_neg, TERM
-    )
-    ratio_slope = times(policy_weight, ratio_slope)
-    direct = times(policy_weight, direct)
-    if KL != 0:
-        kl, kl_slope = kl_and_slope(ref - logp, KL)
-        if BIAS_CORRECTED:
-            ratio_slope += beta * kl
-            kl_slope = times(kl_slope, w)
-        direct += beta * kl_slope
+    ratio_slope, direct = token_slopes(
+        logp, advantage, old, ref, w, policy_weight, clip_low, clip_high, delta, dual_clip, sapo_temperature_pos,
+        sapo_temperature_neg, beta, TERM, KL, BIAS_CORRECTED,
+    )  # fmt: skip
     if TERM == "dro":
         direct += times(policy_weight, dro_beta * (logp - old))
     if PULLS:  # to the sampler, where it is known

@@ -1,12 +1,23 @@
 """The row kernels of `impl="triton"`: the operators of `triton_ops.py` as `RowKernels`."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
+from igrpo_kernels import triton_objective
 from igrpo_kernels import triton_ops as ops
 from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.objective import coupling, entropy_slope, policy_factor, pulled_to, reduction_weights
+from igrpo_kernels.objective import (
+    coupling,
+    entropy_slope,
+    grpo_objective,
+    policy_factor,
+    pulled_to,
+    reduction_weights,
+)
+from igrpo_kernels.triton_batch import token_tables
 from igrpo_kernels.triton_grpo_loss import CoefficientInputs, LossKind, LossScalars
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -50,23 +61,44 @@ class TritonRows:
         one_pass = config.loss.term.one_pass and coupling(batch, config) == "token"
         return one_pass and not (rejects and old is None)
 
+    def tables(self, device: torch.device) -> Callable[..., dict[str, Tensor | None]]:
+        """One launch."""
+        return token_tables
+
+    def objective(
+        self,
+        logps: Tensor,
+        entropy: Tensor | None,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Two launches for the losses that they know."""
+        fused = triton_objective.covers(batch, config)
+        function = triton_objective.grpo_objective if fused else grpo_objective
+        return function(logps, entropy, batch, config, num_items_in_batch)
+
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> CoefficientInputs:
         """The kernel's per-row inputs: everything the coefficients need and the logits do not decide."""
         old, in_kernel = batch.old_per_token_logps, (config.importance_sampling_mode or "").startswith("token")
-        known = replace(config, importance_sampling_mode=None) if in_kernel else config
-        policy_weight = None if old is None else policy_factor(old, batch, known)
+        if triton_objective.covers(batch, config):
+            weights, policy_weight, slope = triton_objective.row_weights(batch, config, num_items_in_batch)
+        else:
+            known = replace(config, importance_sampling_mode=None) if in_kernel else config
+            policy_weight = None if old is None else policy_factor(old, batch, known)
+            weights, slope = reduction_weights(batch, config, num_items_in_batch), entropy_slope(batch, config)
         return CoefficientInputs(
             batch.index,
             batch.mask,
             batch.advantages,
-            reduction_weights(batch, config, num_items_in_batch),
+            weights,
             old,
             batch.ref_per_token_logps if config.beta != 0.0 else None,
             batch.sampling_per_token_logps if in_kernel else pulled_to(batch, config),
             policy_weight,
-            entropy_slope(batch, config),
+            slope,
             batch.nll_weights,
         )
 

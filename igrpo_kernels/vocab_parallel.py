@@ -161,6 +161,17 @@ class ShardedRows:
         """Never: a row is spread over the ranks."""
         return False
 
+    def objective(
+        self,
+        logps: Tensor,
+        entropy: Tensor | None,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same on every rank."""
+        return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
+
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor ()."""
         self.kernels.scale_(grad, factor)

@@ -49,6 +49,10 @@ def test_no_kernel_spills(reports, capability, record_property):
         "row_gradient_kernel",
         "token_loss_kernel",
         "scale_kernel",
+        "batch_kernel",
+        "row_weights_kernel",
+        "objective_kernel",
+        "finish_kernel",
     }
     for kernel in kernels:
         print(kernel)
@@ -75,3 +79,17 @@ def test_rows_are_on_grid_x(reports, capability):
     """Peers put the length on grid.y, which ends at 65,535."""
     assert reports(capability)["largest_grid"] >= 70_000
     assert reports(capability)["grids_beyond_x"] == []
+
+
+def test_launches_of_a_call():
+    """Eight, forward and backward together, metrics included; what couples a batch is left to PyTorch."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.launches"]
+    run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    launches = json.loads(run.stdout)
+    record = Path(__file__).parents[2] / "benchmarks" / "launches.json"
+    assert launches == json.loads(record.read_text(encoding="utf-8")), "python -m tests.kernels.launches, and keep it"
+    left = {name: launches.pop(name) for name in ("OPSM", "VESPO", "GMPO")}
+    assert len(launches) > 20 and max(launches.values()) <= 8 and min(launches.values()) >= 3
+    assert max(left.values()) <= 160

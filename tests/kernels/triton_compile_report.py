@@ -51,15 +51,14 @@ def call(
     logits = torch.zeros(B, T + 3, V, dtype=dtype, requires_grad=True) * 1.0
     logits = logits[:, -T - 1 : -1] if view else logits[:, :T].contiguous()
     rows = torch.zeros(B, T)
-    batch = TokenBatch.build(
-        torch.zeros(B, T, dtype=torch.int64),
-        torch.ones(B),
-        dtype=torch.float32,
-        old_per_token_logps=rows,
-        ref_per_token_logps=rows,
-        sampling_per_token_logps=rows,
-    )
-    fused_loss.grpo_loss(TRITON, logits, batch, config, None, inplace=inplace)[0].backward()
+    given = {name: rows for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")}
+    batch, launched = (
+        TokenBatch.build(
+            torch.zeros(B, T, dtype=torch.int64), torch.ones(B), dtype=torch.float32, tables=tables, **given
+        )
+        for tables in (None, TRITON.tables(logits.device))
+    )  # the launched one holds what its memory held, so it must not decide which rows are left out
+    fused_loss.grpo_loss(TRITON, logits, launched, config, None, inplace=inplace)[0].backward()
     hidden = torch.zeros(B * T, H, dtype=dtype, requires_grad=True)
     weight = torch.zeros(V, H, dtype=dtype, requires_grad=True)
     fused_linear_autograd.linear_grpo_loss(TRITON, hidden, weight, None, batch, config, None)[0].backward()
@@ -116,13 +115,17 @@ def main() -> None:
         vary_what_changes_between_steps()
         call(GRPOLossConfig(), B=1, T=70_000, V=1024)
     kernels = []
-    from igrpo_kernels import triton_grpo_loss, triton_logprobs, triton_ops
+    from igrpo_kernels import triton_batch, triton_grpo_loss, triton_logprobs, triton_objective_kernels, triton_ops
 
     for function in (
         triton_logprobs.row_statistics_kernel,
         triton_logprobs.row_gradient_kernel,
         triton_grpo_loss.token_loss_kernel,
         triton_ops.scale_kernel,
+        triton_batch.batch_kernel,
+        triton_objective_kernels.row_weights_kernel,
+        triton_objective_kernels.objective_kernel,
+        triton_objective_kernels.finish_kernel,
     ):
         for kernel in function.device_caches[0][0].values():
             ptx = kernel.asm["ptx"]

@@ -1,0 +1,263 @@
+"""The (n,)- and (S,)-sized work of a loss call in three small launches: what `objective.py` and `loss_metrics.py` say.
+
+    row_weights_kernel   what the one-pass kernel multiplies a token's slope with
+    objective_kernel     per sequence: its share of loss and metrics, and for losses in two passes dloss/dlogp
+    finish_kernel        loss and metrics from those shares
+
+`covers` says for which losses; all else, a setting or a tensor of the batch that this file does not name included, is
+computed by `objective.py`, which stays the definition and which the tests compare these kernels with.
+"""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.first_order import first_order_only
+from igrpo_kernels.losses import (
+    CISPO,
+    CLIPPED,
+    CONSTANT_LENGTH,
+    DPPO_KL,
+    DPPO_TV,
+    NUM_ITEMS,
+    SAPO,
+    SEQUENCE_MEAN,
+    SEQUENCE_SUM,
+    TOKEN_MEAN,
+)
+from igrpo_kernels.triton_grpo_loss import LossKind, LossScalars
+from igrpo_kernels.triton_launch import on_device
+from igrpo_kernels.triton_objective_kernels import COLUMNS, SCALARS, finish_kernel, objective_kernel, row_weights_kernel
+from igrpo_kernels.types import GRPOLossConfig
+
+_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL)
+_REDUCTIONS = {
+    "sequence_mean": SEQUENCE_MEAN,
+    "sequence_sum": SEQUENCE_SUM,
+    "constant_length": CONSTANT_LENGTH,
+    "token_mean": TOKEN_MEAN,
+    "num_items": NUM_ITEMS,
+}
+_MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_SETTINGS = {  # every value of which the kernels know; any other key keeps its default
+    "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "dual_clip", "beta", "kl_estimator",
+    "use_bias_correction_kl", "temperature", "entropy_coef", "importance_sampling_mode", "importance_sampling_clip_min",
+    "importance_sampling_clip_max", "max_completion_length", "sapo_temperature_neg", "sapo_temperature_pos",
+    "logit_scale", "final_logit_softcapping",
+}  # fmt: skip
+_TENSORS = {
+    "index", "mask", "seq_id", "num_sequences", "advantages", "sequence_advantages", "lengths", "cu_seqlens", "shape",
+    "lengths_on_host", "whole", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps",
+}  # fmt: skip
+
+RESULTS = (
+    "policy_loss",
+    "entropy",
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "clip_ratio/dual_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/high_max",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
+)
+_BLOCK = 256
+
+
+def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
+    """Whether the kernels compute this loss."""
+    known = all(f.name in _SETTINGS or getattr(config, f.name) == f.default for f in fields(config))
+    known = known and all(f.name in _TENSORS or getattr(batch, f.name) is None for f in fields(batch))
+    return (
+        known
+        and not torch.compiler.is_compiling()
+        and any(config.loss.term is term for term in _TERMS)
+        and any(config.loss.reduction is reduction for reduction in _REDUCTIONS.values())
+        and config.importance_sampling_level in ("token", "sequence")
+        and config.importance_sampling_mode in _MODES
+        and batch.mask.numel() > 0
+    )
+
+
+def row_weights(
+    batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dloss/d(token loss) (n,), sampler ratio of the row's sequence (n,) or None, dloss/dentropy () or None."""
+    like, mode = batch.lengths, config.importance_sampling_mode or ""
+    weights = torch.empty(batch.mask.shape, dtype=like.dtype, device=like.device)
+    of_sequence = mode.startswith("sequence") and batch.old_per_token_logps is not None
+    policy_weights = torch.empty_like(weights) if of_sequence else None
+    entropy_slope = torch.empty((), dtype=like.dtype, device=like.device) if config.needs_entropy_gradient else None
+    scalars, (reduction, items, number) = LossScalars.of(config), _denominator(config, num_items_in_batch, like)
+    with on_device(like):
+        row_weights_kernel[(batch.num_sequences,)](
+            batch.mask.view(torch.uint8),
+            like,
+            _contiguous(batch.cu_seqlens),
+            items,
+            batch.old_per_token_logps if of_sequence else None,
+            batch.sampling_per_token_logps if of_sequence else None,
+            weights,
+            policy_weights,
+            entropy_slope,
+            batch.mask.numel(),
+            batch.mask.numel() // batch.num_sequences,
+            batch.num_sequences,
+            number,
+            float(config.max_completion_length or 0),
+            float(config.entropy_coef),
+            scalars.sampler_low,
+            scalars.sampler_high,
+            REDUCTION=reduction,
+            MASKS=mode.endswith("mask"),
+            BLOCK=_BLOCK,
+            enable_fp_fusion=True,
+        )
+    return weights, policy_weights, entropy_slope
+
+
+def grpo_objective(
+    per_token_logps: Tensor,  # (n,)
+    entropy: Tensor | None,  # (n,)
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`objective.grpo_objective` of a loss that `covers` names, in two launches; differentiable once."""
+    leaves = (per_token_logps, entropy if config.needs_entropy_gradient else None)
+    differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
+    loss, results = _Objective.apply(per_token_logps, entropy, batch, config, num_items_in_batch, differentiable)
+    named = dict(zip(RESULTS, results.unbind(), strict=True))
+    return loss, {name: named[source] for name, source in _metric_names(batch, config, entropy is not None)}
+
+
+class _Objective(torch.autograd.Function):
+    """The kernels write dloss/dlogps with the loss; backward multiplies it with the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx, logps, entropy, batch, config, num_items_in_batch, differentiable):
+        n, like = batch.mask.numel(), batch.lengths
+        grads = [None, None]
+        if differentiable:
+            count = 2 if config.needs_entropy_gradient else 1
+            grads = [torch.empty(n, dtype=like.dtype, device=like.device) for _ in range(count)] + [None] * (2 - count)
+        loss, results = _launch(logps, entropy, grads, batch, config, num_items_in_batch)
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(results)
+        ctx.set_materialize_grads(False)
+        return loss, results
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx, upstream: Tensor | None, _):
+        if upstream is None:
+            return None, None, None, None, None, None
+        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None, None
+
+
+def _launch(
+    logps: Tensor,  # (n,)
+    entropy: Tensor | None,  # (n,)
+    grads: list[Tensor | None],  # (n,) each: dloss/dlogps and dloss/dentropy, written
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+) -> tuple[Tensor, Tensor]:
+    """Loss () and RESULTS."""
+    n, S, like = batch.mask.numel(), batch.num_sequences, batch.lengths
+    shares = torch.empty((COLUMNS, S), dtype=torch.float64, device=like.device)
+    loss = torch.empty((), dtype=like.dtype, device=like.device)
+    results = torch.empty(len(RESULTS), dtype=like.dtype, device=like.device)
+    kind, mode = LossKind.of(config), config.importance_sampling_mode or ""
+    sampled = batch.sampling_per_token_logps is not None and mode != ""
+    sampler = {"truncate": 1, "mask": 2}[mode.split("_")[1]] if sampled else 0
+    of_sequences = config.importance_sampling_level == "sequence"
+    reduction, items, number = _denominator(config, num_items_in_batch, like)
+    with on_device(like):
+        objective_kernel[(S,)](
+            logps.detach(),
+            None if entropy is None else entropy.detach(),
+            batch.mask.view(torch.uint8),
+            batch.advantages.contiguous(),
+            _contiguous(batch.sequence_advantages),
+            batch.old_per_token_logps,
+            batch.ref_per_token_logps if kind.kl else None,
+            batch.sampling_per_token_logps,
+            like,
+            _contiguous(batch.cu_seqlens),
+            items,
+            shares,
+            *grads,
+            n,
+            n // S,
+            S,
+            number,
+            float(config.max_completion_length or 0),
+            float(config.entropy_coef),
+            *(getattr(LossScalars.of(config), name) for name in SCALARS),
+            TERM=kind.term,
+            SAMPLER=sampler,
+            SAMPLER_OF_SEQUENCE=sampled and mode.startswith("sequence"),
+            KL=kind.kl,
+            BIAS_CORRECTED=bool(kind.bias_corrected_kl),
+            SEQUENCE=of_sequences,
+            REDUCTION=reduction,
+            BLOCK=_BLOCK,
+            enable_fp_fusion=True,
+        )
+        finish_kernel[(1,)](
+            shares,
+            loss,
+            results,
+            S,
+            float(config.entropy_coef),
+            OF_SEQUENCES=of_sequences and batch.sequence_advantages is not None,
+            BLOCK=_BLOCK,
+            enable_fp_fusion=True,
+        )
+    return loss, results
+
+
+def _denominator(
+    config: GRPOLossConfig, num_items_in_batch: Tensor | float | None, like: Tensor
+) -> tuple[str, Tensor | None, float]:
+    """The kernels' name of the reduction, and num_items_in_batch as a tensor or a number."""
+    reduction = next(name for name, row in _REDUCTIONS.items() if config.loss.reduction is row)
+    if reduction != "num_items":
+        return reduction, None, 0.0
+    if num_items_in_batch is None:
+        return "token_mean", None, 0.0
+    if isinstance(num_items_in_batch, Tensor):
+        return reduction, num_items_in_batch.detach().to(like.device), 0.0
+    return reduction, None, float(num_items_in_batch)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _metric_names(batch: TokenBatch, config: GRPOLossConfig, with_entropy: bool) -> list[tuple[str, str]]:
+    """Which metrics `loss_metrics.py` reports, and which of RESULTS each is."""
+    term, names = config.loss.term, []
+    names += ["entropy"] if with_entropy else []
+    names += ["kl"] if config.beta != 0.0 else []
+    names += ["policy_loss"] if config.entropy_coef != 0.0 else []
+    if term is CLIPPED:
+        names += [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
+        names += ["clip_ratio/dual_mean"] if config.dual_clip is not None else []
+    elif term in (DPPO_TV, DPPO_KL):
+        names += [f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean")]
+    pairs = [(name, name) for name in names]
+    if term is CISPO:
+        pairs.append(("cispo_clip_ratio", "clip_ratio/high_mean"))
+    if batch.sampling_per_token_logps is not None:
+        wanted = "sampling/" if config.importance_sampling_mode is not None else "sampling/sampling_logp"
+        pairs += [(name, name) for name in RESULTS if name.startswith(wanted)]
+    return pairs

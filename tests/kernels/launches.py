@@ -1,0 +1,114 @@
+"""Counts what a call would launch on a GPU, without one: the operators that PyTorch dispatches, and Triton's grids.
+
+    python -m tests.kernels.launches        prints {case: launches} as JSON, forward and backward together
+
+Views and uninitialised memory launch nothing. Copies to the host, which would wait for the device, raise.
+"""
+
+import json
+from collections.abc import Callable
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.sass_kernels import CompileOnlyDriver
+from igrpo_kernels import GRPOLossConfig, batch, fused_loss
+from igrpo_kernels.triton_rows import TRITON
+from igrpo_kernels.types import LogitTransform
+
+B, T, V = 4, 8, 1024
+CASES = {
+    "plain": {},
+    "KL": {"beta": 0.1},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "token correction": {"importance_sampling_mode": "token_truncate"},
+    "sequence correction": {"importance_sampling_mode": "sequence_mask"},
+    "DAPO with all of it": {
+        "loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.1, "importance_sampling_mode": "token_mask",
+    },
+    "CISPO": {"loss_type": "cispo"},
+    "SAPO": {"loss_type": "sapo"},
+    "DPPO": {"loss_type": "dppo_tv"},
+    "GSPO": {"importance_sampling_level": "sequence"},
+    "GSPO with all of it": {
+        "importance_sampling_level": "sequence", "beta": 0.1, "entropy_coef": 0.1,
+        "importance_sampling_mode": "sequence_truncate",
+    },
+    "OPSM": {"off_policy_mask_threshold": 0.1},
+    "VESPO": {"loss_type": "vespo"},
+    "GMPO": {"loss_type": "gmpo"},
+}  # fmt: skip
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that compute something."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function)
+        assert "local_scalar_dense" not in name, "the host waits for the device"
+        out = function(*args, **(kwargs or {}))
+        storages = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        view = made and all(x.untyped_storage().data_ptr() in storages for x in made)
+        if not (view and not function._schema.is_mutable) and "empty" not in name and "igrpo_kernels" not in name:
+            self.names.append(name)
+        return out
+
+
+def loss_call(options: dict, packed: bool) -> Callable[[], None]:
+    """A loss and its backward, whose inputs exist."""
+    config = GRPOLossConfig(**options)
+    logits = torch.zeros(B, T, V, dtype=torch.bfloat16, requires_grad=True)
+    rows = torch.zeros(B, T)
+    ids, mask, advantages = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64), torch.ones(B)
+    offsets = torch.arange(0, B * T + 1, T, dtype=torch.int32)
+    sampling = rows if config.importance_sampling_mode or config.off_policy_mask_threshold else None
+    given = {
+        "completion_mask": mask, "old_per_token_logps": rows, "sampling_per_token_logps": sampling,
+        "ref_per_token_logps": rows if config.beta else None,
+    }  # fmt: skip
+    if packed:
+        given = {name: None if x is None else x.view(-1) for name, x in given.items()} | {"cu_seqlens": offsets}
+
+    def call() -> None:
+        made = batch.TokenBatch.build(
+            ids.view(-1) if packed else ids, advantages, dtype=torch.float32, tables=TRITON.tables(logits.device),
+            **given,
+        )  # fmt: skip
+        x = logits.view(-1, V) if packed else logits
+        fused_loss.grpo_loss(TRITON, x, made, config, None, inplace=False)[0].backward()
+
+    return call
+
+
+def log_probs_call() -> None:
+    logits, index = torch.empty(B, T, V, dtype=torch.bfloat16, requires_grad=True), torch.empty(B, T).long()
+    options = {"return_entropy": True}
+    logps, entropy = fused_loss.selective_log_softmax(TRITON, logits, index, LogitTransform(), **options)
+    torch.autograd.backward([logps, entropy], [logps.detach(), entropy.detach()])
+
+
+def main() -> None:
+    driver = CompileOnlyDriver(90)
+    triton.runtime.driver.set_active(driver)
+    batch.values_may_be_read = lambda x: False  # as on a GPU
+    found = {}
+    calls = {name: loss_call(options, False) for name, options in CASES.items()}
+    # Offsets that no kernel wrote must not reach PyTorch, so only what needs none of it.
+    calls |= {f"{name}, packed": loss_call(CASES[name], True) for name in list(CASES)[: list(CASES).index("OPSM")]}
+    for name, call in {**calls, "selective_log_softmax": log_probs_call}.items():
+        driver.grids.clear()
+        with Launches() as launches:
+            call()
+        found[name] = len(launches.names) + len(driver.grids)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

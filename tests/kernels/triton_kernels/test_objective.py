@@ -1,0 +1,199 @@
+"""The objective's kernels against `objective.py` on rows of log-probabilities, and the batch's against `batch.py`."""
+
+from dataclasses import fields, make_dataclass
+from itertools import product
+
+import pytest
+import torch
+
+from igrpo_kernels import GRPOLossConfig, triton_batch, triton_objective
+from igrpo_kernels import batch as batch_module
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.losses import LOSSES
+from igrpo_kernels.objective import entropy_slope, grpo_objective, reduction_weights, rows, sampler_ratio
+from tests.kernels.oracle import LOSS_LEVELS
+
+COVERED = [
+    (name, level)
+    for name, level in LOSS_LEVELS
+    if LOSSES[name].term in triton_objective._TERMS and LOSSES[name].reduction in triton_objective._REDUCTIONS.values()
+    if level != "sequence_token"
+]
+ONE_OF_A_TERM = [x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl")]
+CLIPS = {"importance_sampling_clip_min": 0.8, "importance_sampling_clip_max": 1.2}
+OPTIONS = {
+    "plain": {},
+    "k1": {"beta": 0.3, "kl_estimator": "k1", "entropy_coef": 0.1},
+    "k2": {"beta": 0.3, "kl_estimator": "k2", "use_bias_correction_kl": False},
+    "k3": {"beta": 0.3},
+    "delta": {"delta": 1.05},
+    "dual_clip": {"dual_clip": 1.05},
+    **{mode: {"importance_sampling_mode": mode, **CLIPS} for mode in triton_objective._MODES[1:4]},
+    "sequence_mask": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_min": 0.5},
+}
+LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
+
+
+def applies(loss_type, level, name):
+    """Every option of one loss of each term, and the others once: they differ in the reduction alone."""
+    settings = {"delta", "dual_clip"} & OPTIONS[name].keys()
+    return settings <= set(LOSSES[loss_type].term.settings) and ((loss_type, level) in ONE_OF_A_TERM or name == "k1")
+
+
+CASES = [(*case, name) for case, name in product(COVERED, OPTIONS) if applies(*case, name)]
+
+
+def batch_of(layout, device, dtype=torch.float64, *, per_token=False, without=(), masked=True):
+    """Log-probs, entropies and a batch whose ratios lie around the borders, with a NaN of the sampler."""
+    generator = torch.Generator().manual_seed(0)
+    n = sum(LENGTHS) if layout == "packed" else 4 * max(LENGTHS)
+    shape = (n,) if layout == "packed" else (4, n // 4)
+    draw = lambda scale: scale * torch.randn(n, generator=generator, dtype=torch.float64)  # noqa: E731
+    old = -1.0 + draw(0.3)
+    logps, ref, sampling, entropy = old + draw(0.2), old + draw(0.2), old + draw(0.1), draw(0.5).abs()
+    sampling[::17] = torch.nan
+    mask = torch.rand(n, generator=generator) > 0.2
+    if layout == "padded":
+        mask &= (torch.arange(n // 4) < torch.tensor(LENGTHS)[:, None]).reshape(-1)
+    advantages = draw(1.0).view(shape) if per_token else torch.tensor([1.0, -1.0, 0.7, 0.0])
+    given = {"old_per_token_logps": old, "ref_per_token_logps": ref, "sampling_per_token_logps": sampling}
+    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], device=device)
+    batch = TokenBatch.build(
+        torch.zeros(shape, dtype=torch.int64, device=device), advantages.to(dtype).to(device), dtype=dtype,
+        completion_mask=mask.view(shape).to(device) if masked else None,
+        cu_seqlens=cu_seqlens if layout == "packed" else None,
+        **{k: v.view(shape).to(dtype).to(device) for k, v in given.items() if k not in without},
+    )  # fmt: skip
+    return [x.to(dtype).to(device) for x in (logps, entropy)], batch
+
+
+def compare(leaves, batch, config, num_items, *, extreme=False):
+    results = []
+    for objective in (grpo_objective, triton_objective.grpo_objective):
+        logps, entropy = (x.clone().requires_grad_() for x in leaves)
+        loss, metrics = objective(logps, entropy, batch, config, num_items)
+        (1.7 * loss).backward()
+        results.append({"loss": loss, **metrics, "dlogps": logps.grad, "dentropy": entropy.grad})
+    truth, ours = results
+    assert extreme or truth["dlogps"].any()
+    if extreme:  # infinite and NaN gradients are alike: autograd meets inf - inf on its way to an infinity
+        for result in results:
+            result["dlogps"] = result["dlogps"].masked_fill(~result["dlogps"].isfinite(), torch.nan)
+    assert ours.keys() == truth.keys() and (ours["dentropy"] is None) == (config.entropy_coef == 0.0)
+    for name, value in truth.items():
+        if value is not None:
+            close = {"rtol": 1e-12, "atol": 1e-15, "equal_nan": True}
+            torch.testing.assert_close(ours[name], value, **close, msg=lambda words, name=name: f"{name}: {words}")
+
+
+@pytest.mark.parametrize(("loss_type", "level", "name"), CASES)
+def test_every_loss(device, loss_type, level, name):
+    i = CASES.index((loss_type, level, name))  # layouts and inputs take turns
+    config = GRPOLossConfig(loss_type, level, max_completion_length=9, **OPTIONS[name])
+    leaves, batch = batch_of(("padded", "packed")[i % 2], device, per_token=i % 5 == 0, masked=i % 3 > 0)
+    assert triton_objective.covers(batch, config)
+    compare(leaves, batch, config, (None, 17, torch.tensor(23, device=device))[i % 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("options", [{}, {"masked": False, "per_token": True, "without": ("old_per_token_logps",)}])
+def test_the_batch(device, layout, dtype, options, monkeypatch):
+    _, plain = batch_of(layout, device, dtype, **options)
+    build = TokenBatch.build
+    monkeypatch.setattr(TokenBatch, "build", lambda *a, **k: build(*a, **k, tables=triton_batch.token_tables))
+    _, launched = batch_of(layout, device, dtype, **options)
+    for field in fields(TokenBatch):
+        true, ours = getattr(plain, field.name), getattr(launched, field.name)
+        if isinstance(true, torch.Tensor):
+            assert true.dtype == ours.dtype and true.shape == ours.shape, field.name
+            torch.testing.assert_close(ours, true, rtol=0, atol=0, equal_nan=True, msg=field.name)
+        else:
+            assert true == ours, field.name
+
+
+def test_the_batch_of_views_and_narrow_types(device):
+    """Expanded and sliced inputs, int32 ids and offsets, masks of floats, rows before and behind the sequences."""
+    ids = torch.arange(24, dtype=torch.int32, device=device).view(4, 6)[:, 1:5]
+    given = {
+        "completion_mask": torch.tensor([[1.0, 0.0, 1.0, 1.0]], device=device).expand(4, 4),
+        "old_per_token_logps": torch.arange(16.0, device=device, dtype=torch.bfloat16).view(4, 4).T,
+        "sampling_per_token_logps": torch.arange(16.0, device=device, dtype=torch.float64).view(4, 4).requires_grad_(),
+    }
+    advantages = torch.arange(8.0, device=device)[::2]
+    offsets = torch.tensor([0, 0, 4, 10, 16], dtype=torch.int32, device=device)
+    packed = {"cu_seqlens": offsets, **{k: v.reshape(-1) for k, v in given.items()}}
+    for call in (
+        lambda **o: TokenBatch.build(ids, advantages, dtype=torch.float32, **given, **o),
+        lambda **o: TokenBatch.build(ids.reshape(-1), advantages, dtype=torch.float32, **packed, **o),
+    ):
+        plain, launched = call(), call(tables=triton_batch.token_tables)
+        for field in fields(TokenBatch):
+            true, ours = getattr(plain, field.name), getattr(launched, field.name)
+            assert torch.equal(true, ours) if isinstance(true, torch.Tensor) else true == ours, field.name
+
+
+def test_offsets_that_no_host_checked_leave_rows_out(device, monkeypatch):
+    monkeypatch.setattr(batch_module, "values_may_be_read", lambda x: False)  # as on a GPU
+    offsets = torch.tensor([2, 5, 9], device=device)
+    given = (torch.ones(12, dtype=torch.int64, device=device), torch.ones(2, device=device))
+    plain, launched = (
+        TokenBatch.build(*given, dtype=torch.float32, cu_seqlens=offsets, tables=tables)
+        for tables in (None, triton_batch.token_tables)
+    )
+    for name in ("index", "mask", "seq_id", "advantages", "lengths"):
+        assert torch.equal(getattr(plain, name), getattr(launched, name)), name
+    weights, *_ = triton_objective.row_weights(launched, GRPOLossConfig(), None)
+    assert torch.equal(weights, reduction_weights(plain, GRPOLossConfig(), None))
+
+
+@pytest.mark.parametrize("mode", [None, *triton_objective._MODES[1:]])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])  # a reduction each
+def test_row_weights(device, loss_type, layout, mode):
+    config = GRPOLossConfig(
+        loss_type, max_completion_length=9, entropy_coef=0.1, importance_sampling_mode=mode, **CLIPS
+    )
+    _, batch = batch_of(layout, device)
+    for num_items in (None, 17.5, torch.tensor([23], device=device)):
+        weights, ratio, slope = triton_objective.row_weights(batch, config, num_items)
+        torch.testing.assert_close(weights, reduction_weights(batch, config, num_items), rtol=1e-14, atol=0)
+        torch.testing.assert_close(slope, entropy_slope(batch, config), rtol=1e-14, atol=0)
+        assert (ratio is not None) == (mode or "").startswith("sequence")
+        if ratio is not None:
+            true = rows(sampler_ratio(batch.old_per_token_logps, batch, config), batch, config)
+            torch.testing.assert_close(ratio, batch.masked(true), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("mode", triton_objective._MODES)
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_without_old_log_probs(device, level, mode):
+    config = GRPOLossConfig("bnpo", level, beta=0.1, entropy_coef=0.1, importance_sampling_mode=mode, **CLIPS)
+    leaves, batch = batch_of("packed", device, without=("old_per_token_logps",))
+    compare(leaves, batch, config, None)
+
+
+@pytest.mark.parametrize("option", [{}, {"beta": 0.1, "importance_sampling_mode": "token_mask"}])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 200.0, -2000.0])
+@pytest.mark.parametrize(("loss_type", "level"), ONE_OF_A_TERM)
+def test_extreme_ratios(device, loss_type, level, value, option):
+    """0 · inf = 0, and a NaN shows: in one token of advantage > 0, one < 0 and one of a sequence without advantage."""
+    leaves, batch = batch_of("packed", device)
+    rows_there = [int(batch.mask[300:].nonzero()[0]) + 300, *batch.mask[:300].nonzero()[:1].flatten().tolist()]
+    batch.old_per_token_logps[rows_there] = value
+    compare(leaves, batch, GRPOLossConfig(loss_type, level, max_completion_length=9, **option), None, extreme=True)
+
+
+def test_what_the_kernels_do_not_know_is_left_to_the_objective(device):
+    _, batch = batch_of("padded", device)
+    assert triton_objective.covers(batch, GRPOLossConfig())
+    for other in ({"off_policy_mask_threshold": 0.1}, {"top_entropy_quantile": 0.5}, {"loss_type": "gmpo"}):
+        assert not triton_objective.covers(batch, GRPOLossConfig(**other))
+    named = {f.name for f in fields(TokenBatch)}
+    assert named >= triton_objective._TENSORS and {f.name for f in fields(GRPOLossConfig)} >= triton_objective._SETTINGS
+    new = make_dataclass("New", [("another", torch.Tensor | None, None)], bases=(TokenBatch,), frozen=True)
+    values = {f.name: getattr(batch, f.name) for f in fields(TokenBatch)}
+    assert triton_objective.covers(new(**values), GRPOLossConfig())
+    assert not triton_objective.covers(new(**values, another=batch.old_per_token_logps), GRPOLossConfig())
+    setting = make_dataclass("Setting", [("another", float, 0.0)], bases=(GRPOLossConfig,), frozen=True)
+    assert triton_objective.covers(batch, setting()) and not triton_objective.covers(batch, setting(another=0.1))
