@@ -10,6 +10,7 @@ from igrpo_kernels.losses import LOSSES
 from tests.kernels.oracle import (
     IMPLS,
     LOSS_LEVELS,
+    REQUIRED,
     boundary_inputs,
     full_config,
     linear_loss_and_grads,
@@ -202,7 +203,7 @@ def test_a_nan_in_the_old_log_probs_shows_in_the_gradient(impl, loss_type, level
     delta = {"delta": 2.0} if "delta" in LOSSES[loss_type].term.settings else {}
     options = [{}, {**delta, "beta": 0.1, "importance_sampling_mode": "token_truncate"}]
     for option in options:
-        config = GRPOLossConfig(loss_type, level, max_completion_length=3, **option)
+        config = GRPOLossConfig(loss_type, level, max_completion_length=3, **REQUIRED.get(loss_type, {}), **option)
         nans = []
         for name in ("torch", impl):
             logits = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -211,6 +212,7 @@ def test_a_nan_in_the_old_log_probs_shows_in_the_gradient(impl, loss_type, level
                 logits * 1.0, torch.zeros(2, 2, dtype=torch.long), torch.full((2,), advantage), config=config,
                 old_per_token_logps=old, sampling_per_token_logps=torch.full((2, 2), -1.5) if option else None,
                 ref_per_token_logps=torch.full((2, 2), -1.5) if option else None, impl=name,
+                prompt_lengths=torch.full((2,), 4) if loss_type == "prompt_mean" else None,
             )  # fmt: skip
             out.loss.backward()
             nans.append(logits.grad.isnan().all(-1).tolist())

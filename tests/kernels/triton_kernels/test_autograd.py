@@ -44,13 +44,13 @@ def test_opcheck(row_arguments, name, monkeypatch):
     logits, index, mask, (a, b, c, d, e) = row_arguments
     transform = (1.0, None, 0.7)
     row_max, log_sum = logits.amax(-1), torch.zeros_like(a)
-    loss_inputs = ([index, mask, a, b, c, None, None, None, d[0]], *transform, [1.0] * 9)
+    loss_inputs = ([index, mask, a, b, c, None, None, None, d[0], None], *transform, [1.0] * len(LossScalars._fields))
     arguments = {
         "row_statistics": (logits, index, mask, *transform, True),
         "row_gradient": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
         "row_gradient_": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
-        "token_loss": (logits, *loss_inputs, "clipped", [0, 0, 1]),
-        "token_loss_": (logits, *loss_inputs, "clipped", [0, 0, 1]),
+        "token_loss": (logits, *loss_inputs, "clipped", [0, 0, 1, 0]),
+        "token_loss_": (logits, *loss_inputs, "clipped", [0, 0, 1, 0]),
         "scale_": (logits, a[0]),
     }[name]
     torch.library.opcheck(getattr(OPS, name).default, arguments, test_utils=CHECKS)
