@@ -44,7 +44,11 @@ def test_opcheck(row_arguments, name, monkeypatch):
     logits, index, mask, (a, b, c, d, e) = row_arguments
     transform = (1.0, None, 0.7)
     row_max, log_sum = logits.amax(-1), torch.zeros_like(a)
-    loss_inputs = ([index, mask, a, b, c, None, None, None, d[0], None], *transform, [1.0] * len(LossScalars._fields))
+    loss_inputs = (
+        [index, mask, a, b, c, None, None, None, d[0], None],
+        *transform,
+        [1.0] * len(triton_ops.LossScalars._fields),
+    )
     arguments = {
         "row_statistics": (logits, index, mask, *transform, True),
         "row_gradient": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
