@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     PrefixChange,
@@ -127,6 +128,8 @@ def _kept(model: Any) -> list[str]:
     if any(isinstance(tensor, FakeTensor) for tensor in state.values()):  # a rehearsal's: no memory to compare
         with unset_fake_temporarily():
             state = {name: torch.empty(tensor.shape, device="meta") for name, tensor in state.items()}
+    # A model that was read in parts: which weights are one is seen in any part, without asking other processes.
+    state = {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in state.items()}
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     try:

@@ -100,7 +100,7 @@ def build(
         model = tiny_llama(tied=tied)
     else:
         model = load_policy(str(files), config, divide=Fsdp2.divider(config) if read_in_parts else None)
-        READ_IN_PARTS.append(all(isinstance(p, DTensor) for p in model.parameters()))
+        READ_IN_PARTS.append(all(isinstance(p, DTensor) for p in model.model.layers.parameters()))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     learner = Learner(model, reference, config, pad_token_id=0)
@@ -154,6 +154,7 @@ def runs_no_code(learner: Learner, folder: Path) -> None:
 FILES: dict[str, tuple[dict[str, Any], bool]] = {
     "tied, bf16": ({}, True),
     "pickled": ({"use_peft": True, "lora_dropout": 0.0}, True),
+    "tied, pickled twice": ({}, True),
     "without a head": ({}, False),
     "qwen3_moe": ({}, True),
     "olmo_hybrid": ({}, False),
@@ -164,10 +165,10 @@ rows of several weights in one, and what no file has is drawn as for a whole mod
 
 def write_models(folder: Path) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(folder / "tied, bf16")
-    untied = tiny_llama(tied=False)
-    for name in ("pickled", "without a head"):
-        untied.config.save_pretrained(folder / name)
-        kept = {k: v for k, v in untied.state_dict().items() if name == "pickled" or k != "lm_head.weight"}
+    for name in ("pickled", "tied, pickled twice", "without a head"):
+        model = tiny_llama(tied="tied" in name)
+        model.config.save_pretrained(folder / name)
+        kept = {k: v for k, v in model.state_dict().items() if "pickled" in name or k != "lm_head.weight"}
         torch.save(kept, folder / name / "pytorch_model.bin")
     for name in ("qwen3_moe", "olmo_hybrid"):
         tiny_model(tiny_config(name)).save_pretrained(folder / name)

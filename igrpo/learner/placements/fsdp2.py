@@ -73,12 +73,16 @@ class Fsdp2(Placement):
         processes = PartialState(cpu=config.use_cpu).num_processes
         mesh = init_device_mesh("cpu", (processes,))
 
-        def part(p: torch.Tensor) -> torch.Tensor:
-            enough = p.ndim > 0 and len(p.chunk(processes)) == processes
-            return _shard(p, mesh) if enough else p  # of 8 experts over 16 processes, transformers cannot read none
-
-        def divide(model: torch.nn.Module) -> None:
-            model.load_state_dict(_each(model, part), strict=False, assign=True)
+        def divide(model: Any) -> None:
+            # Tied weights that are both in the files are compared, and NCCL has no collective for what lies on the CPU;
+            # of 8 experts over 16 processes, transformers cannot read none.
+            tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+            shards = {
+                name: torch.nn.Parameter(_shard(p.detach(), mesh), requires_grad=p.requires_grad)
+                for name, p in model.named_parameters()
+                if name not in tied and p.ndim and len(p.chunk(processes)) == processes
+            }
+            model.load_state_dict(shards, strict=False, assign=True)
 
         return divide
 
