@@ -8,7 +8,7 @@ from igrpo_kernels.integrations.openrlhf import PolicyLoss, log_probs_from_logit
 import torch
 from torch import Tensor
 
-from igrpo_kernels import GRPOLossConfig, selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, SamplingMask, selective_log_softmax
 from igrpo_kernels.integrations.per_token import LOG_RATIO_LIMIT, clipped, masked_mean, per_token_policy_loss
 
 __all__ = ["PolicyLoss", "log_probs_from_logits"]
@@ -20,9 +20,14 @@ def log_probs_from_logits(
     logits: Tensor,  # (..., V)
     labels: Tensor,  # (...)
     temperature: float = 1.0,
+    *,
+    sampling_mask: SamplingMask | None = None,  # one set per label
 ) -> Tensor:
-    """log softmax(logits / temperature) at `labels` (...), fp32; unlike OpenRLHF's, `logits` keep their values."""
-    return selective_log_softmax(logits, labels, temperature=temperature)
+    """log softmax(logits / temperature) at `labels` (...), fp32; unlike OpenRLHF's, `logits` keep their values.
+
+    `sampling_mask`, which OpenRLHF's does not take: what a sampler with top_p or top_k kept; see `grpo_loss`.
+    """
+    return selective_log_softmax(logits, labels, temperature=temperature, sampling_mask=sampling_mask)
 
 
 class PolicyLoss(torch.nn.Module):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
+from igrpo_kernels import GRPOLossConfig, SamplingMask, linear_selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.integrations.per_token import (
     LOG_RATIO_LIMIT,
@@ -122,6 +122,8 @@ def linear_cross_entropy(
     temperature: float = 1.0,
     reduction: str = "none",
     dist_process_group: ProcessGroup | None = None,
+    *,
+    sampling_mask: SamplingMask | None = None,  # one set per label
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies (nats), each (n,) fp32 and differentiable; logits never whole.
 
@@ -129,7 +131,7 @@ def linear_cross_entropy(
     order, of any number; `hidden` and `labels` (int64 ids of the whole vocabulary) are the same on every rank. As with
     verl's kernel, the gradients of `hidden` add up to the true one over the ranks: the caller's
     `gather_from_sequence_parallel_region` scatters their sum. One gather of 16 bytes per token forward, one sum of
-    (n, H) backward.
+    (n, H) backward. `sampling_mask`, which verl's does not take: what a sampler with top_p or top_k kept; `grpo_loss`.
 
     Raises:
         ValueError: a reduction other than "none", and what `linear_selective_log_softmax` refuses.
@@ -140,7 +142,7 @@ def linear_cross_entropy(
         hidden = _OneShare.apply(hidden, torch.distributed.get_world_size(dist_process_group))
     return linear_selective_log_softmax(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels.reshape(-1), temperature=temperature, return_entropy=True,
-        process_group=dist_process_group,
+        process_group=dist_process_group, sampling_mask=sampling_mask,
     )  # fmt: skip
 
 

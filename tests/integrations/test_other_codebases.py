@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig
+from igrpo_kernels import GRPOLossConfig, SamplingMask
 from igrpo_kernels.integrations import openrlhf, prime_rl, verl
 from igrpo_kernels.integrations.per_token import policy_settings
 
@@ -302,6 +302,19 @@ def test_openrlhf_log_probabilities_leave_the_logits_alone():
     logps = openrlhf.log_probs_from_logits(logits, labels, temperature=0.7)
     assert torch.equal(logits, before)
     torch.testing.assert_close(logps, (logits / 0.7).log_softmax(-1).gather(-1, labels[..., None])[..., 0])
+
+
+def test_log_probabilities_over_what_a_sampler_kept():
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(B, T, H, generator=g), torch.randn(V, H, generator=g)
+    labels = torch.randint(0, V, (B, T), generator=g)
+    mask = SamplingMask.from_lists([[a, (a + 1) % V, (a + 7) % V] for a in labels.flatten().tolist()])
+    z = (hidden @ weight.t() / 0.7).masked_fill(~mask.table(V).view(B, T, V), -torch.inf).log_softmax(-1)
+    wanted = z.gather(-1, labels[..., None])[..., 0]
+    logps, _ = verl.linear_cross_entropy(hidden, weight, labels, 0.7, sampling_mask=mask)
+    torch.testing.assert_close(logps.view(B, T), wanted)
+    whole = openrlhf.log_probs_from_logits(hidden @ weight.t(), labels, 0.7, sampling_mask=mask)
+    torch.testing.assert_close(whole, wanted)
 
 
 @pytest.mark.parametrize(
