@@ -27,7 +27,7 @@ def why_not(config: EngineConfig, on_cpu: bool) -> str | None:
     if not settings.is_file() or OPTION not in settings.read_text(encoding="utf-8"):
         return f"the installed vLLM has no {OPTION}, which came with 0.32"
     if on_cpu and (triton is None or not (triton / "backends" / "cpu").is_dir()):
-        return "vLLM on a CPU does so with Triton's CPU backend alone, which is not installed"
+        return "vLLM on a CPU says what it kept with Triton's CPU backend alone, which is not installed"
     return None
 
 

@@ -44,9 +44,10 @@ class VLLMEngine:
         path: folder or hub id of the model.
         max_model_length: tokens of prompt + completion.
         stop_token_ids: ids that end a completion.
+        masks: say what top-p, top-k and min-p kept.
 
     Raises:
-        ConfigError: vllm is not installed.
+        ConfigError: vllm is not installed, or cannot say it.
         EngineError: vllm did not start.
     """
 
@@ -106,6 +107,11 @@ class VLLMEngine:
                 raise
             raise ConfigError(f"vllm_engine_args: {error}; write what this vLLM's EngineArgs takes") from error
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
+            if self.masks and "Model Runner V2" in str(error):
+                raise ConfigError(
+                    "top_p, top_k, min_p: vLLM says what they keep with its second model runner alone, and takes its "
+                    "first; export VLLM_USE_V2_MODEL_RUNNER=1, or write top_p: 1.0, top_k: 0 and min_p: 0"
+                ) from error
             raise EngineError(f"vLLM did not start: {error}") from error
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -123,6 +123,15 @@ def test_what_vllm_says_it_kept():
             _check(replace(result, kept=(kept, result.kept[1])), request, call)
 
 
+def test_a_vllm_without_the_second_runner_is_told_so(tmp_path):
+    """The real CPU build, past the check before the run."""
+    path = save_tiny(tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"^top_p, top_k, min_p: .* export VLLM_USE_V2_MODEL_RUNNER=1, or write top_p"
+    ):
+        VLLMEngine(path, config(path, use_vllm=True), 64, (1,), 0, masks=True)
+
+
 WAYS_OUT = {
     "top_p: 0.9": ({"top_p": 0.9}, "write top_p: 1.0, or vllm_importance_sampling_correction: false, or take"),
     "top_k: 20": ({"top_k": 20, "min_p": 0.1}, "write top_k: 0, min_p: 0, or vllm_importance_sampling_correction: "),
