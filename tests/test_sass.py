@@ -122,23 +122,9 @@ def check_against_record(paths, capability):
     assert not grown, "\n".join([*grown, "python -m benchmarks.sass --record, if that is meant"])
 
 
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_cuda_kernels_have_not_grown():
-    check_against_record(cuda_paths(90, ["plain"]), 90)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-@needs_nvcc  # the record names its version
-def test_the_triton_kernels_have_not_grown():
-    check_against_record(triton_paths(90, ["plain"]), 90)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@needs_nvcc
+@needs_nvcc  # the record names its version
 @pytest.mark.parametrize("capability", sass.CAPABILITIES)
 def test_no_kernel_on_any_architecture_has_grown(capability):
     check_against_record([*cuda_paths(capability), *triton_paths(capability)], capability)
