@@ -224,6 +224,7 @@ def test_public_names():
     assert set(igrpo_kernels.__all__) == {
         "GRPOLossConfig",
         "GRPOLossOutput",
+        "SamplingMask",
         "available_impls",
         "grpo_loss",
         "linear_grpo_loss",
