@@ -81,6 +81,14 @@ STAGES = (
             Line("refinement/copy_rate", "copy rate"), Line("refinement/copies_draft", "same text", "--"),
             Line("refinement/better_than_draft", "better", "-."), Line("refinement/worse_than_draft", "worse", ":"),
         ), "per_arm"),), wide=True),
+    Figure("extensions", "Extensions of the second stage", "Where they are on: groups without a right draft, which "
+           "alone are refined, and how often that gives a right answer; drafts in sight that are right; refinements "
+           "left out as copies; log-probability of refinements under the question alone less that behind the draft.", (
+        Panel("groups refined", "%", (Line("refinement/refined"),), zero=True),
+        Panel("of these right", "%", (Line("refinement/rescued"),), zero=True),
+        Panel("shown drafts right", "%", (Line("draft/shown_accuracy"),), zero=True),
+        Panel("left out as copies", "%", (Line("refinement/left_out_as_copies"),), zero=True),
+        Panel("question less draft", "nats", (Line("bare/logp_gap"),))), wide=True),
     Figure("zero_variance", "Groups without a gradient", "Groups whose rewards are all equal have zero advantage: all "
            "right, all wrong, or equal in some other way. What is left above the areas trains.", (
         Panel("", "%", (Line("frac_all_right", "all right"), Line("frac_all_wrong", "all wrong"),
