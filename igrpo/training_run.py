@@ -269,6 +269,8 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
         launched(place()[1]).check_adapters(adapters)
+        if config.lora_sync == "adapter":
+            adapters.described()
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
 
 

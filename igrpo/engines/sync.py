@@ -106,6 +106,8 @@ class WeightSync:
 
     def _refused(self, why: str) -> ConfigError:
         name = type(self.learner.unwrapped).__name__
+        if self.alone:
+            return ConfigError(f"lora_sync: an adapter of {name} {why}; write merged")
         return ConfigError(f"model_name_or_path: {name} {why}; write use_vllm: false, or take another model")
 
 

@@ -79,7 +79,8 @@ class AdapterVLLMEngine(VLLMEngine):
     def _compare_factors(self, factors: Mapping[str, torch.Tensor]) -> int:
         """Bit for bit, the scale multiplied into B as vLLM does it."""
         scale = self._adapter["lora_alpha"] / self._adapter["r"]
-        expected = {name: _bits(t * scale if ".lora_B." in name and scale != 1 else t) for name, t in factors.items()}
+        scaled = (".lora_B.", ".lora_embedding_B")
+        expected = {n: _bits(t * scale if any(part in n for part in scaled) else t) for n, t in factors.items()}
         there = {bits for found in self.llm.collective_rpc(_loaded) for bits in found}
         wrong = [name for name, bits in expected.items() if bits not in there]
         if wrong or not expected:

@@ -40,6 +40,7 @@ CASES = {
     "GraniteMoe": ("GraniteMoeConfig", EXPERTS),
     "Glm4Moe": ("Glm4MoeConfig", ROUTED),
     "Llama, tied": ("LlamaConfig", {"tie_word_embeddings": True}),
+    "Llama": ("LlamaConfig", {"tie_word_embeddings": False}),
     "Gemma3": ("Gemma3TextConfig", {}),
     "Phi3": ("Phi3Config", {}),
 }
@@ -94,8 +95,9 @@ def test_changed_weights_reach_vllm(name, tmp_path):
 
 @pytest.mark.parametrize("use_vllm", [True, False])
 def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
-    path = save_tiny(tmp_path)
+    path, everywhere = written(tmp_path, "Llama"), ["all-linear", "lm_head", "embed_tokens"]
     alone = {"use_peft": True, "lora_sync": "adapter", "lora_r": 4, "lora_dropout": 0.0, "use_vllm": use_vllm}
+    alone |= {"lora_target_modules": everywhere}
     config = settings(path, **alone)
     learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
     engine = start_engine(path, config, 128, [1], 0, adapter=learner.adapters.described())
@@ -113,7 +115,7 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
             figures = sync.push(version)
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(own)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
-        assert not use_vllm or figures["sync/tensors_compared"] == 2 * 2 * 7
+        assert not use_vllm or figures["sync/tensors_compared"] == 2 * (2 * 7 + 2)
         stranger = [("base_model.model.model.layers.0.nowhere.lora_A.weight", torch.ones(4, 4))]
         push = engine._push if use_vllm else engine.push_weights  # which would try again on a new engine
         with pytest.raises(EngineError):

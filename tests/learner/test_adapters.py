@@ -178,12 +178,14 @@ def test_what_cannot_be_merged_is_refused_by_name_before_any_weight_is_loaded(
     assert "\n" not in str(refused.value)
 
 
-def test_deepspeed_refuses_what_it_was_never_tried_with():
+def test_deepspeed_and_an_engine_with_one_base_refuse_what_they_were_never_tried_with():
     for chosen, sentence in ((["q_proj"], None), (["q_proj", "gate_up_proj"], r"mlp\.experts holds fused")):
         options = {"use_peft": True, "lora_dropout": 0.0, "lora_target_modules": chosen}
         adapters = Adapters(tiny("qwen3 moe"), TrainConfig(model_name_or_path="m", dataset_name="d", **options))
         with nullcontext() if sentence is None else pytest.raises(ConfigError, match=sentence):
             Zero3.check_adapters(adapters)
+        with nullcontext() if sentence is None else pytest.raises(ConfigError, match=r"lora_sync: .*write merged"):
+            assert "model.layers.0.self_attn.q_proj" in adapters.described()["target_modules"]
 
 
 def test_a_layer_that_is_never_called_is_said_and_a_router_gets_no_adapter(capsys):
