@@ -1,6 +1,7 @@
 """Providers from hidden states and the head's weight: linear_selective_log_softmax and linear_grpo_loss."""
 
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from benchmarks.objective import grpo_from_logps
 from benchmarks.problems import Outputs, Problem
 from benchmarks.provider import Forward, Provider
 from benchmarks.providers_logits import eager_outputs
-from igrpo_kernels import linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels import linear_grpo_loss, linear_selective_log_softmax, lm_head
 
 LOGPS, LOSS = "linear_selective_log_softmax", "linear_grpo_loss"
 
@@ -27,6 +28,17 @@ def ours(impl: str) -> Forward:
         return {"loss": out.loss}
 
     return forward
+
+
+def one_stream(impl: str) -> Forward:
+    """What the second stream brings."""
+    forward = ours(impl)
+
+    def alone(p: Problem) -> Outputs:
+        with patch.dict(lm_head.HALF_ROWS, clear=True):
+            return forward(p)
+
+    return alone
 
 
 def eager_linear(leaf: Tensor, weight: Tensor, *rest) -> Outputs:
@@ -138,8 +150,9 @@ CCE = {"package": "cut_cross_entropy", "install": "cut-cross-entropy==25.1.1", "
        "lacks": ("entropy", "entropy bonus")}  # fmt: skip
 LIGER = {"package": "liger_kernel", "install": "liger-kernel==0.8.5", "impl": "liger"}
 ONLY_CE = ("cross entropy",)
-OURS = tuple(
-    Provider(impl, impl, partial(ours, impl), ops=(LOGPS, LOSS)) for impl in ("cuda", "triton", "cpu", "torch")
+OURS = (
+    *(Provider(impl, impl, partial(ours, impl), ops=(LOGPS, LOSS)) for impl in ("cuda", "triton", "cpu", "torch")),
+    *(Provider(f"{i}, one stream", i, partial(one_stream, i), cuda=True, ops=(LOSS,)) for i in ("cuda", "triton")),
 )
 RIVALS = (
     Provider("eager", "eager", partial(eager, False), ops=(LOGPS, LOSS)),
