@@ -80,7 +80,7 @@ def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
         and not torch.compiler.is_compiling()
         and any(config.loss.term is term for term in _TERMS)
         and any(config.loss.reduction is reduction for reduction in _REDUCTIONS.values())
-        and config.importance_sampling_level in ("token", "sequence")
+        and config.importance_sampling_level in ("token", "sequence", "sequence_token")
         and config.importance_sampling_mode in _MODES
         and batch.mask.numel() > 0
     )
@@ -207,7 +207,7 @@ def _launch(
             SAMPLER_OF_SEQUENCE=sampled and mode.startswith("sequence"),
             KL=kind.kl,
             BIAS_CORRECTED=bool(kind.bias_corrected_kl),
-            SEQUENCE=of_sequences,
+            LEVEL=config.importance_sampling_level,
             REDUCTION=reduction,
             BLOCK=_BLOCK,
             enable_fp_fusion=True,

@@ -159,7 +159,7 @@ def leaves(logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, TERM:
 
 
 @triton.jit
-def store_decisions(share, low, high, dual, sequence_advantages_ptr, b, S, length, counted_length, clip_low,
+def store_decisions(share, low, high, dual, b, S, length, counted_length, sequence_advantages_ptr, clip_low,
                     clip_high, delta):  # fmt: skip
     """The clip counts of a sequence's tokens; with advantages of sequences 0 or 1, an empty one with the weight 1."""
     low_share, high_share = low / counted_length, high / counted_length
@@ -188,7 +188,7 @@ def write_slopes(
     begin, end, w_of_sequence, sampler_of_sequence, through_mean, weight, entropy_slope, clip_low, clip_high,
     delta, dual_clip, hot, cold, sampler_low, sampler_high, beta,
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dloss/dlogp and dloss/dentropy of a sequence's rows, 0 on masked ones."""
     for start in range(begin, end, BLOCK):
@@ -199,7 +199,7 @@ def write_slopes(
         old = logp if old_ptr is None else tl.load(old_ptr + row, mask=active, other=0.0)
         ref = logp if KL == 0 else tl.load(ref_ptr + row, mask=active, other=0.0)
         w = tl.exp(logp - old)
-        if SEQUENCE:
+        if LEVEL != "token":
             w = tl.zeros_like(logp) + w_of_sequence
         sampler = tl.zeros_like(logp) + sampler_of_sequence
         if SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
@@ -209,7 +209,12 @@ def write_slopes(
             logp, advantage, old, ref, w, sampler, clip_low, clip_high, delta, dual_clip, hot, cold, beta,
             TERM, KL, BIAS_CORRECTED,
         )  # fmt: skip
-        grad = (through_mean if SEQUENCE else times(slope, w)) + direct
+        through_w = times(slope, w)
+        if LEVEL == "sequence":
+            through_w = tl.zeros_like(w) + through_mean
+        elif LEVEL == "sequence_token":  # an infinite log-ratio has no gradient of its own
+            through_w = tl.where(tl.abs(logp - old) == float("inf"), 0.0, through_w)
+        grad = through_w + direct
         grad = tl.where(w != w, w, grad * weight)
         tl.store(grad_logps_ptr + row, tl.where(active, grad, 0.0), mask=row < end)
         if grad_entropy_ptr is not None:
@@ -230,7 +235,7 @@ def objective_kernel(
     sampler_high: tl.float64, beta: tl.float64,
     # constants
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, SEQUENCE: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: `grpo_objective` of its rows, before anything is added up over sequences."""
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
@@ -246,7 +251,7 @@ def objective_kernel(
     weight = loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK)
 
     w_of_sequence, sampler_of_sequence = tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE)
-    if SEQUENCE or SAMPLER_OF_SEQUENCE:
+    if LEVEL != "token" or SAMPLER_OF_SEQUENCE:
         w_of_sequence, sampler_of_sequence = sequence_ratios(
             logps_ptr, mask_ptr, old_ptr, sampling_ptr, begin, end, counted_length, sampler_low, sampler_high,
             SAMPLER, SAMPLER_OF_SEQUENCE, BLOCK,
@@ -264,7 +269,7 @@ def objective_kernel(
         advantage = tl.load(advantages_ptr + row, mask=active, other=0.0)
         old = logp if old_ptr is None else tl.load(old_ptr + row, mask=active, other=0.0)
         w = tl.exp(logp - old)
-        if SEQUENCE:
+        if LEVEL != "token":
             w = tl.zeros_like(logp) + w_of_sequence
         value = policy_value(logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, hot, cold, TERM)
         sampler = tl.zeros_like(logp) + sampler_of_sequence
@@ -297,7 +302,7 @@ def objective_kernel(
         lows += (active & low).to(tl.float64)
         highs += (active & high).to(tl.float64)
         duals += (active & dual).to(tl.float64)
-        if SEQUENCE and grad_logps_ptr is not None:
+        if LEVEL == "sequence" and grad_logps_ptr is not None:
             slope, _ = token_slopes(
                 logp, advantage, old, ref, w, sampler, clip_low, clip_high, delta, dual_clip, hot, cold, beta,
                 TERM, KL, BIAS_CORRECTED,
@@ -306,8 +311,8 @@ def objective_kernel(
 
     share = shares_ptr + b
     store_decisions(
-        share, tl.sum(lows, axis=0), tl.sum(highs, axis=0), tl.sum(duals, axis=0),
-        None if not SEQUENCE else sequence_advantages_ptr, b, S, length, counted_length, clip_low, clip_high, delta,
+        share, tl.sum(lows, axis=0), tl.sum(highs, axis=0), tl.sum(duals, axis=0), b, S, length, counted_length,
+        sequence_advantages_ptr if LEVEL == "sequence" else None, clip_low, clip_high, delta,
     )  # fmt: skip
     tl.store(share + LOSS * S, weight.to(tl.float64) * tl.sum(loss, axis=0))
     tl.store(share + ENTROPY * S, tl.sum(entropy_sum, axis=0))
@@ -336,7 +341,7 @@ def objective_kernel(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, grad_logps_ptr, grad_entropy_ptr,
             begin, end, w_of_sequence, sampler_of_sequence, through_mean, weight, entropy_slope, clip_low, clip_high,
             delta, dual_clip, hot, cold, sampler_low, sampler_high, beta,
-            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, SEQUENCE, BLOCK,
+            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, LEVEL, BLOCK,
         )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ CASES = {
         "importance_sampling_level": "sequence", "beta": 0.1, "entropy_coef": 0.1,
         "importance_sampling_mode": "sequence_truncate",
     },
+    "GSPO-token": {"importance_sampling_level": "sequence_token"},
     "OPSM": {"off_policy_mask_threshold": 0.1},
     "VESPO": {"loss_type": "vespo"},
     "GMPO": {"loss_type": "gmpo"},

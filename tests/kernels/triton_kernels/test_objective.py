@@ -17,7 +17,6 @@ COVERED = [
     (name, level)
     for name, level in LOSS_LEVELS
     if LOSSES[name].term in triton_objective._TERMS and LOSSES[name].reduction in triton_objective._REDUCTIONS.values()
-    if level != "sequence_token"
 ]
 ONE_OF_A_TERM = [x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl")]
 CLIPS = {"importance_sampling_clip_min": 0.8, "importance_sampling_clip_max": 1.2}
