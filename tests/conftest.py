@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import subprocess
 import time
 from collections import Counter
@@ -45,6 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     for room in sorted(ROOMS):
         config.addinivalue_line("markers", f"{room.name}: is in tests/{room.name}")
+    if hasattr(config, "workerinput"):  # a pytest that a test starts is no part of this run: benchmarks measure there
+        for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID"):
+            os.environ.pop(name, None)
 
 
 def record() -> dict[str, float]:
