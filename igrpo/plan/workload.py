@@ -89,9 +89,18 @@ class Workload:
         )
 
     def learner_tokens(self, N: int, G: int) -> float:
-        """Tokens the learner computes per step: with a shared prefix each q' counts once per group, else G times."""
-        prefix, refinement = self.prefix(N), _mean(self.lengths, "refinement")
-        per_prompt = (1 if self.config.shared_prefix else G) * prefix + G * refinement
+        """Tokens the learner computes per step: with a shared prefix a group's prompt counts once, else each time."""
+
+        def group(prompt: float, completions: int, stage: str) -> float:
+            return (1 if self.config.shared_prefix else completions) * prompt + completions * _mean(self.lengths, stage)
+
+        refined, bare = self.prefix(N), self.lengths.question
+        prompts = {"draft": (refined,), "bare": (bare,), "both": (refined, bare)}
+        per_prompt = sum(
+            group(prompt, G, "refinement") for prompt in prompts[self.config.refinement_context if N else "draft"]
+        )
+        if N and self.config.train_on_drafts:
+            per_prompt += group(bare, N, "draft")
         return self.trained_share * self.prompts_per_step * per_prompt
 
     def learner_seconds(self, N: int, G: int) -> float:
@@ -107,8 +116,9 @@ class Workload:
         return rates.learner_scale * max(compute, self._network_seconds(N, G))
 
     def prefix(self, N: int) -> float:
-        """Tokens before a trained completion: the question, and with N drafts the chosen one."""
-        return self.lengths.question + (self.lengths.template + _mean(self.lengths, "draft") if N else 0)
+        """Tokens before a refinement: the question, and with N drafts those that are shown."""
+        drafts = self.config.show_drafts * _mean(self.lengths, "draft")
+        return self.lengths.question + (self.lengths.template + drafts if N else 0)
 
     def _network_seconds(self, N: int, G: int) -> float:
         """FSDP2: weights gathered twice, 2 bytes each, and gradients scattered once, in fp32, per micro-batch."""
@@ -146,7 +156,7 @@ class Workload:
     def context(self) -> int:
         """Tokens of the longest sequence."""
         config = self.config
-        draft = (config.draft_max_tokens or config.max_completion_length) + self.lengths.template
+        draft = config.show_drafts * (config.draft_max_tokens or config.max_completion_length) + self.lengths.template
         return self.lengths.question + (draft if config.shows_draft else 0) + config.max_completion_length
 
     def step(self, name: str, scheduler: str, N: int, G: int) -> StepTime:

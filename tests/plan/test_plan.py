@@ -77,6 +77,14 @@ def test_learner_tokens_and_seconds_by_hand():
     assert work.learner_tokens(0, 8) == 128 * (200 + 8 * 700)
     assert work.learner_tokens(4, 4) == 128 * (200 + 30 + 700 + 4 * 700)
     assert replace(work, config=replace(work.config, shared_prefix=False)).learner_tokens(4, 4) == 128 * 4 * 1630
+
+    def tokens(**settings) -> float:
+        return replace(work, config=replace(work.config, **settings)).learner_tokens(4, 4) / 128
+
+    assert tokens(refinement_context="bare") == 200 + 4 * 700
+    assert tokens(refinement_context="both") == 930 + 200 + 2 * 4 * 700
+    assert tokens(train_on_drafts=True) == 930 + 200 + 2 * 4 * 700
+    assert tokens(show_drafts=2) == 930 + 700 + 4 * 700
     flops = work.learner_tokens(4, 4) * 6 * work.shape.parameters
     seconds = work.learner_seconds(4, 4)
     assert 1.0 < seconds / (flops / (8 * 312e12 * 0.4)) < 1.1, "attention adds some"
