@@ -224,9 +224,15 @@ def check_index(index: Tensor, device: torch.device, vocab_size: int) -> None:
         )
 
 
+def kernels_run() -> bool:
+    """Whether a launch is one: no graph is traced, and this is no rehearsal on fake tensors."""
+    fake = torch._C._TorchDispatchModeKey.FAKE
+    return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(fake) is None
+
+
 def _may_launch(completion_ids: Tensor, *more: Tensor | None) -> bool:
     """Whether one launch makes the batch: there are rows, no graph is traced, and nothing it does not know is given."""
-    return completion_ids.numel() > 0 and not torch.compiler.is_compiling() and all(x is None for x in more)
+    return completion_ids.numel() > 0 and kernels_run() and all(x is None for x in more)
 
 
 def _launched(

@@ -13,7 +13,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor
 
-from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.batch import TokenBatch, kernels_run
 from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.losses import (
     CISPO,
@@ -77,7 +77,7 @@ def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
     known = known and all(f.name in _TENSORS or getattr(batch, f.name) is None for f in fields(batch))
     return (
         known
-        and not torch.compiler.is_compiling()
+        and kernels_run()
         and any(config.loss.term is term for term in _TERMS)
         and any(config.loss.reduction is reduction for reduction in _REDUCTIONS.values())
         and config.importance_sampling_level in ("token", "sequence", "sequence_token")
