@@ -112,6 +112,7 @@ def planned(made):
         weights = sum(item.bytes for item in plan.items if item.name in WEIGHTS)
         loaded[f"{devices} {settings}"] = found.phases["loading"].peak / weights
         waited[f"{devices} {settings}"] = found.phases["micro-batches"].waits.total()
+    del os.environ["FSDP_OFFLOAD_PARAMS"]
     return {"planned": ratios, "loaded": loaded, "waited": waited}
 
 
