@@ -37,7 +37,7 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.lm_head import KEPT_BYTES, Half, HeadPlan, LmHead, UsedRows
-from igrpo_kernels.objective import coupling, grpo_objective, objective_and_row_gradients
+from igrpo_kernels.objective import coupling, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.side_stream import SideStream, may_ask
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
@@ -118,7 +118,7 @@ def coupled_loss(
             walk.finish(chunk, again=True)
         logps, entropy = walk.stats.logps, walk.stats.entropy
         # The last chunk's objective was the first that saw every row.
-        found = walk.objective or grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+        found = walk.objective or kernels.objective(logps, entropy, batch, config, num_items_in_batch)
         return found, logps, entropy, *_summed(head.gradients(), hidden, shard)
 
 
@@ -156,7 +156,7 @@ class _Walk:
         stats, config, head = self.stats, self.config, self.head
         # Rows of other chunks may still hold 0; none of them enters this chunk's coefficients.
         loss, metrics, *slopes = objective_and_row_gradients(
-            stats.logps, stats.entropy, self.batch, config, self.num_items
+            stats.logps, stats.entropy, self.batch, config, self.num_items, self.kernels.objective
         )
         self.objective = loss, metrics
         halves = head.halves(chunk)

@@ -21,6 +21,7 @@ A sampled token whose own logit is -inf (probability 0) has l = -inf and a non-f
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -99,6 +100,7 @@ def objective_and_row_gradients(
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None = None,
+    objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None,  # an implementation's own; None: above
 ) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
     """Detached loss, metrics, dloss/dlogps (n,) and dloss/dentropy (n,) or None: all a gradient kernel needs."""
     logps = per_token_logps.detach().requires_grad_()
@@ -107,7 +109,7 @@ def objective_and_row_gradients(
         entropy = entropy.detach().requires_grad_()
         leaves.append(entropy)
     with torch.enable_grad():
-        loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+        loss, metrics = (objective or grpo_objective)(logps, entropy, batch, config, num_items_in_batch)
     grads = torch.autograd.grad(loss, leaves)
     return loss.detach(), metrics, grads[0], grads[1] if config.needs_entropy_gradient else None
 
