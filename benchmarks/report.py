@@ -101,8 +101,8 @@ def launches() -> Iterable[str]:
     yield (
         "`grpo_loss` with Triton in bf16, forward and backward together, metrics included, at any number of tokens: "
         "operators that PyTorch dispatches and Triton's grids, counted without a GPU by `python -m "
-        "tests.kernels.launches`. Packed batches take as many. None waits for the device. What couples sequences in "
-        "another way than GSPO is computed by `objective.py`, operator by operator.\n"
+        "tests.kernels.launches`. Packed batches take as many. None waits for the device. What the kernels do not know "
+        "(docs/kernels.md) is computed by `objective.py`, operator by operator.\n"
     )
     yield "| | launches |\n|---|---|"
     yield from (f"| {name} | {count} |" for name, count in counts.items() if not name.endswith("packed"))

@@ -34,7 +34,7 @@ ROLLOUT_RS = (
 
 _VESPO_LOG_RATIO_LIMIT = 20.0
 _VESPO_LOG_WEIGHT_MIN = math.log(1e-8)
-_VESPO_LAMBDA_MIN = 1e-4
+VESPO_LAMBDA_MIN = 1e-4
 _TINY = 1e-8  # added to both sides of a quotient of probabilities
 
 
@@ -94,7 +94,7 @@ def vespo_phi(x: TermInputs, config: Config) -> Tensor:
     negative = ~(x.advantages >= 0)
     k = log_w.new_full(log_w.shape, config.vespo_k_pos).masked_fill(negative, config.vespo_k_neg)
     decay = log_w.new_full(log_w.shape, config.vespo_lambda_pos).masked_fill(negative, config.vespo_lambda_neg)
-    decay = decay.clamp(min=_VESPO_LAMBDA_MIN)
+    decay = decay.clamp(min=VESPO_LAMBDA_MIN)
     log_phi = decay + k * log_w - decay * log_w.exp()
     return log_phi.exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 

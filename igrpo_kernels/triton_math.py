@@ -301,6 +301,8 @@ def policy_slopes(
         direct = -tl.where(advantage > 0.0, 1.0, tl.minimum(w, 1.0)) * advantage
     elif TERM == "dro":  # its squared log-ratio: token_coefficient
         direct = -advantage
+    elif TERM == "vespo" or TERM == "gmpo":  # through the whole sequence: triton_objective_terms.py
+        pass
     else:
         tl.static_assert(False, "triton_math.policy_slopes does not know this policy term of losses.py")
     return through_w, direct

@@ -21,18 +21,22 @@ from igrpo_kernels.losses import (
     CONSTANT_LENGTH,
     DPPO_KL,
     DPPO_TV,
+    GMPO,
     NUM_ITEMS,
     SAPO,
     SEQUENCE_MEAN,
     SEQUENCE_SUM,
     TOKEN_MEAN,
+    VESPO,
+    VESPO_LAMBDA_MIN,
 )
 from igrpo_kernels.triton_grpo_loss import LossKind, LossScalars
 from igrpo_kernels.triton_launch import on_device
-from igrpo_kernels.triton_objective_kernels import COLUMNS, SCALARS, finish_kernel, objective_kernel, row_weights_kernel
+from igrpo_kernels.triton_objective_kernels import COLUMNS, finish_kernel, objective_kernel, row_weights_kernel
+from igrpo_kernels.triton_objective_terms import SCALARS
 from igrpo_kernels.types import GRPOLossConfig
 
-_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL)
+_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO)
 _REDUCTIONS = {
     "sequence_mean": SEQUENCE_MEAN,
     "sequence_sum": SEQUENCE_SUM,
@@ -45,7 +49,8 @@ _SETTINGS = {  # every value of which the kernels know; any other key keeps its 
     "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "dual_clip", "beta", "kl_estimator",
     "use_bias_correction_kl", "temperature", "entropy_coef", "importance_sampling_mode", "importance_sampling_clip_min",
     "importance_sampling_clip_max", "max_completion_length", "sapo_temperature_neg", "sapo_temperature_pos",
-    "logit_scale", "final_logit_softcapping",
+    "logit_scale", "final_logit_softcapping", "off_policy_mask_threshold", "vespo_k_pos", "vespo_k_neg",
+    "vespo_lambda_pos", "vespo_lambda_neg",
 }  # fmt: skip
 _TENSORS = {
     "index", "mask", "seq_id", "num_sequences", "advantages", "sequence_advantages", "lengths", "cu_seqlens", "shape",
@@ -175,10 +180,7 @@ def _launch(
     shares = torch.empty((COLUMNS, S), dtype=torch.float64, device=like.device)
     loss = torch.empty((), dtype=like.dtype, device=like.device)
     results = torch.empty(len(RESULTS), dtype=like.dtype, device=like.device)
-    kind, mode = LossKind.of(config), config.importance_sampling_mode or ""
-    sampled = batch.sampling_per_token_logps is not None and mode != ""
-    sampler = {"truncate": 1, "mask": 2}[mode.split("_")[1]] if sampled else 0
-    of_sequences = config.importance_sampling_level == "sequence"
+    of_sequences = config.importance_sampling_level == "sequence" or config.loss.term is VESPO
     reduction, items, number = _denominator(config, num_items_in_batch, like)
     with on_device(like):
         objective_kernel[(S,)](
@@ -188,7 +190,7 @@ def _launch(
             batch.advantages.contiguous(),
             _contiguous(batch.sequence_advantages),
             batch.old_per_token_logps,
-            batch.ref_per_token_logps if kind.kl else None,
+            batch.ref_per_token_logps if config.beta != 0.0 else None,
             batch.sampling_per_token_logps,
             like,
             _contiguous(batch.cu_seqlens),
@@ -201,13 +203,8 @@ def _launch(
             number,
             float(config.max_completion_length or 0),
             float(config.entropy_coef),
-            *(getattr(LossScalars.of(config), name) for name in SCALARS),
-            TERM=kind.term,
-            SAMPLER=sampler,
-            SAMPLER_OF_SEQUENCE=sampled and mode.startswith("sequence"),
-            KL=kind.kl,
-            BIAS_CORRECTED=bool(kind.bias_corrected_kl),
-            LEVEL=config.importance_sampling_level,
+            *_scalars(config),
+            **_equations(batch, config),
             REDUCTION=reduction,
             BLOCK=_BLOCK,
             enable_fp_fusion=True,
@@ -223,6 +220,33 @@ def _launch(
             enable_fp_fusion=True,
         )
     return loss, results
+
+
+def _scalars(config: GRPOLossConfig) -> list[float]:
+    """SCALARS, absent ones as numbers that do nothing."""
+    numbers = LossScalars.of(config)._asdict() | {
+        "off_policy_threshold": float(config.off_policy_mask_threshold or 0.0),
+        "vespo_k_pos": float(config.vespo_k_pos),
+        "vespo_k_neg": float(config.vespo_k_neg),
+        "vespo_lambda_pos": max(float(config.vespo_lambda_pos), VESPO_LAMBDA_MIN),
+        "vespo_lambda_neg": max(float(config.vespo_lambda_neg), VESPO_LAMBDA_MIN),
+    }
+    return [numbers[name] for name in SCALARS]
+
+
+def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int | bool]:
+    """The choices that the objective's kernel is compiled for."""
+    kind, mode = LossKind.of(config), config.importance_sampling_mode or ""
+    sampled = batch.sampling_per_token_logps is not None and mode != ""
+    return {
+        "TERM": kind.term,
+        "SAMPLER": {"truncate": 1, "mask": 2}[mode.split("_")[1]] if sampled else 0,
+        "SAMPLER_OF_SEQUENCE": sampled and mode.startswith("sequence"),
+        "KL": kind.kl,
+        "BIAS_CORRECTED": bool(kind.kl and kind.bias_corrected_kl),
+        "LEVEL": config.importance_sampling_level,
+        "OPSM": config.off_policy_mask_threshold is not None,
+    }
 
 
 def _denominator(
@@ -252,11 +276,13 @@ def _metric_names(batch: TokenBatch, config: GRPOLossConfig, with_entropy: bool)
     if term is CLIPPED:
         names += [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
         names += ["clip_ratio/dual_mean"] if config.dual_clip is not None else []
-    elif term in (DPPO_TV, DPPO_KL):
+    elif term in (DPPO_TV, DPPO_KL, GMPO):
         names += [f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean")]
     pairs = [(name, name) for name in names]
     if term is CISPO:
         pairs.append(("cispo_clip_ratio", "clip_ratio/high_mean"))
+    elif term is VESPO:
+        pairs.append(("vespo/phi_seq_mean", "clip_ratio/low_mean"))
     if batch.sampling_per_token_logps is not None:
         wanted = "sampling/" if config.importance_sampling_mode is not None else "sampling/sampling_logp"
         pairs += [(name, name) for name in RESULTS if name.startswith(wanted)]

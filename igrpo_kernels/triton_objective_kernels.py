@@ -6,8 +6,18 @@ The equations are those of `objective.py` and `loss_metrics.py` in the same orde
 import triton
 import triton.language as tl
 
-from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER, token_slopes
-from igrpo_kernels.triton_math import dppo_leaves, kl_and_slope, sampler_correction, times
+from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER
+from igrpo_kernels.triton_math import kl_and_slope, sampler_correction, times
+from igrpo_kernels.triton_objective_terms import (
+    SCALARS,
+    leaves,
+    load_rows,
+    log_sampler_ratio,
+    of_sequence,
+    policy_value,
+    slopes,
+    vespo_phi,
+)
 from igrpo_kernels.triton_sequences import column_extreme, column_sum, sequence_bounds
 
 # Columns of a sequence's shares. Up to LENGTH they are added up, then the largest counts, then the smallest.
@@ -16,10 +26,6 @@ DIFFERENCE, SCORED, RATIO, COUNTED, LENGTH = (tl.constexpr(i) for i in range(7, 
 DIFFERENCE_MAX, RATIO_MAX, HIGH_MAX, RATIO_MIN, LOW_MIN = (tl.constexpr(i) for i in range(12, 17))
 COLUMNS = 17
 
-SCALARS = (
-    "clip_low", "clip_high", "delta", "dual_clip", "sapo_temperature_pos", "sapo_temperature_neg", "sampler_low",
-    "sampler_high", "beta",
-)  # fmt: skip
 _NUMBERS = ["n", "tokens", "S", "num_items", "max_length", "entropy_coef", *SCALARS]
 _POINTERS = [
     f"{name}_ptr"
@@ -52,37 +58,6 @@ def loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE: 
             divisor = tl.load(num_items_ptr).to(DTYPE)
         divisor = tl.where(divisor < one, one, divisor)
     return one / divisor
-
-
-@triton.jit
-def log_sampler_ratio(old, sampling, DTYPE: tl.constexpr):
-    """log pi_old - log pi_sampler, finite: 0 where unknown (NaN)."""
-    LARGEST: tl.constexpr = 3.4028234663852886e38 if DTYPE is tl.float32 else 1.7976931348623157e308
-    x = old - sampling
-    return tl.where(x != x, 0.0, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
-
-
-@triton.jit
-def policy_value(
-    logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, temperature_pos, temperature_neg,
-    TERM: tl.constexpr,
-):  # fmt: skip
-    """The policy terms of `losses.py`."""
-    bounded = tl.where(w < clip_low, clip_low, tl.where(w > clip_high, clip_high, w))
-    capped = tl.where(w > delta, delta, w)
-    if TERM == "clipped":
-        surrogate = tl.minimum(times(advantage, capped), advantage * bounded, propagate_nan=tl.PropagateNan.ALL)
-        floored = tl.maximum(surrogate, dual_clip * advantage, propagate_nan=tl.PropagateNan.ALL)
-        value = -tl.where(advantage < 0.0, floored, surrogate)
-    elif TERM == "cispo":
-        value = -times(bounded * advantage, logp)
-    elif TERM == "sapo":
-        t = tl.where(advantage > 0.0, temperature_pos, temperature_neg)
-        value = -(4.0 / t) / (1.0 + tl.exp(-t * (w - 1.0))) * advantage
-    else:
-        leaves = dppo_leaves(logp, old, advantage, clip_low, clip_high, TERM)
-        value = -times(tl.where(leaves, 0.0, times(advantage, capped)), logp)
-    return value
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
@@ -124,50 +99,20 @@ def row_weights_kernel(
 
 
 @triton.jit
-def sequence_ratios(
-    logps_ptr, mask_ptr, old_ptr, sampling_ptr, begin, end, length, sampler_low, sampler_high,
-    SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """What a sequence has in common: exp of its mean log-ratio, and the sampler's ratio (1: each token has its own)."""
-    DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
-    d_sum = tl.zeros((BLOCK,), tl.float64)
-    r_sum = tl.zeros((BLOCK,), tl.float64)
-    for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        active = (row < end) & (tl.load(mask_ptr + row, mask=row < end, other=0) != 0)
-        logp = tl.load(logps_ptr + row, mask=active, other=0.0)
-        old = logp if old_ptr is None else tl.load(old_ptr + row, mask=active, other=0.0)
-        d_sum += (logp - old).to(tl.float64)
-        if SAMPLER_OF_SEQUENCE:
-            sampling = tl.load(sampling_ptr + row, mask=active, other=0.0)
-            r_sum += log_sampler_ratio(old, sampling, DTYPE).to(tl.float64)
-    sampler = tl.full((), 1.0, DTYPE)
-    if SAMPLER_OF_SEQUENCE:
-        sampler = sampler_correction(tl.sum(r_sum, axis=0).to(DTYPE), sampler_low, sampler_high, SAMPLER == MASK)
-    return tl.exp(tl.sum(d_sum, axis=0).to(DTYPE) / length), sampler
+def store_decisions(share, low, high, dual, b, S, length, counted_length, sequence_advantages_ptr, numbers,
+                    TERM: tl.constexpr):  # fmt: skip
+    """The clip counts of a sequence's tokens; with advantages of sequences 0 or 1, an empty one with the weight 1.
 
-
-@triton.jit
-def leaves(logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, TERM: tl.constexpr):
-    """Whether a token is clipped below, above, and by dual-clip."""
-    capped = tl.where(w > delta, delta, w)
-    low, high = capped < clip_low, capped > clip_high
-    if TERM == "dppo_tv" or TERM == "dppo_kl":
-        low = dppo_leaves(logp, old, advantage, clip_low, clip_high, TERM)
-        high = low
-    return low & (advantage < 0.0), high & (advantage > 0.0), (capped > dual_clip) & (advantage < 0.0)
-
-
-@triton.jit
-def store_decisions(share, low, high, dual, b, S, length, counted_length, sequence_advantages_ptr, clip_low,
-                    clip_high, delta):  # fmt: skip
-    """The clip counts of a sequence's tokens; with advantages of sequences 0 or 1, an empty one with the weight 1."""
+    VESPO's phi takes the place of the lower count, and is 1 for an empty sequence.
+    """
+    clip_low, clip_high, delta = numbers[0], numbers[1], numbers[2]
     low_share, high_share = low / counted_length, high / counted_length
     empty = length == 0.0
     if sequence_advantages_ptr is not None:
         a = tl.load(sequence_advantages_ptr + b)
         one = tl.minimum(tl.full((), 1.0, delta.dtype), delta)
-        low = tl.where(empty, tl.where((one < clip_low) & (a < 0.0), 1.0, 0.0).to(tl.float64), low_share)
+        of_none = tl.where((one < clip_low) & (a < 0.0), 1.0, 0.0).to(tl.float64)
+        low = tl.where(empty, 1.0 if TERM == "vespo" else of_none, low_share)
         high = tl.where(empty, tl.where((one > clip_high) & (a > 0.0), 1.0, 0.0).to(tl.float64), high_share)
         dual = tl.where(empty, 0.0, dual / counted_length)
         low_share, high_share = low, high
@@ -183,37 +128,63 @@ def store_decisions(share, low, high, dual, b, S, length, counted_length, sequen
 
 
 @triton.jit
+def store_sampler(share, ratio, largest, smallest, S, length, sampler_of_sequence, SAMPLER_OF_SEQUENCE: tl.constexpr):
+    """Sum, number and extremes of a sequence's sampler ratios: of its tokens, or its one."""
+    counted = length.to(tl.float64)
+    if SAMPLER_OF_SEQUENCE:
+        ratio, counted = sampler_of_sequence.to(tl.float64), tl.full((), 1.0, tl.float64)
+        largest, smallest = sampler_of_sequence, sampler_of_sequence
+    tl.store(share + RATIO * S, ratio)
+    tl.store(share + COUNTED * S, counted)
+    tl.store(share + RATIO_MAX * S, largest.to(tl.float64))
+    tl.store(share + RATIO_MIN * S, smallest.to(tl.float64))
+
+
+@triton.jit
+def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM: tl.constexpr,
+            SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
+            LEVEL: tl.constexpr, OPSM: tl.constexpr):  # fmt: skip
+    """Of rows: w, the sampler's ratio, and whether the policy term is kept."""
+    w = tl.exp(logp - old)
+    if LEVEL != "token":
+        w = tl.zeros_like(logp) + common
+    elif (TERM == "vespo" or TERM == "gmpo") and not BIAS_CORRECTED:
+        w = tl.zeros_like(logp) + 1.0  # no part of the loss, so that no NaN of it may show
+    sampler = tl.zeros_like(logp) + sampler_of_sequence
+    if SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
+        sampler = sampler_correction(old - sampling, numbers[6], numbers[7], SAMPLER == MASK)
+    kept = advantage == advantage
+    if OPSM:
+        kept = (advantage >= 0.0) | (tl.zeros_like(logp) + left <= numbers[9])
+    return w, sampler, kept
+
+
+@triton.jit
 def write_slopes(
     logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, grad_logps_ptr, grad_entropy_ptr,
-    begin, end, w_of_sequence, sampler_of_sequence, through_mean, weight, entropy_slope, clip_low, clip_high,
-    delta, dual_clip, hot, cold, sampler_low, sampler_high, beta,
+    begin, end, common, sampler_of_sequence, left, through_mean, weight, entropy_slope, numbers,
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dloss/dlogp and dloss/dentropy of a sequence's rows, 0 on masked ones."""
     for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        active = (row < end) & (tl.load(mask_ptr + row, mask=row < end, other=0) != 0)
-        logp = tl.load(logps_ptr + row, mask=active, other=0.0)
-        advantage = tl.load(advantages_ptr + row, mask=active, other=0.0)
-        old = logp if old_ptr is None else tl.load(old_ptr + row, mask=active, other=0.0)
-        ref = logp if KL == 0 else tl.load(ref_ptr + row, mask=active, other=0.0)
-        w = tl.exp(logp - old)
-        if LEVEL != "token":
-            w = tl.zeros_like(logp) + w_of_sequence
-        sampler = tl.zeros_like(logp) + sampler_of_sequence
-        if SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
-            sampling = tl.load(sampling_ptr + row, mask=active, other=0.0)
-            sampler = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
-        slope, direct = token_slopes(
-            logp, advantage, old, ref, w, sampler, clip_low, clip_high, delta, dual_clip, hot, cold, beta,
-            TERM, KL, BIAS_CORRECTED,
+        row, active, logp, advantage, old, ref, sampling = load_rows(
+            logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
+        )
+        w, sampler, kept = factors(
+            logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
+            SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
         )  # fmt: skip
+        factor = tl.where(kept, tl.zeros_like(w) + 1.0 if TERM == "vespo" else sampler, 0.0)
+        slope, direct, _ = slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED)
         through_w = times(slope, w)
         if LEVEL == "sequence":
             through_w = tl.zeros_like(w) + through_mean
         elif LEVEL == "sequence_token":  # an infinite log-ratio has no gradient of its own
             through_w = tl.where(tl.abs(logp - old) == float("inf"), 0.0, through_w)
+        elif TERM == "gmpo":
+            clipped = tl.where(advantage > 0.0, logp - old > numbers[1], logp - old < numbers[0])
+            through_w += tl.where(clipped | (advantage == 0.0), 0.0, through_mean)
         grad = through_w + direct
         grad = tl.where(w != w, w, grad * weight)
         tl.store(grad_logps_ptr + row, tl.where(active, grad, 0.0), mask=row < end)
@@ -232,29 +203,34 @@ def objective_kernel(
     entropy_coef: tl.float64,
     clip_low: tl.float64, clip_high: tl.float64, delta: tl.float64, dual_clip: tl.float64,
     sapo_temperature_pos: tl.float64, sapo_temperature_neg: tl.float64, sampler_low: tl.float64,
-    sampler_high: tl.float64, beta: tl.float64,
+    sampler_high: tl.float64, beta: tl.float64, off_policy_threshold: tl.float64, vespo_k_pos: tl.float64,
+    vespo_k_neg: tl.float64, vespo_lambda_pos: tl.float64, vespo_lambda_neg: tl.float64,
     # constants
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, REDUCTION: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: `grpo_objective` of its rows, before anything is added up over sequences."""
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
-    clip_low, clip_high = tl.full((), clip_low, DTYPE), tl.full((), clip_high, DTYPE)
-    delta, dual_clip = tl.full((), delta, DTYPE), tl.full((), dual_clip, DTYPE)
-    hot, cold = tl.full((), sapo_temperature_pos, DTYPE), tl.full((), sapo_temperature_neg, DTYPE)
-    sampler_low, sampler_high = tl.full((), sampler_low, DTYPE), tl.full((), sampler_high, DTYPE)
-    beta = tl.full((), beta, DTYPE)
+    numbers = (
+        tl.full((), clip_low, DTYPE), tl.full((), clip_high, DTYPE), tl.full((), delta, DTYPE),
+        tl.full((), dual_clip, DTYPE), tl.full((), sapo_temperature_pos, DTYPE),
+        tl.full((), sapo_temperature_neg, DTYPE), tl.full((), sampler_low, DTYPE), tl.full((), sampler_high, DTYPE),
+        tl.full((), beta, DTYPE), tl.full((), off_policy_threshold, DTYPE), tl.full((), vespo_k_pos, DTYPE),
+        tl.full((), vespo_k_neg, DTYPE), tl.full((), vespo_lambda_pos, DTYPE), tl.full((), vespo_lambda_neg, DTYPE),
+    )  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(cu_seqlens_ptr, b, S, tokens, n)
     length = tl.load(lengths_ptr + b)
     counted_length = tl.maximum(length, tl.full((), 1.0, DTYPE))
     weight = loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK)
 
-    w_of_sequence, sampler_of_sequence = tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE)
-    if LEVEL != "token" or SAMPLER_OF_SEQUENCE:
-        w_of_sequence, sampler_of_sequence = sequence_ratios(
-            logps_ptr, mask_ptr, old_ptr, sampling_ptr, begin, end, counted_length, sampler_low, sampler_high,
-            SAMPLER, SAMPLER_OF_SEQUENCE, BLOCK,
+    common, sampler_of_sequence = tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE)
+    left = common
+    if LEVEL != "token" or SAMPLER_OF_SEQUENCE or OPSM or TERM == "vespo" or TERM == "gmpo":
+        common, sampler_of_sequence, left = of_sequence(
+            logps_ptr, mask_ptr, advantages_ptr, old_ptr, sampling_ptr, begin, end, counted_length, numbers,
+            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, OPSM, BLOCK,
         )  # fmt: skip
     zeros = tl.zeros((BLOCK,), tl.float64)
     loss, entropy_sum, kl_sum, ratio_slopes = zeros, zeros, zeros, zeros
@@ -263,56 +239,53 @@ def objective_kernel(
     ratio_max = tl.full((BLOCK,), float("-inf"), DTYPE)
     ratio_min = tl.full((BLOCK,), float("inf"), DTYPE)
     for start in range(begin, end, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        active = (row < end) & (tl.load(mask_ptr + row, mask=row < end, other=0) != 0)
-        logp = tl.load(logps_ptr + row, mask=active, other=0.0)
-        advantage = tl.load(advantages_ptr + row, mask=active, other=0.0)
-        old = logp if old_ptr is None else tl.load(old_ptr + row, mask=active, other=0.0)
-        w = tl.exp(logp - old)
-        if LEVEL != "token":
-            w = tl.zeros_like(logp) + w_of_sequence
-        value = policy_value(logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, hot, cold, TERM)
-        sampler = tl.zeros_like(logp) + sampler_of_sequence
+        row, active, logp, advantage, old, ref, sampling = load_rows(
+            logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
+        )
+        w, sampler, kept = factors(
+            logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
+            SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
+        )  # fmt: skip
+        value = tl.where(kept, policy_value(logp, old, w, common, advantage, numbers, TERM), 0.0)
+        factor = sampler
+        if TERM == "vespo":
+            factor = tl.zeros_like(sampler) + 1.0  # it is part of W
         if sampling_ptr is not None:
-            sampling = tl.load(sampling_ptr + row, mask=active, other=0.0)
             difference = tl.abs(old - sampling)
             scored = active & (difference == difference)
             difference_sum += tl.where(scored, difference, 0.0).to(tl.float64)
             scored_sum += scored.to(tl.float64)
             difference_max = tl.maximum(difference_max, tl.where(scored, difference, float("-inf")))
             if SAMPLER != NO_SAMPLER:
-                if not SAMPLER_OF_SEQUENCE:
-                    sampler = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
-                value = times(sampler, value)
+                value = times(factor, value)
                 ratio_sum += tl.where(active, sampler, 0.0).to(tl.float64)
                 ratio_max = tl.maximum(ratio_max, tl.where(active, sampler, float("-inf")))
                 ratio_min = tl.minimum(ratio_min, tl.where(active, sampler, float("inf")))
-        ref = logp
         if KL != 0:
-            ref = tl.load(ref_ptr + row, mask=active, other=0.0)
             kl, _ = kl_and_slope(ref - logp, KL)
             if BIAS_CORRECTED:
                 kl = kl * w
-            value += beta * kl
+            value += numbers[8] * kl
             kl_sum += tl.where(active, kl, 0.0).to(tl.float64)
         loss += tl.where(active, value, 0.0).to(tl.float64)
         if entropy_ptr is not None:
             entropy_sum += tl.load(entropy_ptr + row, mask=active, other=0.0).to(tl.float64)
-        low, high, dual = leaves(logp, old, w, advantage, clip_low, clip_high, delta, dual_clip, TERM)
-        lows += (active & low).to(tl.float64)
+        low, high, dual = leaves(logp, old, w, advantage, numbers, TERM)
+        if TERM == "vespo":
+            lows += tl.where(active, vespo_phi(common, advantage, numbers), 0.0).to(tl.float64)
+        else:
+            lows += (active & low).to(tl.float64)
         highs += (active & high).to(tl.float64)
         duals += (active & dual).to(tl.float64)
-        if LEVEL == "sequence" and grad_logps_ptr is not None:
-            slope, _ = token_slopes(
-                logp, advantage, old, ref, w, sampler, clip_low, clip_high, delta, dual_clip, hot, cold, beta,
-                TERM, KL, BIAS_CORRECTED,
-            )  # fmt: skip
+        if (LEVEL == "sequence" or TERM == "gmpo") and grad_logps_ptr is not None:
+            factor = tl.where(kept, factor, 0.0)
+            _, _, slope = slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED)
             ratio_slopes += tl.where(active, slope, 0.0).to(tl.float64)
 
     share = shares_ptr + b
     store_decisions(
         share, tl.sum(lows, axis=0), tl.sum(highs, axis=0), tl.sum(duals, axis=0), b, S, length, counted_length,
-        sequence_advantages_ptr if LEVEL == "sequence" else None, clip_low, clip_high, delta,
+        sequence_advantages_ptr if LEVEL == "sequence" or TERM == "vespo" else None, numbers, TERM,
     )  # fmt: skip
     tl.store(share + LOSS * S, weight.to(tl.float64) * tl.sum(loss, axis=0))
     tl.store(share + ENTROPY * S, tl.sum(entropy_sum, axis=0))
@@ -321,27 +294,21 @@ def objective_kernel(
     tl.store(share + SCORED * S, tl.sum(scored_sum, axis=0))
     tl.store(share + LENGTH * S, length.to(tl.float64))
     tl.store(share + DIFFERENCE_MAX * S, tl.max(difference_max, axis=0).to(tl.float64))
-    ratio, counted = tl.sum(ratio_sum, axis=0), length.to(tl.float64)
-    largest, smallest = tl.max(ratio_max, axis=0), tl.min(ratio_min, axis=0)
-    if SAMPLER_OF_SEQUENCE:
-        ratio, counted = sampler_of_sequence.to(tl.float64), tl.full((), 1.0, tl.float64)
-        largest, smallest = sampler_of_sequence, sampler_of_sequence
-    tl.store(share + RATIO * S, ratio)
-    tl.store(share + COUNTED * S, counted)
-    tl.store(share + RATIO_MAX * S, largest.to(tl.float64))
-    tl.store(share + RATIO_MIN * S, smallest.to(tl.float64))
+    store_sampler(
+        share, tl.sum(ratio_sum, axis=0), tl.max(ratio_max, axis=0), tl.min(ratio_min, axis=0), S, length,
+        sampler_of_sequence, SAMPLER_OF_SEQUENCE,
+    )  # fmt: skip
 
     if grad_logps_ptr is not None:
-        through_mean = times(tl.sum(ratio_slopes, axis=0).to(DTYPE), w_of_sequence) / counted_length
+        through_mean = times(tl.sum(ratio_slopes, axis=0).to(DTYPE), common) / counted_length
         entropy_slope = tl.zeros((), DTYPE)
         if grad_entropy_ptr is not None:
             total = tl.maximum(column_sum(lengths_ptr, S, BLOCK).to(DTYPE), tl.full((), 1.0, DTYPE))
             entropy_slope = -tl.full((), entropy_coef, DTYPE) / total
         write_slopes(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, grad_logps_ptr, grad_entropy_ptr,
-            begin, end, w_of_sequence, sampler_of_sequence, through_mean, weight, entropy_slope, clip_low, clip_high,
-            delta, dual_clip, hot, cold, sampler_low, sampler_high, beta,
-            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, LEVEL, BLOCK,
+            begin, end, common, sampler_of_sequence, left, through_mean, weight, entropy_slope, numbers,
+            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, LEVEL, OPSM, BLOCK,
         )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def test_rows_are_on_grid_x(reports, capability):
 
 
 def test_launches_of_a_call():
-    """Eight, forward and backward together, metrics included; what couples a batch is left to PyTorch."""
+    """Eight, forward and backward together, metrics included."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.launches"]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
@@ -90,6 +90,4 @@ def test_launches_of_a_call():
     launches = json.loads(run.stdout)
     record = Path(__file__).parents[2] / "benchmarks" / "launches.json"
     assert launches == json.loads(record.read_text(encoding="utf-8")), "python -m tests.kernels.launches, and keep it"
-    left = {name: launches.pop(name) for name in ("OPSM", "VESPO", "GMPO")}
-    assert len(launches) > 20 and max(launches.values()) <= 8 and min(launches.values()) >= 3
-    assert max(left.values()) <= 160
+    assert len(launches) > 30 and max(launches.values()) <= 8 and min(launches.values()) >= 3

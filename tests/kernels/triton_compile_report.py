@@ -32,6 +32,8 @@ VARIANTS = {  # every kernel and every compile-time choice that changes its inne
     },
     "cispo": {"loss_type": "cispo", "beta": 0.1, "kl_estimator": "k1", "importance_sampling_mode": "token_truncate"},
     "sapo": {"loss_type": "sapo", "beta": 0.1, "kl_estimator": "k2", "use_bias_correction_kl": False},
+    "vespo": {"loss_type": "vespo", "importance_sampling_mode": "token_truncate", "off_policy_mask_threshold": 0.1},
+    "gmpo": {"loss_type": "gmpo", "beta": 0.1, "importance_sampling_mode": "token_mask"},
     "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
     "sequence softcap": {"importance_sampling_level": "sequence", "final_logit_softcapping": 30.0, "entropy_coef": 0.1},
 }

@@ -18,7 +18,7 @@ COVERED = [
     for name, level in LOSS_LEVELS
     if LOSSES[name].term in triton_objective._TERMS and LOSSES[name].reduction in triton_objective._REDUCTIONS.values()
 ]
-ONE_OF_A_TERM = [x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl")]
+ONE_OF_A_TERM = [x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "vespo", "gmpo")]
 CLIPS = {"importance_sampling_clip_min": 0.8, "importance_sampling_clip_max": 1.2}
 OPTIONS = {
     "plain": {},
@@ -29,6 +29,7 @@ OPTIONS = {
     "dual_clip": {"dual_clip": 1.05},
     **{mode: {"importance_sampling_mode": mode, **CLIPS} for mode in triton_objective._MODES[1:4]},
     "sequence_mask": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_min": 0.5},
+    "opsm": {"off_policy_mask_threshold": 0.0, "beta": 0.1, "importance_sampling_mode": "token_mask", **CLIPS},
 }
 LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
 
@@ -36,6 +37,8 @@ LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
 def applies(loss_type, level, name):
     """Every option of one loss of each term, and the others once: they differ in the reduction alone."""
     settings = {"delta", "dual_clip"} & OPTIONS[name].keys()
+    if LOSSES[loss_type].term.takes_sampler and name.startswith("sequence"):
+        return False
     return settings <= set(LOSSES[loss_type].term.settings) and ((loss_type, level) in ONE_OF_A_TERM or name == "k1")
 
 
@@ -172,7 +175,17 @@ def test_without_old_log_probs(device, level, mode):
     compare(leaves, batch, config, None)
 
 
-@pytest.mark.parametrize("option", [{}, {"beta": 0.1, "importance_sampling_mode": "token_mask"}])
+@pytest.mark.parametrize(("loss_type", "mode"), [("vespo", "token_truncate"), ("gmpo", "token_mask"), ("sapo", None)])
+def test_sequences_without_old_log_probs(device, loss_type, mode):
+    config = GRPOLossConfig(loss_type, off_policy_mask_threshold=-0.1, importance_sampling_mode=mode, **CLIPS)
+    for without in (("old_per_token_logps",), ("old_per_token_logps", "sampling_per_token_logps")):
+        leaves, batch = batch_of("padded", device, without=without)
+        compare(leaves, batch, config, None)
+
+
+@pytest.mark.parametrize(
+    "option", [{}, {"beta": 0.1, "importance_sampling_mode": "token_mask", "off_policy_mask_threshold": 0.0}]
+)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 200.0, -2000.0])
 @pytest.mark.parametrize(("loss_type", "level"), ONE_OF_A_TERM)
 def test_extreme_ratios(device, loss_type, level, value, option):
@@ -186,7 +199,7 @@ def test_extreme_ratios(device, loss_type, level, value, option):
 def test_what_the_kernels_do_not_know_is_left_to_the_objective(device):
     _, batch = batch_of("padded", device)
     assert triton_objective.covers(batch, GRPOLossConfig())
-    for other in ({"off_policy_mask_threshold": 0.1}, {"top_entropy_quantile": 0.5}, {"loss_type": "gmpo"}):
+    for other in ({"kl_tau": 0.1}, {"top_entropy_quantile": 0.5}, {"loss_type": "clip_cov"}):
         assert not triton_objective.covers(batch, GRPOLossConfig(**other))
     named = {f.name for f in fields(TokenBatch)}
     assert named >= triton_objective._TENSORS and {f.name for f in fields(GRPOLossConfig)} >= triton_objective._SETTINGS
