@@ -83,7 +83,10 @@ def token_level_loss(
         measure = _statistics(kernels, inputs[0], None, config.logit_transform)
         for chunk in _chunks(used.with_gradient, used.count, plan.chunk_rows):
             found += [job()[:2] for _, job in _beside(side, head.halves(chunk), head.logits, measure)]
-        return *_joined(found or [RowStats.zeros(0, head.dtype, head.device)[:2]], head), *head.gradients()
+        rows = _joined(found or [RowStats.zeros(0, head.dtype, head.device)[:2]], head)
+        if used.masked is not None:
+            rows = [x.masked_fill(used.masked, 0.0) for x in rows]
+        return *rows, *head.gradients()
 
 
 def coupled_loss(
@@ -257,7 +260,7 @@ def log_probs_backward(
         index, grads = used.take(index), [used.take(grad) for grad in grads]
         mask, stats = (
             None if used.masked is None else active,
-            RowStats(*(used.take(x) if x.numel() else x for x in stats)),
+            RowStats(*map(used.take, stats)),
         )
 
         def turn(half: Half, logits: Tensor) -> None:

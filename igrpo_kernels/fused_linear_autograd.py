@@ -47,7 +47,8 @@ def linear_grpo_loss(
         measured = batch.mask if compute_metrics else shapes_the_loss(batch, config)
         contributes = may_contribute(batch, config)
         reported = measured & ~contributes
-    if measured is not None and not may_ask(hidden):
+    # A graph's operator asks for itself.
+    if measured is not None and not tracing and not may_ask(hidden):
         measured, contributes, reported = batch.mask, batch.mask, None
     one_pass = kernels.fits_one_pass(batch, config)
     plan = _plan(hidden, weight, fp32_logits, shard)
@@ -199,7 +200,8 @@ def linear_log_probs(
     """`fused_linear.log_probs`."""
     transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
-    return tuple(fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)[0])
+    stats, _ = fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)
+    return tuple(x.clone() for x in stats)  # an operator's results share no memory, and two may be views of one tensor
 
 
 @linear_log_probs.register_fake

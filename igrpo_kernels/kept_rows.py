@@ -7,7 +7,7 @@ loss. Sums run in fp64 in a fixed order.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -31,11 +31,6 @@ class KeptRows:
     kernels: RowKernels
     kept: KeptSets
     shard: VocabShard | None
-
-    @property
-    def name(self) -> str:
-        """Of the implementation below."""
-        return self.kernels.name
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -98,7 +93,8 @@ class KeptRows:
         config: GRPOLossConfig,
         num_items_in_batch: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of rows it is the same."""
+        """Of rows it is the same; `clip_cov` draws by token ids, not by row numbers."""
+        batch = replace(batch, index=self.kept.index)
         return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:

@@ -97,7 +97,8 @@ class HeadPlan(NamedTuple):
         size, row = CHUNK_BYTES.get(device, CHUNK_BYTES["cpu"]), columns * width
         saved = 2 * columns * weight.shape[1] if device == "cuda" and trained and _rounds_once(weight, dtype) else 0
         rows = max(size // row, 1)
-        if rows < hidden.shape[0] <= (size + saved) // row:
+        # A graph must not depend on the number of rows.
+        if not torch.compiler.is_compiling() and rows < hidden.shape[0] <= (size + saved) // row:
             return cls(dtype, logits_dtype, hidden.shape[0])
         return cls(dtype, logits_dtype, rows // 256 * 256 if rows > 256 else rows)
 

@@ -91,7 +91,8 @@ def linear_selective_log_softmax(
     tokens that is 2·n·H·V FLOP forward and 6·n·H·V backward (4 if lm_head_weight is frozen). Kept between forward and
     backward: references to the inputs plus 16 B per token (doubled for fp64); on the CPU (impl="cpu") also the logits
     where no row is masked and they take 32 MiB at most, which saves 2·n·H·V. At the peak: one chunk of logits
-    (`lm_head.CHUNK_BYTES`: 2.5 GiB on CUDA, 128 MiB on the CPU), and in backward dW, fp32 if there are several chunks.
+    (`lm_head.CHUNK_BYTES`: 2.5 GiB on CUDA, and what a bf16 dW saves if all rows then fit; 128 MiB on the CPU), and in
+    backward dW, fp32 if there are several chunks.
 
     Args:
         hidden_states: (..., H), fp64, fp32, bf16 or fp16.

@@ -212,6 +212,8 @@ class KeptSets(NamedTuple):
     mask: SamplingMask
     places: Tensor
     """(n,) of `SamplingMask.places`."""
+    index: Tensor
+    """(n,) token ids."""
 
     @classmethod
     def of(
@@ -246,7 +248,7 @@ class KeptSets(NamedTuple):
         places = mask.places(index)
         if values_may_be_read(places):
             _check_own_sets(mask, index, places < 0 if row_mask is None else (places < 0) & row_mask, shape)
-        return cls(mask, places)
+        return cls(mask, places, index)
 
 
 def _check_own_sets(mask: SamplingMask, index: Tensor, lacking: Tensor, shape: Sequence[int]) -> None:

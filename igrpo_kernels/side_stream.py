@@ -27,12 +27,13 @@ class SideStream:
     def __init__(self, device: torch.device | None):
         self.device = device
         self.stream = None if device is None or device.type != "cuda" else _second_stream(device)
+        self.started = False
 
     def __enter__(self) -> "SideStream":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.stream is not None:
+        if self.started:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def start(self, work: Callable[[], T]) -> Callable[[], T]:
@@ -40,6 +41,7 @@ class SideStream:
         if self.stream is None:
             done = work()
             return lambda: done
+        self.started = True
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
             found, event = work(), self.stream.record_event()

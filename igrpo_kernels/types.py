@@ -40,15 +40,14 @@ class RowStats(NamedTuple):
 
     def at(self, rows: Tensor | slice) -> "RowStats":
         """The statistics of some rows."""
-        return RowStats(*(x[rows] if x.numel() else x for x in self))
+        return RowStats(*(x[rows] for x in self))
 
     def put(self, rows: Tensor | slice, part: "RowStats") -> None:
-        """Store the statistics of some rows, a slice's in one launch; an entropy that was not wanted stays as it is."""
-        pairs = [(mine, new) for mine, new in zip(self, part, strict=True) if new.numel()]
+        """Store the statistics of some rows, a slice's in one launch."""
         if isinstance(rows, slice):
-            torch._foreach_copy_([mine[rows] for mine, _ in pairs], [new for _, new in pairs])
+            torch._foreach_copy_([mine[rows] for mine in self], list(part))
             return
-        for mine, new in pairs:
+        for mine, new in zip(self, part, strict=True):
             mine[rows] = new
 
 

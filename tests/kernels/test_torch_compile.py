@@ -11,6 +11,7 @@ from igrpo_kernels import (
     grpo_loss,
     linear_grpo_loss,
     linear_selective_log_softmax,
+    lm_head,
     selective_log_softmax,
 )
 from igrpo_kernels.batch import TokenBatch
@@ -23,7 +24,10 @@ pytestmark = pytest.mark.parametrize("impl", IMPLS)
 V, H = 11, 6
 TOKEN = GRPOLossConfig(loss_type="dapo", beta=0.1, entropy_coef=0.05, final_logit_softcapping=5.0)
 SEQUENCE = GRPOLossConfig(importance_sampling_level="sequence", epsilon=0.9, epsilon_high=9.0)
-CASES = ["log_probs", "token", "packed_sequence", "linear_log_probs", "linear_token"]
+CASES = [
+    "log_probs", "token", "packed_sequence", "linear_log_probs", "linear_token", "linear_log_probs_whole",
+    "linear_sequence_whole",
+]  # fmt: skip
 
 
 def tensors(T, device):
@@ -49,10 +53,11 @@ def outputs(case, impl, x, leaves):
     if case == "log_probs":
         logps, entropy = selective_log_softmax(leaves[0], x["ids"], return_entropy=True, impl=impl)
         return logps.sum() + entropy.sum(), logps, entropy
-    if case == "linear_log_probs":
-        logps = linear_selective_log_softmax(*leaves, x["ids"], row_mask=x["mask"], temperature=0.7, impl=impl)
+    mask = None if "whole" in case else x["mask"]
+    if case.startswith("linear_log_probs"):
+        logps = linear_selective_log_softmax(*leaves, x["ids"], row_mask=mask, temperature=0.7, impl=impl)
         return logps.sum(), logps
-    rows = {"completion_mask": x["mask"], "old_per_token_logps": x["old"]}
+    rows = {"completion_mask": mask, "old_per_token_logps": x["old"]}
     config = SEQUENCE if "sequence" in case else TOKEN
     if config.beta:
         rows["ref_per_token_logps"] = x["ref"]
@@ -86,7 +91,8 @@ CASES_OF = {
 
 @pytest.mark.applies(lambda x: x["case"] in CASES_OF[x["impl"]], otherwise="CASES_OF says why")
 @pytest.mark.parametrize("case", CASES)
-def test_one_graph_for_every_length(case, impl, device):
+def test_one_graph_for_every_length(case, impl, device, monkeypatch):
+    monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", 12 * 4 * V)  # between the lengths
     torch._dynamo.reset()
     compiled = torch.compile(outputs, fullgraph=True, backend="aot_eager", dynamic=True)
     for T in (5, 3, 8):
