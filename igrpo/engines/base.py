@@ -27,6 +27,10 @@ class EngineError(RuntimeError):
     """The engine cannot go on: it died, or it does not hold the weights it was given."""
 
 
+class NoRoomError(EngineError):
+    """What has slept finds no room beside the learner: neither the engine nor the model is to blame."""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How to sample; ``temperature`` 0 is greedy."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from igrpo.engines.base import TRIAL_VERSION, EngineError
+from igrpo.engines.base import TRIAL_VERSION, EngineError, NoRoomError
 from igrpo.engines.config import EngineConfig
 from igrpo.settings import ConfigError
 
@@ -43,6 +43,7 @@ class WeightSync:
         Raises:
             EngineError: the push failed, or the engine's log-probabilities are not those of the pushed weights.
         """
+        self.learner.placement.drop_gradients()  # the step is over, and the engine wants their room
         self.engine.sleep()
         own = self.learner.score(self.probe)
         figures = self.engine.push_weights(self.source, version)
@@ -69,6 +70,7 @@ class WeightSync:
 
         Raises:
             ConfigError: they do not; the architecture is named.
+            NoRoomError: the engine found none to wake in.
         """
         noise = self.tolerance / 3
         theirs = self.engine.score(self.probe) if self.engine.version == version else None
@@ -86,6 +88,8 @@ class WeightSync:
             moved = self._over_processes(before, own)
             try:
                 self.engine.push_weights(self.source, TRIAL_VERSION)
+            except NoRoomError:
+                raise
             except EngineError as error:
                 raise self._refused(f"cannot be pushed to the engine ({error})") from error
             gap = self._gap(own)
@@ -115,12 +119,17 @@ class WeightSync:
 def disturbed(learner: Any, adapters: bool = False) -> Iterator[None]:
     """Inside, every weight of the learner is a few percent off, or of the adapters the second factor, which begins as
     zeros, is another; afterwards all are bit for bit what they were."""
-    flip = _flip_adapters if adapters else _flip
-    flip(learner)
+    with _raised(learner) if adapters else _flipped(learner):
+        yield
+
+
+@contextmanager
+def _flipped(learner: Any) -> Iterator[None]:
+    _flip(learner)
     try:
         yield
     finally:
-        flip(learner)
+        _flip(learner)
 
 
 @torch.no_grad()
@@ -131,10 +140,18 @@ def _flip(learner: Any) -> None:
         tensor.view(bits).bitwise_xor_(round(2**-3 / torch.finfo(tensor.dtype).eps))
 
 
-@torch.no_grad()
-def _flip_adapters(learner: Any) -> None:
-    """Turns over the bits of the exponent that make 2^-5 of a zero."""
+@contextmanager
+def _raised(learner: Any) -> Iterator[None]:
+    """Adds 2^-5 to every element, whether it is zero or was trained."""
     names = [name for name, _ in learner.placement.module.named_parameters()]
-    for name, tensor in zip(names, learner.placement.local_parameters(), strict=False):  # ZeRO-3 gives none
-        if ".lora_B." in name or ".lora_embedding_B." in name:
-            tensor.view(torch.int32).bitwise_xor_(torch.tensor(2.0**-5).view(torch.int32).item())
+    named = zip(names, learner.placement.local_parameters(), strict=False)  # ZeRO-3 gives none
+    kept = [(t, t.clone()) for name, t in named if ".lora_B." in name or ".lora_embedding_B." in name]
+    with torch.no_grad():
+        for tensor, _ in kept:
+            tensor.add_(2.0**-5)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)

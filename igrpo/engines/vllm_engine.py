@@ -19,6 +19,7 @@ from igrpo.data_types import Kept
 from igrpo.engines.base import (
     UNKNOWN_VERSION,
     EngineError,
+    NoRoomError,
     Request,
     Result,
     Sampling,
@@ -54,7 +55,7 @@ class VLLMEngine:
     sleep_level = 2
     """Of vLLM: the next push brings all weights."""
     lora_request: Any = None
-    """Of every request, where an adapter is loaded."""
+    """Of every request, where an adapter is loaded. A new engine's requests keep it: the push that follows loads it."""
 
     def __init__(
         self,
@@ -116,7 +117,7 @@ class VLLMEngine:
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.engine = self.llm.llm_engine
-        self.version, self.lora_request = 0, None
+        self.version = 0
 
     def _options(self) -> dict[str, Any]:
         config = self.config
@@ -278,7 +279,7 @@ class VLLMEngine:
             try:
                 self.llm.wake_up(tags=[tag])
             except RuntimeError as error:
-                raise EngineError(
+                raise NoRoomError(
                     f"vLLM's {tag.replace('_', ' ')} finds no room beside the learner ({error}); lower "
                     "vllm_gpu_memory_utilization"
                 ) from error
@@ -293,11 +294,14 @@ class VLLMEngine:
         self._wake("weights")
         try:
             compared = self._push(source, version)
-        except EngineError:  # the model is half loaded; only a new one can be trusted
+        except EngineError as error:  # the model is half loaded; only a new one can be trusted
             if _among_others():
                 raise
             restarts = 1
-            self.restart()
+            try:
+                self.restart()
+            except NoRoomError as room:
+                raise NoRoomError(f"{error}; for another try {room}") from error
             compared = self._push(source, version)
         self._wake("kv_cache")  # last: what the learner gathered for the push is gone
         return {

@@ -159,6 +159,7 @@ class Learner:
         on_progress: OnProgress,
     ) -> None:
         self.placement.settle()
+        self.placement.drop_gradients()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
         for i, micro in enumerate(micros):
             with self.placement.micro_batch(last=i == len(micros) - 1):

@@ -89,9 +89,12 @@ class Placement(ABC):
         if math.isfinite(norm):
             self.optimizer.step()
 
-    def settle(self) -> None:
-        """Drops what a step and a scoring pass have left, gradients and gathered weights: before the next step, and for
-        an engine that wants their room."""
+    def settle(self) -> None:  # noqa: B027
+        """Drops gathered weights that a pass has left. Gradients stay: a source of weights is read in the midst of a
+        step, too, where an engine beside the learner is mended."""
+
+    def drop_gradients(self) -> None:
+        """Before a step, and after it for an engine that wants their room."""
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
 

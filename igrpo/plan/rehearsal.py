@@ -157,6 +157,7 @@ def _steps(
 
         learner.train_on(everyone[0], on_progress)
     with trace.phase(PUSH):
+        learner.placement.drop_gradients()
         deque(learner.named_tensors(), maxlen=0)
     del trace.phases["first step"], trace.phases[""]
     together = [sample for samples in everyone for sample in samples]

@@ -11,7 +11,7 @@ import torch
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import EngineError, Request, Result, Sampling, start_engine
-from igrpo.engines.base import UNKNOWN_VERSION
+from igrpo.engines.base import UNKNOWN_VERSION, NoRoomError
 from tests.support.tiny import save_tiny, tiny_llama
 
 PROMPT = tuple(range(40, 90))
@@ -40,6 +40,15 @@ def breaks_half_way(seed: int, fails: int):
 def lose_the_weights(loaded: torch.nn.Module) -> None:
     """The engine's next step fails."""
     loaded.to("meta")
+
+
+def no_room_for_the_cache(wake_up):
+    def wake(tags: list[str]) -> None:
+        if tags == ["kv_cache"]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        wake_up(tags)
+
+    return wake
 
 
 def drain(engine, count: int) -> dict[str, Result]:
@@ -137,7 +146,7 @@ def sleeper(engine, monkeypatch):
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
-def test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it(sleeper):
+def test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it(sleeper, monkeypatch):
     sleeper.push_weights(source(1), version=5)
     sleeper.submit(Request("a", PROMPT, 1, SAMPLING))
     assert not sleeper.sleep() and drain(sleeper, 1)["a"].version == 5
@@ -145,6 +154,10 @@ def test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it(sleeper):
     for use in (lambda: sleeper.submit(Request("b", PROMPT, 1, SAMPLING)), lambda: sleeper.score(PROMPT)):
         with pytest.raises(EngineError, match="the engine sleeps and has forgotten its weights"):
             use()
+    with monkeypatch.context() as full:  # the CPU has no room to run out of
+        full.setattr(sleeper.llm, "wake_up", no_room_for_the_cache(sleeper.llm.wake_up))
+        with pytest.raises(NoRoomError, match=r"^vLLM's kv cache finds no room .* vllm_gpu_memory_utilization$"):
+            sleeper.push_weights(source(2), version=6)
     sleeper.push_weights(source(2), version=6)
     sleeper.submit(Request("b", PROMPT, 1, SAMPLING))
     result = drain(sleeper, 1)["b"]
@@ -152,9 +165,13 @@ def test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it(sleeper):
 
 
 @pytest.mark.parametrize("engine", ["vllm"], indirect=True)
-def test_a_push_that_breaks_half_way_is_repeated_on_a_new_engine(sleeper):
+def test_a_push_that_breaks_half_way_is_repeated_on_a_new_engine(sleeper, monkeypatch):
     engine = sleeper
     engine.sleep()
+    with monkeypatch.context() as full:
+        full.setattr(engine.llm, "wake_up", no_room_for_the_cache(engine.llm.wake_up))
+        with pytest.raises(NoRoomError, match=r"failed half-way: .*went dead.*kv cache finds no room .*\(CUDA out"):
+            engine.push_weights(breaks_half_way(2, fails=1), version=6)
     figures = engine.push_weights(breaks_half_way(2, fails=1), version=7)
     assert figures["sync/restarts"] == 1.0 == engine.pools.released and not engine.llm.llm_engine.is_sleeping()
     engine.submit(Request("a", PROMPT, 3, SAMPLING))

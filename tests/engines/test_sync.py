@@ -12,14 +12,15 @@ import torch
 import transformers
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.engines import EngineError, start_engine, weights
-from igrpo.engines.base import TRIAL_VERSION
+from igrpo.engines import EngineError, Request, Result, Sampling, start_engine, weights
+from igrpo.engines.base import TRIAL_VERSION, NoRoomError
 from igrpo.engines.hf_engine import HFEngine
 from igrpo.engines.sync import WeightSync, disturbed
 from igrpo.engines.weights import differing, fingerprint, recorded, twins
 from igrpo.learner.learner import Learner
 from igrpo.models.loading import load_policy
 from igrpo.settings import ConfigError
+from tests.engines.test_engines import drain, lose_the_weights
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
 EVERY = pytest.mark.applies("IGRPO_EVERY_ENGINE" in os.environ)
@@ -93,6 +94,14 @@ def test_changed_weights_reach_vllm(name, tmp_path):
         engine.close()
 
 
+def gap(learner: Learner, result: Result) -> float:
+    """Largest difference of the sampled tokens' log-probabilities at temperature 1 from the learner's (nats)."""
+    both = zip(result.token_ids, result.logprobs, strict=True)
+    return max(
+        (torch.tensor(learner.score((*IDS, *i))[-len(i) :]) - torch.tensor(p)).abs().max().item() for i, p in both
+    )
+
+
 @pytest.mark.parametrize("use_vllm", [True, False])
 def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
     path, everywhere = written(tmp_path, "Llama"), ["all-linear", "lm_head", "embed_tokens"]
@@ -115,6 +124,12 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
             figures = sync.push(version)
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(own)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
+            for request in ("a", "b"):
+                engine.submit(Request(request, IDS, 2, Sampling(temperature=1.0, max_tokens=6)))
+            if use_vllm and version == 2:  # requests that begin on a new engine have the adapter, too
+                engine.poll()
+                engine.llm.apply_model(lose_the_weights)
+            assert max(gap(learner, result) for result in drain(engine, 2).values()) < 1e-3
         assert not use_vllm or figures["sync/tensors_compared"] == 2 * (2 * 7 + 2)
         stranger = [("base_model.model.model.layers.0.nowhere.lora_A.weight", torch.ones(4, 4))]
         push = engine._push if use_vllm else engine.push_weights  # which would try again on a new engine
@@ -184,6 +199,42 @@ def test_an_engine_that_cannot_be_trusted_is_refused_by_name(kind, message, tmp_
     else:
         with pytest.raises(ConfigError, match=message):
             sync.prove(0)
+    assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
+
+
+class FindsNoRoom(HFEngine):
+    def push_weights(self, source, version):
+        raise NoRoomError("vLLM's weights find no room beside the learner")
+
+
+def test_no_room_to_wake_in_is_not_the_models_fault(tmp_path):
+    path = save_tiny(tmp_path)
+    config = settings(path)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    with pytest.raises(NoRoomError, match=r"^vLLM's weights find"):
+        WeightSync(FindsNoRoom(path, config, 128, [1], 0), learner, IDS, config).prove(0)
+
+
+class IgnoresAdapters(HFEngine):
+    def _push_adapter(self, source, version):
+        pass
+
+
+def test_a_trained_adapter_that_is_ignored_is_refused(tmp_path):
+    """As after a resume: the trial once took little more than the trained adapter away."""
+    path = save_tiny(tmp_path)
+    config = settings(path, use_peft=True, lora_sync="adapter", lora_dropout=0.0)
+    learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
+    with torch.no_grad():
+        for name, p in learner.unwrapped.named_parameters():
+            if ".lora_B." in name:
+                p.add_(torch.randn_like(p) * 1e-4)
+    before = [p.detach().clone() for p in learner.unwrapped.parameters()]
+    adapter = learner.adapters.described()
+    WeightSync(HFEngine(path, config, 128, [1], 0, adapter=adapter), learner, IDS, config).prove(7)
+    ignores = IgnoresAdapters(path, config, 128, [1], 0, adapter=adapter)
+    with pytest.raises(ConfigError, match=r"lora_sync: .*does not reach the engine whole"):
+        WeightSync(ignores, learner, IDS, config).prove(7)
     assert all(torch.equal(a, b) for a, b in zip(before, learner.unwrapped.parameters(), strict=True))
 
 

@@ -161,6 +161,21 @@ def test_clipping_and_the_reported_norm():
     assert float(gradient.norm()) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_weights_read_in_the_midst_of_a_step_cost_it_no_gradient(use_peft):
+    """An engine that dies beside a learner step is mended while it goes on."""
+    made, again = (
+        torch.manual_seed(0) and learner(use_peft=use_peft, lora_dropout=0.0, per_device_train_batch_size=2)
+        for _ in range(2)
+    )
+    undisturbed = made.train_on(some_samples())
+    source = again.adapter_tensors if use_peft else again.named_tensors
+    disturbed = again.train_on(some_samples(), lambda done, total: [*source()] and None)
+    assert disturbed["grad_norm"] == pytest.approx(undisturbed["grad_norm"], rel=1e-6) and disturbed["grad_norm"]
+    again.placement.drop_gradients()
+    assert all(p.grad is None for p in again.policy.parameters())
+
+
 def test_several_steps_on_one_rollout_use_the_log_probs_from_before_the_first():
     made = learner(num_iterations=3, learning_rate=0.05)
     metrics = made.train_on(some_samples())

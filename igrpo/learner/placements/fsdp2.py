@@ -115,7 +115,6 @@ class Fsdp2(Placement):
         return nullcontext()
 
     def settle(self) -> None:
-        super().settle()
         self.module.reshard()
 
     def whole(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

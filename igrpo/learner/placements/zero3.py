@@ -84,7 +84,7 @@ class Zero3(Placement):
         out = self.engine(*args, **named)
         return GRPOLossOutput(**out) if isinstance(out, dict) else out
 
-    def settle(self) -> None:
+    def drop_gradients(self) -> None:
         if self.optimizer is not None:
             self.engine.optimizer.zero_grad(set_to_none=True)
 
