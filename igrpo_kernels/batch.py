@@ -110,9 +110,9 @@ class TokenBatch:
         if lengths is not None:
             _check_lengths(lengths, completion_ids.numel(), cu_seqlens, completion_mask)
         either = {"advantages": advantages, "loss_weights": loss_weights, "nll_weights": nll_weights}
-        if tables is not None and _may_launch(completion_ids, loss_weights, nll_weights, prompt_lengths):
-            rows = (completion_ids, advantages, *per_token.values(), cu_seqlens)
-            return cls(**_launched(tables, *rows, lengths=lengths, dtype=dtype))
+        if tables is not None and _may_launch(completion_ids):
+            rows = (*per_token.values(), cu_seqlens)
+            return cls(**_launched(tables, completion_ids, either, prompt_lengths, *rows, lengths=lengths, dtype=dtype))
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
         num_sequences, seq_id, in_sequence = _sequences(completion_ids, cu_seqlens)
         mask = in_sequence if completion_mask is None else in_sequence & (completion_mask.reshape(-1) != 0)
@@ -230,15 +230,16 @@ def kernels_run() -> bool:
     return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(fake) is None
 
 
-def _may_launch(completion_ids: Tensor, *more: Tensor | None) -> bool:
-    """Whether one launch makes the batch: there are rows, no graph is traced, and nothing it does not know is given."""
-    return completion_ids.numel() > 0 and kernels_run() and all(x is None for x in more)
+def _may_launch(completion_ids: Tensor) -> bool:
+    """Whether one launch makes the batch: there are rows, and no graph is traced."""
+    return completion_ids.numel() > 0 and kernels_run()
 
 
 def _launched(
     tables: Callable[..., dict[str, Tensor | None]],
     completion_ids: Tensor,
-    advantages: Tensor,
+    either: dict[str, Tensor | None],  # advantages, loss_weights and nll_weights: one per sequence or per token
+    prompt_lengths: Tensor | None,
     completion_mask: Tensor | None,
     *rest: Tensor | None,  # old, ref and sampling log-probs, cu_seqlens
     lengths: Sequence[int] | None,
@@ -247,8 +248,10 @@ def _launched(
     """The fields of a `TokenBatch` from one launch."""
     cu_seqlens = rest[-1]
     S = completion_ids.shape[0] if cu_seqlens is None else max(cu_seqlens.numel() - 1, 1)
-    options = {"per_sequence": _is_per_sequence("advantages", advantages, completion_ids, S), "num_sequences": S}
-    made = tables(completion_ids, advantages, completion_mask, *rest, **options, dtype=dtype)
+    per_sequence = [x is not None and _is_per_sequence(name, x, completion_ids, S) for name, x in either.items()]
+    _check_prompt_lengths(prompt_lengths, completion_ids, S)
+    options = {"per_sequence": per_sequence, "num_sequences": S, "dtype": dtype}
+    made = tables(completion_ids, completion_mask, *either.values(), *rest[:-1], prompt_lengths, cu_seqlens, **options)
     return {**made, "num_sequences": S, **_known(completion_ids, completion_mask, lengths)}
 
 

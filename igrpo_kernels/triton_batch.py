@@ -8,32 +8,37 @@ from torch import Tensor
 from igrpo_kernels.triton_launch import on_device
 from igrpo_kernels.triton_sequences import sequence_bounds
 
-_INPUTS = ("ids", "mask", "advantages", "old", "ref", "sampling")
-_STRIDES = [f"{name}_{step}" for name in _INPUTS for step in ("batch", "token")]
-_POINTERS = [f"{name}_ptr" for name in (*_INPUTS, "cu_seqlens")]
-_POINTERS += [f"{name}_out" for name in (*_INPUTS, "seq_id", "sequence_advantages", "lengths", "cu_seqlens")]
+_INPUTS = ("ids", "mask", "advantages", "loss_weights", "nll_weights", "old", "ref", "sampling")
+_STRIDES = [*(f"{name}_{step}" for name in _INPUTS for step in ("batch", "token")), "prompt_lengths_step"]
+_POINTERS = [f"{name}_ptr" for name in (*_INPUTS, "prompt_lengths", "cu_seqlens")]
+_POINTERS += [f"{name}_out" for name in (*_INPUTS, "seq_id", "sequence_advantages", "lengths")]
+_POINTERS += ["prompt_lengths_out", "cu_seqlens_out"]
 _BLOCK = 256
 
 
 @triton.jit
 def rows_of(ptr, b, token, row, stride_batch, stride_token, keep, PADDED: tl.constexpr):
-    """Values of one sequence's rows of a (B, T) or (n,) tensor with any strides; 0 where they are not kept."""
-    offset = b * stride_batch + token * stride_token if PADDED else row * stride_token
+    """Values of one sequence's rows of a (B, T), (n,) or (S,) tensor with any strides; 0 where they are not kept."""
+    offset = b * stride_batch + (token if PADDED else row) * stride_token
     return tl.load(ptr + offset, mask=keep, other=0)
 
 
 @triton.jit(do_not_specialize=["n", "tokens", *_STRIDES], do_not_specialize_on_alignment=_POINTERS)
 def batch_kernel(
-    # data: (B, T) or (n,) each, advantages also (S,); None = not given
-    ids_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, cu_seqlens_ptr,
-    # written: (n,) each, the last three (S,), (S,) and (S+1,)
-    ids_out, mask_out, advantages_out, old_out, ref_out, sampling_out, seq_id_out,
-    sequence_advantages_out, lengths_out, cu_seqlens_out,
+    # data: (B, T) or (n,) each, advantages and weights also (S,), prompt_lengths (S,); None = not given
+    ids_ptr, mask_ptr, advantages_ptr, loss_weights_ptr, nll_weights_ptr, old_ptr, ref_ptr, sampling_ptr,
+    prompt_lengths_ptr, cu_seqlens_ptr,
+    # written: (n,) each, the last four (S,), (S,), (S,) and (S+1,)
+    ids_out, mask_out, advantages_out, loss_weights_out, nll_weights_out, old_out, ref_out, sampling_out, seq_id_out,
+    sequence_advantages_out, lengths_out, prompt_lengths_out, cu_seqlens_out,
     # strides
     n: tl.int64, tokens: tl.int64,
     ids_batch: tl.int64, ids_token: tl.int64, mask_batch: tl.int64, mask_token: tl.int64,
-    advantages_batch: tl.int64, advantages_token: tl.int64, old_batch: tl.int64, old_token: tl.int64,
+    advantages_batch: tl.int64, advantages_token: tl.int64, loss_weights_batch: tl.int64,
+    loss_weights_token: tl.int64, nll_weights_batch: tl.int64, nll_weights_token: tl.int64,
+    old_batch: tl.int64, old_token: tl.int64,
     ref_batch: tl.int64, ref_token: tl.int64, sampling_batch: tl.int64, sampling_token: tl.int64,
+    prompt_lengths_step: tl.int64,
     # constants
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +53,9 @@ def batch_kernel(
         tl.store(cu_seqlens_out + b, tl.load(cu_seqlens_ptr + b).to(tl.int64))
         tl.store(cu_seqlens_out + S, inside_to, mask=b == S - 1)
     if sequence_advantages_out is not None:
-        of_sequence = tl.load(advantages_ptr + b * advantages_token).to(DTYPE)
-        tl.store(sequence_advantages_out + b, of_sequence)
+        tl.store(sequence_advantages_out + b, tl.load(advantages_ptr + b * advantages_batch).to(DTYPE))
+    if prompt_lengths_ptr is not None:
+        tl.store(prompt_lengths_out + b, tl.load(prompt_lengths_ptr + b * prompt_lengths_step).to(DTYPE))
     length = tl.zeros((BLOCK,), tl.int32)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -62,11 +68,14 @@ def batch_kernel(
         tl.store(seq_id_out + row, tl.zeros_like(row) + b, mask=here)
         ids = rows_of(ids_ptr, b, token, row, ids_batch, ids_token, active, PADDED)
         tl.store(ids_out + row, ids.to(tl.int64), mask=here)
-        if sequence_advantages_out is not None:
-            advantages = tl.where(active, of_sequence, 0.0)
-        else:
-            advantages = rows_of(advantages_ptr, b, token, row, advantages_batch, advantages_token, active, PADDED)
+        advantages = rows_of(advantages_ptr, b, token, row, advantages_batch, advantages_token, active, PADDED)
         tl.store(advantages_out + row, advantages.to(DTYPE), mask=here)
+        if loss_weights_ptr is not None:
+            x = rows_of(loss_weights_ptr, b, token, row, loss_weights_batch, loss_weights_token, active, PADDED)
+            tl.store(loss_weights_out + row, x.to(DTYPE), mask=here)
+        if nll_weights_ptr is not None:
+            x = rows_of(nll_weights_ptr, b, token, row, nll_weights_batch, nll_weights_token, active, PADDED)
+            tl.store(nll_weights_out + row, x.to(DTYPE), mask=here)
         if old_ptr is not None:
             old = rows_of(old_ptr, b, token, row, old_batch, old_token, active, PADDED)
             tl.store(old_out + row, old.to(DTYPE), mask=here)
@@ -81,21 +90,25 @@ def batch_kernel(
 
 def token_tables(
     completion_ids: Tensor,  # (B, T) or (n,)
-    advantages: Tensor,  # (S,) or the shape of completion_ids
-    completion_mask: Tensor | None,  # the shape of completion_ids, as the next three
-    old: Tensor | None,
+    completion_mask: Tensor | None,  # the shape of completion_ids
+    advantages: Tensor,  # (S,) or the shape of completion_ids, as the next two
+    loss_weights: Tensor | None,
+    nll_weights: Tensor | None,
+    old: Tensor | None,  # the shape of completion_ids, as the next two
     ref: Tensor | None,
     sampling: Tensor | None,
+    prompt_lengths: Tensor | None,  # (S,)
     cu_seqlens: Tensor | None,  # (S+1,)
     *,
-    per_sequence: bool,  # the advantages
+    per_sequence: list[bool],  # the advantages, loss_weights and nll_weights
     num_sequences: int,
     dtype: torch.dtype,
 ) -> dict[str, Tensor | None]:
     """The tensors of a `TokenBatch` by name; n and S are at least 1."""
     n, device = completion_ids.numel(), completion_ids.device
-    inputs = (completion_ids, completion_mask, advantages, old, ref, sampling)
+    inputs = (completion_ids, completion_mask, advantages, loss_weights, nll_weights, old, ref, sampling)
     inputs = [x.view(torch.uint8) if x is not None and x.dtype == torch.bool else x for x in inputs]
+    repeated = (False, False, *per_sequence, False, False, False)
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.contiguous()
 
     def made(size: int, kind: torch.dtype, wanted: bool = True) -> Tensor | None:
@@ -105,24 +118,38 @@ def token_tables(
         "index": made(n, torch.int64),
         "mask": made(n, torch.bool),
         "advantages": made(n, dtype),
+        "loss_weights": made(n, dtype, loss_weights is not None),
+        "nll_weights": made(n, dtype, nll_weights is not None),
         "old_per_token_logps": made(n, dtype, old is not None),
         "ref_per_token_logps": made(n, dtype, ref is not None),
         "sampling_per_token_logps": made(n, dtype, sampling is not None),
         "seq_id": made(n, torch.int64),
-        "sequence_advantages": made(num_sequences, dtype, per_sequence),
+        "sequence_advantages": made(num_sequences, dtype, per_sequence[0]),
         "lengths": made(num_sequences, dtype),
+        "prompt_lengths": made(num_sequences, dtype, prompt_lengths is not None),
         "cu_seqlens": made(num_sequences + 1, torch.int64, cu_seqlens is not None),
     }
-    strides = [(0, 0) if x is None else (x.stride(0) if x.dim() == 2 else 0, x.stride(-1)) for x in inputs]
+    strides = [_steps(x, of_sequences) for x, of_sequences in zip(inputs, repeated, strict=True)]
     with on_device(completion_ids):
         batch_kernel[(num_sequences,)](
             *inputs,
+            prompt_lengths,
             cu_seqlens,
             *(out | {"mask": out["mask"].view(torch.uint8)}).values(),
             n,
             n // num_sequences,
             *(step for pair in strides for step in pair),
+            0 if prompt_lengths is None else prompt_lengths.stride(0),
             BLOCK=_BLOCK,
             enable_fp_fusion=True,
         )
     return out
+
+
+def _steps(x: Tensor | None, of_sequences: bool) -> tuple[int, int]:
+    """From one sequence to the next, and from one row to the next."""
+    if x is None:
+        return 0, 0
+    if of_sequences:
+        return x.stride(0), 0
+    return x.stride(0) if x.dim() == 2 else 0, x.stride(-1)

@@ -21,12 +21,15 @@ from igrpo_kernels.losses import (
     CONSTANT_LENGTH,
     DPPO_KL,
     DPPO_TV,
+    DRO,
     GMPO,
     NUM_ITEMS,
+    PROMPT_MEAN,
     SAPO,
     SEQUENCE_MEAN,
     SEQUENCE_SUM,
     TOKEN_MEAN,
+    TOPR,
     VESPO,
     VESPO_LAMBDA_MIN,
 )
@@ -36,13 +39,14 @@ from igrpo_kernels.triton_objective_kernels import COLUMNS, finish_kernel, objec
 from igrpo_kernels.triton_objective_terms import SCALARS
 from igrpo_kernels.types import GRPOLossConfig
 
-_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO)
+_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO, TOPR, DRO)
 _REDUCTIONS = {
     "sequence_mean": SEQUENCE_MEAN,
     "sequence_sum": SEQUENCE_SUM,
     "constant_length": CONSTANT_LENGTH,
     "token_mean": TOKEN_MEAN,
     "num_items": NUM_ITEMS,
+    "prompt_mean": PROMPT_MEAN,
 }
 _MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 _SETTINGS = {  # every value of which the kernels know; any other key keeps its default
@@ -50,11 +54,12 @@ _SETTINGS = {  # every value of which the kernels know; any other key keeps its 
     "use_bias_correction_kl", "temperature", "entropy_coef", "importance_sampling_mode", "importance_sampling_clip_min",
     "importance_sampling_clip_max", "max_completion_length", "sapo_temperature_neg", "sapo_temperature_pos",
     "logit_scale", "final_logit_softcapping", "off_policy_mask_threshold", "vespo_k_pos", "vespo_k_neg",
-    "vespo_lambda_pos", "vespo_lambda_neg",
+    "vespo_lambda_pos", "vespo_lambda_neg", "kl_tau", "dro_beta",
 }  # fmt: skip
 _TENSORS = {
     "index", "mask", "seq_id", "num_sequences", "advantages", "sequence_advantages", "lengths", "cu_seqlens", "shape",
     "lengths_on_host", "whole", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps",
+    "loss_weights", "nll_weights", "prompt_lengths",
 }  # fmt: skip
 
 RESULTS = (
@@ -105,6 +110,8 @@ def row_weights(
         row_weights_kernel[(batch.num_sequences,)](
             batch.mask.view(torch.uint8),
             like,
+            _of_prompts(batch, config),
+            _contiguous(batch.loss_weights),
             _contiguous(batch.cu_seqlens),
             items,
             batch.old_per_token_logps if of_sequence else None,
@@ -192,7 +199,10 @@ def _launch(
             batch.old_per_token_logps,
             batch.ref_per_token_logps if config.beta != 0.0 else None,
             batch.sampling_per_token_logps,
+            _contiguous(batch.loss_weights),
+            _contiguous(batch.nll_weights),
             like,
+            _of_prompts(batch, config),
             _contiguous(batch.cu_seqlens),
             items,
             shares,
@@ -245,6 +255,7 @@ def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int
         "KL": kind.kl,
         "BIAS_CORRECTED": bool(kind.kl and kind.bias_corrected_kl),
         "LEVEL": config.importance_sampling_level,
+        "PULLS": (2 if batch.sampling_per_token_logps is None else 1) if kind.pulls else 0,
         "OPSM": config.off_policy_mask_threshold is not None,
     }
 
@@ -254,13 +265,17 @@ def _denominator(
 ) -> tuple[str, Tensor | None, float]:
     """The kernels' name of the reduction, and num_items_in_batch as a tensor or a number."""
     reduction = next(name for name, row in _REDUCTIONS.items() if config.loss.reduction is row)
-    if reduction != "num_items":
+    if reduction not in ("num_items", "prompt_mean"):
         return reduction, None, 0.0
     if num_items_in_batch is None:
-        return "token_mean", None, 0.0
+        return "token_mean" if reduction == "num_items" else "prompts", None, 0.0
     if isinstance(num_items_in_batch, Tensor):
         return reduction, num_items_in_batch.detach().to(like.device), 0.0
     return reduction, None, float(num_items_in_batch)
+
+
+def _of_prompts(batch: TokenBatch, config: GRPOLossConfig) -> Tensor | None:
+    return _contiguous(batch.prompt_lengths) if config.loss.reduction is PROMPT_MEAN else None
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 
 from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER
-from igrpo_kernels.triton_math import kl_and_slope, sampler_correction, times
+from igrpo_kernels.triton_math import sampler_correction, times
 from igrpo_kernels.triton_objective_terms import (
     SCALARS,
     leaves,
     load_rows,
     log_sampler_ratio,
     of_sequence,
-    policy_value,
+    row_value,
     slopes,
     vespo_phi,
 )
@@ -22,24 +22,24 @@ from igrpo_kernels.triton_sequences import column_extreme, column_sum, sequence_
 
 # Columns of a sequence's shares. Up to LENGTH they are added up, then the largest counts, then the smallest.
 LOSS, ENTROPY, KL_SUM, LOW, HIGH, REGION, DUAL = (tl.constexpr(i) for i in range(7))
-DIFFERENCE, SCORED, RATIO, COUNTED, LENGTH = (tl.constexpr(i) for i in range(7, 12))
-DIFFERENCE_MAX, RATIO_MAX, HIGH_MAX, RATIO_MIN, LOW_MIN = (tl.constexpr(i) for i in range(12, 17))
-COLUMNS = 17
+DIFFERENCE, SCORED, RATIO, COUNTED, NLL, LENGTH = (tl.constexpr(i) for i in range(7, 13))
+DIFFERENCE_MAX, RATIO_MAX, HIGH_MAX, RATIO_MIN, LOW_MIN = (tl.constexpr(i) for i in range(13, 18))
+COLUMNS = 18
 
 _NUMBERS = ["n", "tokens", "S", "num_items", "max_length", "entropy_coef", *SCALARS]
 _POINTERS = [
     f"{name}_ptr"
     for name in (
-        "logps", "entropy", "mask", "advantages", "sequence_advantages", "old", "ref", "sampling", "lengths",
-        "cu_seqlens", "num_items", "shares", "grad_logps", "grad_entropy", "weight", "policy_weight", "entropy_slope",
-        "loss", "results",
+        "logps", "entropy", "mask", "advantages", "sequence_advantages", "old", "ref", "sampling", "loss_weights",
+        "nll_weights", "lengths", "prompt_lengths", "cu_seqlens", "num_items", "shares", "grad_logps", "grad_entropy",
+        "weight", "policy_weight", "entropy_slope", "loss", "results",
     )
 ]  # fmt: skip
 
 
 @triton.jit
-def loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE: tl.constexpr, REDUCTION: tl.constexpr,
-                BLOCK: tl.constexpr):  # fmt: skip
+def loss_weight(lengths_ptr, prompt_lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE: tl.constexpr,
+                REDUCTION: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dloss/d(token loss) of a sequence's tokens: the reductions of `losses.py`."""
     one = tl.full((), 1.0, DTYPE)
     sequences = tl.full((), S, DTYPE)
@@ -52,18 +52,28 @@ def loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE: 
     elif REDUCTION == "token_mean":
         divisor = tl.maximum(column_sum(lengths_ptr, S, BLOCK).to(DTYPE), one)
     else:
-        tl.static_assert(REDUCTION == "num_items")
+        tl.static_assert(REDUCTION == "num_items" or REDUCTION == "prompt_mean" or REDUCTION == "prompts")
         divisor = tl.full((), num_items, DTYPE)
         if num_items_ptr is not None:
             divisor = tl.load(num_items_ptr).to(DTYPE)
+        elif REDUCTION == "prompts":  # as many as the sequences' shares add up to
+            shares = tl.zeros((BLOCK,), tl.float64)
+            for start in range(0, S, BLOCK):
+                i = start + tl.arange(0, BLOCK)
+                of_prompt = tl.maximum(tl.load(prompt_lengths_ptr + i, mask=i < S, other=1.0), one)
+                shares += (tl.load(lengths_ptr + i, mask=i < S, other=0.0) / of_prompt).to(tl.float64)
+            divisor = tl.sum(shares, axis=0).to(DTYPE)
         divisor = tl.where(divisor < one, one, divisor)
-    return one / divisor
+    weight = one / divisor
+    if prompt_lengths_ptr is not None:
+        weight = weight / tl.maximum(tl.load(prompt_lengths_ptr + b), one)
+    return weight
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_POINTERS)
 def row_weights_kernel(
     # data: (S,), (n,) and ()
-    mask_ptr, lengths_ptr, cu_seqlens_ptr, num_items_ptr, old_ptr, sampling_ptr,
+    mask_ptr, lengths_ptr, prompt_lengths_ptr, loss_weights_ptr, cu_seqlens_ptr, num_items_ptr, old_ptr, sampling_ptr,
     weight_ptr, policy_weight_ptr, entropy_slope_ptr,  # written; the last two may be None
     # numbers
     n: tl.int64, tokens: tl.int64, S: tl.int32, num_items: tl.float64, max_length: tl.float64,
@@ -75,7 +85,9 @@ def row_weights_kernel(
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
     b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(cu_seqlens_ptr, b, S, tokens, n)
-    weight = loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK)
+    weight = loss_weight(
+        lengths_ptr, prompt_lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK
+    )
     ratio = tl.full((), 1.0, DTYPE)
     if policy_weight_ptr is not None:
         total = tl.zeros((BLOCK,), tl.float64)
@@ -89,7 +101,10 @@ def row_weights_kernel(
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
         active = tl.load(mask_ptr + row, mask=row < end, other=0) != 0
-        tl.store(weight_ptr + row, tl.where(active, weight, 0.0), mask=row < end)
+        of_row = tl.where(active, weight, 0.0)
+        if loss_weights_ptr is not None:
+            of_row = of_row * tl.load(loss_weights_ptr + row, mask=row < end, other=0.0)
+        tl.store(weight_ptr + row, of_row, mask=row < end)
         if policy_weight_ptr is not None:
             tl.store(policy_weight_ptr + row, tl.where(active, ratio, 0.0), mask=row < end)
     if entropy_slope_ptr is not None:  # noqa: SIM102, decided when compiling
@@ -144,7 +159,7 @@ def store_sampler(share, ratio, largest, smallest, S, length, sampler_of_sequenc
 def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM: tl.constexpr,
             SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
             LEVEL: tl.constexpr, OPSM: tl.constexpr):  # fmt: skip
-    """Of rows: w, the sampler's ratio, and whether the policy term is kept."""
+    """Of rows: w, the sampler's ratio, the policy term's factor, and whether the policy term is kept."""
     w = tl.exp(logp - old)
     if LEVEL != "token":
         w = tl.zeros_like(logp) + common
@@ -156,37 +171,49 @@ def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, n
     kept = advantage == advantage
     if OPSM:
         kept = (advantage >= 0.0) | (tl.zeros_like(logp) + left <= numbers[9])
-    return w, sampler, kept
+    factor = sampler
+    if TERM == "vespo":
+        factor = tl.zeros_like(sampler) + 1.0  # the sampler's ratio is part of W
+    return w, sampler, factor, kept
 
 
 @triton.jit
 def write_slopes(
-    logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, grad_logps_ptr, grad_entropy_ptr,
-    begin, end, common, sampler_of_sequence, left, through_mean, weight, entropy_slope, numbers,
+    logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, loss_weights_ptr, nll_weights_ptr,
+    grad_logps_ptr, grad_entropy_ptr, begin, end, common, sampler_of_sequence, left, through_mean, weight,
+    entropy_slope, numbers,
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, PULLS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dloss/dlogp and dloss/dentropy of a sequence's rows, 0 on masked ones."""
     for start in range(begin, end, BLOCK):
         row, active, logp, advantage, old, ref, sampling = load_rows(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
         )
-        w, sampler, kept = factors(
+        w, _, factor, kept = factors(
             logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
             SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
         )  # fmt: skip
-        factor = tl.where(kept, tl.zeros_like(w) + 1.0 if TERM == "vespo" else sampler, 0.0)
-        slope, direct, _ = slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED)
+        factor = tl.where(kept, factor, 0.0)
+        slope, direct, _ = slopes(
+            logp, advantage, old, ref, sampling, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED, PULLS
+        )
         through_w = times(slope, w)
+        shared = tl.zeros_like(w)
         if LEVEL == "sequence":
-            through_w = tl.zeros_like(w) + through_mean
+            through_w, shared = shared, shared + through_mean
         elif LEVEL == "sequence_token":  # an infinite log-ratio has no gradient of its own
             through_w = tl.where(tl.abs(logp - old) == float("inf"), 0.0, through_w)
         elif TERM == "gmpo":
             clipped = tl.where(advantage > 0.0, logp - old > numbers[1], logp - old < numbers[0])
-            through_w += tl.where(clipped | (advantage == 0.0), 0.0, through_mean)
-        grad = through_w + direct
-        grad = tl.where(w != w, w, grad * weight)
+            shared = tl.where(clipped | (advantage == 0.0), 0.0, through_mean)
+        grad = tl.where(w != w, w, through_w + direct)
+        if loss_weights_ptr is not None:
+            of_row = tl.load(loss_weights_ptr + row, mask=active, other=0.0)
+            grad = tl.where(of_row == 0.0, 0.0, grad * of_row)
+        grad = (grad + shared) * weight
+        if nll_weights_ptr is not None:
+            grad -= tl.load(nll_weights_ptr + row, mask=active, other=0.0)
         tl.store(grad_logps_ptr + row, tl.where(active, grad, 0.0), mask=row < end)
         if grad_entropy_ptr is not None:
             tl.store(grad_entropy_ptr + row, tl.where(active, entropy_slope, 0.0), mask=row < end)
@@ -196,7 +223,7 @@ def write_slopes(
 def objective_kernel(
     # data: (n,), (S,) and ()
     logps_ptr, entropy_ptr, mask_ptr, advantages_ptr, sequence_advantages_ptr, old_ptr, ref_ptr, sampling_ptr,
-    lengths_ptr, cu_seqlens_ptr, num_items_ptr,
+    loss_weights_ptr, nll_weights_ptr, lengths_ptr, prompt_lengths_ptr, cu_seqlens_ptr, num_items_ptr,
     shares_ptr, grad_logps_ptr, grad_entropy_ptr,  # (COLUMNS, S), (n,), (n,): written
     # numbers
     n: tl.int64, tokens: tl.int64, S: tl.int32, num_items: tl.float64, max_length: tl.float64,
@@ -205,10 +232,11 @@ def objective_kernel(
     sapo_temperature_pos: tl.float64, sapo_temperature_neg: tl.float64, sampler_low: tl.float64,
     sampler_high: tl.float64, beta: tl.float64, off_policy_threshold: tl.float64, vespo_k_pos: tl.float64,
     vespo_k_neg: tl.float64, vespo_lambda_pos: tl.float64, vespo_lambda_neg: tl.float64,
+    kl_tau: tl.float64, dro_beta: tl.float64,
     # constants
     TERM: tl.constexpr, SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, KL: tl.constexpr,
-    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, REDUCTION: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BIAS_CORRECTED: tl.constexpr, LEVEL: tl.constexpr, OPSM: tl.constexpr, PULLS: tl.constexpr,
+    REDUCTION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: `grpo_objective` of its rows, before anything is added up over sequences."""
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
@@ -218,38 +246,46 @@ def objective_kernel(
         tl.full((), sapo_temperature_neg, DTYPE), tl.full((), sampler_low, DTYPE), tl.full((), sampler_high, DTYPE),
         tl.full((), beta, DTYPE), tl.full((), off_policy_threshold, DTYPE), tl.full((), vespo_k_pos, DTYPE),
         tl.full((), vespo_k_neg, DTYPE), tl.full((), vespo_lambda_pos, DTYPE), tl.full((), vespo_lambda_neg, DTYPE),
+        tl.full((), kl_tau, DTYPE), tl.full((), dro_beta, DTYPE),
     )  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin, end = sequence_bounds(cu_seqlens_ptr, b, S, tokens, n)
     length = tl.load(lengths_ptr + b)
     counted_length = tl.maximum(length, tl.full((), 1.0, DTYPE))
-    weight = loss_weight(lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK)
+    weight = loss_weight(
+        lengths_ptr, prompt_lengths_ptr, num_items_ptr, b, S, num_items, max_length, DTYPE, REDUCTION, BLOCK
+    )
 
-    common, sampler_of_sequence = tl.full((), 1.0, DTYPE), tl.full((), 1.0, DTYPE)
-    left = common
+    common = tl.full((), 1.0, DTYPE)
+    sampler_of_sequence, left = common, common
     if LEVEL != "token" or SAMPLER_OF_SEQUENCE or OPSM or TERM == "vespo" or TERM == "gmpo":
         common, sampler_of_sequence, left = of_sequence(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, sampling_ptr, begin, end, counted_length, numbers,
             TERM, SAMPLER, SAMPLER_OF_SEQUENCE, OPSM, BLOCK,
         )  # fmt: skip
     zeros = tl.zeros((BLOCK,), tl.float64)
-    loss, entropy_sum, kl_sum, ratio_slopes = zeros, zeros, zeros, zeros
+    loss, nll_sum, entropy_sum, kl_sum, ratio_slopes = zeros, zeros, zeros, zeros, zeros
     lows, highs, duals, difference_sum, scored_sum, ratio_sum = zeros, zeros, zeros, zeros, zeros, zeros
     difference_max = tl.full((BLOCK,), float("-inf"), DTYPE)
-    ratio_max = tl.full((BLOCK,), float("-inf"), DTYPE)
-    ratio_min = tl.full((BLOCK,), float("inf"), DTYPE)
+    ratio_max, ratio_min = difference_max, -difference_max
     for start in range(begin, end, BLOCK):
         row, active, logp, advantage, old, ref, sampling = load_rows(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
         )
-        w, sampler, kept = factors(
+        w, sampler, factor, kept = factors(
             logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
             SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
         )  # fmt: skip
-        value = tl.where(kept, policy_value(logp, old, w, common, advantage, numbers, TERM), 0.0)
-        factor = sampler
-        if TERM == "vespo":
-            factor = tl.zeros_like(sampler) + 1.0  # it is part of W
+        value, kl = row_value(
+            logp, advantage, old, ref, sampling, w, factor, kept, common, numbers, TERM, KL, BIAS_CORRECTED, PULLS
+        )
+        kl_sum += tl.where(active, kl, 0.0).to(tl.float64)
+        of_row = tl.zeros_like(w) + 1.0
+        if loss_weights_ptr is not None:
+            of_row = tl.load(loss_weights_ptr + row, mask=active, other=0.0)
+        loss += tl.where(active & (of_row != 0.0), times(of_row, value), 0.0).to(tl.float64)
+        if nll_weights_ptr is not None:
+            nll_sum += times(tl.load(nll_weights_ptr + row, mask=active, other=0.0), logp).to(tl.float64)
         if sampling_ptr is not None:
             difference = tl.abs(old - sampling)
             scored = active & (difference == difference)
@@ -257,17 +293,9 @@ def objective_kernel(
             scored_sum += scored.to(tl.float64)
             difference_max = tl.maximum(difference_max, tl.where(scored, difference, float("-inf")))
             if SAMPLER != NO_SAMPLER:
-                value = times(factor, value)
                 ratio_sum += tl.where(active, sampler, 0.0).to(tl.float64)
                 ratio_max = tl.maximum(ratio_max, tl.where(active, sampler, float("-inf")))
                 ratio_min = tl.minimum(ratio_min, tl.where(active, sampler, float("inf")))
-        if KL != 0:
-            kl, _ = kl_and_slope(ref - logp, KL)
-            if BIAS_CORRECTED:
-                kl = kl * w
-            value += numbers[8] * kl
-            kl_sum += tl.where(active, kl, 0.0).to(tl.float64)
-        loss += tl.where(active, value, 0.0).to(tl.float64)
         if entropy_ptr is not None:
             entropy_sum += tl.load(entropy_ptr + row, mask=active, other=0.0).to(tl.float64)
         low, high, dual = leaves(logp, old, w, advantage, numbers, TERM)
@@ -279,8 +307,10 @@ def objective_kernel(
         duals += (active & dual).to(tl.float64)
         if (LEVEL == "sequence" or TERM == "gmpo") and grad_logps_ptr is not None:
             factor = tl.where(kept, factor, 0.0)
-            _, _, slope = slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED)
-            ratio_slopes += tl.where(active, slope, 0.0).to(tl.float64)
+            _, _, slope = slopes(
+                logp, advantage, old, ref, sampling, w, factor, common, numbers, TERM, KL, BIAS_CORRECTED, PULLS
+            )
+            ratio_slopes += tl.where(active & (of_row != 0.0), of_row * slope, 0.0).to(tl.float64)
 
     share = shares_ptr + b
     store_decisions(
@@ -290,6 +320,7 @@ def objective_kernel(
     tl.store(share + LOSS * S, weight.to(tl.float64) * tl.sum(loss, axis=0))
     tl.store(share + ENTROPY * S, tl.sum(entropy_sum, axis=0))
     tl.store(share + KL_SUM * S, tl.sum(kl_sum, axis=0))
+    tl.store(share + NLL * S, tl.sum(nll_sum, axis=0))
     tl.store(share + DIFFERENCE * S, tl.sum(difference_sum, axis=0))
     tl.store(share + SCORED * S, tl.sum(scored_sum, axis=0))
     tl.store(share + LENGTH * S, length.to(tl.float64))
@@ -306,9 +337,9 @@ def objective_kernel(
             total = tl.maximum(column_sum(lengths_ptr, S, BLOCK).to(DTYPE), tl.full((), 1.0, DTYPE))
             entropy_slope = -tl.full((), entropy_coef, DTYPE) / total
         write_slopes(
-            logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, grad_logps_ptr, grad_entropy_ptr,
-            begin, end, common, sampler_of_sequence, left, through_mean, weight, entropy_slope, numbers,
-            TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, LEVEL, OPSM, BLOCK,
+            logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, loss_weights_ptr, nll_weights_ptr,
+            grad_logps_ptr, grad_entropy_ptr, begin, end, common, sampler_of_sequence, left, through_mean, weight,
+            entropy_slope, numbers, TERM, SAMPLER, SAMPLER_OF_SEQUENCE, KL, BIAS_CORRECTED, LEVEL, OPSM, PULLS, BLOCK,
         )  # fmt: skip
 
 
@@ -320,9 +351,9 @@ def finish_kernel(shares_ptr, loss_ptr, results_ptr, S: tl.int32, entropy_coef: 
     tokens = tl.maximum(column_sum(shares_ptr + LENGTH * S, S, BLOCK), 1.0)
     policy_loss = column_sum(shares_ptr + LOSS * S, S, BLOCK).to(DTYPE)
     entropy = (column_sum(shares_ptr + ENTROPY * S, S, BLOCK) / tokens).to(DTYPE)
-    loss = policy_loss
+    loss = policy_loss - column_sum(shares_ptr + NLL * S, S, BLOCK).to(DTYPE)
     if entropy_coef != 0.0:
-        loss = policy_loss - tl.full((), entropy_coef, DTYPE) * entropy
+        loss = loss - tl.full((), entropy_coef, DTYPE) * entropy
     tl.store(loss_ptr, loss)
     tl.store(results_ptr + 0, policy_loss)
     tl.store(results_ptr + 1, entropy)

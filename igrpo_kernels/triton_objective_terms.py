@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 
 from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER, token_slopes
-from igrpo_kernels.triton_math import dppo_leaves, sampler_correction, times
+from igrpo_kernels.triton_math import dppo_leaves, kl_and_slope, sampler_correction, times
 
 SCALARS = (
     "clip_low", "clip_high", "delta", "dual_clip", "sapo_temperature_pos", "sapo_temperature_neg", "sampler_low",
     "sampler_high", "beta", "off_policy_threshold", "vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos",
-    "vespo_lambda_neg",
+    "vespo_lambda_neg", "kl_tau", "dro_beta",
 )  # fmt: skip
 
 
@@ -111,6 +111,11 @@ def policy_value(logp, old, w, common, advantage, numbers, TERM: tl.constexpr):
         value = -times(vespo_phi(common, advantage, numbers) * advantage, logp)
     elif TERM == "gmpo":
         value = -times(advantage, tl.zeros_like(logp) + common)
+    elif TERM == "topr":
+        weight = tl.where((advantage > 0.0) & (w == w), 1.0, tl.where(w > 1.0, 1.0, w))
+        value = -times(weight * advantage, logp)
+    elif TERM == "dro":
+        value = -times(advantage, logp) + 0.5 * numbers[15] * (logp - old) * (logp - old)
     else:
         leaves = dppo_leaves(logp, old, advantage, clip_low, clip_high, TERM)
         value = -times(tl.where(leaves, 0.0, times(advantage, capped)), logp)
@@ -118,8 +123,31 @@ def policy_value(logp, old, w, common, advantage, numbers, TERM: tl.constexpr):
 
 
 @triton.jit
-def slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM: tl.constexpr, KL: tl.constexpr,
-           BIAS_CORRECTED: tl.constexpr):  # fmt: skip
+def from_sampler(logp, sampling, PULLS: tl.constexpr):
+    """What kl_tau squares; PULLS = 1: where the sampler's log-prob is known."""
+    return tl.where((sampling != sampling) & (PULLS == 1), 0.0, logp - sampling)
+
+
+@triton.jit
+def row_value(logp, advantage, old, ref, sampling, w, factor, kept, common, numbers, TERM: tl.constexpr,
+              KL: tl.constexpr, BIAS_CORRECTED: tl.constexpr, PULLS: tl.constexpr):  # fmt: skip
+    """The token losses before loss_weights, and their KL."""
+    value = times(factor, tl.where(kept, policy_value(logp, old, w, common, advantage, numbers, TERM), 0.0))
+    kl = tl.zeros_like(logp)
+    if KL != 0:
+        kl, _ = kl_and_slope(ref - logp, KL)
+        if BIAS_CORRECTED:
+            kl = kl * w
+        value += numbers[8] * kl
+    if PULLS != 0:
+        pull = from_sampler(logp, sampling, PULLS)
+        value += numbers[14] * (pull * pull)
+    return value, kl
+
+
+@triton.jit
+def slopes(logp, advantage, old, ref, sampling, w, factor, common, numbers, TERM: tl.constexpr, KL: tl.constexpr,
+           BIAS_CORRECTED: tl.constexpr, PULLS: tl.constexpr):  # fmt: skip
     """d(token loss)/dw, its slope in logp that goes through nothing, and what goes through the sequence's `common`."""
     policy = factor
     if TERM == "vespo" or TERM == "gmpo":
@@ -133,6 +161,10 @@ def slopes(logp, advantage, old, ref, w, factor, common, numbers, TERM: tl.const
         direct += times(factor, -vespo_phi(common, advantage, numbers) * advantage)
     elif TERM == "gmpo":
         through_common = times(factor, -advantage)
+    elif TERM == "dro":
+        direct += times(factor, numbers[15] * (logp - old))
+    if PULLS != 0:
+        direct += 2.0 * numbers[14] * from_sampler(logp, sampling, PULLS)
     return through_w, direct, through_common
 
 

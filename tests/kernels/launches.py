@@ -40,6 +40,11 @@ CASES = {
     "OPSM": {"off_policy_mask_threshold": 0.1},
     "VESPO": {"loss_type": "vespo"},
     "GMPO": {"loss_type": "gmpo"},
+    "TOPR": {"loss_type": "topr"},
+    "DRO": {"loss_type": "dro", "dro_beta": 0.1},
+    "pull to the sampler": {"kl_tau": 0.1},
+    "loss and NLL weights": {"weighted": True},
+    "prompt mean": {"loss_type": "prompt_mean"},
 }  # fmt: skip
 
 
@@ -64,15 +69,16 @@ class Launches(TorchDispatchMode):
 
 def loss_call(options: dict, packed: bool) -> Callable[[], None]:
     """A loss and its backward, whose inputs exist."""
-    config = GRPOLossConfig(**options)
+    config = GRPOLossConfig(**{name: value for name, value in options.items() if name != "weighted"})
     logits = torch.zeros(B, T, V, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.zeros(B, T)
     ids, mask, advantages = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64), torch.ones(B)
     offsets = torch.arange(0, B * T + 1, T, dtype=torch.int32)
-    sampling = rows if config.importance_sampling_mode or config.off_policy_mask_threshold else None
+    sampling = rows if config.importance_sampling_mode or config.off_policy_mask_threshold or config.kl_tau else None
+    weights = rows if "weighted" in options else None
     given = {
         "completion_mask": mask, "old_per_token_logps": rows, "sampling_per_token_logps": sampling,
-        "ref_per_token_logps": rows if config.beta else None,
+        "ref_per_token_logps": rows if config.beta else None, "loss_weights": weights, "nll_weights": weights,
     }  # fmt: skip
     if packed:
         given = {name: None if x is None else x.view(-1) for name, x in given.items()} | {"cu_seqlens": offsets}
@@ -80,7 +86,7 @@ def loss_call(options: dict, packed: bool) -> Callable[[], None]:
     def call() -> None:
         made = batch.TokenBatch.build(
             ids.view(-1) if packed else ids, advantages, dtype=torch.float32, tables=TRITON.tables(logits.device),
-            **given,
+            **given, prompt_lengths=advantages if config.loss_type == "prompt_mean" else None,
         )  # fmt: skip
         x = logits.view(-1, V) if packed else logits
         fused_loss.grpo_loss(TRITON, x, made, config, None, inplace=False)[0].backward()

@@ -34,6 +34,7 @@ VARIANTS = {  # every kernel and every compile-time choice that changes its inne
     "sapo": {"loss_type": "sapo", "beta": 0.1, "kl_estimator": "k2", "use_bias_correction_kl": False},
     "vespo": {"loss_type": "vespo", "importance_sampling_mode": "token_truncate", "off_policy_mask_threshold": 0.1},
     "gmpo": {"loss_type": "gmpo", "beta": 0.1, "importance_sampling_mode": "token_mask"},
+    "weights": {"loss_type": "dro", "dro_beta": 0.1, "kl_tau": 0.1, "entropy_coef": 0.1},
     "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
     "sequence softcap": {"importance_sampling_level": "sequence", "final_logit_softcapping": 30.0, "entropy_coef": 0.1},
 }
@@ -54,9 +55,10 @@ def call(
     logits = logits[:, -T - 1 : -1] if view else logits[:, :T].contiguous()
     rows = torch.zeros(B, T)
     given = {name: rows for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")}
+    weights = {"loss_weights": torch.ones(B), "nll_weights": rows} if config.kl_tau else {}
     batch, launched = (
         TokenBatch.build(
-            torch.zeros(B, T, dtype=torch.int64), torch.ones(B), dtype=torch.float32, tables=tables, **given
+            torch.zeros(B, T, dtype=torch.int64), torch.ones(B), dtype=torch.float32, tables=tables, **given, **weights
         )
         for tables in (None, TRITON.tables(logits.device))
     )  # the launched one holds what its memory held, so it must not decide which rows are left out

@@ -11,14 +11,16 @@ from igrpo_kernels import batch as batch_module
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.losses import LOSSES
 from igrpo_kernels.objective import entropy_slope, grpo_objective, reduction_weights, rows, sampler_ratio
-from tests.kernels.oracle import LOSS_LEVELS
+from tests.kernels.oracle import LOSS_LEVELS, REQUIRED
 
 COVERED = [
     (name, level)
     for name, level in LOSS_LEVELS
     if LOSSES[name].term in triton_objective._TERMS and LOSSES[name].reduction in triton_objective._REDUCTIONS.values()
 ]
-ONE_OF_A_TERM = [x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "vespo", "gmpo")]
+ONE_OF_A_TERM = [
+    x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "vespo", "gmpo", "topr", "dro")
+]
 CLIPS = {"importance_sampling_clip_min": 0.8, "importance_sampling_clip_max": 1.2}
 OPTIONS = {
     "plain": {},
@@ -29,6 +31,7 @@ OPTIONS = {
     "dual_clip": {"dual_clip": 1.05},
     **{mode: {"importance_sampling_mode": mode, **CLIPS} for mode in triton_objective._MODES[1:4]},
     "sequence_mask": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_min": 0.5},
+    "weights": {"kl_tau": 0.2, "entropy_coef": 0.1, "importance_sampling_mode": "token_truncate", **CLIPS},
     "opsm": {"off_policy_mask_threshold": 0.0, "beta": 0.1, "importance_sampling_mode": "token_mask", **CLIPS},
 }
 LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
@@ -45,7 +48,11 @@ def applies(loss_type, level, name):
 CASES = [(*case, name) for case, name in product(COVERED, OPTIONS) if applies(*case, name)]
 
 
-def batch_of(layout, device, dtype=torch.float64, *, per_token=False, without=(), masked=True):
+def config_of(loss_type, level="token", **options):
+    return GRPOLossConfig(loss_type, level, max_completion_length=9, **REQUIRED.get(loss_type, {}), **options)
+
+
+def batch_of(layout, device, dtype=torch.float64, *, per_token=False, without=(), masked=True, weighted=False):
     """Log-probs, entropies and a batch whose ratios lie around the borders, with a NaN of the sampler."""
     generator = torch.Generator().manual_seed(0)
     n = sum(LENGTHS) if layout == "packed" else 4 * max(LENGTHS)
@@ -60,11 +67,19 @@ def batch_of(layout, device, dtype=torch.float64, *, per_token=False, without=()
     advantages = draw(1.0).view(shape) if per_token else torch.tensor([1.0, -1.0, 0.7, 0.0])
     given = {"old_per_token_logps": old, "ref_per_token_logps": ref, "sampling_per_token_logps": sampling}
     cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], device=device)
+    weights = {}
+    if weighted:  # zeros among them; one kind per token, the other per sequence
+        of_tokens, of_sequences = draw(1.0).clamp(min=0.0).view(shape), torch.tensor([2.0, 0.5, 0.0, 1.5])
+        weights = {"loss_weights": of_tokens, "nll_weights": of_sequences}
+        if per_token:
+            weights = dict(zip(weights, reversed(weights.values()), strict=True))
     batch = TokenBatch.build(
         torch.zeros(shape, dtype=torch.int64, device=device), advantages.to(dtype).to(device), dtype=dtype,
         completion_mask=mask.view(shape).to(device) if masked else None,
         cu_seqlens=cu_seqlens if layout == "packed" else None,
+        prompt_lengths=torch.tensor([307, 307, 0, 9], device=device),
         **{k: v.view(shape).to(dtype).to(device) for k, v in given.items() if k not in without},
+        **{k: v.to(dtype).to(device) for k, v in weights.items()},
     )  # fmt: skip
     return [x.to(dtype).to(device) for x in (logps, entropy)], batch
 
@@ -91,15 +106,19 @@ def compare(leaves, batch, config, num_items, *, extreme=False):
 @pytest.mark.parametrize(("loss_type", "level", "name"), CASES)
 def test_every_loss(device, loss_type, level, name):
     i = CASES.index((loss_type, level, name))  # layouts and inputs take turns
-    config = GRPOLossConfig(loss_type, level, max_completion_length=9, **OPTIONS[name])
-    leaves, batch = batch_of(("padded", "packed")[i % 2], device, per_token=i % 5 == 0, masked=i % 3 > 0)
+    config = config_of(loss_type, level, **OPTIONS[name])
+    how = {"per_token": i % 5 == 0, "masked": i % 3 > 0, "weighted": name == "weights"}
+    leaves, batch = batch_of(("padded", "packed")[i % 2], device, **how)
     assert triton_objective.covers(batch, config)
     compare(leaves, batch, config, (None, 17, torch.tensor(23, device=device))[i % 3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("options", [{}, {"masked": False, "per_token": True, "without": ("old_per_token_logps",)}])
+@pytest.mark.parametrize(
+    "options",
+    [{"weighted": True}, {"masked": False, "per_token": True, "weighted": True, "without": ("old_per_token_logps",)}],
+)
 def test_the_batch(device, layout, dtype, options, monkeypatch):
     _, plain = batch_of(layout, device, dtype, **options)
     build = TokenBatch.build
@@ -151,12 +170,12 @@ def test_offsets_that_no_host_checked_leave_rows_out(device, monkeypatch):
 
 @pytest.mark.parametrize("mode", [None, *triton_objective._MODES[1:]])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo"])  # a reduction each
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "prompt_mean"])  # a reduction each
 def test_row_weights(device, loss_type, layout, mode):
     config = GRPOLossConfig(
         loss_type, max_completion_length=9, entropy_coef=0.1, importance_sampling_mode=mode, **CLIPS
     )
-    _, batch = batch_of(layout, device)
+    _, batch = batch_of(layout, device, weighted=mode is None)
     for num_items in (None, 17.5, torch.tensor([23], device=device)):
         weights, ratio, slope = triton_objective.row_weights(batch, config, num_items)
         torch.testing.assert_close(weights, reduction_weights(batch, config, num_items), rtol=1e-14, atol=0)
@@ -193,13 +212,17 @@ def test_extreme_ratios(device, loss_type, level, value, option):
     leaves, batch = batch_of("packed", device)
     rows_there = [int(batch.mask[300:].nonzero()[0]) + 300, *batch.mask[:300].nonzero()[:1].flatten().tolist()]
     batch.old_per_token_logps[rows_there] = value
-    compare(leaves, batch, GRPOLossConfig(loss_type, level, max_completion_length=9, **option), None, extreme=True)
+    compare(leaves, batch, config_of(loss_type, level, **option), None, extreme=True)
 
 
 def test_what_the_kernels_do_not_know_is_left_to_the_objective(device):
     _, batch = batch_of("padded", device)
     assert triton_objective.covers(batch, GRPOLossConfig())
-    for other in ({"kl_tau": 0.1}, {"top_entropy_quantile": 0.5}, {"loss_type": "clip_cov"}):
+    for other in (
+        {"importance_sampling_mode": "seq-mask-tis"},
+        {"top_entropy_quantile": 0.5},
+        {"loss_type": "clip_cov"},
+    ):
         assert not triton_objective.covers(batch, GRPOLossConfig(**other))
     named = {f.name for f in fields(TokenBatch)}
     assert named >= triton_objective._TENSORS and {f.name for f in fields(GRPOLossConfig)} >= triton_objective._SETTINGS
