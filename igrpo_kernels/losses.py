@@ -307,18 +307,19 @@ def _sequences(batch: Batch) -> int:
     return max(batch.num_sequences, 1)
 
 
-def _of_items(batch: Batch, num_items: Tensor | float | None) -> Tensor:
+def _of_items(batch: Batch, num_items: Tensor | float | None, least: float = 1.0) -> Tensor:
     lengths = batch.lengths
     if num_items is None:
         num_items = lengths.sum()
     elif isinstance(num_items, int | float):
         num_items = lengths.new_full((), num_items)
-    return lengths.new_ones(lengths.shape) / num_items.to(lengths).reshape(()).clamp(min=1.0)
+    return lengths.new_ones(lengths.shape) / num_items.to(lengths).reshape(()).clamp(min=least)
 
 
 def _of_prompts(batch: Batch, config: Config, num_items: Tensor | float | None) -> Tensor:
     of_prompt = batch.prompt_lengths.clamp(min=1.0)
-    return _of_items(batch, (batch.lengths / of_prompt).sum() if num_items is None else num_items) / of_prompt
+    prompts = (batch.lengths / of_prompt).sum() if num_items is None else num_items
+    return _of_items(batch, prompts, least=1e-6) / of_prompt  # a call may hold a part of a prompt
 
 
 def _of_sequences(s: float, n: float, s_total: float, n_total: float) -> float:

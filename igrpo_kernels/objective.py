@@ -133,7 +133,8 @@ def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Ten
     """pi_old / pi_sampler as a constant: (S,) for sequence_* modes, (n,) for the others, None when off.
 
     token_*: exp(u_t), sequence_*: exp(sum_t u_t), truncated or zeroed outside [min, max]; seq-mask-tis: exp(u_t),
-    zeroed where exp(mean of u over the sequence) is outside; u = o - s.
+    zeroed where exp(mean of u over the sequence) is outside; u = o - s. No ratio is infinite: beyond it stands the
+    dtype's largest number.
     """
     if config.importance_sampling_mode is None or batch.sampling_per_token_logps is None:
         return None
@@ -142,16 +143,20 @@ def sampler_ratio(old: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Ten
     log_ratio = torch.nan_to_num(old - batch.sampling_per_token_logps, nan=0.0)
     if config.importance_sampling_mode == "seq-mask-tis":
         geometric = batch.expand((batch.segment_sum(log_ratio) / batch.lengths.clamp(min=1.0)).exp())
-        return log_ratio.exp().masked_fill(_outside(geometric, low, high), 0.0)
+        return _finite_exp(log_ratio).masked_fill(_outside(geometric, low, high), 0.0)
     level, action = config.importance_sampling_mode.split("_")
     if level == "sequence":
         log_ratio = batch.segment_sum(log_ratio)  # a sum, not a mean: the ratio of whole-sequence probabilities
-    ratio = log_ratio.exp()
+    ratio = _finite_exp(log_ratio)
     if action == "truncate":
         return ratio.clamp(min=low, max=high)
     if action != "mask":
         raise ValueError(f"importance_sampling_mode={config.importance_sampling_mode!r} has no equation here")
     return ratio.masked_fill(_outside(ratio, low, high), 0.0)
+
+
+def _finite_exp(x: Tensor) -> Tensor:
+    return x.exp().clamp(max=torch.finfo(x.dtype).max)  # 0 · it = 0 in every implementation's order of the products
 
 
 def _outside(x: Tensor, low: float | None, high: float | None) -> Tensor:

@@ -310,8 +310,12 @@ def policy_slopes(
 
 @triton.jit
 def sampler_correction(log_ratio, low, high, MASK: tl.constexpr):
-    """Ratio old / sampler of one token, truncated to [low, high], or zeroed outside it; 1 where unknown (NaN)."""
-    ratio = tl.exp(tl.where(log_ratio != log_ratio, 0.0, log_ratio))
+    """Ratio old / sampler of one token, truncated to [low, high], or zeroed outside it; 1 where unknown (NaN).
+
+    Finite, as in `objective.py`.
+    """
+    LARGEST: tl.constexpr = 3.4028234663852886e38 if log_ratio.dtype == tl.float32 else 1.7976931348623157e308
+    ratio = tl.minimum(tl.exp(tl.where(log_ratio != log_ratio, 0.0, log_ratio)), LARGEST)
     inside = (ratio >= low) & (ratio <= high)
     truncated = tl.minimum(tl.maximum(ratio, low), high)
     return tl.where(inside, ratio, 0.0 if MASK else truncated)
@@ -322,7 +326,7 @@ def kl_and_slope(x, KL: tl.constexpr):
     """KL estimate k1, k2 or k3 of x = reference - logp, and its derivative in logp."""
     if KL == 1:
         kl = -x
-        slope = 1.0 + 0.0 * x
+        slope = tl.zeros_like(x) + 1.0  # of an infinite x too
     elif KL == 2:
         kl = 0.5 * x * x
         slope = -x

@@ -139,7 +139,7 @@ class GRPOLossConfig:
     kl_cov_ratio: float = 2e-4
     """KL-Cov: share of this call's tokens, largest covariance first, with a penalty |l - o|."""
 
-    ppo_kl_coef: float = 1.0
+    ppo_kl_coef: float = 0.1
     """KL-Cov: weight of that penalty."""
 
     # --- terms around it

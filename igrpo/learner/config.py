@@ -104,7 +104,7 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Clip-Cov: and below this."""
     kl_cov_ratio: ShareAboveZero = 2e-4
     """KL-Cov: share of a micro-batch's tokens that are penalised, those of the highest covariance."""
-    ppo_kl_coef: NotNegative = 1.0
+    ppo_kl_coef: NotNegative = 0.1
     """KL-Cov: weight of that penalty, |log-ratio to the old policy|."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of the loss."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from igrpo.config.train_config import TrainConfig
 from igrpo_kernels import GRPOLossConfig
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.integrations import prime_rl, verl
@@ -48,6 +49,10 @@ def test_verl_losses_written_out(x, name):
     same(loss, (formula(x) * x.weights * x.mask).sum() / x.mask.sum(), x.logps)
     distance = (x.old - x.logps).abs() if name == "kl_cov" else x.old - x.logps
     assert metrics["actor/ppo_kl"] == pytest.approx(float((distance * x.mask).sum() / x.mask.sum()), rel=1e-4)
+
+
+def test_verls_default_of_kl_covs_penalty():
+    assert GRPOLossConfig("kl_cov").ppo_kl_coef == TrainConfig.ppo_kl_coef == 0.1
 
 
 def test_verl_weighs_a_geometric_mean_with_the_weights_geometric_mean(x):

@@ -257,6 +257,27 @@ def test_micro_batches_add_up_as_documented(impl):
         torch.testing.assert_close(torch.cat(grads), grad)
 
 
+def test_the_parts_of_a_prompt_add_up(impl):
+    """Four calls with two of a prompt's eight completions each, of a quarter of the prompt or of their own share."""
+    inputs, config = boundary_inputs().to(torch.float32), GRPOLossConfig("prompt_mean")
+    n = inputs.completion_mask.sum()
+    whole, grad = loss_and_grad(inputs, config, impl=impl, prompt_lengths=n.expand(8))
+    for num_items in (None, 0.25):
+        loss, parts = 0.0, []
+        for rows in torch.arange(8).split(2):
+            part = replace(inputs, **{k: v[rows] for k, v in vars(inputs).items() if v is not None})
+            share = 0.25 if num_items else part.completion_mask.sum() / n
+            out, slope = loss_and_grad(
+                part, config, impl=impl, prompt_lengths=n.expand(2), num_items_in_batch=num_items
+            )  # fmt: skip
+            loss += share * out.loss
+            parts.append(share * slope)
+        torch.testing.assert_close((loss, torch.cat(parts)), (whole.loss, grad))
+    masked = replace(inputs, completion_mask=torch.zeros_like(inputs.completion_mask))
+    nothing, none = loss_and_grad(masked, config, impl=impl, prompt_lengths=torch.zeros(8))
+    assert nothing.loss == 0.0 and not none.any()
+
+
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize(("loss_type", "level"), LOSS_LEVELS)
 def test_rows_off_the_cpu_need_no_host_sync(loss_type, level, layout, impl):
