@@ -188,6 +188,7 @@ HOSTILE = {
     "plus minus": r"\boxed{" + r"\pm 1 " * 300 + "}", "subscripts": r"\boxed{" + "x_" * 600 + "1}",
     "emphasis": "<answer>" + "**a" * 600 + "</answer>", "superscripts": "<answer>" + "9\u2079" * 900 + "</answer>",
     "blanks in the answer": "<answer>" + " 1" * 900 + "</answer>", "unit": f"<answer>72 {'a' * 1900}#</answer>",
+    "units": "<answer>5 " + r"\text{a} " * 200 + "x</answer>",
 }  # fmt: skip
 
 
@@ -213,6 +214,22 @@ def test_references_longer_than_pythons_integers_are_judged(tmp_path):
             r"\boxed{10^{4999}}",
         ]
         assert accuracy(texts, solution=[problem.solution] * 5) == [1.0, 1.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (r"2x_{\text{min}}", r"2x_{\text{max}}"),
+        (r"3v_{\text{B}}", r"3v_{\text{A}}"),
+        (r"v_{1,\text{out}}", r"v_{1,\text{in}}"),
+        (r"2^{\text{a}}", r"2^{\text{b}}"),
+        (r"\frac{2}{\text{a}}", r"\frac{2}{\text{b}}"),
+        (r"2\sin\text{A}", r"2\sin\text{B}"),
+        (r"3\mathbf{i}+2\mathbf{j}", r"3\mathbf{i}+2\mathbf{k}"),
+    ],
+)
+def test_an_index_an_operand_and_a_vector_are_no_units(one, other):
+    assert score(f"<answer>{one}</answer>", other) != 1.0 == score(f"<answer>{one}</answer>", one)
 
 
 @pytest.mark.parametrize("reference", ["72", "1, -2", "1+2i", r"\pm", "x^2+1", "="])

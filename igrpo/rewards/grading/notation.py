@@ -85,6 +85,8 @@ _TEXT = (
 MATH_FUNCTIONS = frozenset({"cos", "cot", "csc", "exp", "ln", "log", "pi", "sec", "sin", "sqrt", "tan"}) | frozenset(
     {"arccos", "arcsin", "arctan", "cosh", "sinh", "tanh"}
 )
+_NEEDS_MORE = re.compile(rf"(?:[-+_^]|\\(?:{'|'.join(sorted(MATH_FUNCTIONS - {'pi'}))}))\s?$")
+_VECTOR = re.compile(r"\\(?:mathbf|mathit|boldsymbol|bm)\{[A-Za-z]\}")
 _TRIGONOMETRIC = re.compile(r"(?<![A-Za-z])\\?(?:sin|cos|tan|cot|sec|csc)(?![a-z])")
 DENIAL = re.compile(
     r"\b(?:not|isnt|cannot|never|neither|nor|except|unless|than|wrong|incorrect|false|untrue|between|exceeds?)\b|n't\b"
@@ -140,8 +142,9 @@ def tidy(text: str) -> str:
     if wrapped := re.fullmatch(rf"{_TEXT}\{{([^{{}}]*)\}}\.?", text):
         text = wrapped[1]
     elif re.search(r"\d", text):
-        per = rf"(?:\\frac\{{{_TEXT}\{{[^{{}}]*\}}\}}\{{)?(?:\\mu|\\Omega)?\s*{_TEXT}\{{([^{{}}]*)\}}\}}?"
-        text = re.sub(rf"(?:\s*(?:(?:\\cdot|/)\s*)?(?:{per}|\\Omega)(?:\^\{{?-?\d\}}?)?)+\.?$", _unit, text)
+        one = rf"(?:(?:\\mu\s*)?{_TEXT}\{{[^{{}}]*\}}|\\Omega)(?:\^(?:-?\d|\{{-?\d\}}))?"
+        per = rf"\\frac\{{{one}\}}\{{{one}\}}|{one}"
+        text = re.sub(rf"(?:\s*(?:(?:\\cdot|/)\s*)?(?:{per}))+\.?$", _unit, text)
     for found, written in _OTHER_SPELLINGS:
         text = found.sub(written, text)
     text = re.sub(r"\\overline\{(\d)\}\\overline\{(\d)\}", r"\\overline{\1\2}", text)
@@ -153,7 +156,9 @@ def tidy(text: str) -> str:
 
 
 def _unit(found: re.Match[str]) -> str:
-    return found[0] if DENIAL.search(plain_words(found[0])) or re.search(r"\b(?:or|and)\b", found[0]) else ""
+    """Nothing for a unit; an index, an operand or a vector stays."""
+    kept = DENIAL.search(plain_words(found[0])) or re.search(r"\b(?:or|and)\b", found[0]) or _VECTOR.search(found[0])
+    return found[0] if kept or _NEEDS_MORE.search(found.string[max(0, found.start() - 9) : found.start()]) else ""
 
 
 def plain_words(text: str) -> str:
