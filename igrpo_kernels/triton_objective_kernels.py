@@ -63,7 +63,8 @@ def loss_weight(lengths_ptr, prompt_lengths_ptr, num_items_ptr, b, S, num_items,
                 of_prompt = tl.maximum(tl.load(prompt_lengths_ptr + i, mask=i < S, other=1.0), one)
                 shares += (tl.load(lengths_ptr + i, mask=i < S, other=0.0) / of_prompt).to(tl.float64)
             divisor = tl.sum(shares, axis=0).to(DTYPE)
-        divisor = tl.where(divisor < one, one, divisor)
+        least = tl.full((), 1.0 if REDUCTION == "num_items" else 1e-6, DTYPE)  # a call may hold a part of a prompt
+        divisor = tl.where(divisor < least, least, divisor)
     weight = one / divisor
     if prompt_lengths_ptr is not None:
         weight = weight / tl.maximum(tl.load(prompt_lengths_ptr + b), one)
