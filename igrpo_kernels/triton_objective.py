@@ -48,7 +48,7 @@ _REDUCTIONS = {
     "num_items": NUM_ITEMS,
     "prompt_mean": PROMPT_MEAN,
 }
-_MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+_MODES = (None, "token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "seq-mask-tis")
 _SETTINGS = {  # every value of which the kernels know; any other key keeps its default
     "loss_type", "importance_sampling_level", "epsilon", "epsilon_high", "delta", "dual_clip", "beta", "kl_estimator",
     "use_bias_correction_kl", "temperature", "entropy_coef", "importance_sampling_mode", "importance_sampling_clip_min",
@@ -99,10 +99,10 @@ def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
 def row_weights(
     batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dloss/d(token loss) (n,), sampler ratio of the row's sequence (n,) or None, dloss/dentropy () or None."""
+    """dloss/d(token loss) (n,), sampler ratio that is no token's own (n,) or None, dloss/dentropy () or None."""
     like, mode = batch.lengths, config.importance_sampling_mode or ""
     weights = torch.empty(batch.mask.shape, dtype=like.dtype, device=like.device)
-    of_sequence = mode.startswith("sequence") and batch.old_per_token_logps is not None
+    of_sequence = mode.startswith("seq") and batch.old_per_token_logps is not None
     policy_weights = torch.empty_like(weights) if of_sequence else None
     entropy_slope = torch.empty((), dtype=like.dtype, device=like.device) if config.needs_entropy_gradient else None
     scalars, (reduction, items, number) = LossScalars.of(config), _denominator(config, num_items_in_batch, like)
@@ -129,6 +129,7 @@ def row_weights(
             scalars.sampler_high,
             REDUCTION=reduction,
             MASKS=mode.endswith("mask"),
+            OF_TOKENS=mode == "seq-mask-tis",
             BLOCK=_BLOCK,
             enable_fp_fusion=True,
         )
@@ -250,7 +251,7 @@ def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int
     sampled = batch.sampling_per_token_logps is not None and mode != ""
     return {
         "TERM": kind.term,
-        "SAMPLER": {"truncate": 1, "mask": 2}[mode.split("_")[1]] if sampled else 0,
+        "SAMPLER": {"truncate": 1, "mask": 2, "seq-mask-tis": 3}[mode.split("_")[-1]] if sampled else 0,
         "SAMPLER_OF_SEQUENCE": sampled and mode.startswith("sequence"),
         "KL": kind.kl,
         "BIAS_CORRECTED": bool(kind.kl and kind.bias_corrected_kl),

@@ -10,6 +10,8 @@ from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER
 from igrpo_kernels.triton_math import sampler_correction, times
 from igrpo_kernels.triton_objective_terms import (
     SCALARS,
+    SEQ_MASK,
+    geometric_keep,
     leaves,
     load_rows,
     log_sampler_ratio,
@@ -80,7 +82,7 @@ def row_weights_kernel(
     n: tl.int64, tokens: tl.int64, S: tl.int32, num_items: tl.float64, max_length: tl.float64,
     entropy_coef: tl.float64, sampler_low: tl.float64, sampler_high: tl.float64,
     # constants
-    REDUCTION: tl.constexpr, MASKS: tl.constexpr, BLOCK: tl.constexpr,
+    REDUCTION: tl.constexpr, MASKS: tl.constexpr, OF_TOKENS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: its rows' weight, the sampler's ratio of the sequence, and dloss/dentropy."""
     DTYPE: tl.constexpr = weight_ptr.dtype.element_ty
@@ -98,16 +100,26 @@ def row_weights_kernel(
             old = tl.load(old_ptr + row, mask=active, other=0.0)
             total += log_sampler_ratio(old, tl.load(sampling_ptr + row, mask=active, other=0.0), DTYPE).to(tl.float64)
         low = tl.full((), sampler_low, DTYPE)
-        ratio = sampler_correction(tl.sum(total, axis=0).to(DTYPE), low, tl.full((), sampler_high, DTYPE), MASKS)
+        high, of_all = tl.full((), sampler_high, DTYPE), tl.sum(total, axis=0).to(DTYPE)
+        if OF_TOKENS:  # seq-mask-tis
+            length = tl.maximum(tl.load(lengths_ptr + b), tl.full((), 1.0, DTYPE))
+            ratio = geometric_keep(of_all, length, low, high)
+        else:
+            ratio = sampler_correction(of_all, low, high, MASKS)
     for start in range(begin, end, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        active = tl.load(mask_ptr + row, mask=row < end, other=0) != 0
+        active = (row < end) & (tl.load(mask_ptr + row, mask=row < end, other=0) != 0)
         of_row = tl.where(active, weight, 0.0)
         if loss_weights_ptr is not None:
             of_row = of_row * tl.load(loss_weights_ptr + row, mask=row < end, other=0.0)
         tl.store(weight_ptr + row, of_row, mask=row < end)
         if policy_weight_ptr is not None:
-            tl.store(policy_weight_ptr + row, tl.where(active, ratio, 0.0), mask=row < end)
+            of_row = tl.where(active, ratio, 0.0)
+            if OF_TOKENS:
+                old = tl.load(old_ptr + row, mask=active, other=0.0)
+                sampling = tl.load(sampling_ptr + row, mask=active, other=0.0)
+                of_row = tl.where(of_row == 0.0, 0.0, tl.exp(log_sampler_ratio(old, sampling, DTYPE)))
+            tl.store(policy_weight_ptr + row, of_row, mask=row < end)
     if entropy_slope_ptr is not None:  # noqa: SIM102, decided when compiling
         if b == 0:
             total_tokens = tl.maximum(column_sum(lengths_ptr, S, BLOCK).to(DTYPE), tl.full((), 1.0, DTYPE))
@@ -167,7 +179,9 @@ def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, n
     elif (TERM == "vespo" or TERM == "gmpo") and not BIAS_CORRECTED:
         w = tl.zeros_like(logp) + 1.0  # no part of the loss, so that no NaN of it may show
     sampler = tl.zeros_like(logp) + sampler_of_sequence
-    if SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
+    if SAMPLER == SEQ_MASK:
+        sampler = tl.where(sampler == 0.0, 0.0, tl.exp(log_sampler_ratio(old, sampling, sampler.dtype)))
+    elif SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
         sampler = sampler_correction(old - sampling, numbers[6], numbers[7], SAMPLER == MASK)
     kept = advantage == advantage
     if OPSM:
@@ -259,7 +273,7 @@ def objective_kernel(
 
     common = tl.full((), 1.0, DTYPE)
     sampler_of_sequence, left = common, common
-    if LEVEL != "token" or SAMPLER_OF_SEQUENCE or OPSM or TERM == "vespo" or TERM == "gmpo":
+    if LEVEL != "token" or SAMPLER_OF_SEQUENCE or SAMPLER == SEQ_MASK or OPSM or TERM == "vespo" or TERM == "gmpo":
         common, sampler_of_sequence, left = of_sequence(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, sampling_ptr, begin, end, counted_length, numbers,
             TERM, SAMPLER, SAMPLER_OF_SEQUENCE, OPSM, BLOCK,

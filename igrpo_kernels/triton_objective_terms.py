@@ -12,6 +12,8 @@ SCALARS = (
     "vespo_lambda_neg", "kl_tau", "dro_beta",
 )  # fmt: skip
 
+SEQ_MASK = tl.constexpr(3)  # beside NO_SAMPLER, TRUNCATE and MASK: seq-mask-tis
+
 
 @triton.jit
 def clamp(x, low, high):
@@ -25,6 +27,13 @@ def log_sampler_ratio(old, sampling, DTYPE: tl.constexpr):
     LARGEST: tl.constexpr = 3.4028234663852886e38 if DTYPE is tl.float32 else 1.7976931348623157e308
     x = old - sampling
     return tl.where(x != x, 0.0, tl.minimum(tl.maximum(x, -LARGEST), LARGEST))
+
+
+@triton.jit
+def geometric_keep(log_sum, length, low, high):
+    """1 where the geometric mean of a sequence's sampler ratios is within the bounds, else 0."""
+    mean = tl.exp(log_sum / length)
+    return tl.where((mean < low) | (mean > high), 0.0, 1.0).to(mean.dtype)
 
 
 @triton.jit
@@ -47,7 +56,8 @@ def of_sequence(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What a sequence has in common: exp of its mean log-ratio (GMPO: clipped; VESPO: its log W instead), the
-    sampler's ratio (1: each token has its own), and how far the policy has left the sampler.
+    sampler's ratio (1: each token has its own; seq-mask-tis: 0 where they do not count), and how far the policy has
+    left the sampler.
     """
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
     clip_low, clip_high, sampler_low, sampler_high = numbers[0], numbers[1], numbers[6], numbers[7]
@@ -67,7 +77,7 @@ def of_sequence(
                 ratio = sampler_correction(old - sampling, sampler_low, sampler_high, SAMPLER == MASK)
                 d += clamp(tl.log(ratio), LOG_TINY, 20.0)
         log_ratio += tl.where(active, d, 0.0).to(tl.float64)
-        if SAMPLER_OF_SEQUENCE:
+        if SAMPLER_OF_SEQUENCE or SAMPLER == SEQ_MASK:
             sampler_sum += log_sampler_ratio(old, sampling, DTYPE).to(tl.float64)
         if OPSM:
             left += log_sampler_ratio(sampling, logp, DTYPE).to(tl.float64)
@@ -75,6 +85,8 @@ def of_sequence(
     if SAMPLER_OF_SEQUENCE:
         of_all = tl.sum(sampler_sum, axis=0).to(DTYPE)
         sampler = sampler_correction(of_all, sampler_low, sampler_high, SAMPLER == MASK)
+    elif SAMPLER == SEQ_MASK:
+        sampler = geometric_keep(tl.sum(sampler_sum, axis=0).to(DTYPE), length, sampler_low, sampler_high)
     common = tl.sum(log_ratio, axis=0).to(DTYPE)
     common = clamp(common, LOG_TINY, 20.0) if TERM == "vespo" else tl.exp(common / length)
     return common, sampler, tl.sum(left, axis=0).to(DTYPE) / length

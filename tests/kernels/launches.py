@@ -44,6 +44,7 @@ CASES = {
     "DRO": {"loss_type": "dro", "dro_beta": 0.1},
     "pull to the sampler": {"kl_tau": 0.1},
     "loss and NLL weights": {"weighted": True},
+    "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis"},
     "prompt mean": {"loss_type": "prompt_mean"},
 }  # fmt: skip
 

@@ -30,6 +30,7 @@ OPTIONS = {
     "delta": {"delta": 1.05},
     "dual_clip": {"dual_clip": 1.05},
     **{mode: {"importance_sampling_mode": mode, **CLIPS} for mode in triton_objective._MODES[1:4]},
+    "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis", **CLIPS, "importance_sampling_clip_max": 1.01},
     "sequence_mask": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_min": 0.5},
     "weights": {"kl_tau": 0.2, "entropy_coef": 0.1, "importance_sampling_mode": "token_truncate", **CLIPS},
     "opsm": {"off_policy_mask_threshold": 0.0, "beta": 0.1, "importance_sampling_mode": "token_mask", **CLIPS},
@@ -40,7 +41,7 @@ LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
 def applies(loss_type, level, name):
     """Every option of one loss of each term, and the others once: they differ in the reduction alone."""
     settings = {"delta", "dual_clip"} & OPTIONS[name].keys()
-    if LOSSES[loss_type].term.takes_sampler and name.startswith("sequence"):
+    if LOSSES[loss_type].term.takes_sampler and name.startswith("seq"):
         return False
     return settings <= set(LOSSES[loss_type].term.settings) and ((loss_type, level) in ONE_OF_A_TERM or name == "k1")
 
@@ -180,7 +181,7 @@ def test_row_weights(device, loss_type, layout, mode):
         weights, ratio, slope = triton_objective.row_weights(batch, config, num_items)
         torch.testing.assert_close(weights, reduction_weights(batch, config, num_items), rtol=1e-14, atol=0)
         torch.testing.assert_close(slope, entropy_slope(batch, config), rtol=1e-14, atol=0)
-        assert (ratio is not None) == (mode or "").startswith("sequence")
+        assert (ratio is not None) == (mode or "").startswith("seq")
         if ratio is not None:
             true = rows(sampler_ratio(batch.old_per_token_logps, batch, config), batch, config)
             torch.testing.assert_close(ratio, batch.masked(true), rtol=1e-12, atol=0)
@@ -248,7 +249,7 @@ def test_what_the_kernels_do_not_know_is_left_to_the_objective(device):
     _, batch = batch_of("padded", device)
     assert triton_objective.covers(batch, GRPOLossConfig())
     for other in (
-        {"importance_sampling_mode": "seq-mask-tis"},
+        {"rollout_rs": "token_k2", "rollout_rs_threshold": 2.0},
         {"top_entropy_quantile": 0.5},
         {"loss_type": "clip_cov"},
     ):
