@@ -8,7 +8,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine, offloads_weights, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
-from igrpo.plan.memory import MemoryPlan, ModelShape, engine_weight_bytes, memory_plan
+from igrpo.plan.memory import MemoryPlan, ModelShape, engine_weight_bytes, memory_plan, trained_parameters
 
 ALONE = 0.9
 """Share of a GPU's memory that vLLM takes where nothing learns beside it."""
@@ -133,11 +133,13 @@ class Workload:
         return max(1.0, batches) * size / (self.hardware.network * self.rates.network)
 
     def sync_seconds(self) -> float:
-        """bf16 weights: inside the device where it also learns, else over the network, to all engines at once."""
+        """bf16 weights or adapters: in the device if it also learns, else over the network, to all engines at once."""
         device, rates = self.hardware.device, self.rates
         remote = self.hardware.generation and self.hardware.count > device.per_node
         rate = device.fabric if remote else device.link if self.hardware.count > 1 else device.bandwidth
-        return rates.sync_scale * (2 * self.shape.parameters / (rate * rates.network) + rates.sync_overhead)
+        alone = self.config.use_peft and self.config.lora_sync == "adapter"
+        sent = trained_parameters(self.shape, self.config) if alone else self.shape.parameters
+        return rates.sync_scale * (2 * sent / (rate * rates.network) + rates.sync_overhead)
 
     def memory(self) -> MemoryPlan:
         """Of one learning device, sharded where there are several."""

@@ -98,6 +98,14 @@ def test_learner_tokens_and_seconds_by_hand():
     assert slowed.learner_seconds(4, 4) == pytest.approx(moved / (1e9 * work.rates.network))
 
 
+def test_an_adapter_that_travels_alone_is_a_small_push():
+    whole, merged, alone = (
+        workload(lora_sync=sync, use_peft=use_peft).sync_seconds()
+        for use_peft, sync in ((False, "adapter"), (True, "merged"), (True, "adapter"))
+    )
+    assert whole == merged > alone > 0
+
+
 def test_lagging_drafts_hide_behind_a_learner_of_its_own():
     apart = {s.name: s for s in workload().steps()}
     turns = {s.name: s for s in replace(workload(), hardware=Hardware(DEVICES["A100-80G"], 16)).steps()}

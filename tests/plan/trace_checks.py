@@ -92,7 +92,8 @@ def planned(made):
     """By devices and settings: what ``memory_plan`` says over what the rehearsal finds; what is at most on the GPU
     while the model loads over the weights that it keeps there; how often the host waits in micro-batches."""
     kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
-    cases = ((8, {}), (8, kept), (8, adapters), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
+    alone = adapters | {"lora_sync": "adapter"}
+    cases = ((8, {}), (8, kept), (8, alone), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
     cases += ((8, {"activation_offloading": True}), (8, {"fsdp_offload_params": True}))
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
     ratios, loaded, waited = {}, {}, {}
