@@ -22,6 +22,7 @@ _IDS, _WEIGHTS, _POLICY = (
     "what is sampled from must be the policy, and its log-probabilities those of the tokens",
 )
 _PROCESSES, _SECRETS = "no push was tried with them", "settings are written into logs; export it, as vLLM's page says"
+_SERVERS = "it changes how the trainer reaches its servers"
 OWN = {
     **dict.fromkeys(("tokenizer", "tokenizer_mode", "tokenizer_revision", "skip_tokenizer_init"), _IDS),
     **dict.fromkeys(("load_format", "model_loader_extra_config", "weight_transfer_config", "hf_overrides",
@@ -30,7 +31,10 @@ OWN = {
     **dict.fromkeys(("logprobs_mode", "max_logprobs", "generation_config", "override_generation_config",
                      "logits_processors", "enable_prefix_caching", "speculative_config", "enable_lora",
                      "lora_modules", "return_sampling_mask"), _POLICY),
-    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "distributed_executor_backend"), _PROCESSES),
+    **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "data_parallel_rank", "nnodes",
+                     "prefill_context_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
+                     "distributed_executor_backend"), _PROCESSES),
+    **dict.fromkeys(("served_model_name", "config", "uds", "headless"), _SERVERS),
     **dict.fromkeys(("hf_token", "api_key"), _SECRETS),
 }  # fmt: skip
 """Arguments that nobody may set, and why."""
