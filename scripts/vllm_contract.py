@@ -28,18 +28,10 @@ TRANSFER = "vllm.distributed.weight_transfer"
 MEMBERS = {
     "vllm.LLM": (
         "collective_rpc kwargs", "apply_model func", "reset_prefix_cache reset_running_requests", "llm_engine",
-        "sleep level", "wake_up tags",
     ),
-    "vllm.device_allocator.cumem.CuMemAllocator": ("get_instance", "release_pools"),
-    "vllm.v1.worker.gpu_worker.Worker": ("sleep level", "wake_up tags", "_sleep_saved_buffers"),
     "vllm.v1.engine.llm_engine.LLMEngine": (
-        "add_request request_id prompt params lora_request", "add_lora lora_request", "step",
-        "abort_request request_ids", "engine_core",
+        "add_request request_id prompt params", "step", "abort_request request_ids", "engine_core",
     ),
-    "vllm.lora.request.LoRARequest": ("lora_name", "lora_int_id", "lora_path", "load_inplace"),
-    "vllm.lora.lora_model.LoRAModel": ("loras",), "vllm.lora.lora_weights.LoRALayerWeights": ("lora_a", "lora_b"),
-    "vllm.lora.model_manager.LoRAModelManager": ("get_adapter adapter_id",),
-    "vllm.lora.worker_manager.WorkerLoRAManager": ("_adapter_manager",),
     "vllm.v1.engine.core_client.EngineCoreClient": ("shutdown",),
     "vllm.v1.worker.gpu_model_runner.GPUModelRunner": ("reload_weights weights_iterator",),
     "vllm.v1.worker.gpu.model_runner.GPUModelRunner": ("reload_weights weights_iterator",),
@@ -69,6 +61,18 @@ MEMBERS = {
     f"{TRANSFER}.base.WeightTransferUpdateRequest": ("update_info",),
 }  # fmt: skip
 """Class -> its members: a field or property, or a method with the arguments it is given."""
+SLEEP = {
+    "vllm.LLM": ("sleep level", "wake_up tags"),
+    "vllm.device_allocator.cumem.CuMemAllocator": ("get_instance", "release_pools"),
+    "vllm.v1.worker.gpu_worker.Worker": ("sleep level", "wake_up tags", "_sleep_saved_buffers"),
+}
+ADAPTERS = {
+    "vllm.v1.engine.llm_engine.LLMEngine": ("add_request lora_request", "add_lora lora_request"),
+    "vllm.lora.request.LoRARequest": ("lora_name", "lora_int_id", "lora_path", "load_inplace"),
+    "vllm.lora.lora_model.LoRAModel": ("loras",), "vllm.lora.lora_weights.LoRALayerWeights": ("lora_a", "lora_b"),
+    "vllm.lora.model_manager.LoRAModelManager": ("get_adapter adapter_id",),
+    "vllm.lora.worker_manager.WorkerLoRAManager": ("_adapter_manager",),
+}  # fmt: skip
 MASKS = {
     "vllm.config.model.ModelConfig": ("return_sampling_mask",), "vllm.outputs.CompletionOutput": ("sampling_mask",),
     "vllm.engine.arg_utils.EngineArgs": ("return_sampling_mask",), "vllm.outputs.SamplingMask": ("token_ids",),
@@ -78,11 +82,14 @@ FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
 }
+GROUPS = {"members": MEMBERS, "sleep": SLEEP, "adapters": ADAPTERS}
 WORDS = {
-    "vllm/v1/worker/gpu_worker.py": ('tag="weights"', 'tag="kv_cache"'),
-    "vllm/model_executor/layers/quantization/__init__.py": tuple(f'"{name}"' for name in get_args(Quantization)),
-}
-"""File -> what it must hold: the parts in which vLLM's memory wakes; formats of weights."""
+    "sleep": ("vllm/v1/worker/gpu_worker.py", ('tag="weights"', 'tag="kv_cache"')),
+    "members": (
+        "vllm/model_executor/layers/quantization/__init__.py", tuple(f'"{name}"' for name in get_args(Quantization))
+    ),
+}  # fmt: skip
+"""Kind -> a file and what it must hold: the parts in which vLLM's memory wakes; formats of weights."""
 ENDPOINTS = {
     "/collective_rpc": ("method", "kwargs", "results"), "/reset_prefix_cache": ("reset_running_requests",),
     "/pause": ("mode", "keep"), "/finish_weight_update": ("weight_version",), "/update_weights": ("update_info",),
@@ -104,6 +111,8 @@ NOTICED_BY = {
     "imported names": "tests/engines/test_engines.py::test_several_servers_form_one_group_for_a_direct_transfer",
     "arguments of calls": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
     "members": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
+    "sleep": "tests/engines/test_engines.py::test_an_engine_sleeps_when_nothing_runs_and_a_push_wakes_it",
+    "adapters": "tests/engines/test_sync.py::test_an_adapter_travels_alone_beside_one_base",
     "flags": "tests/engines/test_servers.py::test_servers_share_the_requests_and_sample_from_what_was_pushed",
     "environment": "tests/engines/test_servers.py::test_servers_share_the_requests_and_sample_from_what_was_pushed",
     "endpoints": "tests/engines/test_servers.py::test_servers_share_the_requests_and_sample_from_what_was_pushed",
@@ -264,21 +273,21 @@ def missing(sources: Sources) -> Iterator[tuple[str, str]]:
 def _missing_members(sources: Sources) -> Iterator[tuple[str, str]]:
     for owner, wanted in MASKS.items():
         yield from (("sampling masks", f"{owner}.{name}") for name in wanted if name not in sources.members(owner))
-    for owner, wanted in MEMBERS.items():
+    for kind, owner, wanted in ((kind, *entry) for kind, group in GROUPS.items() for entry in group.items()):
         members = sources.members(owner)
         for text in wanted:
             name, *arguments = text.split()
             if name not in members:
-                yield "members", f"{owner}.{name}"
+                yield kind, f"{owner}.{name}"
                 continue
             taken = _arguments(members[name])
             for argument in [] if taken is None else sorted(set(arguments) - taken):
-                yield "members", f"{owner}.{name}({argument}=)"
+                yield kind, f"{owner}.{name}({argument}=)"
     source = sources.members(f"{TRANSFER}.base.WeightSource")
     if not {"iter_full", "__iter__"} & set(source):
         yield "members", f"{TRANSFER}.base.WeightSource.iter_full or .__iter__"
-    for file, words in WORDS.items():
-        yield from (("members", f"{file}: {word}") for word in words if word not in sources.text(file))
+    for kind, (file, words) in WORDS.items():
+        yield from ((kind, f"{file}: {word}") for word in words if word not in sources.text(file))
     for name, wanted in FUNCTIONS.items():
         found = sources.find(name)
         taken = set() if found is None else _arguments(found[1])

@@ -41,6 +41,7 @@ def test_each_kind_of_drift_is_missed_by_name():
         "reset_running_requests": "reset_running",
         "enable_sleep_mode": "enable_sleep",
         'tag="kv_cache"': 'tag="cache"',
+        "def add_lora": "def load_lora",
         "class NCCLTrainerInitInfo": "class TrainerInfo",
     }
     found = set(vllm_contract.missing(Drifted(changes)))
@@ -49,7 +50,8 @@ def test_each_kind_of_drift_is_missed_by_name():
         ("imported names", "vllm.distributed.weight_transfer.nccl_engine.NCCLTrainerInitInfo"),
         ("arguments of calls", "LLM(skip_tokenizer_init=)"),
         ("arguments of calls", "LLM(enable_sleep_mode=)"),
-        ("members", 'vllm/v1/worker/gpu_worker.py: tag="kv_cache"'),
+        ("sleep", 'vllm/v1/worker/gpu_worker.py: tag="kv_cache"'),
+        ("adapters", "vllm.v1.engine.llm_engine.LLMEngine.add_lora"),
         ("flags", "--skip-tokenizer-init"),
         ("members", "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights(weights_iterator=)"),
         ("members", "vllm.LLM.reset_prefix_cache(reset_running_requests=)"),
