@@ -15,6 +15,7 @@ from igrpo.config.unused import say_unused
 from igrpo.data.feed import ProblemFeed, steps_of
 from igrpo.data.sources import ProblemSampler, load_data
 from igrpo.data_types import Problem, RolloutGroup
+from igrpo.engines.base import UNKNOWN_VERSION
 from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.engines.masks import why_not
 from igrpo.machine import local_processes, this_machine
@@ -57,12 +58,18 @@ class TrainingRun:
 
     def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
         """The step's groups; drafts of the next step may still be on their way."""
+        self._awake()
         batch = self.feed.take(last=step == self.total_steps)
         self.view.begin_step(len(batch.problems))
         substitutes = iter(batch.substitutes)
         groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, substitutes)
         self.feed.give_back(used=len(batch.substitutes) - sum(1 for _ in substitutes))
         return groups, stats
+
+    def _awake(self) -> None:
+        """Pushes to an engine that has slept since a checkpoint. ``save`` does not: after a signal nobody samples."""
+        if any(self.learner.gather(self.engine.version == UNKNOWN_VERSION)):
+            self.push_weights(self.step)
 
     def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
         """The learner step, while the engine sleeps or goes on with drafts of the next step."""
@@ -93,6 +100,7 @@ class TrainingRun:
 
         if not self.held_out:
             return {}
+        self._awake()
         self.view.stage("evaluation")
         self.rollout.finish_drafts()
         with self.timeline.span("eval", self.step):
@@ -154,11 +162,9 @@ class TrainingRun:
         self.view.stage("checkpoint")
         drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
         state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
-        slept = self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
+        self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
         saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")
-        if slept:
-            self.push_weights(self.step)
 
     def report(self, before: dict[str, float], after: dict[str, float]) -> None:
         if before and after:

@@ -25,7 +25,7 @@ DRAFTS = (
 OF_STARTED_SERVERS = ("vllm_server_host", "vllm_server_port", "vllm_num_servers", "vllm_server_devices")
 OF_SERVERS = (
     "vllm_server_base_url", "vllm_server_urls", *OF_STARTED_SERVERS, "vllm_server_allow_public", "vllm_server_timeout",
-    "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer", "vllm_weight_dir", "vllm_group_port",
+    "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer", "vllm_group_port",
 )  # fmt: skip
 OF_THE_ENGINE = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib")
 
@@ -75,9 +75,11 @@ TABLE = (
     Row("vLLM runs on the GPU", lambda c, cpu: not cpu and _starts_engine(c), ("vllm_cpu_kvcache_gib",)),
     # --- the engine
     Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", "vllm_enable_sleep_mode", "vllm_quantization",
-        "vllm_engine_args",
+        "vllm_engine_args", "vllm_weight_dir",
         *OF_SERVERS, *OF_THE_ENGINE)),
     Row("vllm_mode is colocate", lambda c, _: c.use_vllm and c.vllm_mode == "colocate", OF_SERVERS),
+    Row("vllm_mode is colocate and weights do not travel as adapters", lambda c, _: c.use_vllm and
+        c.vllm_mode == "colocate" and not (c.use_peft and c.lora_sync == "adapter"), ("vllm_weight_dir",)),
     Row("the servers run already and were given their own", lambda c, _: c.use_vllm and c.vllm_mode == "server"
         and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE, "vllm_engine_args")),
     Row("weights do not travel as files", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"

@@ -83,7 +83,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
     vllm_weight_transfer: Annotated[Literal["auto", "file", "nccl", "ipc"], Mark.ONLY_IF_ASKED] = "auto"
     """How weights reach servers; `auto`: `nccl` between GPUs, `file` (safetensors in a shared folder) on the CPU."""
     vllm_weight_dir: Annotated[PathText | None, Mark.ONLY_IF_ASKED] = None
-    """Folder for `file`, seen by trainer and servers; null: shared memory, which servers on this machine see."""
+    """Folder for `file` (seen by trainer and servers) and `lora_sync: adapter`; null: shared memory of this machine."""
     vllm_group_port: Annotated[Port, Mark.ONLY_IF_ASKED] = 51216
     """First port of the trainer's end of `nccl`, one per server."""
 

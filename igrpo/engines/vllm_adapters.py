@@ -1,30 +1,30 @@
 """vLLM in this process with the base once and an adapter beside it: a push is the adapter alone.
 
-vLLM reads adapters from folders as peft writes them; ours lie in shared memory for the moment of the push. One adapter
-is ever loaded, under one name, replaced in place.
+vLLM reads adapters from folders as peft writes them; ours lie in shared memory, or in ``vllm_weight_dir``, for the
+moment of the push. One adapter is ever loaded, under one name, replaced in place.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from igrpo.engines.base import EngineError, WeightSource
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.servers.push import not_written, weight_folder
 from igrpo.engines.vllm_engine import VLLMEngine
 from igrpo.engines.weights import Sent, fingerprint, recorded
 
 NAME, NUMBER = "policy", 1
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Of adapters, for which vLLM makes room."""
-SHARED_MEMORY = "/dev/shm"
 
 
 class AdapterVLLMEngine(VLLMEngine):
@@ -49,6 +49,14 @@ class AdapterVLLMEngine(VLLMEngine):
         self._adapter = adapter
         super().__init__(path, config, max_model_length, stop_token_ids, seed, masks)
 
+    def _start(self) -> None:
+        super()._start()
+        self._folder = weight_folder(self.config.vllm_weight_dir)
+
+    def close(self) -> None:
+        super().close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
     def _options(self) -> dict[str, Any]:
         rank = next(rank for rank in RANKS if rank >= self._adapter["r"])
         return super()._options() | {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
@@ -58,23 +66,32 @@ class AdapterVLLMEngine(VLLMEngine):
 
         sent: dict[str, Sent] = {}
         dtype = torch.bfloat16 if self.config.bf16 else torch.float32
-        with TemporaryDirectory(
-            prefix="igrpo-adapter-", dir=SHARED_MEMORY if os.path.isdir(SHARED_MEMORY) else None
-        ) as f:
-            try:
-                factors = {name: tensor.cpu().contiguous() for name, tensor in recorded(source(), sent, dtype)}
-                save_file(factors, Path(f, "adapter_model.safetensors"))
-                Path(f, "adapter_config.json").write_text(json.dumps(dict(self._adapter)), encoding="utf-8")
-                self.engine.add_lora(LoRARequest(NAME, NUMBER, f, load_inplace=True))
-            except Exception as error:  # whatever went wrong inside, nobody knows what is loaded
-                raise EngineError(f"the adapter of version {version} was not loaded: {error}") from error
-            self.lora_request = LoRARequest(NAME, NUMBER, f)
+        target = self._folder / f"{version}"
+        try:
+            factors = {name: tensor.cpu().contiguous() for name, tensor in recorded(source(), sent, dtype)}
+            self._write(factors, version, target)
+            self.engine.add_lora(LoRARequest(NAME, NUMBER, str(target), load_inplace=True))
+        except EngineError:
+            raise
+        except Exception as error:  # whatever went wrong inside, nobody knows what is loaded
+            raise EngineError(f"the adapter of version {version} was not loaded: {error}") from error
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
+        self.lora_request = LoRARequest(NAME, NUMBER, str(target))
         # Requests that run lose their blocks too, and read prompt and tokens so far again under the new adapter.
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old adapter")
         compared = self._compare_factors(factors)
         self.version, self._source, self._sent = version, source, sent
         return compared
+
+    def _write(self, factors: Mapping[str, torch.Tensor], version: int, target: Path) -> None:
+        try:
+            target.mkdir()
+            save_file(dict(factors), target / "adapter_model.safetensors")
+            (target / "adapter_config.json").write_text(json.dumps(dict(self._adapter)), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            raise not_written(version, target, error) from error
 
     def _compare_factors(self, factors: Mapping[str, torch.Tensor]) -> int:
         """Bit for bit, the scale multiplied into B as vLLM does it."""

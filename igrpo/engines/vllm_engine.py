@@ -70,6 +70,8 @@ class VLLMEngine:
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.stop_token_ids = list(stop_token_ids)
         self._rank_seed = self._seed = seed
+        self.llm: Any = None
+        self.engine: Any = None
         self._submitted = 0
         self._running: dict[str, tuple[Request, int | None]] = {}
         """And their seeds, by vLLM's id, which is unique over the engine's life: the caller's may come again."""
@@ -235,7 +237,7 @@ class VLLMEngine:
         self._wake(*self._asleep)  # vLLM gives back only what is there
         self.close()
         self._running.clear()
-        del self.engine, self.llm
+        self.engine = self.llm = None
         gc.collect()
         if not self.on_cpu:
             torch.cuda.empty_cache()
@@ -366,7 +368,8 @@ class VLLMEngine:
         return [entry[token].logprob for token, entry in zip(token_ids[1:], logprobs[1:], strict=True)]
 
     def close(self) -> None:
-        self.engine.engine_core.shutdown()
+        if self.engine is not None:  # a new one did not start
+            self.engine.engine_core.shutdown()
 
 
 def launched_with_others() -> dict[str, str]:

@@ -31,6 +31,8 @@ CASES = {
     "vLLM runs on the GPU": ({}, "gpu", {}, "cpu"),
     "use_vllm is false": ({"use_vllm": False}, "gpu", SERVER, "gpu"),
     "vllm_mode is colocate": ({}, "gpu", SERVER, "gpu"),
+    "vllm_mode is colocate and weights do not travel as adapters": (
+        {}, "gpu", {"use_peft": True, "lora_sync": "adapter"}, "gpu"),
     "the servers run already and were given their own": (RUNNING, "cpu", SERVER, "gpu"),
     "weights do not travel as files": (SERVER, "gpu", SERVER, "cpu"),
     "weights do not travel over nccl": (SERVER, "cpu", SERVER, "gpu"),

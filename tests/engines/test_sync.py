@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import os
 import weakref
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -13,13 +16,14 @@ import transformers
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import EngineError, Request, Result, Sampling, start_engine, weights
-from igrpo.engines.base import TRIAL_VERSION, NoRoomError
+from igrpo.engines.base import TRIAL_VERSION, UNKNOWN_VERSION, NoRoomError
 from igrpo.engines.hf_engine import HFEngine
 from igrpo.engines.sync import WeightSync, disturbed
 from igrpo.engines.weights import differing, fingerprint, recorded, twins
 from igrpo.learner.learner import Learner
 from igrpo.models.loading import load_policy
 from igrpo.settings import ConfigError
+from igrpo.training_run import TrainingRun
 from tests.engines.test_engines import drain, lose_the_weights
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
@@ -106,7 +110,7 @@ def gap(learner: Learner, result: Result) -> float:
 def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
     path, everywhere = written(tmp_path, "Llama"), ["all-linear", "lm_head", "embed_tokens"]
     alone = {"use_peft": True, "lora_sync": "adapter", "lora_r": 4, "lora_dropout": 0.0, "use_vllm": use_vllm}
-    alone |= {"lora_target_modules": everywhere}
+    alone |= {"lora_target_modules": everywhere, "vllm_weight_dir": str(tmp_path / "on its way")}
     config = settings(path, **alone)
     learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
     engine = start_engine(path, config, 128, [1], 0, adapter=learner.adapters.described())
@@ -135,8 +139,11 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
         push = engine._push if use_vllm else engine.push_weights  # which would try again on a new engine
         with pytest.raises(EngineError):
             push(lambda: stranger, 3)
+        folders = [*tmp_path.glob("on its way/*")]
+        assert len(folders) == use_vllm and not any(any(folder.iterdir()) for folder in folders)
     finally:
         engine.close()
+    assert not any(tmp_path.glob("on its way/*"))
 
 
 def test_rounded_weights_are_judged_by_their_format(tmp_path):
@@ -213,6 +220,22 @@ def test_no_room_to_wake_in_is_not_the_models_fault(tmp_path):
     learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
     with pytest.raises(NoRoomError, match=r"^vLLM's weights find"):
         WeightSync(FindsNoRoom(path, config, 128, [1], 0), learner, IDS, config).prove(0)
+
+
+def test_who_samples_after_a_checkpoint_pushes_first_and_nobody_else():
+    """After a signal, the push took its time from what is left to save in."""
+    pushed = []
+    parts = {"learner.gather": lambda one: [one], "rollout.state_dict": list, "rollout.run": lambda *_: ([], None)}
+    run = MagicMock(step=3, held_out=[], **parts)
+    run.engine = SimpleNamespace(version=3, sleep=lambda: setattr(run.engine, "version", UNKNOWN_VERSION))
+    run.push_weights = lambda version: (pushed.append(version), setattr(run.engine, "version", version))
+    run._awake = partial(TrainingRun._awake, run)
+    TrainingRun.save(run)
+    TrainingRun.evaluate(run, "after training")  # of nothing
+    assert pushed == []
+    TrainingRun.sample(run, 4)
+    TrainingRun.sample(run, 5)
+    assert pushed == [3]
 
 
 class IgnoresAdapters(HFEngine):

@@ -131,14 +131,19 @@ def publish(source: WeightSource, version: int, folder: Path) -> Published:
         if shard:
             write()
     except (OSError, SafetensorError) as error:
-        written = sum(file.stat().st_size for file in target.glob("*")) / GIB
-        shutil.rmtree(target, ignore_errors=True)
-        raise EngineError(
-            f"the weights of version {version} could not be written to {folder.parent} (after {written:.2f} GiB: "
-            f"{error}); it needs room for two versions: enlarge it (docker run --shm-size) or write another folder as "
-            "vllm_weight_dir"
-        ) from error
+        raise not_written(version, target, error) from error
     return Published(version, target, tuple(files), checksums, shapes)
+
+
+def not_written(version: int, target: Path, error: Exception) -> EngineError:
+    """What to enlarge; ``target`` makes way."""
+    written = sum(file.stat().st_size for file in target.glob("*")) / GIB
+    shutil.rmtree(target, ignore_errors=True)
+    return EngineError(
+        f"the weights of version {version} could not be written to {target.parent.parent} (after {written:.2f} GiB: "
+        f"{error}); it needs room for two versions: enlarge it (docker run --shm-size) or write another folder as "
+        "vllm_weight_dir"
+    )
 
 
 async def push_files(client: Client, weights: Published, timeout: float) -> int:
