@@ -27,7 +27,7 @@ class Asked(VLLMEngine):
         self.params = {}
         self.llm, self.version = None, 0
         self.engine = SimpleNamespace(
-            add_request=lambda name, prompt, params: self.params.__setitem__(name, params),
+            add_request=lambda name, prompt, params, lora_request: self.params.__setitem__(name, params),
             engine_core=SimpleNamespace(shutdown=lambda: None),
         )
 

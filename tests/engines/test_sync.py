@@ -13,6 +13,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import EngineError, Request, Result, Sampling, start_engine, weights
@@ -157,6 +158,7 @@ def test_rounded_weights_are_judged_by_their_format(tmp_path):
     with pytest.raises(ConfigError, match=r"vllm_engine_args: .*max_batched.* EngineArgs takes"):
         start_engine(path, settings(path, vllm_engine_args={"max_batched": 1}), 128, [1], 0)
     config = settings(path, **rounded)
+    AcceleratorState._reset_state(True)
     learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
     engine = start_engine(path, config, max_model_length=128, stop_token_ids=[1], seed=0)
     try:
@@ -168,6 +170,7 @@ def test_rounded_weights_are_judged_by_their_format(tmp_path):
         assert 0.05 < figures["sync/probe_logp_gap"] < 0.5 and figures["sync/restarts"] == 0
         assert figures["sync/tensors_compared"] > 0  # embedding and norms are not rounded
     finally:
+        AcceleratorState._reset_state(True)
         engine.close()
 
 

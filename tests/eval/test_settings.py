@@ -25,8 +25,8 @@ def test_an_evaluation_samples_and_scores_as_its_run_did():
     plain = TrainConfig(model_name_or_path="m", dataset_name="d")
     arguments = argparse.Namespace(temperature=0.6, top_p=0.9, seed=1)
     own = {
-        "model_name_or_path": "s", "algorithm": "grpo", "draft_selection": "best", "eval_temperature": 0.6,
-        "top_p": 0.9, "seed": 1,
+        "model_name_or_path": "s", "algorithm": "grpo", "draft_selection": "best", "show_drafts": 1,
+        "eval_temperature": 0.6, "top_p": 0.9, "seed": 1,
     }  # fmt: skip
     tried = set()
     for key, hint in field_types(EvalConfig).items():
