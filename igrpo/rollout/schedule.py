@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from igrpo.data_types import Problem, RolloutGroup, Scored
 from igrpo.rollout.advantage import advantages_of
@@ -66,11 +66,15 @@ def surplus(flow: Flow, scored: Sequence[Scored], enough: float | None) -> Colle
 
 
 def uninformative(flows: Sequence[Flow], config: RolloutConfig) -> Iterator[int]:
-    """``zero_variance: resample``: places of the groups without an advantage, for other problems to take."""
+    """``zero_variance: resample``: places of the groups without an advantage, for other problems to take.
+
+    A group is asked alone, so the deviation of a batch cannot say whether it has one: it does not divide here.
+    """
+    alone = config if config.scale_rewards != "batch" else replace(config, scale_rewards="none")
     for place, flow in enumerate(flows):
         if flow.group is not None and flow.informs is None:
             drafts, refinements = flow.group.drafts, flow.group.refinements
-            (own,) = advantages_of([refinements], config, config.advantage_estimator, drafts_P_N=[drafts])
+            (own,) = advantages_of([refinements], alone, config.advantage_estimator, drafts_P_N=[drafts])
             flow.informs = any(own)
         if flow.informs is False:
             yield place

@@ -129,6 +129,8 @@ def test_what_math_verify_would_never_work_out_is_wrong_at_once():
     assert accuracy_of(HOSTILE, ["72"] * len(HOSTILE), grader="math_verify") == [0.0] * len(HOSTILE)
     assert accuracy_of([r"As $9^{9^{9^9}}$ is big, \boxed{72}"], ["72"], grader="math_verify") == [1.0]
     assert accuracy_of([r"\boxed{2}"], [["1", "2"]], grader="math_verify") == [1.0]
+    priced = r"Each costs \$5 " + "and so on " * 70 + "$x^2+1$"
+    assert accuracy_of([priced], ["x^2+1"], grader="math_verify") == [1.0]
     assert accuracy_of([r"\boxed{2}"], [""], grader="math_verify") == [None]
     assert time.monotonic() - started < 8  # a second or two; a shared machine may be slow
 

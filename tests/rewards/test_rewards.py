@@ -188,7 +188,7 @@ HOSTILE = {
     "plus minus": r"\boxed{" + r"\pm 1 " * 300 + "}", "subscripts": r"\boxed{" + "x_" * 600 + "1}",
     "emphasis": "<answer>" + "**a" * 600 + "</answer>", "superscripts": "<answer>" + "9\u2079" * 900 + "</answer>",
     "blanks in the answer": "<answer>" + " 1" * 900 + "</answer>", "unit": f"<answer>72 {'a' * 1900}#</answer>",
-    "units": "<answer>5 " + r"\text{a} " * 200 + "x</answer>",
+    "bare tower": "<answer>" + "2^" * 600 + "</answer>", "units": "<answer>5 " + r"\text{a} " * 200 + "x</answer>",
 }  # fmt: skip
 
 

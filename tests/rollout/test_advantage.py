@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from igrpo.config.train_config import ConfigError, TrainConfig
-from igrpo.data_types import Completion, Scored
+from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
 from igrpo.rollout.advantage import advantages_of, group_advantages
+from igrpo.rollout.schedule import Flow, uninformative
 
 NOTHING = Completion((), (), "", "stop", 0)
 
@@ -136,3 +137,16 @@ def test_the_mean_of_the_drafts_as_the_baseline():
     assert of("batch") == [(0.0, 0.0, 0.0), (0.0, 0.0)], "nothing in the batch differs"
     wide = of("batch", lambda mine: [mine, [[3.0]]])
     assert wide[0] == pytest.approx((0.5 / stdev([1.0, 1.0, 1.0, 3.0]), 0.5 / stdev([1.0, 1.0, 1.0, 3.0]), 0.0))
+
+
+def test_a_group_alone_is_not_asked_for_the_deviation_of_its_batch():
+    config = TrainConfig(
+        model_name_or_path="m", dataset_name="d", zero_variance="resample", refinement_baseline="drafts",
+        scale_rewards="batch",
+    )  # fmt: skip
+    flows = []
+    for drafts, refinements in (((0.0, 0.0), (1.0, 1.0)), ((1.0, 1.0), (1.0, 1.0)), ((0.0, 0.0), (0.0, 1.0))):
+        drafts, refinements = (tuple(scored(r, None) for r in group) for group in (drafts, refinements))
+        group = RolloutGroup(Problem(0, "", ""), drafts, 0, (), refinements, (0.0, 0.0))
+        flows.append(Flow(group.problem, 1, "", None, group=group))
+    assert list(uninformative(flows, config)) == [1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from statistics import fmean
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -110,7 +111,12 @@ class Run:
             self.check(group)
         texts = [s.completion.text for g in (*groups, *stats.discarded) for s in (*g.drafts, *g.refinements)]
         assert len(set(texts)) == len(texts)
-        assert all(g.contributes or not batch.substitutes or self._exhausted(batch, stats) for g in groups)
+        against_drafts = self.config.refinement_baseline == "drafts"
+        if not (against_drafts and self.config.scale_rewards == "batch"):  # a batch of equal rewards has none either
+            assert all(g.contributes or not batch.substitutes or self._exhausted(batch, stats) for g in groups)
+        for group in stats.discarded:
+            rewards = [s.reward for s in group.refinements]
+            assert set(rewards) == {fmean(d.reward for d in group.drafts) if against_drafts else rewards[0]}
         self.rollout.during(lambda: time.sleep(self.rng.random() * 0.001))
         if self.config.full_determinism:
             self.rollout.finish_drafts()
@@ -158,6 +164,9 @@ CONFIGS = st.fixed_dictionaries(
         "draft_selection": st.sampled_from(["best", "worst", "random", "none"]),
         "rollout_schedule": st.sampled_from(["streaming", "barrier"]),
         "zero_variance": st.sampled_from(["keep", "resample"]),
+        "scale_rewards": st.sampled_from(["group", "batch", "none"]),
+        "refinement_baseline": st.sampled_from(["refinements", "drafts"]),
+        "advantage_estimator": st.sampled_from(["grpo", "grpo", "rloo", "maxrl", "pass_at_k"]),
         "full_determinism": st.booleans(),
         "vllm_max_num_seqs": st.sampled_from([1, 4, 64]),
         "seed": st.integers(0, 3),
@@ -171,6 +180,13 @@ def config_of(values: dict) -> TrainConfig:
         values["rollout_schedule"] = "streaming"
     if values["early_stop_drafts"]:
         values["draft_selection"] = "best"
+    if (
+        values["algorithm"] == "grpo"
+        or values["early_stop_drafts"]
+        or values["scale_rewards"] == "group"
+        or values["advantage_estimator"] != "grpo"
+    ):
+        values["refinement_baseline"] = "refinements"
     return TrainConfig(
         model_name_or_path="m", dataset_name="d", system_prompt=None, draft_template=" [{draft}]",
         max_completion_length=8, early_stop_reward=HIGHEST, per_device_train_batch_size=values["num_generations"],

@@ -21,7 +21,7 @@ from igrpo.settings import ConfigError
 
 MAX_FORMULA_CHARS, MAX_DEPTH = 500, 20
 _FORMULA = re.compile(
-    r"\$\$?(?:[^$\\]|\\.)+\$\$?|\\\((?:[^\\]|\\[^)])*\\\)|\\\[(?:[^\\]|\\[^\]])*\\\]|[\d.,\s+*/^()!-]{4,}",
+    r"(?<!\\)\$\$?(?:[^$\\]|\\.)+\$\$?|\\\((?:[^\\]|\\[^()])*\\\)|\\\[(?:[^\\]|\\[^][])*\\\]|[\d.,\s+*/^()!-]{4,}",
     re.DOTALL,
 )
 """What the library may take for a formula, boxes apart: mathematics in dollars or brackets, runs of numbers."""

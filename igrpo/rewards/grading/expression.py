@@ -167,14 +167,17 @@ class Parser:
                 value = self.product(value, self.context.pi / 180)
         if self.next() == "^":
             self.at += 1
-            return self.power(value, self.factor())
+            return self.power(value, self.within(self.factor))
         return value
 
     def atom(self) -> Any:
+        return self.within(self.atom_here)
+
+    def within(self, read: Callable[[], Any]) -> Any:
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            raise TooBig("brackets within brackets")
-        value = self.atom_here()
+            raise TooBig("brackets within brackets, powers of powers")
+        value = read()
         self.depth -= 1
         return value
 

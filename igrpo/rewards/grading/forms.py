@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import NamedTuple
 
+from igrpo.rewards.grading.arithmetic import decimal_of, evaluate
 from igrpo.rewards.grading.notation import ALL_REALS, DENIAL, plain_words, tidy
 
 MAX_PARTS = 40
@@ -156,8 +157,10 @@ def _all_but(excluded: list[str]) -> tuple[Interval, ...] | None:
     text = excluded[0].strip()
     if (points := _inside(text, r"\{", r"\}")) is not None:
         ends = [_end(point) for point in split_top(points, thousands=False)]
-        if len(excluded) > 1 or not 0 < len(ends) <= 2:
+        values = [decimal_of(value) if (value := evaluate(end)) is not None else None for end in ends]
+        if len(excluded) > 1 or not ends or None in values or len(set(values)) < len(ends):
             return None
+        ends = [end for _, end in sorted(zip(values, ends, strict=True))]
         lows, highs = [r"-\infty", *ends], [*ends, r"\infty"]
         return tuple(Interval(low, high, False, False) for low, high in zip(lows, highs, strict=True))
     one = _interval(text) if len(excluded) == 1 else None

@@ -66,7 +66,7 @@ def repeats(expression: str, question: str, reference: str) -> bool:
     asked = _asked(question[:MAX_QUESTION_CHARS])
     if calculation and not fraction:
         numbers = set(re.findall(r"[\d.]*\d", said))
-        return bool(numbers & set(re.findall(r"[\d.]*\d", asked)))
+        return bool(numbers & set(re.findall(r"[\d.]*\d", _in_digits(asked))))
     if _stands_in(said, asked):
         return not re.fullmatch(r"-?\d*\.\d+", said) or "/" in wanted
     if "/" in wanted and _rounds_a_decimal_in(asked, said):
@@ -99,15 +99,19 @@ def _rounds_a_decimal_in(asked: str, said: str) -> bool:
     return any(abs(repeating(one[1], one[2] or "") - value) <= unit for one in decimals if 1 < len(one[0]) < 100)
 
 
-def _spoken(question: str) -> list[str]:
-    """Expressions that the question says in words, as ``_canonical`` would have them."""
+def _in_digits(question: str) -> str:
+    """The question with its numbers in words as digits."""
 
     def digits(found: re.Match[str]) -> str:
         tens, units, one = (found[i].lower() if found[i] else "" for i in (1, 2, 3))
         return str(_ORDINALS.get(one) or _WORDS.get(one, 0) + _TENS.get(tens, 0) + _WORDS.get(units, 0))
 
-    text = _NUMBER_WORD.sub(digits, question.replace("$", ""))
-    made = []
+    return _NUMBER_WORD.sub(digits, question.replace("$", ""))
+
+
+def _spoken(question: str) -> list[str]:
+    """Expressions that the question says in words, as ``_canonical`` would have them."""
+    text, made = _in_digits(question), []
     for said, written in _SPOKEN:
         for found in re.finditer(said, text, re.IGNORECASE):
             if written is None:
