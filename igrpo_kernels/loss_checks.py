@@ -133,10 +133,10 @@ def _check_sampler(c: Config) -> None:
     low, high = c.importance_sampling_clip_min, c.importance_sampling_clip_max
     if low is not None and high is not None and low >= high:
         raise ValueError(f"importance_sampling_clip_min={low} must be less than importance_sampling_clip_max={high}")
-    if c.importance_sampling_mode in ("token_truncate", "sequence_truncate") and low is None and high is None:
+    if c.importance_sampling_mode is not None and low is None and high is None:
         raise ValueError(
-            f"importance_sampling_mode={c.importance_sampling_mode!r} needs importance_sampling_clip_min or "
-            "importance_sampling_clip_max"
+            f"importance_sampling_mode={c.importance_sampling_mode!r} has no bound: set importance_sampling_clip_min "
+            "or importance_sampling_clip_max"
         )
     if c.rollout_rs is not None:
         if not isinstance(c.rollout_rs, str) or isinstance(c.rollout_rs_threshold, bool):

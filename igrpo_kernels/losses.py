@@ -161,7 +161,7 @@ def gmpo_leaves(x: TermInputs, config: Config) -> Tensor:
 
 
 def topr(x: TermInputs, config: Config) -> Tensor:
-    """-A·l where A > 0, else -stop_gradient(clip(w, 0, 1))·A·l"""
+    """-A·l where A > 0, else -stop_gradient(clip(w, 0, 1))·A·l; ROLL's asks for the sign of the reward, not of A"""
     weight = x.weight.detach()
     weight = weight.clamp(max=1.0).masked_fill((x.advantages > 0) & (weight == weight), 1.0)
     return -times(weight * x.advantages, x.logps)

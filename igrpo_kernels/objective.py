@@ -54,10 +54,11 @@ def grpo_objective(
         raise ValueError(f"beta={config.beta} needs ref_per_token_logps, got None; pass them or set beta=0.0")
     old = logps.detach() if batch.old_per_token_logps is None else batch.old_per_token_logps  # o
 
-    log_ratio = logps - old  # d
-    weight = importance_weight(log_ratio, batch, config)  # w
+    term, own = config.loss.term, _of_weighted(logps, batch)
+    log_ratio = (logps if "sequence" in (config.importance_sampling_level, term.couples) else own) - old  # d
+    weight = _of_weighted(importance_weight(log_ratio, batch, config), batch)  # w
     sampler = sampler_ratio(old, batch, config)
-    term, terms = config.loss.term, TermInputs(logps, old, log_ratio, weight, batch.advantages, sampler, batch)
+    terms = TermInputs(own, old, log_ratio, weight, batch.advantages, sampler, batch)
     per_token_loss = term.function(terms, config)
 
     if config.off_policy_mask_threshold is not None:
@@ -73,11 +74,11 @@ def grpo_objective(
 
     kl = None
     if config.beta != 0.0:  # added after the gates: the KL term is neither masked nor corrected for the sampler
-        kl = per_token_kl(logps, batch.ref_per_token_logps, weight, config)
+        kl = per_token_kl(own, batch.ref_per_token_logps, weight, config)
         per_token_loss = per_token_loss + config.beta * kl
     if config.kl_tau != 0.0:
-        per_token_loss = per_token_loss + config.kl_tau * silent_square(from_sampler(logps, old, batch))
-    if (weights := batch.loss_weights) is not None:  # a weight of 0 takes a row out, whatever it holds
+        per_token_loss = per_token_loss + config.kl_tau * silent_square(from_sampler(own, old, batch))
+    if (weights := batch.loss_weights) is not None:  # a weight of 0 takes a row's loss out, NaN or not
         per_token_loss = torch.where(weights == 0, 0.0, times(weights, per_token_loss))
 
     policy_loss = reduce_loss(per_token_loss, batch, config, num_items_in_batch)
@@ -92,6 +93,11 @@ def grpo_objective(
     with torch.no_grad():
         metrics = objective_metrics(terms, entropy, kl, policy_loss, config)
     return loss, metrics
+
+
+def _of_weighted(x: Tensor, batch: TokenBatch) -> Tensor:
+    """x (n,), a constant in rows of weight 0: a gradient of 0 times their infinities would be NaN."""
+    return x if batch.loss_weights is None else x.where(batch.loss_weights != 0, x.detach())
 
 
 def objective_and_row_gradients(

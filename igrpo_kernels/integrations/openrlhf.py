@@ -114,7 +114,7 @@ class PolicyLoss(torch.nn.Module):
             coefficient, filtered = self._correction(old_log_probs, rollout_log_probs, mask)
             loss = loss * coefficient
             share = filtered.to(loss.dtype)
-            filtered_share = share.mean() if share.shape[1] == 1 else masked_mean(share, mask)
+            filtered_share = share.mean() if self.is_correction_level == "seq" else masked_mean(share, mask)
             vllm_kl = masked_mean(rollout_log_probs - old_log_probs, mask)
         loss = self._aggregate(loss, mask, dp_size, batch_num_tokens, global_batch_size)
         clip_ratio = masked_mean(clipped(weight, advantages, self.config).to(loss.dtype), mask)

@@ -83,14 +83,18 @@ def policy_loss(
         return ((weights + 1e-10).log().sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).exp()
 
     def _metrics(weight, leaves, log_prob, old_log_prob, advantages, mask) -> dict[str, Any]:
+        dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
         if settings.loss.term is CLIPPED:
             clip = clipped(weight, advantages, settings)
+        elif settings.loss.term is GMPO:  # on either side, as verl's
+            moved = log_prob - old_log_prob
+            beyond = (moved > settings.clip_high) | (moved < settings.clip_low)
+            clip, dual = beyond & (advantages > 0), beyond & (advantages < 0)
         elif leaves is not None:
-            clip = leaves
+            clip, dual = leaves, ~leaves & (weight > (settings.delta or torch.inf))
         else:  # whatever the advantage, as verl's
             outside = (weight > settings.clip_high) | (weight < settings.clip_low)
             clip = outside & (settings.loss.term is CISPO)
-        dual = (weight > (settings.dual_clip or torch.inf)) & (advantages < 0)
         log_ratio = (old_log_prob - log_prob).clamp(-limit, limit)
         shares = {
             "actor/pg_clipfrac": clip.to(log_prob.dtype),

@@ -296,6 +296,13 @@ def test_openrlhf_policy_loss(x, case):
     assert float(ours[1]) > 0
 
 
+def test_openrlhfs_filtered_share_of_single_tokens(x):
+    loss = openrlhf.PolicyLoss(is_correction_level="token", is_correction_threshold=(0.9, 1.1))
+    column = [t[:, :1] for t in (x.logps, x.old, x.advantages)]
+    *_, share = loss(*column, torch.tensor([[1.0], [1.0], [0.0]]), column[1] + torch.tensor([[1.0], [0.0], [1.0]]))
+    assert share == 0.5
+
+
 def test_openrlhf_log_probabilities_leave_the_logits_alone():
     logits = torch.randn(B, T, V, generator=torch.Generator().manual_seed(0))
     before, labels = logits.clone(), torch.randint(0, V, (B, T))

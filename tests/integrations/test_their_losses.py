@@ -55,6 +55,21 @@ def test_verls_default_of_kl_covs_penalty():
     assert GRPOLossConfig("kl_cov").ppo_kl_coef == TrainConfig.ppo_kl_coef == 0.1
 
 
+@pytest.mark.parametrize("loss_type", ["dppo_tv", "gmpo"])
+def test_verls_lower_clip_fraction(x, loss_type):
+    """Of DPPO the tokens inside the trust region whose ratio is capped, of GMPO those beyond a bound and A < 0."""
+    config = GRPOLossConfig(loss_type, epsilon=0.1, epsilon_high=0.1, delta=1.2 if loss_type == "dppo_tv" else None)
+    _, metrics = verl.policy_loss(config, token_mean)(x.old, x.logps, x.advantages, x.mask)
+    d, moved, a = x.logps - x.old, x.logps.exp() - x.old.exp(), x.advantages
+    if loss_type == "gmpo":
+        above, below = (d.abs() > 0.1) & (a > 0), (d.abs() > 0.1) & (a < 0)
+    else:
+        above = torch.where(a > 0, moved > 0.1, moved < -0.1)
+        below = (d.exp() > 1.2) & ~above
+    wanted = [float((t * x.mask).sum() / x.mask.sum()) for t in (above, below)]
+    assert [metrics[f"actor/pg_clipfrac{end}"] for end in ("", "_lower")] == pytest.approx(wanted) and min(wanted) > 0
+
+
 def test_verl_weighs_a_geometric_mean_with_the_weights_geometric_mean(x):
     loss, _ = verl.policy_loss(GRPOLossConfig("gmpo"), token_sum)(
         x.old, x.logps, x.advantages, x.mask, rollout_is_weights=x.weights

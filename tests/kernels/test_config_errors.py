@@ -18,6 +18,7 @@ from igrpo_kernels import (
     selective_log_softmax,
 )
 from igrpo_kernels.impls import ENVIRONMENT_VARIABLE
+from igrpo_kernels.losses import IMPORTANCE_SAMPLING_MODES
 
 
 @pytest.mark.parametrize(
@@ -44,7 +45,7 @@ from igrpo_kernels.impls import ENVIRONMENT_VARIABLE
                 {"importance_sampling_mode": m, "importance_sampling_clip_max": None},
                 ("importance_sampling_mode", "importance_sampling_clip_max"),
             )
-            for m in ("token_truncate", "sequence_truncate")
+            for m in IMPORTANCE_SAMPLING_MODES
         ],
     ],
 )

@@ -242,7 +242,6 @@ RATIO_SEQ = [1.5 * 0.3, 1.2 * 2.5]  # products: 0.45 and 3.0
         ("token_truncate", 0.5, None, [[1.5, 0.5, 1.0], [1.2, 2.5]]),
         ("token_mask", None, 2.0, [[1.5, 0.3, 1.0], [1.2, 0.0]]),
         ("token_mask", 0.5, 2.0, [[1.5, 0.0, 1.0], [1.2, 0.0]]),
-        ("token_mask", None, None, RATIO),
         ("sequence_truncate", 0.5, 2.0, [[0.5] * 3, [2.0] * 2]),
         ("sequence_mask", None, 2.9, [[0.45] * 3, [0.0] * 2]),
         ("sequence_mask", 0.5, 3.1, [[0.0] * 3, [3.0] * 2]),

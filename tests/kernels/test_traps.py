@@ -1,5 +1,6 @@
 """Mistakes found in other implementations of these losses, one regression test each."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -194,6 +195,26 @@ def test_a_zero_gradient_would_be_noticed(impl):
         _, grad = loss_and_grad(inputs, GRPOLossConfig(importance_sampling_level=level), impl=impl)
         size = grad.abs().amax(-1)[inputs.completion_mask]
         assert (size > 1e-3 * grad.abs().max()).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("level", ["token", "sequence", "sequence_token"])
+def test_a_weight_of_zero_takes_out_a_row_whatever_reference_and_old_policy_say(impl, level, value):
+    """On the sequence level the old policy's numbers are part of the other tokens' ratio."""
+    inputs = boundary_inputs(level=level)
+    weights = torch.ones_like(inputs.completion_mask, dtype=torch.float64)
+    weights[:, 3:5] = 0.0
+    names = ["ref_per_token_logps"] + ["old_per_token_logps"] * (level == "token")
+    poisoned = replace(inputs, **{k: getattr(inputs, k).masked_fill(weights == 0, value) for k in names})
+    for options in ({}, {"kl_estimator": "k1"}, {"use_bias_correction_kl": False, "kl_tau": 0.1}):
+        config = GRPOLossConfig("dapo", level, beta=0.1, **options)
+        clean, dirty = (
+            loss_and_grad(
+                x, config, impl=impl, loss_weights=weights, sampling_per_token_logps=inputs.sampling_per_token_logps
+            )
+            for x in (inputs, poisoned)
+        )
+        torch.testing.assert_close((dirty[0].loss, dirty[1]), (clean[0].loss, clean[1]), rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
