@@ -200,7 +200,7 @@ def run(case: Case, folder: Path, steps: int) -> Turns:
 
         def ours(step: int) -> None:
             for name, (learner, samples) in learners.items():
-                learner.placement.settle()  # TRL's gradients are gone between steps, too
+                learner.placement.drop_gradients()  # TRL's gradients are gone between steps, too
                 turns.take(name, lambda learner=learner, samples=samples: learner.train_on(samples), step)
                 if step == 0:
                     turns.errors[name] = error_of(learner.unwrapped)
@@ -250,7 +250,7 @@ def run_alone(case: Case, mode: str, steps: int) -> Turns:
     with quiet():
         learner, samples = our_learner(case, None, mode)
         for step in range(steps + 2):
-            learner.placement.settle()
+            learner.placement.drop_gradients()
             turns.take(f"igrpo, {mode}", lambda: learner.train_on(samples), step)
     return turns
 
