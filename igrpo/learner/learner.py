@@ -140,9 +140,11 @@ class Learner:
         micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
         share = max(math.ceil(len(bins) / processes), self.placement.least_micro_batches)
         micros += [self._filler()] * (share - len(micros))
-        old = [self._log_probs(m) for m in micros] if self.config.num_iterations > 1 else None
+        old = None
         if self.config.bypass_mode:
             old = [m.sampling_per_token_logps for m in micros]
+        elif self.config.num_iterations > 1:
+            old = [self._log_probs(m) for m in micros]
         reference = self._reference_log_probs(micros) if self.config.beta > 0 else None
         metrics = Accumulator()
         for _ in range(self.config.num_iterations):

@@ -95,7 +95,7 @@ class PromptBuilder:
         messages = self._messages(problem)
         made = self._tokenised(messages)
         if self.vocab_size is not None:
-            for token_id in made.bare + made.before_draft + made.after_draft:
+            for token_id in made.bare + made.before_draft + made.after_draft + made.between_drafts:
                 if token_id >= self.vocab_size:
                     where = problem.where or f"row {problem.index}"
                     raise ConfigError(f"{where}: {self._no_embedding(token_id, messages)}")
@@ -244,6 +244,7 @@ class PromptBuilder:
         """About an id beyond the model's vocabulary, and which text brought it into the prompt."""
         named = {"system": "the system prompt"}
         texts = [("the question", messages[-1]["content"]), ("draft_template", self.before + self.after)]
+        texts += [("draft_separator", self.config.draft_separator)]
         texts += [(named.get(turn["role"], "an earlier turn"), turn["content"]) for turn in messages[:-1]]
         origin = next((name for name, text in texts if token_id in self._encode(text)), "the chat template")
         token = self.tokenizer.convert_ids_to_tokens(token_id)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any, TypeVar
 
-from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Scored
+from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import RewardPool
@@ -160,10 +160,13 @@ class Rollout:
             self._advance()
 
     def state_dict(self) -> list[dict[str, Any]]:
-        """Drafts of the next step as plain data, finished first: ``{"row": …, "drafts": {index: …}}`` per problem."""
+        """Drafts of the next step as plain data, finished first: ``{"row": …, "drafts": {index: …}}`` per problem.
+
+        They are not trained on, so what was left to choose from is not kept.
+        """
         self.finish_drafts()
         return [
-            {"row": flow.problem.index, "drafts": {i: dataclasses.asdict(s) for i, (s,) in flow.scored.items()}}
+            {"row": flow.problem.index, "drafts": {i: _plain(s) for i, (s,) in flow.scored.items()}}
             for flow in self._coming
         ]
 
@@ -171,7 +174,7 @@ class Rollout:
         """Takes saved drafts, of any process, for the next step; a problem that has none here gets new ones."""
         for record in state:
             drafts = {
-                int(i): (Scored(_completion(saved["completion"]), saved["rewards"], saved["reward"]),)
+                int(i): (Scored(Completion(**saved["completion"] | {"kept": None}), saved["rewards"], saved["reward"]),)
                 for i, saved in record["drafts"].items()
             }
             self._restored.setdefault(record["row"], []).append(drafts)
@@ -250,7 +253,5 @@ class Rollout:
         ]
 
 
-def _completion(saved: dict[str, Any]) -> Completion:
-    """What ``dataclasses.asdict`` made plain; without ``kept`` in older checkpoints."""
-    kept = saved.get("kept")
-    return Completion(**{**saved, "kept": None if kept is None else Kept(**kept)})
+def _plain(draft: Scored) -> dict[str, Any]:
+    return dataclasses.asdict(replace(draft, completion=replace(draft.completion, kept=None)))

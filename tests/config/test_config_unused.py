@@ -59,6 +59,8 @@ CASES = {
     "this loss_type does not clip": ({"loss_type": "sapo"}, "cpu", {}, "cpu"),
     "beta is 0": ({}, "cpu", {"beta": 0.1}, "cpu"),
     "vllm_importance_sampling_correction is false": ({"vllm_importance_sampling_correction": False}, "cpu", {}, "cpu"),
+    "no refinement is held against its sampler, which saw the draft": (
+        {"refinement_context": "bare"}, "cpu", {"refinement_context": "bare", "train_on_drafts": True}, "cpu"),
     "use_peft is false": ({}, "cpu", {"use_peft": True}, "cpu"),
     "this optim has no such number": ({"optim": "sgd"}, "cpu", {}, "cpu"),
     "max_steps is set": ({"max_steps": 3}, "cpu", {}, "cpu"),
@@ -80,7 +82,7 @@ PARTICULAR = {
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
     "lora_sync": "adapter",
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
-    "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5,
+    "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5, "rollout_rs": "token_k2",
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -93,6 +93,9 @@ def test_the_sampler_as_the_old_policy():
     _, open_ = gradients(learner(**settings), samples)
     _, shut = gradients(learner(**settings), [s for s in clipped if s.advantage > 0])
     assert open_.abs().max() > 1e-4 and not shut.any()  # every ratio is above the clip
+    again = learner(**settings, num_iterations=2)
+    again._log_probs = None  # no pass of its own is needed
+    again.train_on(samples)
     for other in (
         {"vllm_importance_sampling_correction": True},
         {"rollout_rs": "token_k2", "rollout_rs_threshold": "1"},

@@ -282,6 +282,10 @@ def test_prompts_are_what_the_tokenizer_makes_of_the_whole_text(kind, template):
             r"data\.jsonl:17: the token '<tool>' of the chat template has the id 261",
         ),
         ({"draft_template": "<tool>{draft}"}, "3?", r"data\.jsonl:17: the token '<tool>' of draft_template has"),
+        (
+            {"show_drafts": 2, "draft_separator": "\n<tool>\n"}, "3?",
+            r"data\.jsonl:17: the token '<tool>' of draft_separator has the id 261",
+        ),
     ],
 )  # fmt: skip
 def test_a_token_that_the_model_has_no_embedding_for_is_told_with_its_row(tokenizer, settings, question, sentence):

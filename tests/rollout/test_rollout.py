@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.data_types import Completion, Problem, Scored
+from igrpo.data_types import Completion, Kept, Problem, Scored
 from igrpo.engines import EngineError, Request, Result
 from igrpo.rollout.advantage import group_advantages
 from igrpo.rollout.algorithm import select_draft, select_more, two_stage
@@ -363,7 +364,12 @@ def test_saved_drafts_of_another_process_are_not_taken_later():
     settings = {"draft_policy_lag": 1, "num_drafts": 2, "num_generations": 2}
     first, engine = make(**settings)
     first.run(PROBLEMS[:2], step=1, ahead=PROBLEMS[2:4])
+    first.finish_drafts()
+    for flow in first._coming:
+        for i, (draft,) in flow.scored.items():
+            flow.scored[i] = (replace(draft, completion=replace(draft.completion, kept=Kept.of([[5, 7]]))),)
     saved = first.state_dict()
+    assert {draft["completion"]["kept"] for one in saved for draft in one["drafts"].values()} == {None}
     rollout, engine = make(seed=1, **settings)
     rollout.load_state_dict(saved)
     engine.version = 1
