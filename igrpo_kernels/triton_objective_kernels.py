@@ -118,7 +118,7 @@ def row_weights_kernel(
             if OF_TOKENS:
                 old = tl.load(old_ptr + row, mask=active, other=0.0)
                 sampling = tl.load(sampling_ptr + row, mask=active, other=0.0)
-                of_row = tl.where(of_row == 0.0, 0.0, tl.exp(log_sampler_ratio(old, sampling, DTYPE)))
+                of_row = tl.where(of_row == 0.0, 0.0, sampler_correction(old - sampling, 0.0, float("inf"), False))
             tl.store(policy_weight_ptr + row, of_row, mask=row < end)
     if entropy_slope_ptr is not None:  # noqa: SIM102, decided when compiling
         if b == 0:
@@ -180,7 +180,7 @@ def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, n
         w = tl.zeros_like(logp) + 1.0  # no part of the loss, so that no NaN of it may show
     sampler = tl.zeros_like(logp) + sampler_of_sequence
     if SAMPLER == SEQ_MASK:
-        sampler = tl.where(sampler == 0.0, 0.0, tl.exp(log_sampler_ratio(old, sampling, sampler.dtype)))
+        sampler = tl.where(sampler == 0.0, 0.0, sampler_correction(old - sampling, 0.0, float("inf"), False))
     elif SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
         sampler = sampler_correction(old - sampling, numbers[6], numbers[7], SAMPLER == MASK)
     kept = advantage == advantage
