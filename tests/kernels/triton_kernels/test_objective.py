@@ -224,13 +224,14 @@ UNBOUNDED = {"importance_sampling_clip_min": 0.5, "importance_sampling_clip_max"
     [
         ("sampling_per_token_logps", -torch.inf, {"importance_sampling_mode": "token_mask", **UNBOUNDED}),
         ("sampling_per_token_logps", -torch.inf, {"importance_sampling_mode": "sequence_truncate", **UNBOUNDED}),
+        ("sampling_per_token_logps", -torch.inf, {"importance_sampling_mode": "seq-mask-tis", **UNBOUNDED}),
         ("ref_per_token_logps", torch.inf, {"beta": 0.3, "kl_estimator": "k1", "use_bias_correction_kl": False}),
     ],
 )
 @pytest.mark.parametrize(("loss_type", "level"), ONE_OF_A_TERM)
 def test_a_sampler_without_bound_and_an_infinite_reference(device, loss_type, level, name, value, option):
     """A token of advantage 0 and a clipped one have no gradient of the policy term, whatever the sampler said."""
-    if LOSSES[loss_type].term.takes_sampler and "sequence" in option.get("importance_sampling_mode", ""):
+    if LOSSES[loss_type].term.takes_sampler and "seq" in option.get("importance_sampling_mode", ""):
         option = {**option, "importance_sampling_mode": "token_truncate"}
     leaves, batch = batch_of("packed", device)
     there = [int(batch.mask[:300].nonzero()[0]), int(batch.mask[300:307].nonzero()[0]) + 300, 307]
