@@ -21,7 +21,7 @@ test: export GOMP_SPINCOUNT ?= 1000
 test: setup
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The quick tests of what differs from main; with ARGS=--all every quick test, in about 90 seconds on two cores.
+# The quick tests of what differs from main; with ARGS=--all every quick test, in less than two minutes on two cores.
 test-fast: export GOMP_SPINCOUNT ?= 1000
 test-fast: setup
 	$(PY) scripts/touched_tests.py $(ARGS)
