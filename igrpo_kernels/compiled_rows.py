@@ -2,7 +2,7 @@
 
 One set of schemas, one implementation per device, and this one file for both. On the CPU rows are vectorised for
 AVX-512, AVX2 or any processor and threaded; on CUDA sm_90 and later hold a row in a cluster's shared memory, sm_80 in
-one block's shared memory and registers, and rows that cannot fit are read twice (docs/kernels.md: what was measured).
+one block's shared memory and registers, and rows that cannot fit are read twice (docs/kernels.md; no GPU has run them).
 
 Row arithmetic is fp32 whatever the logits' dtype, rounded once when the gradient is stored. A row's result depends on
 that row alone: not on the batch, not on the number of threads.

@@ -20,8 +20,8 @@ FLOPs of `linear_grpo_loss` for n rows, forward and backward together, all spent
 
 Which rows those are is known on the device. On CUDA the host asks it once per call, and only where rows are to be
 dropped: with a mask or without metrics (and once more for the sequences' borders, where several chunks of coupled rows
-come without `lengths`). Otherwise, and while a CUDA graph is captured, every row gets the full work and the host waits
-for nothing.
+come without `lengths`). Otherwise, and while a CUDA graph is captured (not tried), every row gets the full work and the
+host waits for nothing.
 
 A frozen weight saves 2·n·H·V; on the CPU, so do rows whose coefficient turns out to be 0 (clipped), twice.
 `linear_selective_log_softmax`: 2·n·H·V forward, 6·n·H·V backward (logits again), since its upstream gradients are

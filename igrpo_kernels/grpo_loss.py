@@ -43,7 +43,7 @@ def grpo_loss(
 
     Args:
         logits: (B, T, V), row t predicting completion_ids[:, t] (already shifted; any strides, so a view such as
-            ``logits[:, -T-1:-1]`` is fine), or packed (n, V). fp64, fp32, bf16, or fp16, which takes two launches
+            ``logits[:, -T-1:-1]`` is fine), or packed (n, V). fp64, fp32, bf16, or fp16, which takes two passes
             so that a loss scale acts before gradients are rounded.
         completion_ids: (B, T), or packed (n,) together with `cu_seqlens`. int32 or int64; masked values are ignored.
         advantages: one per sequence, (B,) or (S,), or one per token. Float. Packed, with as many sequences as tokens

@@ -37,7 +37,7 @@ class KeptRows:
     ) -> RowStats:
         """Of the kept columns."""
         at, entry, counts = self.kept.mask.entries(index, mask)
-        z, _ = _transformed(self._gather(logits, at, entry), transform)
+        z, _ = transform.with_slope(self._gather(logits, at, entry))
         row_max = torch.segment_reduce(z, "max", lengths=counts, unsafe=True)
         shifted = z - row_max[at]
         weight = shifted.exp()
@@ -64,7 +64,7 @@ class KeptRows:
     ) -> Tensor:
         """Exactly 0 outside of the kept columns."""
         at, entry, _ = self.kept.mask.entries(index, mask)
-        z, slope = _transformed(self._gather(logits, at, entry), transform)
+        z, slope = transform.with_slope(self._gather(logits, at, entry))
         log_p = z - stats.row_max[at] - stats.log_sum[at]
         p, grad = log_p.exp(), torch.zeros_like(z)
         if grad_logps is not None:
@@ -134,15 +134,6 @@ def _where(logits: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
     if logits.dim() == 2:
         return at, ids
     return at // logits.shape[1], at % logits.shape[1], ids
-
-
-def _transformed(x: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
-    """z and dz/dx."""
-    scale, cap, temperature = transform
-    if cap is None:
-        return x * scale / temperature, scale / temperature
-    bent = torch.tanh(x * (scale / cap))
-    return bent * cap / temperature, (1.0 - bent * bent) * (scale / temperature)
 
 
 def _sums(x: Tensor, counts: Tensor) -> Tensor:

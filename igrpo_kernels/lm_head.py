@@ -8,8 +8,9 @@ from torch import Tensor
 from igrpo_kernels.batch import compute_dtype
 from igrpo_kernels.compiled_rows import new_tensor
 
-# Of logits at a time. CUDA: 2.5 GiB in two halves, e.g. 2 x 4,352 rows of bf16 at V = 152k: enough for the matmuls to
-# run at full speed while the row kernel works on the other half. CPU: 128 MiB, e.g. 682 rows of fp32 at V = 49k.
+# Of logits at a time. CUDA: 2.5 GiB in two halves, e.g. 2 x 4,352 rows of bf16 at V = 152k, meant to keep the matmuls
+# at full speed while the row kernel works on the other half (not measured). CPU: 128 MiB, e.g. 512 rows of fp32 at
+# V = 49k.
 CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
 KEPT_BYTES = {"cpu": 2**25}
 """Of log-probs' logits at most that wait for backward in place of being computed again. On a GPU memory is dearer."""

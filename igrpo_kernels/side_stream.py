@@ -8,8 +8,8 @@
 Leaving the block joins the streams whether it ends well or not: memory that `work` touches belongs to the current
 stream and may be given to others there as soon as nobody holds it, so no `record_stream` is needed, which would keep it
 back until the host looks again. What `work` allocates belongs to the side stream, where work only ever starts after
-what the current stream had before. Both hold while a CUDA graph is captured, too: a fork and its join. Elsewhere work
-is done where it is started.
+what the current stream had before. Both use events alone, which CUDA records in a captured graph as a fork and its
+join; no capture has been tried. Elsewhere work is done where it is started.
 """
 
 import functools

@@ -23,6 +23,14 @@ def rows_of(ptr, b, token, row, stride_batch, stride_token, keep, PADDED: tl.con
     return tl.load(ptr + offset, mask=keep, other=0)
 
 
+@triton.jit
+def put_rows(out, ptr, stride_batch, stride_token, b, token, row, here, active, PADDED: tl.constexpr):
+    """What was given of some rows, in the dtype of `out`; nothing where nothing was given."""
+    if ptr is not None:
+        x = rows_of(ptr, b, token, row, stride_batch, stride_token, active, PADDED)
+        tl.store(out + row, x.to(out.dtype.element_ty), mask=here)
+
+
 @triton.jit(do_not_specialize=["n", "tokens", *_STRIDES], do_not_specialize_on_alignment=_POINTERS)
 def batch_kernel(
     # data: (B, T) or (n,) each, advantages and weights also (S,), prompt_lengths (S,); None = not given
@@ -66,25 +74,16 @@ def batch_kernel(
         length += active.to(tl.int32)
         tl.store(mask_out + row, active.to(tl.uint8), mask=here)
         tl.store(seq_id_out + row, tl.zeros_like(row) + b, mask=here)
-        ids = rows_of(ids_ptr, b, token, row, ids_batch, ids_token, active, PADDED)
-        tl.store(ids_out + row, ids.to(tl.int64), mask=here)
-        advantages = rows_of(advantages_ptr, b, token, row, advantages_batch, advantages_token, active, PADDED)
-        tl.store(advantages_out + row, advantages.to(DTYPE), mask=here)
-        if loss_weights_ptr is not None:
-            x = rows_of(loss_weights_ptr, b, token, row, loss_weights_batch, loss_weights_token, active, PADDED)
-            tl.store(loss_weights_out + row, x.to(DTYPE), mask=here)
-        if nll_weights_ptr is not None:
-            x = rows_of(nll_weights_ptr, b, token, row, nll_weights_batch, nll_weights_token, active, PADDED)
-            tl.store(nll_weights_out + row, x.to(DTYPE), mask=here)
-        if old_ptr is not None:
-            old = rows_of(old_ptr, b, token, row, old_batch, old_token, active, PADDED)
-            tl.store(old_out + row, old.to(DTYPE), mask=here)
-        if ref_ptr is not None:
-            ref = rows_of(ref_ptr, b, token, row, ref_batch, ref_token, active, PADDED)
-            tl.store(ref_out + row, ref.to(DTYPE), mask=here)
-        if sampling_ptr is not None:
-            sampling = rows_of(sampling_ptr, b, token, row, sampling_batch, sampling_token, active, PADDED)
-            tl.store(sampling_out + row, sampling.to(DTYPE), mask=here)
+        put_rows(ids_out, ids_ptr, ids_batch, ids_token, b, token, row, here, active, PADDED)
+        put_rows(advantages_out, advantages_ptr, advantages_batch, advantages_token,
+                 b, token, row, here, active, PADDED)  # fmt: skip
+        put_rows(loss_weights_out, loss_weights_ptr, loss_weights_batch, loss_weights_token,
+                 b, token, row, here, active, PADDED)  # fmt: skip
+        put_rows(nll_weights_out, nll_weights_ptr, nll_weights_batch, nll_weights_token,
+                 b, token, row, here, active, PADDED)  # fmt: skip
+        put_rows(old_out, old_ptr, old_batch, old_token, b, token, row, here, active, PADDED)
+        put_rows(ref_out, ref_ptr, ref_batch, ref_token, b, token, row, here, active, PADDED)
+        put_rows(sampling_out, sampling_ptr, sampling_batch, sampling_token, b, token, row, here, active, PADDED)
     tl.store(lengths_out + b, tl.sum(length, axis=0).to(DTYPE))
 
 

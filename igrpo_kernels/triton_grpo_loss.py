@@ -4,8 +4,8 @@ A token's loss depends on the logits only through its own log-probability l and 
 is known as soon as the row has been read once; a second walk over the row, from its end back so that the part still in
 L2 comes first, writes dlogits. At most 6 B per bf16 logit in one launch; a row whose coefficient is exactly 0 (clipped,
 A = 0) is read once and zero-filled (4 B), a masked row is never read (2 B). The loss itself and the metrics are
-(n,)-sized work left to `objective.py`; everything that does not depend on the logits (reduction weights, sequence-level
-sampler ratios) arrives as one number per row.
+(n,)-sized work left to `triton_objective.py`; everything that does not depend on the logits (reduction weights,
+sequence-level sampler ratios) arrives as one number per row.
 """
 
 from typing import NamedTuple

@@ -33,13 +33,14 @@ from igrpo_kernels.losses import (
     VESPO,
     VESPO_LAMBDA_MIN,
 )
-from igrpo_kernels.triton_grpo_loss import LossKind, LossScalars
+from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER, TRUNCATE, LossKind, LossScalars
 from igrpo_kernels.triton_launch import on_device
 from igrpo_kernels.triton_objective_kernels import COLUMNS, finish_kernel, objective_kernel, row_weights_kernel
-from igrpo_kernels.triton_objective_terms import SCALARS
+from igrpo_kernels.triton_objective_terms import SCALARS, SEQ_MASK
 from igrpo_kernels.types import GRPOLossConfig
 
 _TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO, TOPR, DRO)
+_CORRECTIONS = {"": NO_SAMPLER, "truncate": TRUNCATE, "mask": MASK, "seq-mask-tis": SEQ_MASK}  # by a mode's end
 _REDUCTIONS = {
     "sequence_mean": SEQUENCE_MEAN,
     "sequence_sum": SEQUENCE_SUM,
@@ -251,7 +252,7 @@ def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int
     sampled = batch.sampling_per_token_logps is not None and mode != ""
     return {
         "TERM": kind.term,
-        "SAMPLER": {"truncate": 1, "mask": 2, "seq-mask-tis": 3}[mode.split("_")[-1]] if sampled else 0,
+        "SAMPLER": _CORRECTIONS[mode.split("_")[-1] if sampled else ""].value,
         "SAMPLER_OF_SEQUENCE": sampled and mode.startswith("sequence"),
         "KL": kind.kl,
         "BIAS_CORRECTED": bool(kind.kl and kind.bias_corrected_kl),

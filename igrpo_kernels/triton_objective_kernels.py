@@ -183,7 +183,7 @@ def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, n
         sampler = tl.where(sampler == 0.0, 0.0, sampler_correction(old - sampling, 0.0, float("inf"), False))
     elif SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
         sampler = sampler_correction(old - sampling, numbers[6], numbers[7], SAMPLER == MASK)
-    kept = advantage == advantage
+    kept = tl.zeros_like(logp) == 0.0
     if OPSM:
         kept = (advantage >= 0.0) | (tl.zeros_like(logp) + left <= numbers[9])
     factor = sampler

@@ -17,6 +17,14 @@ class LogitTransform(NamedTuple):
     final_logit_softcapping: float | None = None
     temperature: float = 1.0
 
+    def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """z and dz/dx."""
+        scale, cap, temperature = self
+        if cap is None:
+            return x * scale / temperature, scale / temperature
+        bent = torch.tanh(x * (scale / cap))
+        return bent * cap / temperature, (1.0 - bent * bent) * (scale / temperature)
+
 
 class RowStats(NamedTuple):
     """What a walk over n rows of logits z leaves, in the compute dtype."""

@@ -185,12 +185,9 @@ def _first_column(
     transform: LogitTransform,
 ) -> Tensor:
     """-p·(g_l + g_H·(log p + H))·dz/dx of column 0 (n,)."""
-    scale, cap, temperature = transform
-    x = logits[..., 0].reshape(-1).to(stats.logps.dtype) * scale
-    bent = 0.0 if cap is None else torch.tanh(x / cap)
-    z = (x if cap is None else cap * bent) / temperature
+    z, slope = transform.with_slope(logits[..., 0].reshape(-1).to(stats.logps.dtype))
     log_p = (z - stats.row_max - stats.log_sum).clamp(min=-1e4)  # p = 0 there, and 0·inf must not appear
     weight = 0.0 if grad_logps is None else grad_logps
     if grad_entropy is not None:
         weight = weight + grad_entropy * (log_p + stats.entropy)
-    return -log_p.exp() * weight * (scale / temperature) * (1.0 - bent * bent)
+    return -log_p.exp() * weight * slope

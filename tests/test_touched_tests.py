@@ -1,4 +1,4 @@
-"""`make test-fast`: every file of the packages has tests that it picks, and what was measured as quick fits 90 s."""
+"""`make test-fast`: every file of the packages has tests that it picks, and what was measured as quick is little."""
 
 from __future__ import annotations
 

@@ -43,6 +43,8 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
     @property
     def reads_sampler(self) -> dict[str, str]:
         """Keys by which the loss compares learner and sampler -> what switches them off."""
+        if not self.holds_sampler:
+            return {}
         found = {
             "vllm_importance_sampling_correction": (self.vllm_importance_sampling_correction, "false"),
             "off_policy_mask_threshold": (self.off_policy_mask_threshold is not None, "null"),
@@ -51,6 +53,12 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             "bypass_mode": (self.bypass_mode, "false"),
         }
         return {key: off for key, (on, off) in found.items() if on}
+
+    @property
+    def holds_sampler(self) -> bool:
+        """Whether any completion is trained on behind the prompt it was sampled behind, or held against its sampler."""
+        of_refinements = self.refinement_context != "bare" or self.bare_importance_ratio != "bare"
+        return of_refinements or self.train_on_drafts or self.refine_only != "all"
 
     @property
     def replays_sampling(self) -> bool:

@@ -122,8 +122,7 @@ TABLE = (
     Row("beta is 0", lambda c, _: c.beta == 0, ("kl_estimator", "use_bias_correction_kl")),
     Row("vllm_importance_sampling_correction is false", lambda c, _: not c.vllm_importance_sampling_correction,
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")),
-    Row("no refinement is held against its sampler, which saw the draft", lambda c, _: c.refinement_context == "bare"
-        and c.bare_importance_ratio == "bare" and not c.train_on_drafts and c.refine_only == "all",
+    Row("no refinement is held against its sampler, which saw the draft", lambda c, _: not c.holds_sampler,
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
          "kl_tau", "off_policy_mask_threshold", "rollout_rs")),
     # --- the learner

@@ -34,7 +34,7 @@ OWN = {
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "data_parallel_rank", "nnodes",
                      "prefill_context_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
                      "distributed_executor_backend"), _PROCESSES),
-    **dict.fromkeys(("served_model_name", "config", "uds", "headless"), _SERVERS),
+    **dict.fromkeys(("served_model_name", "config", "uds", "headless", "ssl_keyfile", "ssl_certfile"), _SERVERS),
     **dict.fromkeys(("hf_token", "api_key"), _SECRETS),
 }  # fmt: skip
 """Arguments that nobody may set, and why."""

@@ -17,7 +17,8 @@ WeightSource = Callable[[], "Iterable[tuple[str, torch.Tensor]]"]
 repeated. Where the weights are sharded the call is a collective, so every process of the learner makes it."""
 
 UNKNOWN_VERSION = -1
-"""Version of a server that was running before this trainer came: it must be pushed to before it samples."""
+"""Version of an engine of whose weights nobody can tell: one that slept, or a server that ran before this trainer came.
+It must be pushed to before it samples."""
 
 TRIAL_VERSION = -2
 """Version of weights that nobody samples from: pushed once before the first step to see that pushes arrive."""
@@ -102,8 +103,8 @@ class Engine(Protocol):
     """
 
     version: int
-    """Version of the weights it holds, 0 being those of the model's path; UNKNOWN_VERSION until the first push where
-    nobody can tell."""
+    """Version of the weights it holds, 0 being those of the model's path; UNKNOWN_VERSION after a sleep, and
+    until the first push where nobody can tell."""
 
     def submit(self, request: Request) -> None:
         """``request_id`` is unique among the requests in flight; it may come again later."""

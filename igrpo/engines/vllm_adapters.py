@@ -50,8 +50,8 @@ class AdapterVLLMEngine(VLLMEngine):
         super().__init__(path, config, max_model_length, stop_token_ids, seed, masks)
 
     def _start(self) -> None:
-        super()._start()
         self._folder = weight_folder(self.config.vllm_weight_dir)
+        super()._start()
 
     def close(self) -> None:
         super().close()

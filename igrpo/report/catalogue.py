@@ -45,6 +45,8 @@ class Figure:
     """What is drawn and what to look for, in one or two sentences."""
     panels: tuple[Panel, ...]
     wide: bool = False
+    extra: bool = False
+    """Of something that a run asks for: its absence is no gap."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ STAGES = (
         Panel("of these right", "%", (Line("refinement/rescued"),), zero=True),
         Panel("shown drafts right", "%", (Line("draft/shown_accuracy"),), zero=True),
         Panel("left out as copies", "%", (Line("refinement/left_out_as_copies"),), zero=True),
-        Panel("question less draft", "nats", (Line("bare/logp_gap"),))), wide=True),
+        Panel("question less draft", "nats", (Line("bare/logp_gap"),))), wide=True, extra=True),
     Figure("zero_variance", "Groups without a gradient", "Groups whose rewards are all equal have zero advantage: all "
            "right, all wrong, or equal in some other way. What is left above the areas trains.", (
         Panel("", "%", (Line("frac_all_right", "all right"), Line("frac_all_wrong", "all wrong"),

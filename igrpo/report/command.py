@@ -115,7 +115,7 @@ def _draw_all(
             for figure in section.figures:
                 shown = drawable(figure, arms)
                 if shown is None:
-                    empty.append(figure.title.lower())
+                    empty += [] if figure.extra else [figure.title.lower()]
                 else:
                     drawn.append(finish(draw(shown, arms), figure.name, figure.title, figure.text, figure.wide))
             result.append((section.title, drawn))

@@ -70,9 +70,9 @@ def uninformative(flows: Sequence[Flow], config: RolloutConfig) -> Iterator[int]
 
     A group is asked alone, so the deviation of a batch cannot say whether it has one: it does not divide here.
     """
-    alone = config if config.scale_rewards != "batch" else replace(config, scale_rewards="none")
     for place, flow in enumerate(flows):
         if flow.group is not None and flow.informs is None:
+            alone = config if config.scale_rewards != "batch" else replace(config, scale_rewards="none")
             drafts, refinements = flow.group.drafts, flow.group.refinements
             (own,) = advantages_of([refinements], alone, config.advantage_estimator, drafts_P_N=[drafts])
             flow.informs = any(own)

@@ -286,6 +286,9 @@ def _only_trl_can(trainer: trl.GRPOTrainer, inputs: dict[str, Any]) -> str | Non
     level = trainer.importance_sampling_level
     if level not in LOSSES[trainer.loss_type].term.levels:
         return f"loss_type {trainer.loss_type!r} with importance_sampling_level {level!r}"
+    bounds = (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max)
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction and bounds == (None, None):
+        return "an importance-sampling correction without a bound"
     if inputs.get("num_images") is not None or "pixel_values" in inputs:
         return "image inputs"
     return None

@@ -22,14 +22,22 @@ def test_a_server_gets_them_as_words():
     }  # fmt: skip
     quantized = config(vllm_engine_args=given, vllm_quantization="fp8")
     words = server_command(quantized, "m", 64, 1, 0, on_cpu=False)
-    assert words[-10:] == [
+    assert words[-11:] == [
         "--max-num-batched-tokens", "512", "--no-enable-chunked-prefill", "--async-scheduling",
         "--kv-cache-dtype", "fp8", "--compilation-config", '{"level": 0}', "--cudagraph-capture-sizes", "1", "8",
-    ][-10:]  # fmt: skip
+    ]  # fmt: skip
     assert words[words.index("--quantization") + 1] == "fp8"
 
 
-@pytest.mark.parametrize("name", [*KEYS, *OWN, "no_enable_prefix_caching", "logprobs-mode", "--dtype", "a b", ""])
+NAMED = (
+    "nnodes", "data_parallel_rank", "headless", "prefill_context_parallel_size", "decode_context_parallel_size",
+    "enable_expert_parallel", "served_model_name", "config", "uds", "ssl_keyfile", "logprobs_mode", "load_format",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [*KEYS, *OWN, *NAMED, "no_enable_prefix_caching", "logprobs-mode", "--dtype", "a b", ""]
+)
 def test_what_the_loop_relies_on_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=r"^vllm_engine_args: ") as refused:
         config(vllm_engine_args={name: "x"})

@@ -126,7 +126,11 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
                 for name, p in learner.unwrapped.named_parameters():
                     if ".lora_B." in name:
                         p.add_(torch.randn_like(p) * 0.1)
+            trained = [p for p in learner.unwrapped.parameters() if p.requires_grad]
+            for p in trained:
+                p.grad = torch.zeros_like(p)
             figures = sync.push(version)
+            assert trained and all(p.grad is None for p in trained), "the engine wakes in their room"
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(own)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
             for request in ("a", "b"):
@@ -239,6 +243,9 @@ def test_who_samples_after_a_checkpoint_pushes_first_and_nobody_else():
     TrainingRun.sample(run, 4)
     TrainingRun.sample(run, 5)
     assert pushed == [3]
+    run.learner.gather = lambda one: [one, True]  # another process's engine slept
+    TrainingRun.sample(run, 6)
+    assert pushed == [3, 3]
 
 
 class IgnoresAdapters(HFEngine):

@@ -37,6 +37,11 @@ CASES: dict[str, dict[str, Any]] = {
     "luspo": {"importance_sampling_level": "sequence", "epsilon": 3e-3, "epsilon_high": 4e-3, **TWO_ITERATIONS},
     "vespo": {"beta": 0.04, **TWO_MICRO_BATCHES, **TWO_ITERATIONS},
     "grpo, sampler": {"vllm_importance_sampling_correction": True, "off_policy_mask_threshold": 0.01, **TWO_ITERATIONS},
+    "grpo, sampler without bound": {
+        "vllm_importance_sampling_correction": True,
+        "vllm_importance_sampling_mode": "token_mask",
+        "vllm_importance_sampling_clip_max": None,
+    },
     "dapo, sampler": {
         "vllm_importance_sampling_correction": True, "vllm_importance_sampling_mode": "token_truncate",
         "vllm_importance_sampling_clip_max": 1.2, **TWO_MICRO_BATCHES,

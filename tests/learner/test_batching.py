@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,12 +10,22 @@ import torch
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Problem, RolloutGroup, Scored, TrainingSample
 from igrpo.learner.batching import Denominators, MicroBatch, contributing, count, micro_batch, training_samples
+from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import joined, parted
 from igrpo.learner.packing import prefix_groups
+from igrpo_kernels import GRPOLossConfig
 
 
 def config(**settings) -> TrainConfig:
     return TrainConfig(model_name_or_path="m", dataset_name="d", **settings)
+
+
+def test_the_losses_defaults_are_those_of_the_kernels():
+    learner = {f.name: f.default for f in fields(LearnerConfig)}
+    shared = {f.name: f.default for f in fields(GRPOLossConfig) if f.name in learner}
+    shared.pop("temperature")  # the paper's, 0.7; and a run always has a length
+    assert shared.pop("max_completion_length") is None and len(shared) > 20
+    assert shared == {name: learner[name] for name in shared}
 
 
 def sample(prompt: int, completion: int, advantage: float = 1.0, masked: bool = False) -> TrainingSample:

@@ -54,6 +54,7 @@ def test_what_is_missing_is_named_and_the_rest_is_drawn(tmp_path):
     assert 'id="figure-reward"' in html and 'id="figure-entropy"' not in html
     for part in ("config.yaml is missing", "completions.jsonl is missing", "no data for: bare-prompt accuracy"):
         assert part in html
+    assert "extensions of the second stage" not in html, "nobody asked for them"
 
 
 def test_an_empty_run_still_gives_a_page(tmp_path):

@@ -108,8 +108,8 @@ class Fsdp2(Placement):
         """The head stays gathered until the step's last micro-batch.
 
         Gradients are summed over the processes after each one (FSDP2's default): waiting for the last would keep every
-        process's whole fp32 gradient where shards of it are enough (of 7B over 8 processes, on fake devices: a peak of
-        52.4 GiB in place of 28.3).
+        process's whole fp32 gradient where shards of it are enough (of 7B over 8 processes, 24.8 GiB more, by
+        arithmetic).
         """
         self.module.set_reshard_after_backward(last, recurse=False)
         return nullcontext()

@@ -158,9 +158,10 @@ def _all_but(excluded: list[str]) -> tuple[Interval, ...] | None:
     if (points := _inside(text, r"\{", r"\}")) is not None:
         ends = [_end(point) for point in split_top(points, thousands=False)]
         values = [decimal_of(value) if (value := evaluate(end)) is not None else None for end in ends]
-        if len(excluded) > 1 or not ends or None in values or len(set(values)) < len(ends):
+        if len(excluded) > 1 or not ends or len(set(values)) < len(ends) or (None in values and len(ends) > 1):
             return None
-        ends = [end for _, end in sorted(zip(values, ends, strict=True))]
+        if len(ends) > 1:  # a letter has no place among them
+            ends = [end for _, end in sorted(zip(values, ends, strict=True))]
         lows, highs = [r"-\infty", *ends], [*ends, r"\infty"]
         return tuple(Interval(low, high, False, False) for low, high in zip(lows, highs, strict=True))
     one = _interval(text) if len(excluded) == 1 else None

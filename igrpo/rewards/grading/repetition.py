@@ -66,7 +66,8 @@ def repeats(expression: str, question: str, reference: str) -> bool:
     asked = _asked(question[:MAX_QUESTION_CHARS])
     if calculation and not fraction:
         numbers = set(re.findall(r"[\d.]*\d", said))
-        return bool(numbers & set(re.findall(r"[\d.]*\d", _in_digits(asked))))
+        in_words = set(re.findall(r"[\d.]*\d", _in_digits(asked))) - {"1"}  # "each one" is no number
+        return bool(numbers & (in_words | set(re.findall(r"[\d.]*\d", asked))))
     if _stands_in(said, asked):
         return not re.fullmatch(r"-?\d*\.\d+", said) or "/" in wanted
     if "/" in wanted and _rounds_a_decimal_in(asked, said):

@@ -216,6 +216,15 @@ def test_extreme_ratios(device, loss_type, level, value, option):
     compare(leaves, batch, config_of(loss_type, level, **option), None, extreme=True)
 
 
+@pytest.mark.parametrize(("loss_type", "level"), ONE_OF_A_TERM)
+def test_an_advantage_that_is_nan_shows_in_the_loss(device, loss_type, level):
+    """Once it did in the gradient alone, under a loss that looked healthy."""
+    leaves, batch = batch_of("packed", device, per_token=True)
+    batch.advantages[int(batch.mask[:300].nonzero()[0])] = torch.nan
+    loss, _ = triton_objective.grpo_objective(leaves[0], None, batch, config_of(loss_type, level))
+    assert loss.isnan()
+
+
 UNBOUNDED = {"importance_sampling_clip_min": 0.5, "importance_sampling_clip_max": None}
 
 
