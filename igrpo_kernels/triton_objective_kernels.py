@@ -169,10 +169,10 @@ def store_sampler(share, ratio, largest, smallest, S, length, sampler_of_sequenc
 
 
 @triton.jit
-def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM: tl.constexpr,
+def factors(active, logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM: tl.constexpr,
             SAMPLER: tl.constexpr, SAMPLER_OF_SEQUENCE: tl.constexpr, BIAS_CORRECTED: tl.constexpr,
             LEVEL: tl.constexpr, OPSM: tl.constexpr):  # fmt: skip
-    """Of rows: w, the sampler's ratio, the policy term's factor, and whether the policy term is kept."""
+    """Of rows: w, the sampler's ratio, the policy term's factor, and which are active and keep the policy term."""
     w = tl.exp(logp - old)
     if LEVEL != "token":
         w = tl.zeros_like(logp) + common
@@ -183,9 +183,9 @@ def factors(logp, advantage, old, sampling, common, sampler_of_sequence, left, n
         sampler = tl.where(sampler == 0.0, 0.0, sampler_correction(old - sampling, 0.0, float("inf"), False))
     elif SAMPLER != NO_SAMPLER and not SAMPLER_OF_SEQUENCE:
         sampler = sampler_correction(old - sampling, numbers[6], numbers[7], SAMPLER == MASK)
-    kept = tl.zeros_like(logp) == 0.0
+    kept = active
     if OPSM:
-        kept = (advantage >= 0.0) | (tl.zeros_like(logp) + left <= numbers[9])
+        kept &= (advantage >= 0.0) | (tl.zeros_like(logp) + left <= numbers[9])
     factor = sampler
     if TERM == "vespo":
         factor = tl.zeros_like(sampler) + 1.0  # the sampler's ratio is part of W
@@ -206,7 +206,7 @@ def write_slopes(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
         )
         w, _, factor, kept = factors(
-            logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
+            active, logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
             SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
         )  # fmt: skip
         factor = tl.where(kept, factor, 0.0)
@@ -288,7 +288,7 @@ def objective_kernel(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, ref_ptr, sampling_ptr, start, end, BLOCK
         )
         w, sampler, factor, kept = factors(
-            logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
+            active, logp, advantage, old, sampling, common, sampler_of_sequence, left, numbers, TERM, SAMPLER,
             SAMPLER_OF_SEQUENCE, BIAS_CORRECTED, LEVEL, OPSM,
         )  # fmt: skip
         value, kl = row_value(
