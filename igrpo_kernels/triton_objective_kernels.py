@@ -134,6 +134,7 @@ def store_decisions(share, low, high, dual, b, S, length, counted_length, sequen
     VESPO's phi takes the place of the lower count, and is 1 for an empty sequence.
     """
     clip_low, clip_high, delta = numbers[0], numbers[1], numbers[2]
+    low, high, dual = low.to(tl.float64), high.to(tl.float64), dual.to(tl.float64)
     low_share, high_share = low / counted_length, high / counted_length
     empty = length == 0.0
     if sequence_advantages_ptr is not None:
@@ -278,9 +279,10 @@ def objective_kernel(
             logps_ptr, mask_ptr, advantages_ptr, old_ptr, sampling_ptr, begin, end, counted_length, numbers,
             TERM, SAMPLER, SAMPLER_OF_SEQUENCE, OPSM, BLOCK,
         )  # fmt: skip
-    zeros = tl.zeros((BLOCK,), tl.float64)
+    zeros, none = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.int32)
     loss, nll_sum, entropy_sum, kl_sum, ratio_slopes = zeros, zeros, zeros, zeros, zeros
-    lows, highs, duals, difference_sum, scored_sum, ratio_sum = zeros, zeros, zeros, zeros, zeros, zeros
+    difference_sum, ratio_sum, scored_sum, highs, duals = zeros, zeros, none, none, none
+    lows = zeros if TERM == "vespo" else none
     difference_max = tl.full((BLOCK,), float("-inf"), DTYPE)
     ratio_max, ratio_min = difference_max, -difference_max
     for start in range(begin, end, BLOCK):
@@ -305,7 +307,7 @@ def objective_kernel(
             difference = tl.abs(old - sampling)
             scored = active & (difference == difference)
             difference_sum += tl.where(scored, difference, 0.0).to(tl.float64)
-            scored_sum += scored.to(tl.float64)
+            scored_sum += scored.to(tl.int32)
             difference_max = tl.maximum(difference_max, tl.where(scored, difference, float("-inf")))
             if SAMPLER != NO_SAMPLER:
                 ratio_sum += tl.where(active, sampler, 0.0).to(tl.float64)
@@ -314,12 +316,10 @@ def objective_kernel(
         if entropy_ptr is not None:
             entropy_sum += tl.load(entropy_ptr + row, mask=active, other=0.0).to(tl.float64)
         low, high, dual = leaves(logp, old, w, advantage, numbers, TERM)
-        if TERM == "vespo":
-            lows += tl.where(active, vespo_phi(common, advantage, numbers), 0.0).to(tl.float64)
-        else:
-            lows += (active & low).to(tl.float64)
-        highs += (active & high).to(tl.float64)
-        duals += (active & dual).to(tl.float64)
+        low = vespo_phi(common, advantage, numbers) if TERM == "vespo" else low
+        lows += tl.where(active, low, 0).to(lows.dtype)
+        highs += (active & high).to(tl.int32)
+        duals += (active & dual).to(tl.int32)
         if (LEVEL == "sequence" or TERM == "gmpo") and grad_logps_ptr is not None:
             factor = tl.where(kept, factor, 0.0)
             _, _, slope = slopes(
@@ -337,7 +337,7 @@ def objective_kernel(
     tl.store(share + KL_SUM * S, tl.sum(kl_sum, axis=0))
     tl.store(share + NLL * S, tl.sum(nll_sum, axis=0))
     tl.store(share + DIFFERENCE * S, tl.sum(difference_sum, axis=0))
-    tl.store(share + SCORED * S, tl.sum(scored_sum, axis=0))
+    tl.store(share + SCORED * S, tl.sum(scored_sum, axis=0).to(tl.float64))
     tl.store(share + LENGTH * S, length.to(tl.float64))
     tl.store(share + DIFFERENCE_MAX * S, tl.max(difference_max, axis=0).to(tl.float64))
     store_sampler(
