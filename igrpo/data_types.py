@@ -9,10 +9,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
-Message = dict[str, str]
-"""One chat turn: ``{"role": "system" | "user" | "assistant", "content": "..."}``."""
+Message = dict[str, Any]
+"""One chat turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``; an assistant's may have
+``tool_calls``, a tool's has its ``name``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Problem:
     """All other columns of the row; reward functions receive them by name."""
     where: str = ""
     """Where the row stands, in words that find it again: ``train.jsonl:17``."""
+    observation: str = ""
+    """What an environment's ``reset`` says of the row: it stands behind the question."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,28 @@ class Kept:
 
 
 @dataclass(frozen=True, slots=True)
+class Trajectory:
+    """How a completion came about in an environment: turns of the policy, and what tools said between them.
+
+    Example: ``Trajectory(spans=(12, 30, 8), messages=({"role": "assistant", "content": "…"}, …), calls=1)``
+    """
+
+    spans: tuple[int, ...]
+    """Tokens of the policy, of the tools, of the policy, …: they add up to T."""
+    messages: tuple[Message, ...]
+    """What reward functions see: the turns of the policy and of the tools."""
+    calls: int = 0
+    failures: int = 0
+    """Of the calls: those that raised, took too long, or could not be made."""
+    ended: str = ""
+    """Why it went no further though a call was left: ``tokens``, ``turns`` or what failed; empty: the policy ended."""
+    reward: float | str | None = None
+    """What ``get_reward`` said; text: why it said nothing."""
+    environment: bytes | None = None
+    """The environment itself, pickled, until it is scored."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine sampled: token ids as sampled, never re-tokenised.
 
@@ -69,17 +95,21 @@ class Completion:
     """
 
     token_ids: tuple[int, ...]
-    """[T] sampled ids; the end-of-sequence token is the last one when ``finish_reason == "stop"``."""
+    """[T] sampled ids, with the tools' between them; the end-of-sequence token is the last one when
+    ``finish_reason == "stop"``."""
     logprobs: tuple[float, ...]
-    """[T] log-probability of each sampled id under the distribution it was sampled from (nats)."""
+    """[T] log-probability of each sampled id under the distribution it was sampled from (nats); NaN at the tools'."""
     text: str
-    """``token_ids`` decoded without special tokens: what reward functions read."""
+    """``token_ids`` decoded without special tokens: what reward functions read, where there is no ``trajectory``."""
     finish_reason: str
     """``"stop"`` (ended by itself) or ``"length"`` (cut at the limit)."""
     version: int
     """Version of the weights that sampled it (its last token): the number of optimiser steps done."""
     kept: Kept | None = None
-    """[T] what was left to choose from; None where the loss does not ask, or nothing was left out."""
+    """[T] what was left to choose from, but for the tools' tokens; None where the loss does not ask, or nothing was
+    left out."""
+    trajectory: Trajectory | None = None
+    """None: one turn, and no environment had a part in it."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
@@ -88,6 +118,16 @@ class Completion:
     @property
     def truncated(self) -> bool:
         return self.finish_reason == "length"
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """As in ``Trajectory``; empty: the policy wrote all."""
+        return self.trajectory.spans if self.trajectory is not None else ()
+
+    @property
+    def written_ids(self) -> tuple[int, ...]:
+        """What the policy wrote."""
+        return written(self.token_ids, self.spans)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +208,24 @@ class TrainingSample:
     behaviour_logprobs: tuple[float, ...] | None = None
     """[T] as sampled, where that was behind another prompt than ``prompt_ids``; for the figures alone."""
     kept: Kept | None = None
-    """[T] as in ``Completion``."""
+    """As in ``Completion``."""
+    spans: tuple[int, ...] = ()
+    """As in ``Trajectory``: only what the policy wrote is trained on. Empty: all."""
+
+    @property
+    def trained_tokens(self) -> int:
+        return sum(self.spans[::2]) if self.spans else len(self.completion_ids)
+
+
+def written(values: tuple[Any, ...], spans: Sequence[int]) -> tuple[Any, ...]:
+    """Those of [T] values that stand at the policy's tokens, with ``spans`` as in ``Trajectory``.
+
+    Example: ``written((5, 6, 7, 8), (1, 2, 1))`` is ``(5, 8)``.
+    """
+    if not spans:
+        return values
+    ends = list(accumulate(spans, initial=0))
+    return tuple(value for i in range(0, len(spans), 2) for value in values[ends[i] : ends[i + 1]])
 
 
 def content_text(content: Any) -> str | None:

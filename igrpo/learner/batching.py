@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from igrpo.data_types import RolloutGroup, Scored, TrainingSample
+from igrpo.data_types import RolloutGroup, Scored, TrainingSample, written
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
@@ -41,7 +41,8 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """S sequences, packed into one row or padded on their right; their n completion tokens one after the other."""
+    """S sequences, packed into one row or padded on their right; the n completion tokens that the policy wrote one
+    after the other. What tools said is read and never predicted."""
 
     input_ids: torch.Tensor  # (1, L) int64 packed, or (S, L) padded
     rows: torch.Tensor  # (n,) int64: positions in the flattened hidden states that predict the completion tokens
@@ -114,7 +115,7 @@ def _group_samples(
         return []
     masked = [config.mask_truncated_completions and scored.completion.truncated for scored in completions]
     masked = [cut or copy for cut, copy in zip(masked, left_out or [False] * len(masked), strict=True)]
-    lengths = [0 if out else len(s.completion.token_ids) for s, out in zip(completions, masked, strict=True)]
+    lengths = [0 if out else len(s.completion.written_ids) for s, out in zip(completions, masked, strict=True)]
     return [
         TrainingSample(
             prompt_ids=prompt_ids,
@@ -127,6 +128,7 @@ def _group_samples(
             opens_prompt=scored is completions[0],
             weight=weight,
             kept=scored.completion.kept,
+            spans=scored.completion.spans,
         )
         for scored, advantage, out in zip(completions, advantages, masked, strict=True)
     ]
@@ -142,7 +144,7 @@ def _bare(sample: TrainingSample, config: LearnerConfig) -> TrainingSample:
 
 def count(samples: Sequence[TrainingSample]) -> Denominators:
     """This process's share of the denominators: a masked sample is a sequence without tokens."""
-    lengths = [0 if s.masked else len(s.completion_ids) for s in samples]
+    lengths = [0 if s.masked else s.trained_tokens for s in samples]
     return Denominators(
         sequences=float(sum(s.weight for s in samples)),
         tokens=float(sum(n * s.weight for n, s in zip(lengths, samples, strict=True))),
@@ -189,7 +191,8 @@ def micro_batch(
         pad_token_id: None packs; an id pads each sequence to the longest, for models that cannot read packed ones.
     """
     samples = [s for group in contents for s in group.samples]
-    sizes = [len(s.completion_ids) for s in samples]
+    sizes = [s.trained_tokens for s in samples]
+    sampled = [x for s in samples for x in written(s.sampling_logprobs, s.spans)]
     (weight,) = {s.weight for s in samples}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
     reduction = LOSSES[loss_type].reduction
@@ -197,18 +200,18 @@ def micro_batch(
     prompt_lengths = [float(s.prompt_length) for s in samples]
     nll = positive_nll_weight / (max(totals.positive_tokens, 1.0) * scale)
     return MicroBatch(
-        completion_ids=torch.tensor([t for s in samples for t in s.completion_ids]),
+        completion_ids=torch.tensor([t for s in samples for t in written(s.completion_ids, s.spans)]),
         cu_seqlens=torch.tensor([0, *sizes]).cumsum(0),
         advantages=torch.tensor([s.advantage for s in samples], dtype=torch.float32),
-        sampling_per_token_logps=torch.tensor([x for s in samples for x in s.sampling_logprobs], dtype=torch.float32),
+        sampling_per_token_logps=torch.tensor(sampled, dtype=torch.float32),
         lengths=tuple(sizes),
         scale=scale * weight,
         token_share=weight * sum(sizes) / max(totals.tokens, 1.0),
         prompt_lengths=torch.tensor(prompt_lengths) if reduction.items == "prompts" else None,
-        nll_weights=torch.tensor([nll * s.positive for s in samples for _ in s.completion_ids]) if nll else None,
+        nll_weights=torch.tensor([nll * s.positive for s in samples for _ in range(s.trained_tokens)]) if nll else None,
         behaviour_per_token_logps=_behaviour(samples),
-        corrected_tokens=sum(not math.isnan(x) for s in samples for x in s.sampling_logprobs),
-        own_tokens=sum(len(s.completion_ids) for s in samples if s.behaviour_logprobs is None),
+        corrected_tokens=sum(not math.isnan(x) for x in sampled),
+        own_tokens=sum(s.trained_tokens for s in samples if s.behaviour_logprobs is None),
         sampling_mask=_sampling_mask(samples),
         **inputs,
     )
@@ -218,7 +221,9 @@ def _behaviour(samples: Sequence[TrainingSample]) -> torch.Tensor | None:
     if all(s.behaviour_logprobs is None for s in samples):
         return None
     elsewhere = [s.behaviour_logprobs or (math.nan,) * len(s.completion_ids) for s in samples]
-    return torch.tensor([x for some in elsewhere for x in some], dtype=torch.float32)
+    return torch.tensor(
+        [x for s, some in zip(samples, elsewhere, strict=True) for x in written(some, s.spans)], dtype=torch.float32
+    )
 
 
 def _sampling_mask(samples: Sequence[TrainingSample]) -> SamplingMask | None:
@@ -238,7 +243,7 @@ def _packed(contents: Bin) -> dict[str, Any]:
     ids: list[int] = []
     lengths: list[int] = []
     parents: list[int | None] = []
-    rows: list[torch.Tensor] = []
+    rows: list[int] = []
     for group in contents:
         last, prompt_run = len(ids) + len(group.prompt_ids) - 1, len(lengths)
         ids.extend(group.prompt_ids)
@@ -247,7 +252,7 @@ def _packed(contents: Bin) -> dict[str, Any]:
         for s in group.samples:
             *read, _ = s.completion_ids
             # The last prompt position predicts the first completion token, each completion token the next.
-            rows += [torch.tensor([last]), torch.arange(len(ids), len(ids) + len(read))]
+            rows += written((last, *range(len(ids), len(ids) + len(read))), s.spans)
             ids.extend(read)
             if len(group.samples) == 1:
                 lengths[prompt_run] += len(read)
@@ -259,7 +264,7 @@ def _packed(contents: Bin) -> dict[str, Any]:
         "input_ids": torch.tensor([ids]),
         "position_ids": layout.positions()[None],
         "layout": layout,
-        "rows": torch.cat(rows),
+        "rows": torch.tensor(rows),
     }
 
 
@@ -267,11 +272,11 @@ def _padded(samples: Sequence[TrainingSample], pad_token_id: int) -> dict[str, A
     length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
     input_ids = torch.full((len(samples), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
-    rows = []
+    rows: list[int] = []
     for i, s in enumerate(samples):
         ids = (*s.prompt_ids, *s.completion_ids)
         input_ids[i, : len(ids)] = torch.tensor(ids)
         attention_mask[i, : len(ids)] = 1
         first = i * length + len(s.prompt_ids) - 1
-        rows.append(torch.arange(first, first + len(s.completion_ids)))
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.cat(rows)}
+        rows += written(tuple(range(first, first + len(s.completion_ids))), s.spans)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.tensor(rows)}

@@ -151,3 +151,21 @@ def test_drafts_become_samples_of_their_own_group_when_asked_for():
     assert len(training_samples([whole], config())) == 2
     equal = replace(whole, draft_advantages=(0.0, 0.0))  # each group counts, or not, by itself
     assert len(training_samples([equal], config(train_on_drafts=True, zero_variance="drop"))) == 2
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 0])
+def test_what_tools_said_is_read_and_never_trained_on(pad_token_id):
+    """Of 2 + 3 + 1 tokens the policy wrote three: they alone are predicted, counted and held against the sampler."""
+    turns = replace(sample(3, 6, 2.0), spans=(2, 3, 1), sampling_logprobs=(-0.1, -0.2, *[float("nan")] * 3, -0.3))
+    other, bare = sample(3, 2), replace(turns, behaviour_logprobs=turns.sampling_logprobs)
+    batch = batch_of([turns, other, bare], pad_token_id=pad_token_id, positive_nll_weight=0.5)
+    assert batch.completion_ids.tolist() == [100, 101, 105, 100, 101, 100, 101, 105]
+    assert batch.lengths == (3, 2, 3) and batch.cu_seqlens.tolist() == [0, 3, 5, 8]
+    first = batch.rows[:3].tolist()
+    assert batch.input_ids.flatten()[first].tolist() == [2, 100, 104]  # what stands before each
+    assert not batch.sampling_per_token_logps.isnan().any() and batch.own_tokens == 5
+    assert batch.behaviour_per_token_logps[5:].tolist() == pytest.approx([-0.1, -0.2, -0.3])
+    if pad_token_id is None:
+        assert batch.input_ids.shape == (1, 3 + 5 + 1 + 5)  # the tools' tokens are there to be read
+    totals = count([turns, other])
+    assert totals.tokens == 5 and totals.sequences == 2
