@@ -247,7 +247,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """
     rank, processes = place()
     on_cpu = this_machine(config.use_cpu).device == "cpu"
-    config.check_sampler(why_not(config, on_cpu))
+    config.check_sampler(why_not(config, config.top_k, on_cpu))
     say_unused(config, on_cpu, rank)
     if config.use_vllm and config.vllm_quantization and not config.vllm_importance_sampling_correction and rank == 0:
         print(

@@ -74,7 +74,10 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             ConfigError: the loss would compare log-probabilities over what was kept with some over all tokens, whose
                 ratio comes to nothing within a hundred tokens.
         """
-        way = "take an engine that says what it kept (use_vllm: false, or vLLM 0.32 on a GPU in the trainer's process)"
+        way = (
+            "bound what is kept (top_k: 64), so that any engine can say it, or take one that can without (use_vllm: "
+            "false, or vLLM 0.32 on a GPU in the trainer's process)"
+        )
         if self.refinement_context != "draft":
             why_not, way = "refinements are trained behind another prompt than sampled", "refinement_context: draft"
         if why_not is None or not self.replays_sampling:

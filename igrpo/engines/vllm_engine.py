@@ -27,6 +27,7 @@ from igrpo.engines.base import (
     request_seed,
 )  # fmt: skip
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.masks import logprobs_to_ask, read_kept, why_no_option
 from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
 from igrpo.settings import ConfigError
 
@@ -52,6 +53,7 @@ class VLLMEngine:
         EngineError: vllm did not start.
     """
 
+    reads_masks = False  # from log-probabilities
     sleep_level = 2
     """Of vLLM: the next push brings all weights."""
     lora_request: Any = None
@@ -66,8 +68,10 @@ class VLLMEngine:
         seed: int,
         masks: bool = False,
     ):
-        self.path, self.config, self.max_model_length, self.masks = path, config, max_model_length, masks
+        self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
+        self.masks = masks and why_no_option(self.on_cpu) is None
+        self.reads_masks = masks and not self.masks
         self.stop_token_ids = list(stop_token_ids)
         self._rank_seed = self._seed = seed
         self.llm: Any = None
@@ -138,7 +142,7 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
             "seed": self._rank_seed,
             "quantization": config.vllm_quantization,
-            **({"return_sampling_mask": True} if self.masks else {}),
+            **({"return_sampling_mask": True} if self.masks else {"max_logprobs": -1}),
         }
         if self.on_cpu:
             return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE} | config.vllm_engine_args
@@ -170,7 +174,7 @@ class VLLMEngine:
             seed=seed,
             max_tokens=sampling.max_tokens,
             stop_token_ids=self.stop_token_ids,
-            logprobs=0,  # the sampled token's and no other
+            logprobs=self._asked(sampling),
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -179,6 +183,11 @@ class VLLMEngine:
         self._running[name] = (request, seed)
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         self.engine.add_request(name, prompt, params, lora_request=self.lora_request)
+
+    def _asked(self, sampling: Sampling) -> int:
+        """Log-probabilities per token; 0: the sampled token's and no other."""
+        vocabulary = self.engine.model_config.get_vocab_size()
+        return min(logprobs_to_ask(sampling), vocabulary) if self.reads_masks else 0
 
     def _chosen(self, sampling: Sampling) -> dict[str, Any]:
         """Temperature and top-k. An engine that says what it kept takes no request without a top-k, and none greedy."""
@@ -193,6 +202,8 @@ class VLLMEngine:
         if not finished and self._running:
             try:
                 finished = [self._result(output) for output in self.engine.step() if output.finished]
+            except EngineError:
+                raise
             except Exception as error:  # after any of them vLLM's engine is lost
                 self._mend(error)
         if finished:
@@ -209,7 +220,11 @@ class VLLMEngine:
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
         request, _ = self._running.pop(output.request_id)
-        asked = self.masks and request.sampling.truncates
+        kept = None
+        if self.masks and request.sampling.truncates:
+            kept = tuple(Kept.of(s.sampling_mask.token_ids) for s in samples)
+        elif self.reads_masks and logprobs_to_ask(request.sampling):
+            kept = tuple(read_kept({i: p.logprob for i, p in step.items()} for step in s.logprobs) for s in samples)
         return Result(
             request_id=request.request_id,
             prompt_ids=tuple(output.prompt_token_ids),
@@ -220,7 +235,7 @@ class VLLMEngine:
             finish_reasons=tuple("length" if s.finish_reason == "length" else "stop" for s in samples),
             version=self.version,
             cached_tokens=output.num_cached_tokens or 0,
-            kept=tuple(Kept.of(s.sampling_mask.token_ids) for s in samples) if asked else None,
+            kept=kept,
         )
 
     def seed(self, seed: int) -> None:

@@ -54,7 +54,7 @@ class SamplingConfig(Section):
     temperature: Positive = 0.7
     """Sampling temperature of both stages; the learner divides its logits by the same number."""
     top_p: ShareAboveZero = 1.0
-    """Nucleus sampling; below 1.0 training takes an engine that says what it kept (docs/engines.md)."""
+    """Nucleus sampling; below 1.0 training wants a `top_k` beside it, or a certain engine (docs/engines.md)."""
     top_k: CountOrZero = 0
     """Top-k sampling; 0 = off. See `top_p`."""
     min_p: Share = 0.0

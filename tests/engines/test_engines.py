@@ -69,10 +69,14 @@ def log_probs(seed: int) -> list[float]:
 
 @torch.no_grad()
 def logprob_gap(seed: int, result: Result, temperature: float = SAMPLING.temperature) -> float:
-    """Largest |log p - log p_engine| over the sampled tokens, p being the model made with ``seed``."""
+    """Largest |log p - log p_engine| over the sampled tokens, p being the model made with ``seed``, over what was
+    kept."""
     model, gap = tiny_llama(seed), 0.0
-    for ids, logprobs in zip(result.token_ids, result.logprobs, strict=True):
+    for i, (ids, logprobs) in enumerate(zip(result.token_ids, result.logprobs, strict=True)):
         logits = model(torch.tensor([[*result.prompt_ids, *ids]])).logits[0, len(result.prompt_ids) - 1 : -1]
+        for row, kept in zip(logits, result.kept[i].sets() if result.kept else (), strict=False):
+            left = row[list(kept)]
+            row.fill_(-torch.inf)[list(kept)] = left
         chosen = (logits / temperature).log_softmax(-1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
         gap = max(gap, (chosen - torch.tensor(logprobs)).abs().max().item())
     return gap

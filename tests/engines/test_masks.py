@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from vllm.outputs import CompletionOutput, RequestOutput, SamplingMask
 from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Scored
 from igrpo.engines import EngineError, Request, Sampling, masks, start_engine
+from igrpo.engines import vllm_engine as vllm_engine_module
 from igrpo.engines.vllm_engine import WHOLE_VOCABULARY, VLLMEngine
 from igrpo.learner.batching import training_samples
 from igrpo.learner.learner import Learner
@@ -38,10 +40,21 @@ def engine(tmp_path_factory):
     return start_engine(model, config(model), 512, (999,), 0, masks=True)
 
 
+@pytest.fixture(scope="module")
+def vllm_engine(tmp_path_factory):
+    """vLLM's CPU build, which has no way to say what it kept but its log-probabilities."""
+    model = save_tiny(tmp_path_factory.mktemp("model"))
+    engine = start_engine(model, config(model, use_vllm=True), 512, (), 0, masks=True)
+    yield engine
+    engine.close()
+
+
 def sampled(engine, tokens: int = TOKENS, **truncation):
     """One request of four completions that never stop early."""
     engine.submit(Request("r", PROMPT, 4, Sampling(1.0, tokens, **truncation)))
-    (result,) = engine.poll()
+    while not (results := engine.poll()):
+        pass
+    (result,) = results
     return result
 
 
@@ -63,13 +76,16 @@ def trained(result, iterations: int = 1, **settings) -> dict[str, float]:
         PartialState._reset_state()
 
 
-def test_truncated_sampling_trains_as_whole_sampling_does(engine):
+@pytest.mark.parametrize("name, bound, share", [("engine", 0, 1e-3), ("vllm_engine", 150, 0.1)])  # vLLM's may end early
+def test_truncated_sampling_trains_as_whole_sampling_does(request, name, bound, share):
     """Without what was kept the sampler's correction leaves no gradient; with it learner and sampler agree."""
+    engine = request.getfixturevalue(name)
+    engine.seed(0)
     whole = trained(sampled(engine))
-    cut = sampled(engine, top_p=0.9)
+    cut = sampled(engine, top_p=0.9, top_k=bound)
     blind = trained(replace(cut, kept=None))
     seeing = trained(cut, beta=0.1, iterations=2)
-    assert blind["grad_norm"] < 1e-3 * whole["grad_norm"]
+    assert blind["grad_norm"] < share * whole["grad_norm"]
     assert 0.3 < seeing["grad_norm"] / whole["grad_norm"] < 3.0
     assert trained(cut, beta=0.1, iterations=2, shared_prefix=False)["loss"] == pytest.approx(seeing["loss"], abs=1e-5)
     for figures in (whole, seeing):
@@ -80,19 +96,41 @@ def test_truncated_sampling_trains_as_whole_sampling_does(engine):
     assert 1 < seeing["sampling/kept_tokens/mean"] < 200 and "sampling/kept_tokens/mean" not in whole
 
 
-@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.5, "top_k": 9}, {"top_k": 1}])
-def test_generate_says_what_it_kept(engine, monkeypatch, truncation):
-    result = sampled(engine, 20, **truncation)
+def check_kept(result, top_k: int = 288) -> None:
+    """Each set is the head of the model's distribution, and what its token's log-probability is over."""
     net = tiny_llama()
     for ids, logprobs, kept in zip(result.token_ids, result.logprobs, result.kept, strict=True):
         logits = net(torch.tensor([[*PROMPT, *ids]])).logits[0, len(PROMPT) - 1 : -1].detach()
         for token, logprob, own, row in zip(ids, logprobs, kept.sets(), logits, strict=True):
-            assert token in own and 1 <= len(own) <= truncation.get("top_k", 288)
+            assert token in own and 1 <= len(own) <= top_k
             assert row[list(own)].log_softmax(-1)[own.index(token)].item() == pytest.approx(logprob, abs=1e-4)
             assert row[list(own)].min() >= row.sort(descending=True).values[len(own) - 1] - 1e-4
+
+
+@pytest.mark.parametrize("truncation", [{"top_k": 5}, {"min_p": 0.2}, {"top_p": 0.5, "top_k": 9}, {"top_k": 1}])
+def test_generate_says_what_it_kept(engine, monkeypatch, truncation):
+    check_kept(sampled(engine, 20, **truncation), truncation.get("top_k", 288))
     assert sampled(engine, 2).kept is None
     monkeypatch.setattr(engine, "masks", False)
     assert sampled(engine, 2, **truncation).kept is None
+
+
+def test_what_a_bounded_top_k_kept_is_read_from_log_probabilities(vllm_engine):
+    for truncation in ({"top_k": 1}, {"top_k": 9, "min_p": 0.2}, {"top_k": 288, "top_p": 0.5}):
+        check_kept(sampled(vllm_engine, 20, **truncation), truncation["top_k"])
+    assert sampled(vllm_engine, 2).kept is None and sampled(vllm_engine, 2, top_p=0.9).kept is None
+    vllm_engine.submit(Request("greedy", PROMPT, 1, Sampling(0.0, 2, top_k=5)))
+    while not (results := vllm_engine.poll()):
+        pass
+    assert results[0].kept is None
+
+
+def test_tokens_that_equal_the_last_of_top_k_are_kept_too():
+    tied = [{7: math.log(0.5), 3: math.log(0.25), 9: math.log(0.25), 4: -math.inf, 5: masks.NOTHING}]
+    assert masks.read_kept(tied) == Kept.of([[7, 3, 9]])
+    assert masks.logprobs_to_ask(Sampling(1.0, 8, top_k=2)) == 18
+    with pytest.raises(EngineError, match=r"^position 1: the 2 most likely tokens hold 0.75000 .* write another top_k"):
+        masks.read_kept([*tied, {7: math.log(0.5), 3: math.log(0.25)}])
 
 
 def test_what_vllm_says_it_kept():
@@ -123,9 +161,10 @@ def test_what_vllm_says_it_kept():
             _check(replace(result, kept=(kept, result.kept[1])), request, call)
 
 
-def test_a_vllm_without_the_second_runner_is_told_so(tmp_path):
+def test_a_vllm_without_the_second_runner_is_told_so(tmp_path, monkeypatch):
     """The real CPU build, past the check before the run."""
     path = save_tiny(tmp_path)
+    monkeypatch.setattr(vllm_engine_module, "why_no_option", lambda on_cpu: None)
     with pytest.raises(
         ConfigError, match=r"^top_p, top_k, min_p: .* export VLLM_USE_V2_MODEL_RUNNER=1, or write top_p"
     ):
@@ -133,11 +172,10 @@ def test_a_vllm_without_the_second_runner_is_told_so(tmp_path):
 
 
 WAYS_OUT = {
-    "top_p: 0.9": ({"top_p": 0.9}, "write top_p: 1.0, or vllm_importance_sampling_correction: false, or take"),
-    "top_k: 20": ({"top_k": 20, "min_p": 0.1}, "write top_k: 0, min_p: 0, or vllm_importance_sampling_correction: "),
+    "top_p: 0.9": ({"top_p": 0.9}, "correction: false, or bound what is kept .top_k: 64., .* or take"),
     "min_p: 0.1": ({"min_p": 0.1, "kl_tau": 0.1, "vllm_importance_sampling_correction": False}, "or kl_tau: 0, or"),
     "top_p: 0.8": ({"top_p": 0.8, "off_policy_mask_threshold": 0.1, "rollout_rs": "token_k2"},
-                   "correction: false, off_policy_mask_threshold: null, rollout_rs: null, or"),
+                   "correction: false, off_policy_mask_threshold: null, rollout_rs: null, or bound"),
 }  # fmt: skip
 
 
@@ -148,14 +186,15 @@ def test_where_nobody_says_what_was_kept_truncation_is_refused(key, where):
     wanted = config(
         use_vllm=True, rollout_rs_threshold="1.0" if "rollout_rs" in settings else None, **settings, **where
     )
-    reason = masks.why_not(wanted, on_cpu=True)
+    reason = masks.why_not(wanted, 0, on_cpu=True)
     with pytest.raises(ConfigError, match=f"^{key} cannot be trained with here: .*{words}"):
         wanted.check_sampler(reason)
     with pytest.raises(ConfigError, match=f"^{key} .* trained behind another prompt .*, or refinement_context: draft"):
         replace(wanted, use_vllm=False, refinement_context="both").check_sampler(None)
-    replace(wanted, use_vllm=False).check_sampler(masks.why_not(replace(wanted, use_vllm=False), on_cpu=True))
+    replace(wanted, use_vllm=False).check_sampler(masks.why_not(replace(wanted, use_vllm=False), 0, on_cpu=True))
+    replace(wanted, top_k=20).check_sampler(masks.why_not(wanted, 20, on_cpu=True))
     if not where:
-        wanted.check_sampler(masks.why_not(wanted, on_cpu=False))  # 0.32 and later
+        wanted.check_sampler(masks.why_not(wanted, 0, on_cpu=False))  # 0.32 and later
         with pytest.raises(ConfigError, match=f"^{key} cannot be trained with here"):
             _placed(wanted)
     off = {"vllm_importance_sampling_correction": False, "off_policy_mask_threshold": None, "rollout_rs": None,
@@ -169,5 +208,5 @@ def test_an_older_vllm_is_told_by_what_it_lacks(tmp_path, monkeypatch):
     (tmp_path / "vllm" / "__init__.py").write_text("")
     (tmp_path / "vllm" / "config" / "model.py").write_text("enforce_eager: bool = False")
     monkeypatch.setattr(masks, "_folder", lambda name: tmp_path / name)
-    assert "has no return_sampling_mask, which came with 0.32" in masks.why_not(config(use_vllm=True), on_cpu=False)
-    assert masks.why_not(config(), on_cpu=False) is None
+    assert "has no return_sampling_mask, which came with 0.32" in masks.why_not(config(use_vllm=True), 0, on_cpu=False)
+    assert masks.why_not(config(), 0, on_cpu=False) is None

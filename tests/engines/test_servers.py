@@ -87,6 +87,18 @@ def test_servers_share_the_requests_and_sample_from_what_was_pushed(engine):
     assert len(set(samples[0].values())) == 8
 
 
+def test_servers_say_what_a_bounded_top_k_kept(engine, monkeypatch):
+    push(engine)
+    sampling = dataclasses.replace(SAMPLING, top_k=20, top_p=0.9)
+    monkeypatch.setattr(engine, "masks", True)
+    engine.submit(Request("r", PROMPT, 2, sampling))
+    result = drain(engine, 1)["r"]
+    assert logprob_gap(engine.version, result) < 1e-4
+    assert all(1 <= len(own) <= 20 for kept in result.kept for own in kept.sets())
+    engine.submit(Request("r", PROMPT, 1, dataclasses.replace(sampling, top_k=0)))
+    assert drain(engine, 1)["r"].kept is None
+
+
 def test_prefixes_are_found_again_until_the_next_push(engine):
     prompt = tuple(range(100, 196))
     cached = []

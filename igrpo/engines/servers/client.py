@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 
+from igrpo.data_types import Kept
 from igrpo.engines.base import Request, Result
+from igrpo.engines.masks import read_kept
 from igrpo.engines.servers.auth import INSTANCE_HEADER, SECRET_VARIABLE
 from igrpo.engines.servers.launch import SERVED_NAME
 from igrpo.engines.servers.lease import LEASE_PATH, LOCKED, OWNER_HEADER, RESTART_PATH
@@ -170,11 +172,12 @@ class Client:
             await self.call("POST", "/update_weights", SHORT_SECONDS, json={"update_info": nothing}, headers=alone)
 
     async def complete(
-        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
+        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float, asked: int = 0
     ) -> tuple[Result, str | None]:
         """The finished request, its version still open, and the instance id of the server that answered.
 
-        Closing the connection (cancelling this call, or the deadline) makes the server abort the request.
+        Closing the connection (cancelling this call, or the deadline) makes the server abort the request. Of ``asked``
+        log-probabilities per token, the largest, is read what the sampler kept.
         """
         sampling = request.sampling
         body = {
@@ -189,7 +192,7 @@ class Client:
             "stop_token_ids": stop_token_ids,
             "seed": seed,
             "cache_salt": salt,
-            "logprobs": 0,  # the sampled token's and no other
+            "logprobs": asked,  # 0: the sampled token's and no other
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
         }
@@ -207,6 +210,7 @@ class Client:
             finish_reasons=reasons,
             version=-1,
             cached_tokens=details.get("cached_tokens") or 0,
+            kept=tuple(map(_kept, choices)) if asked else None,
         )
         return result, self.instance
 
@@ -222,3 +226,9 @@ class Client:
 
     async def close(self) -> None:
         await self.http.aclose()
+
+
+def _kept(choice: dict[str, Any]) -> Kept:
+    """Of one completion."""
+    steps = choice["logprobs"]["top_logprobs"]  # {"token_id:5": -0.1}
+    return read_kept({int(name.rpartition(":")[2]): p for name, p in step.items()} for step in steps)

@@ -20,6 +20,7 @@ import torch
 
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource, request_seed
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.masks import logprobs_to_ask
 from igrpo.engines.servers.client import SHORT_SECONDS, ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
 from igrpo.engines.servers.lease import LEASE_SECONDS
 from igrpo.engines.servers.process import address_towards
@@ -29,8 +30,7 @@ from igrpo.engines.weights import FILE_BACKEND
 
 T = TypeVar("T")
 
-POLL_SECONDS = 0.05
-WATCH_SECONDS = 0.5
+POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
 HEALTH_SECONDS, RENEW_SECONDS = 10.0, LEASE_SECONDS / 5
 RETRY_SECONDS = 1.0
 MAX_FAILURES = 3
@@ -47,7 +47,7 @@ class ServerEngine:
     Args:
         path: folder or hub id of the model.
         max_model_length: tokens of prompt + completion.
-        stop_token_ids: ids that end a completion.
+        stop_ids: tokens that end a completion.
 
     Raises:
         ConfigError: an address or a secret that cannot be used.
@@ -55,10 +55,10 @@ class ServerEngine:
     """
 
     def __init__(
-        self, path: str, config: EngineConfig, max_model_length: int, stop_token_ids: Sequence[int], seed: int
+        self, path: str, config: EngineConfig, max_model_length: int, stop_ids: Sequence[int], seed: int, masks: bool
     ):
-        self.config, self.max_model_length, self.stop_token_ids = config, max_model_length, list(stop_token_ids)
-        self.on_cpu = config.use_cpu or not torch.cuda.is_available()
+        self.config, self.max_model_length, self.stop_token_ids = config, max_model_length, list(stop_ids)
+        self.masks, self.on_cpu = masks, config.use_cpu or not torch.cuda.is_available()
         self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu)
         self.version = UNKNOWN_VERSION if config.server_urls else 0
         self._rank_seed = self._seed = seed
@@ -208,7 +208,7 @@ class ServerEngine:
 
     async def _run(self, request: Request, seed: int) -> None:
         hung = lost = 0
-        timeout = self.config.vllm_request_timeout
+        timeout, asked = self.config.vllm_request_timeout, self.masks * logprobs_to_ask(request.sampling)
         while True:
             try:
                 await self._until_usable()
@@ -216,14 +216,14 @@ class ServerEngine:
                 return
             server = min((s for s in self.servers if s.holds(self.version)), key=lambda s: s.load)
             try:
-                result = await server.complete(request, self.stop_token_ids, seed, self._salt(), timeout)
+                result = await server.complete(request, self.stop_token_ids, seed, self._salt(), timeout, asked)
                 break
             except ServerHung as error:
                 hung += 1
                 if hung == MAX_ATTEMPTS:
                     return self._give_up(f"{request.request_id} hung {hung} times: {error}")
                 await self._probe(server, str(error))
-            except RequestRefused as error:
+            except (RequestRefused, EngineError) as error:
                 return self._give_up(str(error))
             except ServerError as error:
                 lost += 1

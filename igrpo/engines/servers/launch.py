@@ -29,6 +29,7 @@ def server_command(config: EngineConfig, path: str, length: int, port: int, seed
         "max-model-len": length,
         "max-num-seqs": config.vllm_max_num_seqs,
         "logprobs-mode": "processed_logprobs",  # after temperature: what the loss needs
+        "max-logprobs": -1,  # what top-k left may be many
         "generation-config": "vllm",  # no sampling defaults from the model's files
         "seed": seed,
         "middleware": "igrpo.engines.servers.auth.RequireSecret",

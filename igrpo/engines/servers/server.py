@@ -74,10 +74,10 @@ class Server:
         return self.up and self.version == version != UNKNOWN_VERSION
 
     async def complete(
-        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float
+        self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float, asked: int
     ) -> Result:
         """As ``Client.complete``; fails as soon as the server is known to be broken."""
-        post = self.client.complete(request, stop_token_ids, seed, salt, timeout)
+        post = self.client.complete(request, stop_token_ids, seed, salt, timeout, asked)
         result, instance = await self.unless_broken(post, request.n)
         if instance != self.instance or self.version is None:
             raise ServerError(f"{self.client.url} was started anew, with other weights")
