@@ -261,16 +261,18 @@ def _placed(config: TrainConfig) -> TrainConfig:
 
 def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.learner.adapters import Adapters
+    from igrpo.learner.experts import aux_coefficient
     from igrpo.learner.optimizer import check_settings
     from igrpo.learner.placements import launched
     from igrpo.learner.policy import loss_config
-    from igrpo.models.loading import load_tokenizer, resolve_model, skeleton, stop_token_ids, vocabulary
+    from igrpo.models.loading import load_tokenizer, model_config, resolve_model, skeleton, stop_token_ids, vocabulary
     from igrpo.rollout.prompts import PromptBuilder
 
     loss_config(config)  # refuses impossible combinations
     check_settings(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
+    aux_coefficient(model_config(path, config), config)
     prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded

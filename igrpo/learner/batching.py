@@ -56,6 +56,8 @@ class MicroBatch:
     """Share of the step's denominator; 0 for a filler that only keeps processes in step."""
     token_share: float
     """Share of the step's tokens."""
+    readers: torch.Tensor | None = None
+    """(L,) or (S·L,) fp32: weight of the sequences that read a token and predict one from it; 0 for padding."""
     prompt_lengths: torch.Tensor | None = None  # (S,) fp32: completion tokens of the sequence's prompt in the step
     nll_weights: torch.Tensor | None = None  # (n,) fp32
     sampling_mask: SamplingMask | None = None  # n sets
@@ -195,6 +197,7 @@ def micro_batch(
     sampled = [x for s in samples for x in written(s.sampling_logprobs, s.spans)]
     (weight,) = {s.weight for s in samples}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
+    inputs["readers"] *= weight
     reduction = LOSSES[loss_type].reduction
     scale = reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
     prompt_lengths = [float(s.prompt_length) for s in samples]
@@ -243,12 +246,14 @@ def _packed(contents: Bin) -> dict[str, Any]:
     ids: list[int] = []
     lengths: list[int] = []
     parents: list[int | None] = []
+    readers: list[float] = []
     rows: list[int] = []
     for group in contents:
         last, prompt_run = len(ids) + len(group.prompt_ids) - 1, len(lengths)
         ids.extend(group.prompt_ids)
         lengths.append(len(group.prompt_ids))
         parents.append(None)
+        readers.append(len(group.samples))
         for s in group.samples:
             *read, _ = s.completion_ids
             # The last prompt position predicts the first completion token, each completion token the next.
@@ -259,12 +264,14 @@ def _packed(contents: Bin) -> dict[str, Any]:
             elif read:
                 lengths.append(len(read))
                 parents.append(prompt_run)
+                readers.append(1.0)
     layout = Layout(tuple(lengths), tuple(parents))
     return {
         "input_ids": torch.tensor([ids]),
         "position_ids": layout.positions()[None],
         "layout": layout,
         "rows": torch.tensor(rows),
+        "readers": torch.tensor(readers, dtype=torch.float32).repeat_interleave(torch.tensor(lengths)),
     }
 
 
@@ -272,11 +279,16 @@ def _padded(samples: Sequence[TrainingSample], pad_token_id: int) -> dict[str, A
     length = max(len(s.prompt_ids) + len(s.completion_ids) for s in samples)
     input_ids = torch.full((len(samples), length), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
+    readers = torch.zeros(len(samples), length)
     rows: list[int] = []
     for i, s in enumerate(samples):
         ids = (*s.prompt_ids, *s.completion_ids)
         input_ids[i, : len(ids)] = torch.tensor(ids)
         attention_mask[i, : len(ids)] = 1
+        readers[i, : len(ids) - 1] = 1.0
         first = i * length + len(s.prompt_ids) - 1
         rows += written(tuple(range(first, first + len(s.completion_ids))), s.spans)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.tensor(rows)}
+    return {
+        "input_ids": input_ids, "attention_mask": attention_mask, "rows": torch.tensor(rows),
+        "readers": readers.flatten(),
+    }  # fmt: skip

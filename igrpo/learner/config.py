@@ -106,6 +106,8 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """KL-Cov: share of a micro-batch's tokens that are penalised, those of the highest covariance."""
     ppo_kl_coef: NotNegative = 0.1
     """KL-Cov: weight of that penalty, |log-ratio to the old policy|."""
+    router_aux_loss_coef: NotNegative | None = None
+    """Weight of the load-balancing loss of mixtures of experts; null: what the model's config says, 0: none."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of the loss."""
     loss_impl: Literal["auto", "torch", "triton", "cuda", "cpu"] = "auto"

@@ -21,6 +21,7 @@ from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
+from igrpo.learner.experts import without_routers
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
 from igrpo.learner.optimizer import build_schedule
 from igrpo.learner.packed_attention import packed_kernel
@@ -80,6 +81,10 @@ class Learner:
         form = self._find_form(models, context)
         self.scheduler: Any = None
         self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
+        # A config may speak of experts where no layer has any.
+        if self.policy.aux_coef and self._expert_load([self._filler()]) is None:
+            self.policy.aux_coef = without_routers(model.config, config)
+        self.placement.settle()  # before an engine looks for what is free
 
     def _find_form(self, models: Sequence[Any], context: int | None) -> Form:
         nothing, config = Denominators(1.0, 1.0), self.config
@@ -97,9 +102,7 @@ class Learner:
         def agree(wrong: str | None) -> str | None:
             return next((one for one in self.gather(wrong) if one is not None), None)
 
-        form = find_form(models, log_probs, kernels, context, allowed, self._say, agree)
-        self.placement.settle()  # before an engine looks for what is free
-        return form
+        return find_form(models, log_probs, kernels, context, allowed, self._say, agree)
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:
@@ -163,6 +166,9 @@ class Learner:
         self.placement.settle()
         self.placement.drop_gradients()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
+        load = self._expert_load(micros)
+        if load is not None:
+            metrics.add_load(load)
         for i, micro in enumerate(micros):
             with self.placement.micro_batch(last=i == len(micros) - 1):
                 out = self.placement(
@@ -170,6 +176,7 @@ class Learner:
                     old_per_token_logps=old[i] if old is not None else None,
                     ref_per_token_logps=reference[i] if reference is not None else None,
                     num_items_in_batch=getattr(totals, LOSSES[self.config.loss_type].reduction.items),
+                    expert_load=load,
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
@@ -208,7 +215,7 @@ class Learner:
         """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""
         nothing = TrainingSample((self.pad_token_id,), (self.pad_token_id,), (0.0,), 0.0)
         made = self._micro_batch((PrefixGroup(nothing.prompt_ids, (nothing,)),), Denominators(1.0, 1.0), self.packs)
-        return replace(made, scale=0.0)
+        return replace(made, scale=0.0, readers=torch.zeros_like(made.readers))
 
     @torch.no_grad()
     def _log_probs(self, micro: MicroBatch, placed: Placement | None = None, **options: Any) -> torch.Tensor:
@@ -216,6 +223,17 @@ class Learner:
         placed = placed or self.placement
         with placed.evaluating():
             return placed(micro, logps_only=True, **options)
+
+    @torch.no_grad()
+    def _expert_load(self, micros: Sequence[MicroBatch]) -> torch.Tensor | None:
+        """(layers, E) of the whole step, all processes together, by a forward pass more; None: of a model that balances
+        nothing, or of no micro-batches."""
+        if not self.policy.aux_coef or not micros:
+            return None
+        with self.placement.evaluating():
+            loads = [self.placement(micro, load_only=True) for micro in micros]
+        load = self.accelerator.reduce(torch.stack(loads).sum(0), reduction="sum")
+        return load if load.numel() else None
 
     def _reference_log_probs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
         with self.adapters.disabled() if self.adapters is not None else nullcontext():

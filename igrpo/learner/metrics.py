@@ -12,6 +12,7 @@ import torch
 
 from igrpo.data_types import TrainingSample
 from igrpo.learner.batching import MicroBatch
+from igrpo.learner.experts import load_figures
 from igrpo.learner.packing import Bin, padded_tokens, raw_tokens, unique_tokens
 from igrpo_kernels import GRPOLossOutput
 
@@ -19,10 +20,11 @@ Metrics = dict[str, float]
 
 SUMMED = re.compile(
     r"rollout/(draft_tokens|refinement_tokens|tokens_per_second|samples_per_second)|draft/aborted|resample/\w+"
-    r"|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
+    r"|aux_loss|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
 )
 """Counts and rates of a process's own share, which are the run's when added up."""
 GAP = "sampling/sampling_logp_difference"
+AUX = "aux_loss"
 _EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
 
 
@@ -41,6 +43,8 @@ class Accumulator:
         n = micro.completion_ids.numel()
         figures = {k: v for k, v in out.metrics.items() if micro.corrected_tokens or not k.startswith("sampling/")}
         figures = {k: v for k, v in figures.items() if not k.startswith(GAP)}  # of all tokens, whatever they saw
+        if AUX in figures:
+            self._add(AUX, figures.pop(AUX), 0)  # a share of its step's, no mean
         for name, values in _differences(micro, out).items():
             tokens = n - micro.own_tokens if name.startswith("bare/") else micro.own_tokens
             if tokens:
@@ -54,6 +58,11 @@ class Accumulator:
                 self.extremes[name] = pick(self.extremes[name], value) if name in self.extremes else value
             else:
                 self._add(name, value * n, n)
+
+    def add_load(self, load: torch.Tensor) -> None:
+        """Of the experts, (layers, E), by the tokens of a whole step."""
+        for name, value in load_figures(load).items():
+            self._add(name, value, 1)
 
     def _add(self, name: str, total: torch.Tensor, tokens: int) -> None:
         self.weighted[name] = self.weighted.get(name, 0.0) + total
@@ -75,7 +84,9 @@ class Accumulator:
     def means(self) -> Metrics:
         """Over this process's tokens; the loss is the sum over processes, since their shares add up to the whole."""
         losses, norms = zip(*self.steps, strict=True)
-        result = {name: value / self.tokens.get(name, 1) for name, value in self._read.items()}
+        result = {name: value / (self.tokens.get(name) or 1) for name, value in self._read.items()}
+        if AUX in result:
+            result["aux_loss"] /= len(self.steps)
         result["loss"], result["grad_norm"] = fmean(losses), fmean(norms)
         result["learner/skipped_steps"] = float(sum(not math.isfinite(norm) for norm in norms))
         return result

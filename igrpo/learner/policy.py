@@ -18,9 +18,10 @@ from igrpo.learner.adapters import head_product
 from igrpo.learner.batching import MicroBatch
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import Offloaded
+from igrpo.learner.experts import aux_coefficient, aux_loss, load_of
 from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
-from igrpo_kernels.model_logits import language_model, logit_transform_of
+from igrpo_kernels.model_logits import language_model, logit_transform_of, text_config
 
 
 def loss_config(config: LearnerConfig, model_config: Any = None) -> GRPOLossConfig:
@@ -54,6 +55,7 @@ class Policy(nn.Module):
         self.loss_config = loss_config(config, model.config)
         self.impl = config.loss_impl
         self.offloads = config.activation_offloading
+        self.aux_coef = aux_coefficient(model.config, config)
 
     def forward(
         self,
@@ -64,18 +66,26 @@ class Policy(nn.Module):
         logps_only: bool = False,
         temperature: float | None = None,
         own: bool = False,
+        expert_load: torch.Tensor | None = None,  # (layers, E)
+        load_only: bool = False,
     ) -> GRPOLossOutput | torch.Tensor:
-        """The loss of ``batch``; with ``logps_only`` the (n,) log-probabilities instead.
+        """The loss of ``batch``; instead of it, with ``logps_only`` the (n,) log-probabilities, with ``load_only`` the
+        (layers, E) load of the experts.
 
         Args:
             temperature: of those log-probabilities; None: the sampling temperature, over what the sampler kept.
             own: those of the model's whole logits, of sequences that are not padded: what all others must agree with.
+            expert_load: of the whole step; with it the loss balances the experts.
         """
         if own:
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.rows]
             logps = (logits.float() / (temperature or self.loss_config.temperature)).log_softmax(-1)
             return logps.gather(-1, batch.completion_ids[:, None])[:, 0]
-        hidden, weight, bias = head_product(self.model.get_output_embeddings(), self.hidden_states(batch))
+        out = self._read(batch, routers=load_only or expert_load is not None)
+        if load_only:
+            return load_of(out.router_logits, batch.readers, self._experts_per_token)
+        hidden = out.last_hidden_state.flatten(0, 1)[batch.rows]
+        hidden, weight, bias = head_product(self.model.get_output_embeddings(), hidden)
         if logps_only:
             settings = self.loss_config
             return linear_selective_log_softmax(
@@ -89,7 +99,7 @@ class Policy(nn.Module):
                 sampling_mask=batch.sampling_mask if temperature is None else None,
                 impl=self.impl,
             )
-        return linear_grpo_loss(
+        loss = linear_grpo_loss(
             hidden,
             weight,
             batch.completion_ids,
@@ -108,6 +118,16 @@ class Policy(nn.Module):
             config=self._settings(batch),
             impl=self.impl,
         )
+        if expert_load is None:
+            return loss
+        aux = aux_loss(out.router_logits, batch.readers, expert_load, self._experts_per_token)
+        # What the loss is multiplied with is no matter of the experts'; a filler counts for nothing anyway.
+        weighted = loss.loss + self.aux_coef * aux / (batch.scale or 1.0)
+        return replace(loss, loss=weighted, metrics=loss.metrics | {"aux_loss": aux.detach()})
+
+    @property
+    def _experts_per_token(self) -> int:
+        return text_config(self.model.config).num_experts_per_tok
 
     def _settings(self, batch: MicroBatch) -> GRPOLossConfig:
         """The loss's settings, with an entropy bonus that adds up to a mean over the step's tokens.
@@ -120,13 +140,14 @@ class Policy(nn.Module):
             return settings
         return replace(settings, entropy_coef=settings.entropy_coef * batch.token_share / batch.scale)
 
-    def hidden_states(self, batch: MicroBatch) -> torch.Tensor:  # (n, H)
-        """Final hidden states of the positions that predict a completion token."""
+    def _read(self, batch: MicroBatch, routers: bool) -> Any:
+        """What the base model returns: final hidden states, and with ``routers`` their logits in each layer."""
         if batch.layout is None:  # padded on the right: no real token sees what comes after it
             inputs = {"attention_mask": batch.attention_mask}
         else:
             inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
+        if routers:
+            inputs["output_router_logits"] = True
         # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
         with Offloaded() if self.offloads else nullcontext():
-            out = language_model(self.model)(input_ids=batch.input_ids, **inputs)
-        return out.last_hidden_state.flatten(0, 1)[batch.rows]
+            return language_model(self.model)(input_ids=batch.input_ids, **inputs)

@@ -61,8 +61,8 @@ def shared() -> dict[str, str]:
     return {kind: name for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items() if name in known}
 
 
-def tiny_config(kind: str) -> Any:
-    made, own = CONFIG_MAPPING[kind], OWN.get(kind, {})
+def tiny_config(kind: str, **others: Any) -> Any:
+    made, own = CONFIG_MAPPING[kind], OWN.get(kind, {}) | others
     return made(**({"text_config": SIZES, **own} if "text_config" in made.sub_configs else SIZES | own))
 
 

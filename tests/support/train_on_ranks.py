@@ -43,6 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
+    "experts": {"experts": True, "num_iterations": 2},
+    "experts, sharded, checkpointing": {
+        "experts": True, "fsdp": True, "gradient_checkpointing": True, "token_budget": 40,
+    },
+    "experts, sharded, adapters": {"experts": True, "fsdp": True, "use_peft": True, "lora_dropout": 0.0},
 }  # fmt: skip
 
 ZERO3: dict[str, dict[str, Any]] = {
@@ -78,7 +83,7 @@ def samples() -> list[TrainingSample]:
 
 def build(
     *, fsdp: bool = False, zero3: bool = False, tied: bool = True, files: Path | None = None,
-    read_in_parts: bool = False, **settings: Any,
+    read_in_parts: bool = False, experts: bool = False, **settings: Any,
 ) -> Learner:  # fmt: skip
     AcceleratorState._reset_state()
     GradientState._reset_state()
@@ -97,7 +102,9 @@ def build(
     if reference is not None:
         with torch.no_grad():
             reference.model.norm.weight.mul_(1.1)  # near enough that the KL term's gradient is of ordinary size
-    if files is None:
+    if experts:
+        model = tiny_model(tiny_config("qwen3_moe", vocab_size=288, initializer_range=0.2, router_aux_loss_coef=0.5))
+    elif files is None:
         model = tiny_llama(tied=tied)
     else:
         with profile() as profiled:
@@ -120,8 +127,8 @@ def train(learner: Learner, advantage: float = 1.0) -> dict[str, float]:
     accelerator = learner.accelerator
     own = samples()[accelerator.process_index :: accelerator.num_processes]
     metrics = learner.train_on([replace(s, advantage=s.advantage * advantage) for s in own])
-    names = ("loss", "grad_norm", "learner/sequences", "learner/groups_skipped")
-    return {name: metrics[name] for name in names}
+    names = ("loss", "grad_norm", "learner/sequences", "learner/groups_skipped", "aux_loss", "experts/busiest_share")
+    return {name: value for name, value in learner.over_processes(metrics).items() if name in names}
 
 
 def weights(learner: Learner) -> dict[str, torch.Tensor]:
