@@ -6,7 +6,7 @@ Letters used in every shape: ``B`` sequences, ``T`` completion tokens, ``V`` voc
 
 from igrpo_kernels.grpo_loss import grpo_loss, linear_grpo_loss
 from igrpo_kernels.impls import available_impls
-from igrpo_kernels.logprobs import linear_selective_log_softmax, selective_log_softmax
+from igrpo_kernels.logprobs import linear_selective_log_softmax, linear_topk_log_softmax, selective_log_softmax
 from igrpo_kernels.sampling_mask import SamplingMask
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
 
@@ -18,5 +18,6 @@ __all__ = [
     "grpo_loss",
     "linear_grpo_loss",
     "linear_selective_log_softmax",
+    "linear_topk_log_softmax",
     "selective_log_softmax",
 ]

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.distilled_rows import DistilledRows
 from igrpo_kernels.lm_head import KEPT_BYTES, Half, HeadPlan, LmHead, UsedRows
 from igrpo_kernels.objective import coupling, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
@@ -121,7 +122,8 @@ def coupled_loss(
             walk.finish(chunk, again=True)
         logps, entropy = walk.stats.logps, walk.stats.entropy
         # The last chunk's objective was the first that saw every row.
-        found = walk.objective or kernels.objective(logps, entropy, batch, config, num_items_in_batch)
+        rest = walk.stats.of_teacher
+        found = walk.objective or kernels.objective(logps, entropy, batch, config, num_items_in_batch, *rest)
         return found, logps, entropy, *_summed(head.gradients(), hidden, shard)
 
 
@@ -142,7 +144,7 @@ class _Walk:
         self.objective: Objective | None = None
         self.index = head.used.take(batch.index)
         self.mask = None if head.used.masked is None else batch.mask
-        self.stats = RowStats.zeros(head.n, head.dtype, head.device)
+        self.stats = _no_statistics(kernels, head, head.n)
 
     def measure(self, chunk: slice) -> None:
         """Fills `stats` for the chunk's rows and leaves their logits in the buffer."""
@@ -159,7 +161,7 @@ class _Walk:
         stats, config, head = self.stats, self.config, self.head
         # Rows of other chunks may still hold 0; none of them enters this chunk's coefficients.
         loss, metrics, *slopes = objective_and_row_gradients(
-            stats.logps, stats.entropy, self.batch, config, self.num_items, self.kernels.objective
+            stats.logps, stats.entropy, self.batch, config, self.num_items, self.kernels.objective, *stats.of_teacher
         )
         self.objective = loss, metrics
         halves = head.halves(chunk)
@@ -173,8 +175,8 @@ class _Walk:
         def turn(half: Half, logits: Tensor) -> None:
             at = self.numbers(half.rows)
             mask = None if self.mask is None else self.mask[half.rows]
-            some = [None if slope is None else slope[at] for slope in slopes]
-            arguments = (self.index[half.rows], mask, stats.at(at), *some, config.logit_transform)
+            g, h, *rest = [None if slope is None else slope[at] for slope in slopes]
+            arguments = (self.index[half.rows], mask, stats.at(at), g, h, config.logit_transform, *rest)
             self.kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
         _multiply(head, _beside(self.side, halves, head.logits if again else head.logits_there, turn))
@@ -224,8 +226,8 @@ def log_probs(
         mask = None if used.masked is None else row_mask
         work, found = _statistics(kernels, used.take(index), mask, transform, with_entropy), []
         for chunk in _chunks(0, used.count, plan.chunk_rows):
-            found += [job() for _, job in _beside(side, head.halves(chunk), head.logits, work)]
-        stats = RowStats(*_joined(found or [RowStats.zeros(0, head.dtype, head.device)], head))
+            found += [job().known for _, job in _beside(side, head.halves(chunk), head.logits, work)]
+        stats = RowStats(*_joined(found or [_no_statistics(kernels, head, 0).known], head))
         whole = keep and used.numbers is None and 0 < used.count <= plan.chunk_rows
         kept = head.buffer(plan.logits_dtype) if whole else None
         return stats, None if kept is None or kept.nbytes > KEPT_BYTES.get(kept.device.type, 0) else kept
@@ -246,9 +248,10 @@ def log_probs_backward(
     plan: HeadPlan,
     shard: VocabShard | None,
     kept: Tensor | None = None,  # (n, V) logits of forward, overwritten
+    *grad_divergence: Tensor | None,  # (n,), of `DistilledRows`
 ) -> list[Tensor | None]:
     """dX in hidden's dtype, dW and db as `LmHead.gradients` has them; None = not wanted."""
-    active, grads = row_mask, [grad_logps, grad_entropy]
+    active, grads = row_mask, [grad_logps, grad_entropy, *grad_divergence]
     if row_mask is not None or hidden.device.type == "cpu":  # rows whose gradient is exactly zero need no logits
         given = [grad != 0 for grad in grads if grad is not None]
         active = torch.stack(given).any(0) if given else torch.zeros_like(index, dtype=torch.bool)
@@ -260,13 +263,14 @@ def log_probs_backward(
         index, grads = used.take(index), [used.take(grad) for grad in grads]
         mask, stats = (
             None if used.masked is None else active,
-            RowStats(*map(used.take, stats)),
+            RowStats(*map(used.take, stats.known)),
         )
 
         def turn(half: Half, logits: Tensor) -> None:
             some = [None if x is None else x[half.rows] for x in (index, mask)]
-            slopes = [None if grad is None else grad[half.rows] for grad in grads]
-            kernels.gradient(logits, head.dlogits(half.place, logits), *some, stats.at(half.rows), *slopes, transform)
+            g, h, *rest = [None if grad is None else grad[half.rows] for grad in grads]
+            arguments = (*some, stats.at(half.rows), g, h, transform, *rest)
+            kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
         if kept is not None:
             head.buffers[plan.logits_dtype] = used.take(kept)
@@ -314,6 +318,10 @@ def _statistics(
         return kernels.statistics(logits, index[half.rows], some, transform, with_entropy)
 
     return measure
+
+
+def _no_statistics(kernels: RowKernels, head: LmHead, n: int) -> RowStats:
+    return RowStats.zeros(n, head.dtype, head.device, divergence=isinstance(kernels, DistilledRows))
 
 
 def _joined(found: list[Sequence[Tensor]], head: LmHead) -> list[Tensor]:

@@ -55,12 +55,12 @@ def linear_grpo_loss(
     # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with
     # backward, and a gradient made before that would have lost its small values.
     if not any(needs) or (tracing and not one_pass) or plan.matmul_dtype == torch.float16:
-        logps, entropy = linear_selective_log_softmax(
+        logps, entropy, *divergence = linear_selective_log_softmax(
             kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
             row_mask=measured, fp32_logits=fp32_logits, shard=shard,
         )  # fmt: skip
         used = entropy if config.needs_entropy_gradient else entropy.detach()
-        loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch)
+        loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch, *divergence)
         return loss, logps, entropy, metrics if compute_metrics else {}
     with torch.no_grad():
         detached = [None if x is None else x.detach() for x in leaves]
@@ -96,13 +96,14 @@ def linear_selective_log_softmax(
     row_mask: Tensor | None = None,  # (n,) bool; masked rows: no work, output 0, gradient exactly 0
     fp32_logits: bool = False,
     shard: VocabShard | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, without those logits."""
+) -> tuple[Tensor | None, ...]:
+    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, without those logits; of `DistilledRows` also
+    the divergence (n,)."""
     plan = _plan(hidden, weight, fp32_logits, shard)
-    logps, entropy = LinearSelectiveLogSoftmax.apply(
+    logps, entropy, *divergence = LinearSelectiveLogSoftmax.apply(
         kernels, hidden, weight, bias, index.contiguous(), row_mask, transform, return_entropy, plan, shard
     )
-    return logps, entropy if return_entropy else None
+    return logps, entropy if return_entropy else None, *divergence
 
 
 def _plan(hidden: Tensor, weight: Tensor, fp32_logits: bool, shard: VocabShard | None) -> HeadPlan:
@@ -123,12 +124,12 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
         else:
             keep = any(ctx.needs_input_grad)
             stats, ctx.kept = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan, shard, keep)
-        ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats)
-        return stats.logps, stats.entropy
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats.known)
+        return stats.logps, stats.entropy, *stats.of_teacher
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
+    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, *grad_divergence: Tensor | None):
         hidden, weight, bias, index, row_mask, *stats = ctx.saved_tensors
         needs, rows = list(ctx.needs_input_grad[1:4]), (hidden, weight, bias, index, row_mask)
         if torch.compiler.is_compiling():
@@ -140,7 +141,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
             kept, ctx.kept = ctx.kept, None  # a second backward computes them
             gradients = fused_linear.log_probs_backward(
                 ctx.kernels, *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
-                ctx.plan, ctx.shard, kept,
+                ctx.plan, ctx.shard, kept, *grad_divergence,
             )  # fmt: skip
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, rows[:3], strict=True)]
         return None, *typed, None, None, None, None, None, None
@@ -201,7 +202,9 @@ def linear_log_probs(
     transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
     stats, _ = fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)
-    return tuple(x.clone() for x in stats)  # an operator's results share no memory, and two may be views of one tensor
+    return tuple(
+        x.clone() for x in stats.known
+    )  # an operator's results share no memory, and two may be views of one tensor
 
 
 @linear_log_probs.register_fake

@@ -7,7 +7,7 @@ Bytes are per logit element in bf16, n·V of them:
                              stays on chip), loss and gradient together, in forward
                              losses that need a whole sequence or batch before any gradient is known (sequence-level
                              ratios, vespo, gmpo, clip_cov, kl_cov, off_policy_mask_threshold, top_entropy_quantile,
-                             sequence_* corrections and rejection without old log-probs), and vocabulary shards:
+                             sequence_* corrections and rejection without old log-probs), vocabulary shards, a teacher:
                              statistics 2 B, objective on (n,) rows, gradient 4 B in backward
 
 Besides the logits there is one gradient buffer, or none with `inplace`.
@@ -33,13 +33,14 @@ def selective_log_softmax(
     return_entropy: bool,
     row_mask: Tensor | None = None,  # (...) bool; masked rows are not read: output 0, gradient exactly 0
     inplace: bool = False,  # backward overwrites logits with their gradient
-) -> tuple[Tensor, Tensor | None]:
-    """logps (...) and entropy (...) or None, in the compute dtype."""
+) -> tuple[Tensor | None, ...]:
+    """logps (...) and entropy (...) or None, in the compute dtype; of `DistilledRows` also the divergence (...)."""
     rows = index.reshape(-1).contiguous()  # the kernels step through rows one by one
     mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
     logits = adjacent_columns(logits)
-    logps, entropy = SelectiveLogSoftmax.apply(kernels, logits, rows, mask, transform, return_entropy, inplace)
-    return logps.view(index.shape), entropy.view(index.shape) if return_entropy else None
+    logps, entropy, *rest = SelectiveLogSoftmax.apply(kernels, logits, rows, mask, transform, return_entropy, inplace)
+    shaped = [x.view(index.shape) for x in rest]
+    return logps.view(index.shape), entropy.view(index.shape) if return_entropy else None, *shaped
 
 
 def grpo_loss(
@@ -67,7 +68,7 @@ def grpo_loss(
                 torch.autograd.graph.increment_version(logits)
             loss, metrics = kernels.objective(logps, entropy, batch, config, num_items_in_batch)
         return with_gradients(kernels, loss, [logits], [grad]), logps, entropy, metrics
-    logps, entropy = selective_log_softmax(
+    logps, entropy, *divergence = selective_log_softmax(
         kernels,
         logits,
         batch.index,
@@ -78,7 +79,7 @@ def grpo_loss(
     )
     # An entropy that only feeds metrics must not send the gradient kernel a zero coefficient to multiply with.
     used = entropy if config.needs_entropy_gradient else entropy.detach()
-    loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch)
+    loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch, *divergence)
     return loss, logps, entropy, metrics
 
 
@@ -90,20 +91,21 @@ class SelectiveLogSoftmax(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
         ctx.kernels, ctx.transform, ctx.inplace = kernels, transform, inplace
         stats = kernels.statistics(logits.detach(), index, row_mask, transform, return_entropy)
-        ctx.save_for_backward(logits, index, row_mask, *stats)
-        return stats.logps, stats.entropy
+        ctx.save_for_backward(logits, index, row_mask, *stats.known)
+        return stats.logps, stats.entropy, *stats.of_teacher
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
+    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, *grad_divergence: Tensor | None):
         logits, index, row_mask, *stats = ctx.saved_tensors
         stats, grad = RowStats(*stats), None
         if stats.entropy.numel() == 0:  # not computed, but torch.compile passes zeros for it, shaped like it: (0,)
             grad_entropy = None
-        if grad_logps is not None or grad_entropy is not None:
+        if any(g is not None for g in (grad_logps, grad_entropy, *grad_divergence)):
             x = logits.detach()
             out = x if ctx.inplace else None
-            grad = ctx.kernels.gradient(x, out, index, row_mask, stats, grad_logps, grad_entropy, ctx.transform)
+            slopes = (grad_logps, grad_entropy, ctx.transform, *grad_divergence)
+            grad = ctx.kernels.gradient(x, out, index, row_mask, stats, *slopes)
             if ctx.inplace:
                 torch.autograd.graph.increment_version(logits)
         return None, grad, None, None, None, None, None

@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
 from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
+from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.loss_metrics import kept_metrics
@@ -32,6 +33,8 @@ def grpo_loss(
     nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     prompt_lengths: Tensor | None = None,  # (B,) | (S,)
     sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
+    teacher_topk_ids: Tensor | None = None,  # (*shape of completion_ids, k)
+    teacher_topk_logps: Tensor | None = None,  # (*shape of completion_ids, k)
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
     process_group: ProcessGroup | None = None,
@@ -63,6 +66,11 @@ def grpo_loss(
             ratio, KL, entropy and gradient are then over those sets, the gradient elsewhere is exactly 0. The other
             log-probs must be over the same sets: vLLM's processed ones are, and `selective_log_softmax` takes the
             mask, too. Two passes for any loss, and not inside torch.compile (docs/kernels.md).
+        teacher_topk_ids, teacher_topk_logps: with config.distillation_weight a teacher's k largest log-probs per token,
+            over the whole vocabulary and at the same temperature, and their ids (`linear_topk_log_softmax` makes them);
+            constants. An id of -1 or a log-prob of -inf is no entry, and a token without entries has no teacher.
+            Equation and rest bucket: `igrpo_kernels/distillation.py`. Two passes for any loss, not with sampling_mask
+            and not inside torch.compile.
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
         num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens. With
             prompt_mean: the step's prompts; None = those that this call holds, a part of a prompt for that part.
@@ -100,7 +108,8 @@ def grpo_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit (with the shapes), ids outside the vocabulary (on the CPU;
             NaN rows elsewhere), missing ref_per_token_logps, unknown `impl`; a token outside its own set of
-            sampling_mask (on the CPU; NaN rows elsewhere).
+            sampling_mask, a teacher's id twice in a row or its log-probs adding up to more than 1 (on the CPU; NaN rows
+            elsewhere).
         RuntimeError: `impl` names an implementation this installation cannot run.
 
     Example:
@@ -129,11 +138,13 @@ def grpo_loss(
     check_index(batch.index, logits.device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
+    teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
     if kernels is None:
-        rows = reference.grpo_loss(logits, batch, config, num_items_in_batch, shard=shard, kept=kept)
+        options = {"shard": shard, "kept": kept, "teacher": teacher}
+        rows = reference.grpo_loss(logits, batch, config, num_items_in_batch, **options)
     else:
-        kernels, index = kernels_for(kernels, batch.index, shard, kept)
-        served = batch if kept is None else replace(batch, index=index)
+        kernels, index = kernels_for(kernels, batch.index, shard, kept, teacher)
+        served = batch if index is batch.index else replace(batch, index=index)
         rows = fused_loss.grpo_loss(kernels, logits, served, config, num_items_in_batch, inplace=inplace)
     return _output(rows, batch, kept)
 
@@ -153,6 +164,8 @@ def linear_grpo_loss(
     nll_weights: Tensor | None = None,  # (B,) | (S,) | shape of completion_ids
     prompt_lengths: Tensor | None = None,  # (B,) | (S,)
     sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
+    teacher_topk_ids: Tensor | None = None,  # (*shape of completion_ids, k)
+    teacher_topk_logps: Tensor | None = None,  # (*shape of completion_ids, k)
     cu_seqlens: Tensor | None = None,  # (S+1,)
     lengths: Sequence[int] | None = None,  # (S,)
     num_items_in_batch: Tensor | float | None = None,
@@ -175,7 +188,8 @@ def linear_grpo_loss(
             bonus; of a whole sequence where the loss couples its tokens) never meet a matmul: their log-probs and
             entropies are 0. The loss and its gradient do not change.
         process_group: lm_head_weight and lm_head_bias hold this rank's rows; see `grpo_loss`. The gradient of
-            hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk.
+            hidden_states is summed over the group (in fp32), the others are local. Two gathers plus one per chunk;
+            with a teacher two sums per chunk more.
         lengths: of the sequences of cu_seqlens, where the host knows them. Every token then gets its full work
             (completion_mask must be None), whether it contributes or not, and the host never waits for the device. On
             CUDA that is so without them, too, unless completion_mask or compute_metrics=False asks for rows to be
@@ -219,14 +233,14 @@ def linear_grpo_loss(
     check_index(batch.index, device, vocab_size)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
-    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-    head = (hidden, lm_head_weight, lm_head_bias)
+    teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
+    head = (hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias)
     options = {"fp32_logits": fp32_logits, "compute_metrics": compute_metrics, "shard": shard}
     if kernels is None:
-        rows = reference.linear_grpo_loss(*head, batch, config, num_items_in_batch, **options, kept=kept)
+        rows = reference.linear_grpo_loss(*head, batch, config, num_items_in_batch, kept, teacher, **options)
     else:
-        kernels, index = kernels_for(kernels, batch.index, shard, kept)
-        served = batch if kept is None else replace(batch, index=index)
+        kernels, index = kernels_for(kernels, batch.index, shard, kept, teacher)
+        served = batch if index is batch.index else replace(batch, index=index)
         rows = fused_linear_autograd.linear_grpo_loss(kernels, *head, served, config, num_items_in_batch, **options)
     return _output(rows, batch, kept if compute_metrics else None)
 

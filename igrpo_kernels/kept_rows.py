@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.distillation import Teacher
+from igrpo_kernels.distilled_rows import DistilledRows
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.sampling_mask import KeptSets
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
-from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard
+from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard, columns_at, gather_logits
 
 _LOG_P_FLOOR = -1e4  # p = 0 there, and 0·inf must not appear
 
@@ -48,8 +50,7 @@ class KeptRows:
         first = counts.cumsum(0) - counts - self.kept.mask.offsets[index]
         chosen = (place + first).clamp(0, max(len(z) - 1, 0))
         logps = shifted[chosen] - log_sum if len(z) else torch.zeros_like(row_max)
-        stats = RowStats(torch.where(place < 0, torch.nan, logps), log_sum - mean, row_max, log_sum)
-        return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
+        return RowStats(torch.where(place < 0, torch.nan, logps), log_sum - mean, row_max, log_sum).masked(mask)
 
     def gradient(
         self,
@@ -78,7 +79,7 @@ class KeptRows:
             mine, local = self.shard.owned(ids)
             at, ids, grad = at[mine], local[mine], grad[mine]
         out = self._zeros(logits, out, stats)
-        out.index_put_(_where(out, at, ids), grad.to(out.dtype))
+        out.index_put_(columns_at(out, at, ids), grad.to(out.dtype))
         return out
 
     def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
@@ -113,27 +114,25 @@ class KeptRows:
 
     def _gather(self, logits: Tensor, at: Tensor, entry: Tensor) -> Tensor:
         """Kept logits in the compute dtype."""
-        ids, dtype = self.kept.mask.ids[entry], compute_dtype(logits.dtype)
-        if self.shard is None:
-            return logits[_where(logits, at, ids)].to(dtype)
-        mine, local = self.shard.owned(ids)
-        return self.shard.sum_(torch.where(mine, logits[_where(logits, at, local)].to(dtype), 0.0))
+        return gather_logits(logits, at, self.kept.mask.ids[entry], self.shard)
 
 
 def kernels_for(
-    kernels: RowKernels, index: Tensor, shard: VocabShard | None, kept: KeptSets | None
+    kernels: RowKernels,
+    index: Tensor,
+    shard: VocabShard | None,
+    kept: KeptSets | None,
+    teacher: Teacher | None = None,
 ) -> tuple[RowKernels, Tensor]:
-    """What serves a call on this rank's columns and over these sets, and the (n,) `index` that it takes."""
-    if kept is not None:
-        return KeptRows(kernels, kept, shard), torch.arange(len(index), device=index.device)
-    return kernels if shard is None else ShardedRows(kernels, shard), index
-
-
-def _where(logits: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
-    """Indices into (n, V) or (B, T, V), whose strides may not allow a view as (n, V)."""
-    if logits.dim() == 2:
-        return at, ids
-    return at // logits.shape[1], at % logits.shape[1], ids
+    """What serves a call on this rank's columns, over these sets and beside this teacher, and the (n,) `index` that it
+    takes."""
+    if kept is None:
+        kernels = kernels if shard is None else ShardedRows(kernels, shard)
+    if kept is None and teacher is None:
+        return kernels, index
+    numbers = torch.arange(len(index), device=index.device)
+    served = DistilledRows(kernels, teacher, index, shard) if kept is None else KeptRows(kernels, kept, shard)
+    return served, numbers
 
 
 def _sums(x: Tensor, counts: Tensor) -> Tensor:

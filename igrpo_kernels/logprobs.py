@@ -144,6 +144,45 @@ def linear_selective_log_softmax(
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 
 
+@torch.no_grad()
+def linear_topk_log_softmax(
+    hidden_states: Tensor,  # (..., H)
+    lm_head_weight: Tensor,  # (V, H)
+    k: int,
+    *,
+    lm_head_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    final_logit_softcapping: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A teacher's `teacher_topk_ids` and `teacher_topk_logps`: the k largest of `log_softmax` of its logits.
+
+    In PyTorch on any device, chunk by chunk: 128 MiB of fp32 logits exist at a time. 2·n·H·V FLOP for n tokens.
+
+    Args:
+        hidden_states: (..., H), fp64, fp32, bf16 or fp16.
+        lm_head_weight, lm_head_bias: (V, H) and (V,).
+        k: entries per token, 1 to V.
+        temperature, logit_scale, final_logit_softcapping: as in `linear_selective_log_softmax`.
+
+    Returns:
+        ids (..., k) int64 and log-probabilities (..., k), fp32 (fp64 for fp64 hidden states), largest first. Without a
+        gradient.
+
+    Raises:
+        ValueError: shapes that do not match, or k that V does not have.
+    """
+    check_linear_shapes(hidden_states, lm_head_weight, lm_head_bias, hidden_states[..., 0])
+    columns = lm_head_weight.shape[0]
+    if not 1 <= k <= columns:
+        raise ValueError(f"k={k} must lie between 1 and the size of the vocabulary, {columns}")
+    transform = checked_transform(temperature, logit_scale, final_logit_softcapping)
+    hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+    ids, logps = reference.linear_topk_log_softmax(hidden, lm_head_weight, lm_head_bias, k, transform)
+    shape = (*hidden_states.shape[:-1], k)
+    return ids.view(shape), logps.view(shape)
+
+
 def checked_transform(
     temperature: float, logit_scale: float = 1.0, final_logit_softcapping: float | None = None
 ) -> LogitTransform:

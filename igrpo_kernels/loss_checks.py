@@ -49,6 +49,8 @@ _RANGES = {  # field -> (test, what the test asks for); None is checked only whe
     "ppo_kl_coef": (lambda x: x >= 0, ">= 0"),
     "beta": (lambda x: x >= 0, ">= 0"),
     "kl_tau": (lambda x: x >= 0, ">= 0"),
+    "distillation_weight": (lambda x: 0 <= x <= 1, "between 0 and 1"),
+    "distillation_alpha": (lambda x: 0 <= x <= 1, "between 0 and 1"),
     "temperature": (lambda x: x > 0, "> 0"),
     "top_entropy_quantile": (lambda x: 0 <= x <= 1, "between 0 and 1"),
     "importance_sampling_clip_min": (lambda x: x >= 0, ">= 0"),

@@ -107,17 +107,21 @@ def objective_and_row_gradients(
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None = None,
     objective: Callable[..., tuple[Tensor, dict[str, Tensor]]] | None = None,  # an implementation's own; None: above
-) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor | None]:
-    """Detached loss, metrics, dloss/dlogps (n,) and dloss/dentropy (n,) or None: all a gradient kernel needs."""
-    logps = per_token_logps.detach().requires_grad_()
-    leaves = [logps]
+    *divergence: Tensor,  # (n,), where there is a teacher
+) -> tuple[Tensor | dict[str, Tensor] | None, ...]:
+    """Detached loss, metrics, dloss/dlogps (n,) and dloss/dentropy (n,) or None: all a gradient kernel needs; with a
+    teacher also dloss/ddivergence (n,)."""
+    logps, *divergence = (x.detach().requires_grad_() for x in (per_token_logps, *divergence))
+    leaves = [logps, *divergence]
     if config.needs_entropy_gradient:
         entropy = entropy.detach().requires_grad_()
         leaves.append(entropy)
     with torch.enable_grad():
-        loss, metrics = (objective or grpo_objective)(logps, entropy, batch, config, num_items_in_batch)
-    grads = torch.autograd.grad(loss, leaves)
-    return loss.detach(), metrics, grads[0], grads[1] if config.needs_entropy_gradient else None
+        loss, metrics = (objective or grpo_objective)(logps, entropy, batch, config, num_items_in_batch, *divergence)
+    # With distillation_weight 1 the policy's own term is gone.
+    slope, *others = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    of_entropy = others.pop() if config.needs_entropy_gradient else None
+    return loss.detach(), metrics, slope, of_entropy, *others
 
 
 def importance_weight(log_ratio: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> Tensor:

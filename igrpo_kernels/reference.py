@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
+from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.objective import grpo_objective, shapes_the_loss
 from igrpo_kernels.sampling_mask import KeptSets
@@ -38,9 +39,10 @@ def grpo_loss(
     *,
     shard: VocabShard | None = None,
     kept: KeptSets | None = None,
+    teacher: Teacher | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
-    logps, entropy = selective_log_softmax(
+    logps, entropy, *columns = selective_log_softmax(
         logits,
         batch.index.view(batch.shape),
         config.logit_transform,
@@ -49,10 +51,26 @@ def grpo_loss(
         entropy_gradient=config.needs_entropy_gradient,
         shard=shard,
         kept=kept,
+        columns=None if teacher is None else teacher.ids,
     )
     logps, entropy = logps.reshape(-1), entropy.reshape(-1)
-    loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
-    return loss, logps, entropy, metrics
+    return _loss_rows(logps, entropy, columns, batch, config, num_items_in_batch, teacher)
+
+
+def _loss_rows(
+    logps: Tensor,  # (n,)
+    entropy: Tensor,  # (n,)
+    columns: list[Tensor],  # (n, k) log-probs at the teacher's ids, or none
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+    teacher: Teacher | None,
+) -> LossRows:
+    found = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
+    if teacher is not None:
+        divergence = batch.masked(teacher.divergence(columns[0].double())).to(logps.dtype)
+        found = teacher.add(found, divergence, batch, config, num_items_in_batch)
+    return found[0], logps, entropy, found[1]
 
 
 def linear_grpo_loss(
@@ -62,14 +80,15 @@ def linear_grpo_loss(
     batch: TokenBatch,
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None,
+    kept: KeptSets | None = None,
+    teacher: Teacher | None = None,
     *,
     fp32_logits: bool = False,
     compute_metrics: bool = True,
     shard: VocabShard | None = None,
-    kept: KeptSets | None = None,
 ) -> LossRows:
     """Loss (), logps (n,), entropy (n,), metrics."""
-    logps, entropy = linear_selective_log_softmax(
+    logps, entropy, *columns = linear_selective_log_softmax(
         hidden,
         weight,
         bias,
@@ -80,9 +99,10 @@ def linear_grpo_loss(
         fp32_logits=fp32_logits,
         shard=shard,
         kept=kept,
+        columns=None if teacher is None else teacher.ids,
     )
-    loss, metrics = grpo_objective(logps, entropy, batch, config, num_items_in_batch)
-    return loss, logps, entropy, metrics if compute_metrics else {}
+    *rows, metrics = _loss_rows(logps, entropy, columns, batch, config, num_items_in_batch, teacher)
+    return *rows, metrics if compute_metrics else {}
 
 
 def transform_logits(x: Tensor, transform: LogitTransform) -> Tensor:
@@ -103,8 +123,10 @@ def selective_log_softmax(
     entropy_gradient: bool = True,
     shard: VocabShard | None = None,
     kept: KeptSets | None = None,  # the softmax is over these
-) -> tuple[Tensor, Tensor | None]:
-    """logps (...) and entropy (...) or None, fp32 or fp64. An index outside the vocabulary makes its row's logp NaN."""
+    columns: Tensor | None = None,  # (n, k) int64
+) -> tuple[Tensor | None, ...]:
+    """logps (...) and entropy (...) or None, fp32 or fp64; with `columns` also the log-probs there (n, k). An index
+    outside the vocabulary makes its row's logp NaN."""
     logits = whole_vocabulary(logits, -1, shard)
     x = logits.to(compute_dtype(logits.dtype))
     if row_mask is not None:  # on the logits, so that NaN in a masked row cannot reach any gradient
@@ -129,6 +151,8 @@ def selective_log_softmax(
     if row_mask is not None:
         logps = torch.where(row_mask, logps, 0.0)
         entropy = None if entropy is None else torch.where(row_mask, entropy, 0.0)
+    if columns is not None:
+        return logps, entropy, log_p.reshape(-1, log_p.shape[-1]).gather(-1, columns)
     return logps, entropy
 
 
@@ -144,17 +168,36 @@ def linear_selective_log_softmax(
     fp32_logits: bool = False,
     shard: VocabShard | None = None,
     kept: KeptSets | None = None,  # the softmax is over these
-) -> tuple[Tensor, Tensor | None]:
-    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits."""
+    columns: Tensor | None = None,  # (n, k) int64
+) -> tuple[Tensor | None, ...]:
+    """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, fp32 or fp64, without those logits; with
+    `columns` also the log-probs there (n, k)."""
     weight = whole_vocabulary(weight, 0, shard)
     bias = None if bias is None else whole_vocabulary(bias, 0, shard)
     matmul_dtype = _matmul_dtype(hidden)
     if fp32_logits:
         matmul_dtype = compute_dtype(matmul_dtype)
-    logps, entropy = LinearSelectiveLogSoftmax.apply(
-        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept
+    return LinearSelectiveLogSoftmax.apply(
+        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept, columns
     )
-    return logps, entropy
+
+
+def linear_topk_log_softmax(
+    hidden: Tensor,  # (n, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    k: int,
+    transform: LogitTransform,
+) -> tuple[Tensor, Tensor]:
+    """The k largest log-probs of each row, and before them their ids: (n, k) each, int64 and fp32 or fp64."""
+    head = _LmHead(hidden, weight, bias, transform, _matmul_dtype(hidden), None)
+    ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    logps = torch.zeros(len(hidden), k, dtype=head.dtype, device=hidden.device)
+    for chunk in _chunks(None, hidden, weight):
+        z = head.transformed(head.logits(chunk), chunk)
+        largest, ids[chunk] = z.topk(k, -1)
+        logps[chunk] = largest - z.logsumexp(-1, keepdim=True)
+    return ids, logps
 
 
 class LinearSelectiveLogSoftmax(torch.autograd.Function):
@@ -165,36 +208,41 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept):
+    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept, columns):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
         ctx.transform, ctx.matmul_dtype, ctx.kept = transform, matmul_dtype, kept
         head = _LmHead(hidden, weight, bias, transform, matmul_dtype, kept)
         logps = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
         entropy, log_norm = torch.zeros_like(logps) if return_entropy else None, torch.zeros_like(logps)
+        at_columns = None if columns is None else logps.new_zeros(columns.shape)
         for chunk in _chunks(row_mask, hidden, weight):
             z = head.transformed(head.logits(chunk), chunk)
             log_norm[chunk] = log_z = z.logsumexp(-1)
             in_vocab = index[chunk].clamp(0, weight.shape[0] - 1)
             target = z.gather(-1, in_vocab[:, None]).squeeze(-1) - log_z
             logps[chunk] = torch.where(head.chosen(index, chunk, in_vocab), target, torch.nan)
+            if columns is not None:
+                at_columns[chunk] = z.gather(-1, columns[chunk]) - log_z[:, None]
             if return_entropy:
                 log_p = z.sub_(log_z[:, None])
                 entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=_LOG_P_FLOOR)).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, index, row_mask, log_norm, entropy)
-        return logps, entropy
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, log_norm, entropy, columns)
+        return (logps, entropy) if columns is None else (logps, entropy, at_columns)
 
     @staticmethod
     @first_order_only
-    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None):
-        hidden, weight, bias, index, row_mask, log_norm, entropy = ctx.saved_tensors
+    def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, grad_columns: Tensor | None = None):
+        hidden, weight, bias, index, row_mask, log_norm, entropy, columns = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         head = _LmHead(hidden, weight, bias, ctx.transform, ctx.matmul_dtype, ctx.kept)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
-        active = _rows_with_gradient(log_norm, row_mask, grad_logps, grad_entropy)
+        of_columns = None if grad_columns is None else (columns, grad_columns)
+        given = None if grad_columns is None else (grad_columns != 0).any(-1)
+        active = _rows_with_gradient(log_norm, row_mask, grad_logps, grad_entropy, given)
         for chunk in _chunks(active, hidden, weight):
-            grad_x = _grad_logits(head, chunk, index, log_norm, entropy, grad_logps, grad_entropy)
+            grad_x = _grad_logits(head, chunk, index, log_norm, entropy, grad_logps, grad_entropy, of_columns)
             with torch.autocast(hidden.device.type, enabled=False):
                 if needs_weight:
                     grad_weight.addmm_(grad_x.t(), hidden[chunk].to(head.dtype))
@@ -204,7 +252,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
                     grad_hidden[chunk] = (grad_x.to(ctx.matmul_dtype) @ head.weight).to(hidden.dtype)
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
 
 
 class _LmHead:
@@ -247,13 +295,18 @@ def _grad_logits(
     entropy: Tensor | None,
     grad_logps: Tensor | None,
     grad_entropy: Tensor | None,
+    of_columns: tuple[Tensor, Tensor] | None,  # (n, k) ids, and the gradients c of the log-probs there
 ) -> Tensor:
-    """dloss/dx (m, V): dz_v = g_l·([v = target] - p_v) - g_H·p_v·(logp_v + H), then back through the transform."""
+    """dloss/dx (m, V): dz_v = g_l·([v = target] - p_v) - g_H·p_v·(logp_v + H) + sum_j c_j·([v = id_j] - p_v), then back
+    through the transform."""
     transform = head.transform
     slope = transform.logit_scale / transform.temperature  # dz/dx without soft-capping
     x = head.logits(chunk)
     log_p = head.transformed(x, chunk).sub_(log_norm[chunk][:, None])  # may reuse x, unless x is needed below
     p = log_p.exp()
+    if of_columns is not None:
+        ids, c = (y[chunk] for y in of_columns)
+        drawn = p.mul(-c.sum(-1, keepdim=True)).scatter_add_(1, ids, c).mul_(slope)
     if grad_entropy is None:
         grad = p.neg_()
     else:
@@ -266,6 +319,10 @@ def _grad_logits(
         g = torch.where(head.chosen(index, chunk, in_vocab), grad_logps[chunk] * slope, torch.nan)[:, None]
         grad = grad.mul_(g) if grad_entropy is None else grad.addcmul_(p, g, value=-1.0)
         grad.scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
+    elif grad_entropy is None:
+        grad.zero_()
+    if of_columns is not None:
+        grad += drawn
     if transform.final_logit_softcapping is not None:
         grad *= 1.0 - torch.tanh(x * (transform.logit_scale / transform.final_logit_softcapping)).square_()
     return grad

@@ -41,21 +41,38 @@ class RowStats(NamedTuple):
     log_sum: Tensor
     """(n,) log sum exp(z - M)."""
 
+    divergence: Tensor | None = None
+    """(n,) nats, to a teacher's top k (`distillation.py`); None without one."""
+
     @classmethod
-    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device) -> "RowStats":
+    def zeros(cls, n: int, dtype: torch.dtype, device: torch.device, divergence: bool = False) -> "RowStats":
         """What rows that nobody measures keep."""
-        return cls(*torch.zeros(4, n, dtype=dtype, device=device).unbind())
+        return cls(*torch.zeros(4 + divergence, n, dtype=dtype, device=device).unbind())
+
+    @property
+    def known(self) -> list[Tensor]:
+        """Without a divergence that nobody asked for."""
+        return [x for x in self if x is not None]
+
+    @property
+    def of_teacher(self) -> list[Tensor]:
+        """The divergence, or nothing: the last argument of whatever may be given one."""
+        return self.known[4:]
 
     def at(self, rows: Tensor | slice) -> "RowStats":
         """The statistics of some rows."""
-        return RowStats(*(x[rows] for x in self))
+        return RowStats(*(x[rows] for x in self.known))
+
+    def masked(self, mask: Tensor | None) -> "RowStats":
+        """0 in masked rows."""
+        return self if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in self.known))
 
     def put(self, rows: Tensor | slice, part: "RowStats") -> None:
         """Store the statistics of some rows, a slice's in one launch."""
         if isinstance(rows, slice):
-            torch._foreach_copy_([mine[rows] for mine in self], list(part))
+            torch._foreach_copy_([mine[rows] for mine in self.known], part.known)
             return
-        for mine, new in zip(self, part, strict=True):
+        for mine, new in zip(self.known, part.known, strict=True):
             mine[rows] = new
 
 
@@ -76,7 +93,7 @@ class GRPOLossConfig:
         which loss                loss_type, importance_sampling_level, max_completion_length
         its clip                  epsilon, epsilon_high, delta, dual_clip
         one loss only             sapo_*, vespo_*, dro_beta, clip_cov_*, kl_cov_ratio, ppo_kl_coef
-        terms around it           beta, kl_estimator, use_bias_correction_kl, kl_tau, entropy_coef
+        terms around it           beta, kl_estimator, use_bias_correction_kl, kl_tau, entropy_coef, distillation_*
         which tokens count        top_entropy_quantile, off_policy_mask_threshold, rollout_rs, rollout_rs_threshold
         old policy vs sampler     importance_sampling_mode, importance_sampling_clip_min, importance_sampling_clip_max
         from logits to log-probs  temperature, logit_scale, final_logit_softcapping
@@ -166,6 +183,14 @@ class GRPOLossConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus: loss -= entropy_coef · (mean entropy per token)."""
 
+    distillation_weight: float = 0.0
+    """w of (1 - w)·loss + w·distillation: how far the policy is drawn to a teacher's `teacher_topk_logps` (SDPO); 0
+    needs none, 1 leaves nothing but the teacher."""
+
+    distillation_alpha: float = 1.0
+    """Divergence to the teacher: 0 is KL(teacher || policy), 1 the reverse KL(policy || teacher), between them a
+    generalised Jensen-Shannon divergence, 0.5 the usual one."""
+
     # --- which tokens count
     top_entropy_quantile: float = 1.0
     """Share of tokens, highest entropy first, that keep their policy term; 1.0 keeps all."""
@@ -231,8 +256,8 @@ class GRPOLossConfig:
     @property
     def needs_advantage(self) -> bool:
         """Whether the loss of a token without an advantage and without an NLL weight has no gradient."""
-        around = self.beta != 0.0 or self.kl_tau != 0.0 or self.entropy_coef != 0.0
-        return self.loss.term.of_advantage and not around
+        around = (self.beta, self.kl_tau, self.entropy_coef, self.distillation_weight)
+        return self.loss.term.of_advantage and not any(around)
 
     @property
     def needs_entropy_gradient(self) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igrpo_kernels.batch import TokenBatch
+from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 
@@ -83,6 +83,25 @@ class VocabShard:
         return x
 
 
+def columns_at(logits: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+    """Indices of rows and columns in (n, V) or (B, T, V), whose strides may not allow a view as (n, V)."""
+    if logits.dim() == 2:
+        return at, ids
+    return at // logits.shape[1], at % logits.shape[1], ids
+
+
+def gather_logits(logits: Tensor, at: Tensor, ids: Tensor, shard: VocabShard | None) -> Tensor:
+    """Those of some rows and token ids, in the compute dtype, of any rank's columns; some other for an id that is none.
+
+    One sum over the group.
+    """
+    dtype = compute_dtype(logits.dtype)
+    if shard is None:
+        return logits[columns_at(logits, at, ids.clamp(0, logits.shape[-1] - 1))].to(dtype)
+    mine, local = shard.owned(ids)
+    return shard.sum_(torch.where(mine, logits[columns_at(logits, at, local)].to(dtype), 0.0))
+
+
 def whole_vocabulary(x: Tensor, dim: int, shard: VocabShard | None) -> Tensor:
     """The tensor without sharding, differentiable: what the reference computes with. The gradient is local."""
     return x if shard is None else _Whole.apply(x, dim % x.dim(), shard)
@@ -127,8 +146,7 @@ class ShardedRows:
         mean = torch.where(weight > 0, weight * (log_sum - entropy + shift), 0.0).sum(0)
         logps = (target + shift).gather(0, shard.owners(index)[None]).squeeze(0) - log_total
         logps = torch.where((index >= 0) & (index < shard.vocab_size), logps, torch.nan)
-        stats = RowStats(logps, log_total - mean, top, log_total)
-        return stats if mask is None else RowStats(*(torch.where(mask, x, 0.0) for x in stats))
+        return RowStats(logps, log_total - mean, top, log_total).masked(mask)
 
     def gradient(
         self,

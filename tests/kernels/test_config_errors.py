@@ -89,6 +89,8 @@ def test_an_impossible_pair_names_both_keys(values, keys):
         ("vespo_k_neg", -1.0),
         ("vespo_lambda_neg", -1.0),
         ("logit_scale", 0.0),
+        ("distillation_weight", 1.5),
+        ("distillation_alpha", -0.1),
         ("final_logit_softcapping", 0.0),
     ],
 )
@@ -107,9 +109,10 @@ def test_defaults_are_trl_s():
         "dual_clip", "kl_estimator", "logit_scale", "final_logit_softcapping", "dro_beta", "clip_cov_ratio",
         "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef", "kl_tau", "rollout_rs", "rollout_rs_threshold",
     }  # fmt: skip
-    different = {"loss_type", "importance_sampling_mode", "max_completion_length"}
+    different = {"distillation_weight", "loss_type", "importance_sampling_mode", "max_completion_length"}
     grpo_config = pytest.importorskip("trl.trainer.grpo_config").GRPOConfig
-    defaults = {f.name: f.default for f in fields(grpo_config)}
+    sdpo_config = pytest.importorskip("trl.experimental.sdpo").SDPOConfig
+    defaults = {f.name: f.default for config in (sdpo_config, grpo_config) for f in fields(config)}
     for field in fields(GRPOLossConfig):
         if field.name not in ours_alone | different:
             assert field.default == defaults[trl_names.get(field.name, field.name)], field.name
@@ -230,6 +233,7 @@ def test_public_names():
         "grpo_loss",
         "linear_grpo_loss",
         "linear_selective_log_softmax",
+        "linear_topk_log_softmax",
         "selective_log_softmax",
     }
 

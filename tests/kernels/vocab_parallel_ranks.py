@@ -37,6 +37,7 @@ CONFIGS = {
         loss_type="dapo", beta=0.1, entropy_coef=0.1, temperature=0.7, logit_scale=1.3, final_logit_softcapping=5.0
     ),
     "sequence": GRPOLossConfig(importance_sampling_level="sequence", beta=0.1),
+    "taught": GRPOLossConfig(distillation_weight=0.4, distillation_alpha=0.3, entropy_coef=0.1, temperature=0.7),
 }
 
 
@@ -81,6 +82,14 @@ def kept_sets(inputs) -> SamplingMask:
     return SamplingMask.from_lists([[a, (a + i) % V, (a + 5 * i) % V] for i, a in enumerate(rows)])
 
 
+def teacher(inputs, config: GRPOLossConfig) -> dict[str, torch.Tensor]:
+    """Three entries per token, on all ranks; none where it is not asked for."""
+    if not config.distillation_weight:
+        return {}
+    logps, ids = (0.5 * inputs.logits.flip(-1) + inputs.logits).log_softmax(-1).topk(3)
+    return {"teacher_topk_ids": ids, "teacher_topk_logps": logps}
+
+
 def loss_case(
     ranks: Ranks, impl: str, name: str, layout: str = "padded", inplace: bool = False, kept: bool = False
 ) -> None:
@@ -88,7 +97,8 @@ def loss_case(
     inputs, _ = inputs_and_head(impl, config)
     inputs = packed(inputs) if layout == "packed" else inputs
     mask = kept_sets(inputs) if kept else None
-    call = partial(grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask)
+    taught = teacher(inputs, config)
+    call = partial(grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask, **taught)
     whole = inputs.logits.clone().requires_grad_()
     truth = call(whole, inputs.completion_ids, inputs.advantages, impl="torch", **inputs.keywords(config))
     truth.loss.backward()
@@ -137,7 +147,8 @@ def linear_case(
     inputs, head = inputs_and_head(impl, config)
     inputs = replace(inputs, advantages=inputs.advantages * torch.tensor([1.0, 0.0, 1.0, 1.0]))
     mask = kept_sets(inputs) if kept else None
-    call = partial(linear_grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask)
+    taught = teacher(inputs, config)
+    call = partial(linear_grpo_loss, config=config, num_items_in_batch=17, sampling_mask=mask, **taught)
     leaves = [x.double().clone().requires_grad_() for x in head]
     truth = call(
         *leaves[:2], inputs.completion_ids, inputs.advantages, lm_head_bias=leaves[2], impl="torch",
@@ -255,12 +266,14 @@ def cases() -> dict[str, tuple[int, Callable[[Ranks], None]]]:
             "log_probs": partial(log_probs_case, impl=impl),
             "linear sequence": partial(linear_case, impl=impl, name="sequence", chunk_rows=5),
             "linear log_probs": partial(linear_log_probs_case, impl=impl),
+            "taught": partial(loss_case, impl=impl, name="taught"),
         }
         three = {
             "sequence packed": partial(loss_case, impl=impl, name="sequence", layout="packed"),
             "linear everything": partial(linear_case, impl=impl, name="everything", chunk_rows=11),
             "kept": partial(loss_case, impl=impl, name="everything", layout="packed", kept=True),
             "linear kept": partial(linear_case, impl=impl, name="sequence", chunk_rows=5, kept=True),
+            "linear taught": partial(linear_case, impl=impl, name="taught", chunk_rows=5),
         }
         if impl != "triton":  # interpreted: the same Python around other kernels
             two |= {

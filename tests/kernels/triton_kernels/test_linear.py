@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax, lm_head
-from tests.kernels.oracle import assert_close_to_truth, linear_loss_and_grads
+from tests.kernels.oracle import assert_close_to_truth, linear_loss_and_grads, loss_and_grad
 
 V, H = 11, 6
 CONFIGS = {
@@ -175,3 +175,21 @@ def test_fp32_logits_of_narrow_inputs(small_inputs, head, level):
     assert_close_to_truth("logps", out.per_token_logps[kept], truth.per_token_logps[kept], rtol=2e-5)
     for name, grad, true_grad in zip(("hidden", "weight", "bias"), grads, true_grads, strict=True):
         assert_close_to_truth(name, grad, true_grad, rtol=2.0**-6)
+
+
+def test_a_teacher_beside_the_kernels(small_inputs, head, device):
+    """In place and not, logits and linear: the columns that a teacher touches are written once more."""
+    config = GRPOLossConfig("dapo", distillation_weight=0.4, distillation_alpha=0.5, entropy_coef=0.1)
+    inputs = on_policy(small_inputs(), head, config)
+    logps, ids = (inputs.logits + 1.0).flip(1).log_softmax(-1).topk(3)
+    taught = {"teacher_topk_ids": ids, "teacher_topk_logps": logps}
+    truth, true_grads = linear_loss_and_grads(*head, inputs, config, impl="torch", **taught)
+    out, grads = linear_loss_and_grads(*head, inputs, config, impl="triton", **taught)
+    assert_close_to_truth("loss", out.loss, truth.loss, rtol=1e-11)
+    for x, y in zip(grads, true_grads, strict=True):
+        assert_close_to_truth("gradient", x, y, rtol=1e-10)
+    truth, true_grad = loss_and_grad(inputs, config, impl="torch", **taught)
+    for inplace in (True, False):
+        out, grad = loss_and_grad(inputs, config, impl="triton", inplace=inplace, **taught)
+        assert_close_to_truth("loss", out.loss, truth.loss, rtol=1e-11)
+        assert_close_to_truth("gradient", grad, true_grad, rtol=1e-10)
