@@ -32,12 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         check_bind(config.vllm_server_host, config.vllm_server_allow_public)
         secret = secret_from_environment()
-        from igrpo.models.loading import context_limit, resolve_model
+        from igrpo.learner.adapters import Adapters
+        from igrpo.models.loading import context_limit, resolve_model, skeleton
 
         path = resolve_model(config.model_name_or_path)
         length = config.vllm_max_model_length or context_limit(path, config)
         if length is None:
             raise ConfigError("vllm_max_model_length: the model names no limit; write one that fits the refinements")
+        adapter = Adapters(skeleton(path, config), config).described() if config.sends_adapter else None
         on_cpu = this_machine(config.use_cpu).device == "cpu"
         # The recipe is the trainer's: what it says about reaching servers is none of this one's business.
         check_hardware(replace(config, use_vllm=True, vllm_mode="colocate", vllm_enable_sleep_mode=None), on_cpu)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.update(server_environment(config, secret, on_cpu))
     port = config.vllm_server_port or DEFAULT_PORT
     return keep_up(
-        server_command(config, path, length, port, config.seed, on_cpu), config.vllm_server_host, port, secret
+        server_command(config, path, length, port, config.seed, on_cpu, adapter), config.vllm_server_host, port, secret
     )
 
 

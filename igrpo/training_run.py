@@ -211,7 +211,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner = Learner(load(), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
-        adapter = learner.adapters.described() if learner.adapters and config.lora_sync == "adapter" else None
+        adapter = learner.adapters.described(config.use_vllm) if config.sends_adapter else None
         seed, masks = config.seed + learner.accelerator.process_index, config.replays_sampling
         engine = start_engine(path, placed, length, stop_ids, seed, masks, adapter)
         stack.callback(engine.close)
@@ -277,8 +277,8 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
         launched(place()[1]).check_adapters(adapters)
-        if config.lora_sync == "adapter":
-            adapters.described()
+        if config.sends_adapter:
+            adapters.described(config.use_vllm)
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)
 
 

@@ -72,7 +72,9 @@ ADAPTERS = {
     "vllm.lora.lora_model.LoRAModel": ("loras",), "vllm.lora.lora_weights.LoRALayerWeights": ("lora_a", "lora_b"),
     "vllm.lora.model_manager.LoRAModelManager": ("get_adapter adapter_id",),
     "vllm.lora.worker_manager.WorkerLoRAManager": ("_adapter_manager",),
+    "vllm.v1.worker.gpu_worker.Worker": ("add_lora lora_request",),
 }  # fmt: skip
+ADAPTER = {"r": 8, "target_modules": ["q_proj"]}
 MASKS = {
     "vllm.config.model.ModelConfig": ("return_sampling_mask",), "vllm.outputs.CompletionOutput": ("sampling_mask",),
     "vllm.engine.arg_utils.EngineArgs": ("return_sampling_mask",), "vllm.outputs.SamplingMask": ("token_ids",),
@@ -96,6 +98,7 @@ ENDPOINTS = {
     "/update_weight_version": ("new_version",), "/weight_info": ("weight_version",), "/get_world_size": ("world_size",),
     "/abort_requests": (), "/resume": (), "/health": (), "/v1/models": (), "/v1/completions": (), "/metrics": (),
     "/init_weight_transfer_engine": (), "/start_weight_update": (),
+    "/v1/load_lora_adapter": ("lora_name", "lora_path"),
 }  # fmt: skip
 """Path -> words of its request or answer, which the file that serves it must hold."""
 ANSWERS = {
@@ -219,6 +222,7 @@ def imported() -> dict[str, set[str]]:
 
 def engine_options() -> set[str]:
     """What ``VLLMEngine`` starts vLLM with, on a CPU and on GPUs."""
+    from igrpo.engines.arguments import adapter_arguments
     from igrpo.engines.vllm_engine import VLLMEngine, launched_with_others
 
     engine = VLLMEngine.__new__(VLLMEngine)
@@ -228,19 +232,18 @@ def engine_options() -> set[str]:
     options: set[str] = set()
     for engine.on_cpu in (True, False):
         options |= set(engine._options())
-    lora = {"enable_lora", "max_lora_rank", "max_loras"}
-    return options | lora | {"distributed_executor_backend"} | set(launched_with_others())
+    return options | set(adapter_arguments(ADAPTER)) | {"distributed_executor_backend"} | set(launched_with_others())
 
 
 def server_words() -> tuple[set[str], set[str]]:
     """Flags and environment variables of the servers."""
     from igrpo.engines.servers.launch import server_command, server_environment
 
-    flags, variables = set(), set()
+    flags, variables, alone = set(), set(), _config(use_peft=True, lora_sync="adapter")
     for on_cpu in (True, False):
-        words = server_command(_config(trust_remote_code=True, model_revision="r"), "m", 64, 1, 0, on_cpu)
+        words = server_command(_config(trust_remote_code=True, model_revision="r"), "m", 64, 1, 0, on_cpu, ADAPTER)
         flags |= {word[2:].replace("-", "_") for word in words if word.startswith("--")}
-        variables |= {v for v in server_environment(_config(), "s" * 40, on_cpu) if v.startswith("VLLM_")}
+        variables |= {v for v in server_environment(alone, "s" * 40, on_cpu) if v.startswith("VLLM_")}
     return flags, variables
 
 

@@ -26,7 +26,7 @@ LARGEST_RANK = 512
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfig):
     def check(self) -> None:
-        if self.use_peft and self.use_vllm and self.lora_sync == "adapter" and self.lora_r > LARGEST_RANK:
+        if self.sends_adapter and self.use_vllm and self.lora_r > LARGEST_RANK:
             raise ConfigError(
                 f"lora_sync: vLLM takes adapters up to rank {LARGEST_RANK}, and lora_r is {self.lora_r}; write merged"
             )

@@ -79,7 +79,7 @@ TABLE = (
         *OF_SERVERS, *OF_THE_ENGINE)),
     Row("vllm_mode is colocate", lambda c, _: c.use_vllm and c.vllm_mode == "colocate", OF_SERVERS),
     Row("vllm_mode is colocate and weights do not travel as adapters", lambda c, _: c.use_vllm and
-        c.vllm_mode == "colocate" and not (c.use_peft and c.lora_sync == "adapter"), ("vllm_weight_dir",)),
+        c.vllm_mode == "colocate" and not c.sends_adapter, ("vllm_weight_dir",)),
     Row("the servers run already and were given their own", lambda c, _: c.use_vllm and c.vllm_mode == "server"
         and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE, "vllm_engine_args")),
     Row("weights do not travel as files", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"

@@ -28,7 +28,7 @@ def start_engine(
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
 
-        return ServerEngine(path, config, max_model_length, stop_token_ids, seed, masks)
+        return ServerEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter)
     if config.use_vllm and adapter is not None:
         from igrpo.engines.vllm_adapters import AdapterVLLMEngine
 

@@ -30,7 +30,8 @@ OWN = {
                      "worker_extension_cls", "runner", "convert", "middleware"), _WEIGHTS),
     **dict.fromkeys(("logprobs_mode", "max_logprobs", "generation_config", "override_generation_config",
                      "logits_processors", "enable_prefix_caching", "speculative_config", "enable_lora",
-                     "lora_modules", "return_sampling_mask"), _POLICY),
+                     "lora_modules", "lora_target_modules", "lora_dtype", "max_lora_rank", "max_loras",
+                     "return_sampling_mask"), _POLICY),
     **dict.fromkeys(("pipeline_parallel_size", "data_parallel_size", "data_parallel_rank", "nnodes",
                      "prefill_context_parallel_size", "decode_context_parallel_size", "enable_expert_parallel",
                      "distributed_executor_backend"), _PROCESSES),
@@ -38,6 +39,22 @@ OWN = {
     **dict.fromkeys(("hf_token", "api_key"), _SECRETS),
 }  # fmt: skip
 """Arguments that nobody may set, and why."""
+
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Of adapters, for which vLLM makes room."""
+
+
+def adapter_arguments(adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Of an engine that keeps a base and gets adapters alone.
+
+    Args:
+        adapter: what ``adapter_config.json`` says of them.
+    """
+    room = next(room for room in RANKS if room >= adapter["r"])
+    # Layers without an adapter are left as they are: they cost nothing then.
+    layers = sorted({name.rpartition(".")[2] for name in adapter["target_modules"]})
+    return {"enable_lora": True, "max_lora_rank": room, "max_loras": 1, "lora_target_modules": layers}
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -53,6 +70,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             raise ConfigError(f"vllm_engine_args: {name!r} is no name of an argument; write those of vLLM's LLM")
         if name in KEYS:
             raise ConfigError(f"vllm_engine_args: {name} has a key of its own; write {KEYS[name]}")
+        known = {*KEYS, *OWN}
+        if name not in known and (whole := min((one for one in known if one.startswith(name)), default="")):
+            raise ConfigError(f"vllm_engine_args: {name} is short for {whole}, which a server would take; write it out")
         if name in OWN:
             raise ConfigError(f"vllm_engine_args: {name} cannot be had, as {OWN[name]}; leave it out")
 

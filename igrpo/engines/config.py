@@ -89,13 +89,22 @@ class EngineConfig(SeedConfig, WeightsConfig):
 
     def check(self) -> None:
         check_arguments(self.vllm_engine_args)
-        if self.lora_sync == "adapter" and self.use_vllm and self.vllm_mode == "server":
-            raise ConfigError("lora_sync: servers get merged weights only; write merged, or vllm_mode: colocate")
+        direct = self.use_vllm and self.vllm_mode == "server" and self.vllm_weight_transfer in ("nccl", "ipc")
+        if self.sends_adapter and direct:
+            raise ConfigError(
+                f"vllm_weight_transfer: {self.vllm_weight_transfer} carries whole weights, and lora_sync: adapter "
+                "travels as files; write auto, or lora_sync: merged"
+            )
         if self.vllm_quantization is not None and not self.bf16:
             raise ConfigError(
                 f"vllm_quantization: vLLM makes {self.vllm_quantization} of bf16 weights only; write bf16: true, or "
                 "null"
             )
+
+    @property
+    def sends_adapter(self) -> bool:
+        """Whether pushes bring the adapter alone."""
+        return self.use_peft and self.lora_sync == "adapter"
 
     @property
     def probe_tolerance(self) -> float:
@@ -123,5 +132,5 @@ class EngineConfig(SeedConfig, WeightsConfig):
         """Name of the weight transfer as vLLM knows it."""
         chosen = self.vllm_weight_transfer
         if chosen == "auto":
-            chosen = "file" if on_cpu else "nccl"
+            chosen = "file" if on_cpu or self.sends_adapter else "nccl"
         return "igrpo_file" if chosen == "file" else chosen

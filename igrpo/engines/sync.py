@@ -34,7 +34,7 @@ class WeightSync:
         self.engine, self.learner = engine, learner
         self.probe = probe_ids[:PROBE_TOKENS]
         self.tolerance = config.probe_tolerance
-        self.alone = learner.adapters is not None and config.lora_sync == "adapter"
+        self.alone = config.sends_adapter
         self.source = learner.adapter_tensors if self.alone else learner.named_tensors
 
     def push(self, version: int) -> dict[str, float]:

@@ -1,30 +1,23 @@
 """vLLM in this process with the base once and an adapter beside it: a push is the adapter alone.
 
-vLLM reads adapters from folders as peft writes them; ours lie in shared memory, or in ``vllm_weight_dir``, for the
-moment of the push. One adapter is ever loaded, under one name, replaced in place.
+Its folder lies in shared memory, or in ``vllm_weight_dir``, for the moment of the push.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
+from igrpo.engines.adapter_files import NAME, NUMBER, as_loaded, loaded, not_there, write_adapter
+from igrpo.engines.arguments import adapter_arguments
 from igrpo.engines.base import EngineError, WeightSource
 from igrpo.engines.config import EngineConfig
-from igrpo.engines.servers.push import not_written, weight_folder
 from igrpo.engines.vllm_engine import VLLMEngine
-from igrpo.engines.weights import Sent, fingerprint, recorded
-
-NAME, NUMBER = "policy", 1
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Of adapters, for which vLLM makes room."""
+from igrpo.engines.weight_folder import weight_folder
+from igrpo.engines.weights import Sent, recorded
 
 
 class AdapterVLLMEngine(VLLMEngine):
@@ -58,8 +51,7 @@ class AdapterVLLMEngine(VLLMEngine):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _options(self) -> dict[str, Any]:
-        rank = next(rank for rank in RANKS if rank >= self._adapter["r"])
-        return super()._options() | {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+        return super()._options() | adapter_arguments(self._adapter)
 
     def _push(self, source: WeightSource, version: int) -> int:
         from vllm.lora.request import LoRARequest
@@ -69,7 +61,7 @@ class AdapterVLLMEngine(VLLMEngine):
         target = self._folder / f"{version}"
         try:
             factors = {name: tensor.cpu().contiguous() for name, tensor in recorded(source(), sent, dtype)}
-            self._write(factors, version, target)
+            write_adapter(factors, self._adapter, version, target)
             self.engine.add_lora(LoRARequest(NAME, NUMBER, str(target), load_inplace=True))
         except EngineError:
             raise
@@ -85,35 +77,10 @@ class AdapterVLLMEngine(VLLMEngine):
         self.version, self._source, self._sent = version, source, sent
         return compared
 
-    def _write(self, factors: Mapping[str, torch.Tensor], version: int, target: Path) -> None:
-        try:
-            target.mkdir()
-            save_file(dict(factors), target / "adapter_model.safetensors")
-            (target / "adapter_config.json").write_text(json.dumps(dict(self._adapter)), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            raise not_written(version, target, error) from error
-
     def _compare_factors(self, factors: Mapping[str, torch.Tensor]) -> int:
-        """Bit for bit, the scale multiplied into B as vLLM does it."""
-        scale = self._adapter["lora_alpha"] / self._adapter["r"]
-        scaled = (".lora_B.", ".lora_embedding_B")
-        expected = {n: _bits(t * scale if any(part in n for part in scaled) else t) for n, t in factors.items()}
-        there = {bits for found in self.llm.collective_rpc(_loaded) for bits in found}
-        wrong = [name for name, bits in expected.items() if bits not in there]
+        """Bit for bit."""
+        expected = as_loaded(factors, self._adapter)
+        wrong = not_there(expected, self.llm.collective_rpc(loaded))
         if wrong or not expected:
             raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
         return len(expected)
-
-
-def _loaded(worker: Any) -> list[tuple[Any, ...]]:
-    """Of each factor that this worker holds."""
-    adapter = worker.model_runner.lora_manager._adapter_manager.get_adapter(NUMBER)
-    found = []
-    for layer in adapter.loras.values():
-        for factor in (layer.lora_a, layer.lora_b):
-            found += [_bits(t) for t in (factor if isinstance(factor, list) else [factor]) if t is not None]
-    return found
-
-
-def _bits(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return (tuple(tensor.shape), tensor.dtype, int(fingerprint(tensor.contiguous())))

@@ -103,12 +103,22 @@ class Adapters:
         """Name of the weight that an adapter changes."""
         return f"{plain_name(layer)}.{getattr(self.layers[layer], 'parameter_name', 'weight')}"
 
-    def described(self) -> dict[str, Any]:
+    def described(self, vllm: bool = True) -> dict[str, Any]:
         """As ``adapter_config.json`` says it, for an engine that keeps the base and gets the adapter alone.
 
+        Args:
+            vllm: it is vLLM.
+
         Raises:
-            ConfigError: experts in one tensor, whose adapters such an engine lays out otherwise.
+            ConfigError: experts in one tensor, whose adapters such an engine lays out otherwise, or vLLM and the head:
+                it reads a prompt's log-probabilities with the adapters of other requests' tokens.
         """
+        head = self.wrapper.get_base_model().get_output_embeddings()
+        for name in (name for name, layer in self.layers.items() if vllm and layer is head):
+            raise ConfigError(
+                f"lora_sync: beside other requests vLLM reads no log-probabilities of a prompt where "
+                f"{plain_name(name)} has an adapter; leave it out of lora_target_modules, or write merged"
+            )
         for name in self.fused_experts():
             raise ConfigError(f"lora_sync: {name} holds fused experts, whose adapters travel merged only; write merged")
         config = self.wrapper.peft_config[_ADAPTER]

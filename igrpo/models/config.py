@@ -22,8 +22,6 @@ class ModelConfig(WeightsConfig):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep activations in the computer's memory between forward and backward: for GPUs too small for the context."""
-    use_peft: bool = False
-    """Train LoRA adapters beside frozen weights; the KL reference is then the model without them."""
 
     def check(self) -> None:
         if self.activation_offloading and not self.gradient_checkpointing:

@@ -158,8 +158,7 @@ def _steps(
         learner.train_on(everyone[0], on_progress)
     with trace.phase(PUSH):
         learner.placement.drop_gradients()
-        alone = config.use_peft and config.lora_sync == "adapter"
-        deque(learner.adapter_tensors() if alone else learner.named_tensors(), maxlen=0)
+        deque(learner.adapter_tensors() if config.sends_adapter else learner.named_tensors(), maxlen=0)
     del trace.phases["first step"], trace.phases[""]
     together = [sample for samples in everyone for sample in samples]
     bins = pack(together, Limits.of(config), shared=config.shared_prefix, processes=len(everyone))

@@ -137,7 +137,7 @@ class Workload:
         device, rates = self.hardware.device, self.rates
         remote = self.hardware.generation and self.hardware.count > device.per_node
         rate = device.fabric if remote else device.link if self.hardware.count > 1 else device.bandwidth
-        alone = self.config.use_peft and self.config.lora_sync == "adapter"
+        alone = self.config.sends_adapter
         sent = trained_parameters(self.shape, self.config) if alone else self.shape.parameters
         return rates.sync_scale * (2 * sent / (rate * rates.network) + rates.sync_overhead)
 

@@ -39,6 +39,8 @@ class WeightsConfig(Section):
     """Compute in bfloat16; the master weights and the optimiser stay float32."""
     use_cpu: bool = False
     """Stay on the CPU even where a GPU is present."""
+    use_peft: bool = False
+    """Train LoRA adapters beside frozen weights; the KL reference is then the model without them."""
 
 
 @dataclass(frozen=True, kw_only=True)

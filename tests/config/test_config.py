@@ -116,7 +116,10 @@ def test_values_on_the_command_line(words, key, value):
         (("--draft_policy_lag", "2"), ("draft_policy_lag", "0, 1")),
         (("--draft_policy_lag", "1", "--rollout_schedule", "barrier"), ("rollout_schedule", "drop one")),
         (("--draft_policy_lag", "1", "--vllm_enable_sleep_mode"), ("vllm_enable_sleep_mode", "draft_policy_lag: 0")),
-        (("--use_peft", "--lora_sync", "adapter", "--vllm_mode", "server"), ("lora_sync", "write merged")),
+        (
+            ("--use_peft", "--lora_sync", "adapter", "--vllm_mode", "server", "--vllm_weight_transfer", "nccl"),
+            ("vllm_weight_transfer: nccl", "write auto, or lora_sync: merged"),
+        ),
         (("--use_peft", "--lora_sync", "adapter", "--lora_r", "513"), ("lora_sync", "up to rank 512")),
         (("--vllm_enable_sleep_mode", "auto"), ("vllm_enable_sleep_mode", "null")),
         (

@@ -27,12 +27,26 @@ def test_a_server_gets_them_as_words():
         "--kv-cache-dtype", "fp8", "--compilation-config", '{"level": 0}', "--cudagraph-capture-sizes", "1", "8",
     ]  # fmt: skip
     assert words[words.index("--quantization") + 1] == "fp8"
+    adapter = {"r": 9, "target_modules": ["layers.0.q_proj", "layers.1.q_proj", "embed_tokens"]}
+    words = server_command(quantized, "m", 64, 1, 0, on_cpu=False, adapter=adapter)
+    assert words[-8:] == [
+        "--enable-lora", "--max-lora-rank", "16", "--max-loras", "1", "--lora-target-modules", "embed_tokens", "q_proj"
+    ]  # fmt: skip
 
 
 NAMED = (
     "nnodes", "data_parallel_rank", "headless", "prefill_context_parallel_size", "decode_context_parallel_size",
     "enable_expert_parallel", "served_model_name", "config", "uds", "ssl_keyfile", "logprobs_mode", "load_format",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "short", ["max_model", "max_num_s", "enable_pref", "logprobs", "load_f", "served", "no_enable_p"]
+)
+def test_no_argument_comes_in_under_a_shorter_name(short):
+    """A server's command line would take it for the long one."""
+    with pytest.raises(ConfigError, match=rf"^vllm_engine_args: .*{short.removeprefix('no_')}"):
+        config(vllm_engine_args={short: 1})
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,15 @@ before the first step, by name."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import os
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -17,8 +21,11 @@ from accelerate.state import AcceleratorState
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import EngineError, Request, Result, Sampling, start_engine, weights
+from igrpo.engines.adapter_files import as_loaded
 from igrpo.engines.base import TRIAL_VERSION, UNKNOWN_VERSION, NoRoomError
 from igrpo.engines.hf_engine import HFEngine
+from igrpo.engines.servers.client import ServerError
+from igrpo.engines.servers.push import publish, push_files
 from igrpo.engines.sync import WeightSync, disturbed
 from igrpo.engines.weights import differing, fingerprint, recorded, twins
 from igrpo.learner.learner import Learner
@@ -26,6 +33,7 @@ from igrpo.models.loading import load_policy
 from igrpo.settings import ConfigError
 from igrpo.training_run import TrainingRun
 from tests.engines.test_engines import drain, lose_the_weights
+from tests.support.servers import processes, wait_until
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
 EVERY = pytest.mark.applies("IGRPO_EVERY_ENGINE" in os.environ)
@@ -107,14 +115,16 @@ def gap(learner: Learner, result: Result) -> float:
     )
 
 
-@pytest.mark.parametrize("use_vllm", [True, False])
-def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
-    path, everywhere = written(tmp_path, "Llama"), ["all-linear", "lm_head", "embed_tokens"]
+@pytest.mark.parametrize("way", ["server", "here", "generate"])
+def test_an_adapter_travels_alone_beside_one_base(way, tmp_path):
+    path, everywhere = written(tmp_path, "Llama"), ["all-linear", "embed_tokens", *["lm_head"] * (way == "generate")]
+    use_vllm, served = way != "generate", way == "server"
     alone = {"use_peft": True, "lora_sync": "adapter", "lora_r": 4, "lora_dropout": 0.0, "use_vllm": use_vllm}
     alone |= {"lora_target_modules": everywhere, "vllm_weight_dir": str(tmp_path / "on its way")}
+    alone |= {"vllm_mode": "server" if served else "colocate", "vllm_request_timeout": 20.0}
     config = settings(path, **alone)
     learner = Learner(load_policy(path, config), None, config, pad_token_id=0)
-    engine = start_engine(path, config, 128, [1], 0, adapter=learner.adapters.described())
+    engine = start_engine(path, config, 128, [1], 0, adapter=learner.adapters.described(way != "generate"))
     before = [p.detach().clone() for p in learner.unwrapped.parameters()]
     try:
         sync = WeightSync(engine, learner, IDS, config)
@@ -129,17 +139,29 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
             trained = [p for p in learner.unwrapped.parameters() if p.requires_grad]
             for p in trained:
                 p.grad = torch.zeros_like(p)
+            if served and version == 2:  # requests of the old adapter go on under the new one and do not bring it back
+                for i in range(20):
+                    engine.submit(Request(f"{i}", IDS, 8, Sampling(temperature=1.0, max_tokens=70)))
+                wait_until(lambda: engine.servers[0].load)
             figures = sync.push(version)
+            if engine_left := set(getattr(engine, "_tasks", ())):
+                ended = {r.request_id: r.version for r in drain(engine, 20).values()}
+                assert {ended[name] for name in engine_left} == {2}
             assert trained and all(p.grad is None for p in trained), "the engine wakes in their room"
             assert torch.tensor(learner.score(IDS)).sub(torch.tensor(own)).abs().mean() > 0.3
             assert torch.tensor(engine.score(IDS)).sub(torch.tensor(learner.score(IDS))).abs().max() < 1e-3
             for request in ("a", "b"):
                 engine.submit(Request(request, IDS, 2, Sampling(temperature=1.0, max_tokens=6)))
-            if use_vllm and version == 2:  # requests that begin on a new engine have the adapter, too
+            if served and version == 2:  # one that comes back has the adapter, too
+                processes(engine.servers[0])[1].kill()
+            elif use_vllm and version == 2:
                 engine.poll()
                 engine.llm.apply_model(lose_the_weights)
             assert max(gap(learner, result) for result in drain(engine, 2).values()) < 1e-3
-        assert not use_vllm or figures["sync/tensors_compared"] == 2 * (2 * 7 + 2)
+        assert not use_vllm or figures["sync/tensors_compared"] == 2 * (2 * 7 + 1)
+        if served:
+            check_a_flipped_bit(engine, learner, tmp_path)
+            return
         stranger = [("base_model.model.model.layers.0.nowhere.lora_A.weight", torch.ones(4, 4))]
         push = engine._push if use_vllm else engine.push_weights  # which would try again on a new engine
         with pytest.raises(EngineError):
@@ -149,6 +171,19 @@ def test_an_adapter_travels_alone_beside_one_base(use_vllm, tmp_path):
     finally:
         engine.close()
     assert not any(tmp_path.glob("on its way/*"))
+
+
+def check_a_flipped_bit(engine: Any, learner: Learner, folder: Path) -> None:
+    """It is found, and the server takes the next push."""
+    own = [(name, tensor.clone()) for name, tensor in learner.adapter_tensors()]
+    (damaged := [(name, tensor.clone()) for name, tensor in own])[5][1].view(torch.int32)[0, 0] ^= 1
+    for number, factors in ((8, damaged), (9, own)):
+        sent = publish(lambda factors=factors: factors, number, folder, engine._adapter)
+        expected = dataclasses.replace(sent, checksums=as_loaded(dict(own), engine._adapter))
+        pushing = push_files(engine.servers[0].client, expected, timeout=60.0)
+        with nullcontext() if factors is own else pytest.raises(ServerError, match=f"version 8 in {own[5][0]}"):
+            compared = asyncio.run_coroutine_threadsafe(pushing, engine._loop).result()
+    assert compared == len(own)
 
 
 def test_rounded_weights_are_judged_by_their_format(tmp_path):

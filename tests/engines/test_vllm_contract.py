@@ -6,6 +6,7 @@ import importlib.util
 from functools import cache
 from pathlib import Path
 
+from igrpo.engines.arguments import KEYS, OWN, check_arguments
 from scripts import vllm_contract
 
 PACKAGES = Path(importlib.util.find_spec("vllm").origin).parents[1]
@@ -27,7 +28,12 @@ class Drifted(vllm_contract.Sources):
 
 
 def test_all_that_the_engines_use_is_there():
-    assert list(vllm_contract.missing(vllm_contract.Sources(PACKAGES))) == []
+    installed = vllm_contract.Sources(PACKAGES)
+    assert list(vllm_contract.missing(installed)) == []
+    free = installed.members("vllm.engine.arg_utils.EngineArgs").keys() - {*KEYS, *OWN}
+    check_arguments(
+        {name: 1 for name in free if name.islower() and not name.startswith("_")}
+    )  # none is short for others
 
 
 def test_each_kind_of_drift_is_missed_by_name():

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from igrpo.engines import EngineError
-from igrpo.engines.servers.push import PREFIX, SHARED_MEMORY, publish, weight_folder
-from igrpo.engines.vllm_adapters import AdapterVLLMEngine
+from igrpo.engines.servers.push import publish
+from igrpo.engines.weight_folder import PREFIX, SHARED_MEMORY, weight_folder
 from igrpo.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 OTHER = """
 import os, sys
 from pathlib import Path
-from igrpo.engines.servers.push import weight_folder
+from igrpo.engines.weight_folder import weight_folder
 folder = weight_folder(None)
 (folder / "weights").write_text("of a run that is killed")
 print(folder, Path(sys.argv[1]).is_dir(), os.getpid(), flush=True)
@@ -79,9 +79,8 @@ def test_no_room_or_no_folder_is_a_sentence(small_disk, tmp_path):
     folder = weight_folder(str(small_disk))
     with pytest.raises(EngineError, match=r"version 3 could not be written to .*No space left.*vllm_weight_dir"):
         publish(source, 3, folder)
-    adapter = AdapterVLLMEngine.__new__(AdapterVLLMEngine)
     with pytest.raises(EngineError, match=r"version 3 could not be written to .*No space left.*vllm_weight_dir"):
-        adapter._write(dict(source()), 3, folder / "3")
+        publish(source, 3, folder, {"r": 1, "lora_alpha": 1})
     assert list(folder.iterdir()) == []  # what was written made way again
     folder.rmdir()
     with pytest.raises(EngineError, match="version 4 could not be written"):

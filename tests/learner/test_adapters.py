@@ -186,6 +186,11 @@ def test_deepspeed_and_an_engine_with_one_base_refuse_what_they_were_never_tried
             Zero3.check_adapters(adapters)
         with nullcontext() if sentence is None else pytest.raises(ConfigError, match=r"lora_sync: .*write merged"):
             assert "model.layers.0.self_attn.q_proj" in adapters.described()["target_modules"]
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", use_peft=True, lora_target_modules=["lm_head"])
+    adapters = Adapters(tiny("llama"), config)
+    assert adapters.described(vllm=False)["target_modules"] == ["lm_head"]
+    with pytest.raises(ConfigError, match=r"lora_sync: .*lm_head has an adapter; leave it out.*, or write merged"):
+        adapters.described()
 
 
 def test_a_layer_that_is_never_called_is_said_and_a_router_gets_no_adapter(capsys):

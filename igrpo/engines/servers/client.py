@@ -21,6 +21,8 @@ NEEDED_PATHS = (
     "/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update",
     "/update_weight_version", "/weight_info",
 )  # fmt: skip
+LOAD_PATH = "/v1/load_lora_adapter"
+"""Of servers that keep a base and take adapters alone; the others do not have it."""
 SHORT_SECONDS = 30.0
 """Deadline of calls that do no work to speak of."""
 PATIENCE_SECONDS = 5.0
@@ -72,6 +74,8 @@ class Client:
 
     def __init__(self, url: str, secret: str, owner: str = ""):
         self.url, self._secret = url.rstrip("/"), secret
+        self.model = SERVED_NAME
+        """That requests name: the base, or the adapter beside it."""
         self.instance: str | None = None
         """Of the process that gave the last answer (see ``auth.INSTANCE_HEADER``)."""
         self.http = httpx.AsyncClient(
@@ -107,7 +111,7 @@ class Client:
             raise kind(f"{self.url}{path} answered {response.status_code}: {self._said(response)}")
         self.instance = response.headers.get(INSTANCE_HEADER.decode())
         try:
-            return response.json() if response.content else None
+            return response.json() if response.content and path != LOAD_PATH else None
         except ValueError:
             raise ServerError(f"{self.url}{path} answered something that is no JSON: {self._said(response)}") from None
 
@@ -115,8 +119,11 @@ class Client:
         """The answer's text for a message, without the secret, which a proxy on the way may repeat."""
         return response.text.replace(self._secret, "***")[:300]
 
-    async def check(self, max_model_length: int) -> None:
+    async def check(self, max_model_length: int, adapter: bool) -> None:
         """Whether this server can do all that a run needs; asks for abilities, not for a version.
+
+        Args:
+            adapter: it will be sent adapters alone. Whoever sends whole weights would change their base.
 
         Raises:
             ServerError: it cannot; says what is missing.
@@ -132,7 +139,13 @@ class Client:
                 f"{self.url} was started without the secret, or by another version of igrpo; start it with "
                 "`python -m igrpo.serve`"
             )
-        (model,) = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"]
+        if adapter != (LOAD_PATH in paths):
+            takes, other = ("whole weights", "adapter") if adapter else ("adapters alone", "merged")
+            raise ServerError(
+                f"{self.url} takes {takes}: write the same use_peft and lora_sync where it starts and here, such as "
+                f"lora_sync: {other} there"
+            )
+        model = (await self.call("GET", "/v1/models", SHORT_SECONDS))["data"][0]  # adapters stand behind it
         if model["id"] != SERVED_NAME or model["max_model_len"] < max_model_length:
             raise ServerError(
                 f"{self.url} serves {model['id']} with a context of {model['max_model_len']} tokens; this run needs "
@@ -181,7 +194,7 @@ class Client:
         """
         sampling = request.sampling
         body = {
-            "model": SERVED_NAME,
+            "model": self.model,
             "prompt": list(request.prompt_ids),
             "n": request.n,
             "temperature": sampling.temperature,
@@ -217,7 +230,7 @@ class Client:
     async def score(self, token_ids: list[int], salt: str, timeout: float) -> list[float]:
         """Log-probability of each id after the first at temperature 1 (nats)."""
         body = {
-            "model": SERVED_NAME, "prompt": token_ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
+            "model": self.model, "prompt": token_ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0,
             "cache_salt": salt, "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         answer = await self.call("POST", "/v1/completions", timeout, json=body)

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Collection, Coroutine, Sequence
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,11 +21,12 @@ import torch
 from igrpo.engines.base import UNKNOWN_VERSION, EngineError, Request, Result, WeightSource, request_seed
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.masks import logprobs_to_ask
-from igrpo.engines.servers.client import SHORT_SECONDS, ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
+from igrpo.engines.servers.client import ConnectionLost, InUse, RequestRefused, ServerError, ServerHung
 from igrpo.engines.servers.lease import LEASE_SECONDS
 from igrpo.engines.servers.process import address_towards
-from igrpo.engines.servers.push import Published, publish, push_directly, push_files, weight_folder
+from igrpo.engines.servers.push import Published, publish, push_directly, push_files
 from igrpo.engines.servers.server import Server, start_servers
+from igrpo.engines.weight_folder import weight_folder
 from igrpo.engines.weights import FILE_BACKEND
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ class ServerEngine:
         path: folder or hub id of the model.
         max_model_length: tokens of prompt + completion.
         stop_ids: tokens that end a completion.
+        adapter: peft's description of the adapter that pushes will bring, in place of weights.
 
     Raises:
         ConfigError: an address or a secret that cannot be used.
@@ -55,13 +57,21 @@ class ServerEngine:
     """
 
     def __init__(
-        self, path: str, config: EngineConfig, max_model_length: int, stop_ids: Sequence[int], seed: int, masks: bool
+        self,
+        path: str,
+        config: EngineConfig,
+        max_model_length: int,
+        stop_ids: Sequence[int],
+        seed: int,
+        masks: bool,
+        adapter: Mapping[str, Any] | None = None,
     ):
         self.config, self.max_model_length, self.stop_token_ids = config, max_model_length, list(stop_ids)
         self.masks, self.on_cpu = masks, config.use_cpu or not torch.cuda.is_available()
-        self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu)
+        self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu, adapter)
         self.version = UNKNOWN_VERSION if config.server_urls else 0
         self._rank_seed = self._seed = seed
+        self._adapter = adapter
         self._weights: Published | None = None
         self._source: WeightSource | None = None
         backend = config.weight_backend(self.on_cpu)
@@ -121,9 +131,9 @@ class ServerEngine:
     def push_weights(self, source: WeightSource, version: int) -> dict[str, float]:
         start = time.perf_counter()
         if self._folder is not None:
-            published = publish(source, version, self._folder)
+            published = publish(source, version, self._folder, self._adapter)
         else:
-            published = Published(version, None, (), {}, {})
+            published = Published(version, None, (), {}, {}, self._adapter is not None)
             # Where weights are sharded, reading them is a collective: all processes make the leading one's passes.
             for _ in range(0 if self.leads else 2 if self._direct_backend and self._source is None else 1):
                 for _ in source():
@@ -222,7 +232,7 @@ class ServerEngine:
                 hung += 1
                 if hung == MAX_ATTEMPTS:
                     return self._give_up(f"{request.request_id} hung {hung} times: {error}")
-                await self._probe(server, str(error))
+                await server.probe(str(error), self._salt(), timeout)
             except (RequestRefused, EngineError) as error:
                 return self._give_up(str(error))
             except ServerError as error:
@@ -230,24 +240,13 @@ class ServerEngine:
                 if lost == MAX_LOSSES:
                     return self._give_up(f"{request.request_id} lost its server {lost} times, the last time: {error}")
                 if isinstance(error, ConnectionLost):  # perhaps no more than that, and a new server is dear
-                    await self._probe(server, str(error))
+                    await server.probe(str(error), self._salt(), timeout)
                 else:
                     server.break_off(str(error))
         del self._tasks[request.request_id]
         with self._news:
             self._finished.append(result)
             self._news.notify_all()
-
-    async def _probe(self, server: Server, reason: str) -> None:
-        """After a request hung or lost its connection: a server that cannot do one token either is broken."""
-        instance, done = server.instance, await server.client.tokens_done()
-        try:
-            await server.client.score([0, 0], self._salt(), min(SHORT_SECONDS, self.config.vllm_request_timeout))
-        except ServerError as error:
-            hung = isinstance(error, ServerHung)
-            # Else it has been replaced meanwhile, or is only long at work on others.
-            if server.instance == instance and not (hung and await server.client.tokens_done() > done):
-                server.break_off(reason, hung)
 
     def _salt(self) -> str:
         return f"v{self.version}"  # prefixes of one version are never found by another
@@ -294,7 +293,8 @@ class ServerEngine:
         while True:
             pause = 5 * RETRY_SECONDS  # for one that is about to end and answers with errors until then
             try:
-                await server.come_up(self.max_model_length, self.config.vllm_server_timeout, self.leads)
+                limits = self.max_model_length, self.config.vllm_server_timeout
+                await server.come_up(*limits, self.leads, self._adapter is not None)
                 pause = RETRY_SECONDS
                 # Watched from here on: one that dies under the push would let it wait for its whole deadline.
                 every = RENEW_SECONDS if self.leads else HEALTH_SECONDS
@@ -341,7 +341,7 @@ class ServerEngine:
                 server.version = self.version
             elif server.version != weights.version:
                 if not self.leads:
-                    work = server.wait_for_version(weights.version, self.config.vllm_request_timeout)
+                    work = server.wait_for_version(weights, self.config.vllm_request_timeout)
                 elif weights.folder is not None:
                     work = push_files(server.client, weights, self.config.vllm_sync_timeout)
                 else:

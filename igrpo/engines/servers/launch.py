@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from igrpo.engines.arguments import as_words
+from igrpo.engines.arguments import adapter_arguments, as_words
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.servers.auth import SECRET_VARIABLE
 from igrpo.engines.servers.openmp import shared_cores
@@ -18,8 +20,20 @@ KEEP_ALIVE_SECONDS = 60
 """Until the server closes an idle connection."""
 
 
-def server_command(config: EngineConfig, path: str, length: int, port: int, seed: int, on_cpu: bool) -> list[str]:
-    """The command line of one server; it holds no secret."""
+def server_command(
+    config: EngineConfig,
+    path: str,
+    length: int,
+    port: int,
+    seed: int,
+    on_cpu: bool,
+    adapter: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """The command line of one server; it holds no secret.
+
+    Args:
+        adapter: peft's description of those that it gets in place of weights.
+    """
     options = {
         "model": path,
         "served-model-name": SERVED_NAME,
@@ -64,8 +78,9 @@ def server_command(config: EngineConfig, path: str, length: int, port: int, seed
         }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     words += [f"--{flag}" for flag in flags]
+    more = as_words(config.vllm_engine_args | (adapter_arguments(adapter) if adapter else {}))
     # Not the `vllm` script: the one in the CPU build looks up a distribution of another name and fails.
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *as_words(config.vllm_engine_args)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *words, *more]
 
 
 def server_environment(config: EngineConfig, secret: str, on_cpu: bool, devices: str | None = None) -> dict[str, str]:
@@ -80,6 +95,8 @@ def server_environment(config: EngineConfig, secret: str, on_cpu: bool, devices:
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
+    if config.sends_adapter:
+        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # one endpoint more, closed as all of them are
     if config.weight_backend(on_cpu) == "ipc":
         # CUDA handles travel pickled; only who knows the secret can send one.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

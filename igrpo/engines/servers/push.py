@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import os
 import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,18 +14,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from igrpo.engines.adapter_files import NAME as ADAPTER
+from igrpo.engines.adapter_files import as_loaded, not_there, write_adapter
 from igrpo.engines.base import EngineError, WeightSource
-from igrpo.engines.servers.client import Client, InUse, ServerError
+from igrpo.engines.servers.client import LOAD_PATH, Client, InUse, ServerError
+from igrpo.engines.weight_folder import GIB, not_written
 from igrpo.engines.weights import checksum
-from igrpo.settings import ConfigError
 
 if TYPE_CHECKING:
     from igrpo.engines.servers.vllm_nccl import DirectTransfer
 
-GIB = 1 << 30
 SHARD_BYTES = 2 * GIB
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "igrpo-weights-"
 
 
 @dataclass(frozen=True)
@@ -42,71 +38,29 @@ class Published:
     checksums: dict[str, str]
     """By name; with a direct transfer, of the vectors only."""
     shapes: dict[str, tuple[int, ...]]
+    adapter: bool = False
+    """An adapter beside a base that stays; then ``checksums`` are of its factors as vLLM keeps them."""
 
     def remove(self) -> None:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def weight_folder(chosen: str | None) -> Path:
-    """A new private folder for the weights of this run: in ``chosen``, else in shared memory, else on disk.
-
-    Raises:
-        ConfigError: no folder can be made there.
-    """
-    in_memory = SHARED_MEMORY.is_dir() and os.access(SHARED_MEMORY, os.W_OK)
-    base = Path(chosen).expanduser() if chosen else SHARED_MEMORY if in_memory else Path(tempfile.gettempdir())
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-        if chosen:
-            return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=base))
-        _remove_leftovers(base)
-        # Under a name that nobody clears away until it is locked.
-        new = Path(tempfile.mkdtemp(prefix=".igrpo-new-", dir=base))
-        _lock(new)
-        return new.rename(base / f"{PREFIX}{os.getpid()}-{new.name.rpartition('-')[2]}")
-    except OSError as error:
-        raise ConfigError(
-            f"vllm_weight_dir: no folder for the weights can be made in {base} ({error.strerror}); write a folder that "
-            "trainer and servers can use"
-        ) from error
-
-
-def _lock(folder: Path) -> int:
-    """Holds the folder until this process ends, however it ends, or closes the descriptor it gets.
-
-    The kernel keeps the lock with the folder itself, so that other containers see it, to whom a process number of ours
-    says nothing. Raises OSError: somebody holds it, or it is no folder or only a link to one.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_leftovers(base: Path) -> None:
-    """Folders of runs of this user that were killed: memory that nobody else would free."""
-    for folder in base.glob(f"{PREFIX}*"):
-        try:
-            descriptor = _lock(folder)
-        except OSError:
-            continue
-        if os.fstat(descriptor).st_uid == os.getuid():
-            shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
-
-
-def publish(source: WeightSource, version: int, folder: Path) -> Published:
+def publish(source: WeightSource, version: int, folder: Path, adapter: Mapping[str, Any] | None = None) -> Published:
     """Writes every tensor of ``source`` in shards of ``SHARD_BYTES`` at most, so that little is held twice.
+
+    Args:
+        adapter: what ``adapter_config.json`` says of it, where ``source`` gives its factors alone.
 
     Raises:
         EngineError: there is no room, or the folder is gone.
     """
     target = folder / f"{version}"
     shutil.rmtree(target, ignore_errors=True)
+    if adapter is not None:
+        factors = {name: tensor.detach().cpu().contiguous() for name, tensor in source()}
+        write_adapter(factors, adapter, version, target)
+        return Published(version, target, (), as_loaded(factors, adapter), {}, adapter=True)
     files: list[str] = []
     checksums: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -135,17 +89,6 @@ def publish(source: WeightSource, version: int, folder: Path) -> Published:
     return Published(version, target, tuple(files), checksums, shapes)
 
 
-def not_written(version: int, target: Path, error: Exception) -> EngineError:
-    """What to enlarge; ``target`` makes way."""
-    written = sum(file.stat().st_size for file in target.glob("*")) / GIB
-    shutil.rmtree(target, ignore_errors=True)
-    return EngineError(
-        f"the weights of version {version} could not be written to {target.parent.parent} (after {written:.2f} GiB: "
-        f"{error}); it needs room for two versions: enlarge it (docker run --shm-size) or write another folder as "
-        "vllm_weight_dir"
-    )
-
-
 async def push_files(client: Client, weights: Published, timeout: float) -> int:
     """Makes the server hold ``weights``; returns how many tensors were read back and compared.
 
@@ -160,7 +103,7 @@ async def push_files(client: Client, weights: Published, timeout: float) -> int:
     """
     info = {"folder": str(weights.folder), "files": list(weights.files), "checksums": weights.checksums}
 
-    async def phase(name: str, method: str, path: str, **options: object) -> object:
+    async def phase(name: str, method: str, path: str, **options: object) -> Any:
         try:
             return await client.call(method, path, timeout, **options)
         except InUse:
@@ -169,6 +112,19 @@ async def push_files(client: Client, weights: Published, timeout: float) -> int:
             raise type(error)(f"pushing version {weights.version}, phase {name}: {error}") from error
 
     await phase("pause", "POST", "/pause", params={"mode": "keep"})
+    if weights.adapter:
+        await phase(
+            "send", "POST", "/collective_rpc", json={"method": "igrpo_load", "kwargs": {"folder": info["folder"]}}
+        )
+        if ADAPTER not in {one["id"] for one in (await phase("name", "GET", "/v1/models"))["data"]}:
+            # Requests name it from now on. Its path is never read again, and without ``load_inplace``: each request
+            # would carry that along and load what lies there once more.
+            named = {"lora_name": ADAPTER, "lora_path": info["folder"]}
+            await phase("name", "POST", LOAD_PATH, json=named)
+        await phase("finish", "POST", "/update_weight_version", json={"new_version": str(weights.version)})
+        compared = await settle(client, weights, timeout)
+        client.model = ADAPTER
+        return compared
     await phase("start", "POST", "/start_weight_update")
     await phase("send", "POST", "/update_weights", json={"update_info": info})
     await phase("finish", "POST", "/finish_weight_update", json={"weight_version": str(weights.version)})
@@ -225,11 +181,17 @@ async def verify(client: Client, weights: Published, timeout: float) -> int:
     Raises:
         ServerError: it does not.
     """
-    rpc = {"method": "igrpo_checksums", "kwargs": {"shapes": {n: list(s) for n, s in weights.shapes.items()}}}
+    rpc: dict[str, Any] = {"method": "igrpo_factors"}
+    if not weights.adapter:
+        shapes = {name: list(shape) for name, shape in weights.shapes.items()}
+        rpc = {"method": "igrpo_checksums", "kwargs": {"shapes": shapes}}
     answer = await client.call("POST", "/collective_rpc", timeout, json=rpc)
     compared = 0
     for kept in answer["results"]:  # one entry per worker
-        wrong = [name for name, value in kept.items() if value != weights.checksums[name]]
+        if weights.adapter:
+            wrong = not_there(weights.checksums, [kept])
+        else:
+            wrong = [name for name, value in kept.items() if value != weights.checksums[name]]
         if wrong or not kept:
             raise ServerError(
                 f"{client.url} differs from version {weights.version} in {', '.join(wrong[:3]) or 'every tensor'}"

@@ -12,13 +12,14 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import torch
 
+from igrpo.engines.adapter_files import NAME as ADAPTER
 from igrpo.engines.base import UNKNOWN_VERSION, Request, Result
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.layout import named_devices
@@ -32,9 +33,12 @@ from igrpo.engines.servers.client import (
     ServerError,
     ServerHung,
 )
-from igrpo.engines.servers.launch import server_command, server_environment
+from igrpo.engines.servers.launch import SERVED_NAME, server_command, server_environment
 from igrpo.engines.servers.process import ServerProcess, free_port
 from igrpo.settings import ConfigError
+
+if TYPE_CHECKING:
+    from igrpo.engines.servers.push import Published
 
 T = TypeVar("T")
 
@@ -111,7 +115,7 @@ class Server:
         for task in self._work:
             task.cancel()
 
-    async def come_up(self, max_model_length: int, timeout: float, leads: bool) -> None:
+    async def come_up(self, max_model_length: int, timeout: float, leads: bool, adapter: bool) -> None:
         """Starts it where it is ours, waits until it answers, and takes it over: requests and a push that
         an earlier trainer left there are aborted.
 
@@ -129,7 +133,8 @@ class Server:
             except ServerError as error:
                 self._check_waiting(error, deadline, timeout)
                 await asyncio.sleep(PROBE_SECONDS)
-        await self.client.check(max_model_length)
+        await self.client.check(max_model_length, adapter)
+        self.client.model = SERVED_NAME
         if leads:
             await self._take(timeout)
             await self.client.call("POST", "/abort_requests", SHORT_SECONDS, json={})
@@ -191,13 +196,25 @@ class Server:
                     if self.client.instance != self.instance:
                         self.break_off("it was started anew, with other weights")
 
-    async def wait_for_version(self, version: int, timeout: float) -> int:
+    async def probe(self, reason: str, salt: str, timeout: float) -> None:
+        """After a request hung or lost its connection: a server that cannot do one token either is broken."""
+        instance, done = self.instance, await self.client.tokens_done()
+        try:
+            await self.client.score([0, 0], salt, min(SHORT_SECONDS, timeout))
+        except ServerError as error:
+            hung = isinstance(error, ServerHung)
+            # Else it has been replaced meanwhile, or is only long at work on others.
+            if self.instance == instance and not (hung and await self.client.tokens_done() > done):
+                self.break_off(reason, hung)
+
+    async def wait_for_version(self, weights: Published, timeout: float) -> int:
         """For a process that does not feed the servers: until the one that does has. It compares no tensor: 0."""
         deadline = time.monotonic() + timeout
-        while (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"] != str(version):
+        while (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"] != str(weights.version):
             if time.monotonic() > deadline:
-                raise ServerError(f"{self.client.url} did not get version {version} in {timeout:g} s")
+                raise ServerError(f"{self.client.url} did not get version {weights.version} in {timeout:g} s")
             await asyncio.sleep(PROBE_SECONDS)
+        self.client.model = ADAPTER if weights.adapter else SERVED_NAME
         return 0
 
     async def renew(self, leads: bool) -> None:
@@ -221,8 +238,13 @@ class Server:
             shutil.rmtree(self.process.log.parent, ignore_errors=True)
 
 
-def start_servers(config: EngineConfig, path: str, length: int, on_cpu: bool) -> tuple[list[Server], bool]:
+def start_servers(
+    config: EngineConfig, path: str, length: int, on_cpu: bool, adapter: Mapping[str, Any] | None
+) -> tuple[list[Server], bool]:
     """The run's servers, and whether this process leads: the first of those that train starts and feeds them.
+
+    Args:
+        adapter: peft's description of those that they get in place of weights.
 
     Raises:
         ConfigError: an address that is refused, or no secret.
@@ -238,7 +260,7 @@ def start_servers(config: EngineConfig, path: str, length: int, on_cpu: bool) ->
         secret = secret_from_environment()
         if config.weight_backend(on_cpu) == "igrpo_file" and config.vllm_weight_dir is None:
             for url in config.server_urls:
-                _check_same_machine(url)
+                _check_same_machine(url, "lora_sync: merged with " if config.sends_adapter else "")
         return [Server(Client(url, secret, owners[0]), None) for url in config.server_urls], leads
     known: list[tuple[list[int], str]] = [([], "")]
     if leads:
@@ -248,19 +270,25 @@ def start_servers(config: EngineConfig, path: str, length: int, on_cpu: bool) ->
     if distributed:
         torch.distributed.broadcast_object_list(known, src=0)
     ports, secret = known[0]
-    processes = _processes(config, path, length, on_cpu, ports, secret) if leads else [None] * len(ports)
+    processes = _processes(config, path, length, on_cpu, ports, secret, adapter) if leads else [None] * len(ports)
     host = f"[{config.vllm_server_host}]" if ":" in config.vllm_server_host else config.vllm_server_host
     clients = [Client(f"http://{host}:{port}", secret, owners[0]) for port in ports]
     return [Server(client, process) for client, process in zip(clients, processes, strict=True)], leads
 
 
 def _processes(
-    config: EngineConfig, path: str, length: int, on_cpu: bool, ports: list[int], secret: str
+    config: EngineConfig,
+    path: str,
+    length: int,
+    on_cpu: bool,
+    ports: list[int],
+    secret: str,
+    adapter: Mapping[str, Any] | None,
 ) -> list[ServerProcess]:
     processes, devices, each = [], named_devices(config), config.vllm_tensor_parallel_size
     for i, port in enumerate(ports):
         # One seed for all: a request's own seed decides what it samples, wherever it lands.
-        command = server_command(config, path, length, port, config.seed, on_cpu)
+        command = server_command(config, path, length, port, config.seed, on_cpu, adapter)
         own = None if devices is None else ",".join(devices[i * each : (i + 1) * each])
         environment = server_environment(config, secret, on_cpu, own)
         log = Path(tempfile.mkdtemp(prefix="igrpo-servers-"), "server.log")
@@ -268,13 +296,13 @@ def _processes(
     return processes
 
 
-def _check_same_machine(url: str) -> None:
+def _check_same_machine(url: str, beside: str) -> None:
     host = urlsplit(url).hostname or ""
     local = host == "localhost"
     with contextlib.suppress(ValueError):  # a name, not an address
         local = local or ipaddress.ip_address(host).is_loopback
     if not local:
         raise ConfigError(
-            f"vllm_weight_dir: {url} is on another machine; write a folder of a file system that both see, or set "
-            "vllm_weight_transfer: nccl"
+            f"vllm_weight_dir: {url} is on another machine; write a folder of a file system that both see, or "
+            f"set {beside}vllm_weight_transfer: nccl"
         )

@@ -20,7 +20,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.request import LoRARequest
 
+from igrpo.engines.adapter_files import NAME, NUMBER, loaded
 from igrpo.engines.weights import FILE_BACKEND, checksum, forget_packed_experts, repack_tied_head, twins
 
 
@@ -91,11 +93,20 @@ class ReadsBack:
     """Methods that the trainer calls by name through ``/collective_rpc``."""
 
     model_runner: Any
+    add_lora: Any
 
     def igrpo_checksums(self, shapes: dict[str, list[int]]) -> dict[str, str]:
         """Checksums of the parameters this worker keeps as they were sent (see ``weights.twins``)."""
         sent = {name: tuple(shape) for name, shape in shapes.items()}
         return {name: checksum(tensor) for name, tensor in twins(self.model_runner.model, sent)}
+
+    def igrpo_load(self, folder: str) -> None:
+        """The adapter in ``folder`` takes the place of the one before, under requests that run as well."""
+        self.add_lora(LoRARequest(NAME, NUMBER, folder, load_inplace=True))
+
+    def igrpo_factors(self) -> list[str]:
+        """Marks of the adapter's factors (see ``adapter_files.loaded``)."""
+        return loaded(self)
 
 
 WeightTransferEngineFactory.register_engine(FILE_BACKEND, FileWeightTransferEngine)
