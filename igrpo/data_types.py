@@ -65,6 +65,10 @@ class Kept:
             start += count
 
 
+class Pickled(bytes):
+    """An object that only reward workers may make again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """How a completion came about in an environment: turns of the policy, and what tools said between them.
@@ -83,8 +87,8 @@ class Trajectory:
     """Why it went no further though a call was left: ``tokens``, ``turns`` or what failed; empty: the policy ended."""
     reward: float | str | None = None
     """What ``get_reward`` said; text: why it said nothing."""
-    environment: bytes | None = None
-    """The environment itself, pickled, until it is scored."""
+    environment: Pickled | None = None
+    """The environment itself, until it is scored."""
 
 
 @dataclass(frozen=True, slots=True)

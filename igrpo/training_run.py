@@ -18,6 +18,7 @@ from igrpo.data_types import Problem, RolloutGroup
 from igrpo.engines.base import UNKNOWN_VERSION
 from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.engines.masks import why_not
+from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
@@ -106,7 +107,7 @@ class TrainingRun:
         with self.timeline.span("eval", self.step):
             parts = (self.engine, self.rewards, self.prompts, self.tokenizer)
             share = self.held_out[self.feed.rank :: self.feed.processes]
-            figures = evaluate(*parts, share, self.config, self.learner.gather)
+            figures = evaluate(*parts, share, self.config, self.learner.gather, self.rollout.pump.turns)
         self.view.say(
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"
@@ -191,8 +192,11 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         rewards = stack.enter_context(start_rewards(config))
         placed = _placed(config)
         problems, held_out = load_data(config)
-        check_columns(rewards.functions, [*problems, *held_out])
-        tokenizer, prompts, path, stop_ids = _load_prompts(config)
+        check_columns(rewards.functions, [*problems, *held_out], config.has_environment)
+        if (environment := start_environment(config)) is not None:
+            stack.enter_context(environment)
+            problems, held_out = environment.observed(problems), environment.observed(held_out)
+        tokenizer, prompts, path, stop_ids = _load_prompts(config, environment.schemas if environment else ())
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
         _plan_memory(config, path, length)
         from igrpo.engines import start_engine
@@ -201,6 +205,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         from igrpo.learner.placements import launched
         from igrpo.models.loading import attention, load_policy
         from igrpo.rollout.rollout import Rollout
+        from igrpo.rollout.turns import turns_of
         from igrpo.run.progress import LiveView
         from igrpo.run.timeline import Timeline
 
@@ -224,7 +229,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
         timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
         stack.callback(timeline.flush)
-        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather)
+        turns = turns_of(environment, prompts, rewards.functions)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather, turns)
         if state:
             rollout.load_state_dict(state.get("drafts", []))
         run = TrainingRun(
@@ -259,7 +265,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     return beside_the_learner(config, visible_gpus(config.use_cpu), local_processes(), processes)
 
 
-def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
+def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.learner.adapters import Adapters
     from igrpo.learner.experts import aux_coefficient
     from igrpo.learner.optimizer import check_settings
@@ -273,7 +279,7 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
     aux_coefficient(model_config(path, config), config)
-    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
+    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config), schemas=schemas)
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
         launched(place()[1]).check_adapters(adapters)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from igrpo.engines.config import EngineConfig
+from igrpo.environments.config import EnvironmentConfig
 from igrpo.rewards.config import RewardConfig
 from igrpo.rewards.functions import highest_reward
 from igrpo.settings import ConfigError, shown
@@ -30,7 +31,7 @@ _RENDER_ARGUMENTS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptsConfig(SamplingConfig):
+class PromptsConfig(EnvironmentConfig, SamplingConfig):
     """What the model is shown, in training and in evaluation."""
 
     # --- prompts

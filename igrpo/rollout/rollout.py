@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from threading import Thread
 from typing import Any, TypeVar
 
-from igrpo.data_types import Completion, Problem, RolloutGroup, Scored
+from igrpo.data_types import Completion, Problem, RolloutGroup, Scored, Trajectory
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import RewardPool
@@ -28,6 +28,7 @@ from igrpo.rollout.copying import copies_of
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.pump import Call, Pump, Usage
 from igrpo.rollout.schedule import Flow, drafts_ahead, may_go_on, surplus, uninformative, unsent
+from igrpo.rollout.turns import Turns
 from igrpo.run.timeline import Timeline
 
 OnEvent = Callable[[str], None]
@@ -60,6 +61,7 @@ class Rollout:
         timeline: told when each request and each score begins and ends.
         rank: this process's number; engines of several processes must not draw the same random numbers.
         gather: one object of each process, in rank order, at every process.
+        turns: of completions that call tools; None: there is no environment.
     """
 
     def __init__(
@@ -72,9 +74,10 @@ class Rollout:
         timeline: Timeline | None = None,
         rank: int = 0,
         gather: Callable[[Any], list[Any]] = lambda one: [one],
+        turns: Turns | None = None,
     ):
         self.prompts, self.config, self.rank, self.gather = prompts, config, rank, gather
-        self.pump = Pump(engine, rewards, tokenizer, timeline, in_order=config.full_determinism)
+        self.pump = Pump(engine, rewards, tokenizer, timeline, in_order=config.full_determinism, turns=turns)
         self.sampling = Sampling(
             config.temperature, config.max_completion_length, config.top_p, config.top_k, config.min_p
         )
@@ -126,8 +129,8 @@ class Rollout:
         stats.decoding_seconds, self._counted_from = now - self._counted_from, now
         groups = self._with_advantages([flow.group for flow in self._flows])
         for group in (*groups, *discarded):
-            stats.draft_tokens += sum(len(s.completion.token_ids) for s in group.drafts)
-            stats.refinement_tokens += sum(len(s.completion.token_ids) for s in group.refinements)
+            stats.draft_tokens += sum(len(s.completion.written_ids) for s in group.drafts)
+            stats.refinement_tokens += sum(len(s.completion.written_ids) for s in group.refinements)
         return groups, stats
 
     def during(self, work: Callable[[], T]) -> T:
@@ -148,10 +151,10 @@ class Rollout:
         Thread(target=complete, name="learner", daemon=True).start()
         while not future.done():
             busy = self.pump.running or any(unsent(self._coming))
-            if busy or self.pump.scoring:
+            if busy or self.pump.waits:
                 self._advance(may_wait=False)
             if not busy:
-                wait([future], IDLE_SECONDS if self.pump.scoring else None)
+                wait([future], IDLE_SECONDS if self.pump.waits else None)
         return future.result()
 
     def finish_drafts(self) -> None:
@@ -174,7 +177,7 @@ class Rollout:
         """Takes saved drafts, of any process, for the next step; a problem that has none here gets new ones."""
         for record in state:
             drafts = {
-                int(i): (Scored(Completion(**saved["completion"] | {"kept": None}), saved["rewards"], saved["reward"]),)
+                int(i): (Scored(_completion(saved["completion"]), saved["rewards"], saved["reward"]),)
                 for i, saved in record["drafts"].items()
             }
             self._restored.setdefault(record["row"], []).append(drafts)
@@ -255,3 +258,8 @@ class Rollout:
 
 def _plain(draft: Scored) -> dict[str, Any]:
     return dataclasses.asdict(replace(draft, completion=replace(draft.completion, kept=None)))
+
+
+def _completion(saved: dict[str, Any]) -> Completion:
+    trajectory = saved.get("trajectory")
+    return Completion(**saved | {"kept": None, "trajectory": Trajectory(**trajectory) if trajectory else None})

@@ -250,6 +250,7 @@ def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
         "row": group.problem.index,
         "prompt": group.problem.prompt,
         "solution": group.problem.solution,
+        **({"observation": group.problem.observation} if group.problem.observation else {}),
         "drafts": [{**scored_record(s), "version": s.completion.version} for s in group.drafts],
         "chosen": group.chosen,
         **({"shown": list(group.shown)} if len(group.shown) > 1 else {}),
@@ -261,11 +262,12 @@ def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
 
 
 def scored_record(scored: Scored) -> dict[str, Any]:
-    completion = scored.completion
+    completion, trajectory = scored.completion, scored.completion.trajectory
     return {
         "text": completion.text,
         "reward": scored.reward,
         "rewards": scored.rewards,
         "tokens": len(completion.token_ids),
         "finish_reason": completion.finish_reason,
+        **({key: getattr(trajectory, key) for key in ("calls", "failures", "ended")} if trajectory is not None else {}),
     }
