@@ -12,8 +12,6 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-Runs = tuple[tuple[int, int], ...]
-"""A version of the weights for each token, oldest first: ``((3, 40), (4, 12))`` is 40 tokens of version 3, 12 of 4."""
 Message = dict[str, Any]
 """One chat turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``; an assistant's may have
 ``tool_calls``, a tool's has its ``name``."""
@@ -67,6 +65,10 @@ class Kept:
             start += count
 
 
+class Pickled(bytes):
+    """An object that only reward workers may make again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Trajectory:
     """How a completion came about in an environment: turns of the policy, and what tools said between them.
@@ -85,8 +87,8 @@ class Trajectory:
     """Why it went no further though a call was left: ``tokens``, ``turns`` or what failed; empty: the policy ended."""
     reward: float | str | None = None
     """What ``get_reward`` said; text: why it said nothing."""
-    environment: bytes | None = None
-    """The environment itself, pickled, until it is scored."""
+    environment: Pickled | None = None
+    """The environment itself, until it is scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,21 +114,10 @@ class Completion:
     left out."""
     trajectory: Trajectory | None = None
     """None: one turn, and no environment had a part in it."""
-    versions: Runs = ()
-    """Weights of each token, where they changed in between; empty: all are of ``version``."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
-
-    @property
-    def runs(self) -> Runs:
-        return self.versions or ((self.version, len(self.token_ids)),)
-
-    @property
-    def oldest(self) -> int:
-        """Version of the weights that sampled its first token."""
-        return self.runs[0][0]
 
     @property
     def truncated(self) -> bool:

@@ -18,6 +18,7 @@ from igrpo.data_types import Problem, RolloutGroup
 from igrpo.engines.base import UNKNOWN_VERSION
 from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.engines.masks import why_not
+from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
@@ -57,9 +58,9 @@ class TrainingRun:
     started: float = field(default_factory=time.monotonic)
 
     def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
-        """The step's groups; what comes after them may still be on its way."""
+        """The step's groups; drafts of the next step may still be on their way."""
         self._awake()
-        batch = self.feed.take(left=self.total_steps - step)
+        batch = self.feed.take(last=step == self.total_steps)
         self.view.begin_step(len(batch.problems))
         substitutes = iter(batch.substitutes)
         groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, substitutes)
@@ -72,7 +73,7 @@ class TrainingRun:
             self.push_weights(self.step)
 
     def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
-        """The learner step, while the engine sleeps or goes on with the next steps' problems."""
+        """The learner step, while the engine sleeps or goes on with drafts of the next step."""
         from igrpo.learner.batching import training_samples
 
         samples = training_samples(groups, self.config)
@@ -83,14 +84,14 @@ class TrainingRun:
     def push_weights(self, version: int) -> dict[str, float]:
         """Weights to the engine, compared on the probe (see ``sync``).
 
-        Requests that still run go on under the new weights; with full determinism they are waited for, since how far
-        they have come when the learner is done is a matter of time.
+        Drafts of the next step that still run go on under the new weights; with full determinism they are waited for,
+        since how far they have come when the learner is done is a matter of time.
 
         Raises:
             EngineError: the push failed, or the engine does not hold the pushed weights.
         """
         if self.config.full_determinism:
-            self.rollout.finish()
+            self.rollout.finish_drafts()
         with self.timeline.span("sync", version):
             return self.sync.push(version)
 
@@ -102,11 +103,11 @@ class TrainingRun:
             return {}
         self._awake()
         self.view.stage("evaluation")
-        self.rollout.finish()
+        self.rollout.finish_drafts()
         with self.timeline.span("eval", self.step):
             parts = (self.engine, self.rewards, self.prompts, self.tokenizer)
             share = self.held_out[self.feed.rank :: self.feed.processes]
-            figures = evaluate(*parts, share, self.config, self.learner.gather)
+            figures = evaluate(*parts, share, self.config, self.learner.gather, self.rollout.pump.turns)
         self.view.say(
             f"bare-prompt accuracy {when}: {figures['eval/accuracy']:.1%} of {len(self.held_out)} problems "
             f"(reward {figures['eval/reward']:.2f})"
@@ -160,12 +161,8 @@ class TrainingRun:
 
     def save(self) -> None:
         self.view.stage("checkpoint")
-        # Each process has as many, and gets its own again where there are as many processes.
-        begun = [
-            record for some in zip(*self.learner.gather(self.rollout.state_dict()), strict=True) for record in some
-        ]
-        sampler = self.feed.state_dict([record["row"] for record in begun])
-        state = {"step": self.step, "sampler": sampler, "drafts": begun}
+        drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
+        state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
         self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
         saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")
@@ -195,8 +192,11 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         rewards = stack.enter_context(start_rewards(config))
         placed = _placed(config)
         problems, held_out = load_data(config)
-        check_columns(rewards.functions, [*problems, *held_out])
-        tokenizer, prompts, path, stop_ids = _load_prompts(config)
+        check_columns(rewards.functions, [*problems, *held_out], config.has_environment)
+        if (environment := start_environment(config)) is not None:
+            stack.enter_context(environment)
+            problems, held_out = environment.observed(problems), environment.observed(held_out)
+        tokenizer, prompts, path, stop_ids = _load_prompts(config, environment.schemas if environment else ())
         problems, held_out, length = _fit_context(config, prompts, problems, held_out, path)
         _plan_memory(config, path, length)
         from igrpo.engines import start_engine
@@ -205,6 +205,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         from igrpo.learner.placements import launched
         from igrpo.models.loading import attention, load_policy
         from igrpo.rollout.rollout import Rollout
+        from igrpo.rollout.turns import turns_of
         from igrpo.run.progress import LiveView
         from igrpo.run.timeline import Timeline
 
@@ -228,7 +229,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         folder = RunFolder(config, state["step"] if state else None, learner.accelerator)
         timeline = Timeline(folder.path / "timeline.jsonl" if learner.accelerator.is_main_process else None)
         stack.callback(timeline.flush)
-        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather)
+        turns = turns_of(environment, prompts, rewards.functions)
+        rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather, turns)
         if state:
             rollout.load_state_dict(state.get("drafts", []))
         run = TrainingRun(
@@ -263,7 +265,7 @@ def _placed(config: TrainConfig) -> TrainConfig:
     return beside_the_learner(config, visible_gpus(config.use_cpu), local_processes(), processes)
 
 
-def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
+def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tuple[Any, Any, str, tuple[int, ...]]:
     from igrpo.learner.adapters import Adapters
     from igrpo.learner.experts import aux_coefficient
     from igrpo.learner.optimizer import check_settings
@@ -277,7 +279,7 @@ def _load_prompts(config: TrainConfig) -> tuple[Any, Any, str, tuple[int, ...]]:
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
     aux_coefficient(model_config(path, config), config)
-    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config))
+    prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config), schemas=schemas)
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
         launched(place()[1]).check_adapters(adapters)

@@ -26,9 +26,10 @@ ROOMS: dict[str, set[str]] = {
     "models": set(),
     "engines": {"models"},  # Hugging Face generate loads a model as the learner does
     "learner": {"models"},
-    "rollout": {"engines", "rewards", "run"},
+    "environments": {"rewards"},
+    "rollout": {"engines", "environments", "rewards", "run"},
     "report": {"run"},
-    "eval": {"config", "data", "engines", "models", "report", "rewards", "rollout", "run"},
+    "eval": {"config", "data", "engines", "environments", "models", "report", "rewards", "rollout", "run"},
     "config": {"data", "eval", "learner", "rollout", "run"},
     "plan": {"config", "learner", "models", "rollout"},
     "integrations": {"rollout"},

@@ -105,6 +105,8 @@ TABLE = (
         "normalize_then_sum", ("scale_rewards",)),
     Row("zero_variance is not resample", lambda c, _: c.zero_variance != "resample",
         ("dynamic_sampling_max_gen_batches",)),
+    Row("there is no environment_factory and no tool", lambda c, _: not c.has_environment,
+        ("max_tool_calling_iterations", "tool_timeout")),
     # --- rewards
     Row("no reward compares answers", lambda c, _: not {"accuracy", "cosine", "length"} & set(c.reward_funcs),
         ("grader",)),

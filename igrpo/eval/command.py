@@ -149,6 +149,12 @@ def _config(
             values[key] = recipe[key]
         elif key in recipe:
             print(f"warning: {key} is not taken from a recipe; write --{key}", file=sys.stderr)
+        if key in ("environment_factory", "tools") and run.get(key) and not (key in recipe or key in overrides):
+            print(
+                f"warning: the run had {key}: {run[key]}, which is not taken from its folder; write --{key}, or its "
+                "model is evaluated without",
+                file=sys.stderr,
+            )
     return build_config({**values, **overrides, **own}, EvalConfig)
 
 

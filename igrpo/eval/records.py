@@ -149,6 +149,7 @@ def make_record(problem: Problem, scored: Sequence[Scored], judge: str, with_ids
     if with_ids:  # a draft enters the second stage's prompt as the ids that were sampled
         for completion, s in zip(completions, scored, strict=True):
             completion["token_ids"] = list(s.completion.token_ids)
+            completion |= {"spans": list(s.completion.spans)} if s.completion.spans else {}
     return {
         "row": problem.index,
         "prompt": _plain(problem.prompt),

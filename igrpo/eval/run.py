@@ -21,6 +21,7 @@ from igrpo.config.unused import check_hardware
 from igrpo.engines import Sampling, start_engine
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.layout import visible_gpus, with_own_gpus
+from igrpo.environments.setup import start_environment
 from igrpo.eval import sampling as sampler
 from igrpo.eval.benchmarks import Benchmark
 from igrpo.eval.config import EvalConfig
@@ -39,6 +40,7 @@ from igrpo.rewards.workers.tally import check_tallies
 from igrpo.rollout.metrics import correctness_reward
 from igrpo.rollout.prompts import PromptBuilder
 from igrpo.rollout.pump import Call
+from igrpo.rollout.turns import turns_of
 from igrpo.run.lock import locked
 from igrpo.run.output_folder import refused
 from igrpo.settings import ConfigError
@@ -82,7 +84,11 @@ class EvaluationRun:
         self.folder = folder / re.sub(r"[^\w.-]+", "--", model.name.strip("./~"))
         check_hardware(config, this_machine(config.use_cpu).device == "cpu")
         self.tokenizer = load_tokenizer(model.path, config)
-        self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(model.path, config))
+        if (environment := start_environment(config)) is not None:
+            stack.enter_context(environment)
+            self.benchmarks = [replace(b, problems=environment.observed(b.problems)) for b in benchmarks]
+        self.environment, schemas = environment, environment.schemas if environment else ()
+        self.prompts = PromptBuilder(self.tokenizer, config, vocab_size=vocabulary(model.path, config), schemas=schemas)
         self.length = self._context()
         self.prompts.max_model_length = self.length
         self.sampling = Sampling(
@@ -91,8 +97,8 @@ class EvaluationRun:
         self._check_n()
         self._stack = stack
         self._pools: dict[tuple[Any, Any], RewardPool] = {}
-        for benchmark in benchmarks:
-            check_columns(self._pool(benchmark).functions, benchmark.problems)
+        for benchmark in self.benchmarks:
+            check_columns(self._pool(benchmark).functions, benchmark.problems, config.has_environment)
         settings = {"model": model.name, "weights": weights_stamp(model.path)}
         settings |= {key: getattr(config, key) for key in KEPT_SETTINGS}
         if rules:
@@ -139,7 +145,8 @@ class EvaluationRun:
             record, question = singles.by_row[problem.index], self.prompts.parts(problem)
             drafts = chosen_drafts(record, rule, N, judged_by, question.prompt_suffix)
             chosen[problem.index] = drafts = [(i, record["completions"][i]) for i in drafts]
-            asked = [self.prompts.with_draft(question, draft["token_ids"])[0] for _, draft in drafts]
+            shown = [(draft["token_ids"], [draft.get("spans", ())]) for _, draft in drafts]
+            asked = [self.prompts.with_draft(question, ids, spans=spans)[0] for ids, spans in shown]
             tasks.append(sampler.task(problem, question, asked, 1, self.sampling))
         self._sample(benchmark, tasks, records, f"{benchmark.name}, two-stage {rule}", chosen)
         return records
@@ -157,7 +164,8 @@ class EvaluationRun:
         first = 0 if by_name else tasks[0].problem.index
         engine.seed(random.Random(f"{self.config.seed}/{label}/{first}").getrandbits(31))
         pool, unsaved = self._pool(benchmark), []
-        done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config))
+        turns = turns_of(self.environment, self.prompts, pool.functions)
+        done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config), turns)
         pool.tallies()
         with _Ticker(f"{self.model.name} on {label}", len(records.by_row), len(tasks)) as ticker:
             for problem, scored in done:

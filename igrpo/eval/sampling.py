@@ -14,6 +14,7 @@ from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rollout.metrics import correctness_reward
 from igrpo.rollout.prompts import PromptBuilder, PromptParts
 from igrpo.rollout.pump import Call, Pump
+from igrpo.rollout.turns import Turns
 
 
 def task(
@@ -31,7 +32,12 @@ def bare_task(problem: Problem, prompts: PromptBuilder, n: int, sampling: Sampli
 
 
 def sample(
-    engine: Engine, rewards: RewardPool, tokenizer: Any, tasks: Sequence[Call], window: int
+    engine: Engine,
+    rewards: RewardPool,
+    tokenizer: Any,
+    tasks: Sequence[Call],
+    window: int,
+    turns: Turns | None = None,
 ) -> Iterator[tuple[Problem, tuple[Scored, ...]]]:
     """Yields each problem with its scored completions as they finish. Requests are named by the problem's row, from
     which requests get their seeds; rows must differ.
@@ -40,14 +46,15 @@ def sample(
     same engine seed gives the same completions wherever the engine itself repeats.
 
     Args:
+        turns: of completions that call tools; None: there is no environment.
         window: Completions in the engine at once; it is topped up as they finish, so that no barrier idles it.
 
     Raises:
         EngineError: the engine failed, or read other ids than it was sent.
     """
-    pump = Pump(engine, rewards, tokenizer, None)
+    pump = Pump(engine, rewards, tokenizer, None, in_order=turns is not None, turns=turns)
     waiting = deque((call, request) for call in tasks for request in call.requests)
-    while waiting or pump.running or pump.scoring:
+    while waiting or pump.running or pump.waits:
         while waiting and (not pump.running or pump.in_flight + waiting[0][1].n <= window):
             pump.submit(*waiting.popleft())
         for call, scored in pump.advance():
@@ -67,6 +74,7 @@ def evaluate(
     problems: Sequence[Problem],
     config: EvalConfig,
     gather: Callable[[Any], list[Any]] = lambda one: [one],
+    turns: Turns | None = None,
 ) -> dict[str, float]:
     """One single-shot completion per problem, no draft: the figure that training is judged by.
 
@@ -82,7 +90,7 @@ def evaluate(
     tasks = [bare_task(problem, prompts, 1, sampling) for problem in problems]
     own = [
         (s.rewards, s.reward, s.completion.truncated)
-        for _, (s,) in sample(engine, rewards, tokenizer, tasks, window(config))
+        for _, (s,) in sample(engine, rewards, tokenizer, tasks, window(config), turns)
     ]
     scores, totals, cut = zip(*(row for part in gather(own) for row in part), strict=True)
     figures = {name: fmean(one[name] or 0.0 for one in scores) for name in scores[0]}

@@ -106,6 +106,12 @@ POLICY = (
         Panel("draft length", "tokens", (Line("draft/mean_length"),)),
         Panel("refinements cut", "%", (Line("completions/clipped_ratio"),), zero=True),
         Panel("drafts cut", "%", (Line("draft/clipped_ratio"),), zero=True)), wide=True),
+    Figure("tools", "Tools", "Calls and turns per completion, the share of calls that failed, and of completions that "
+           "a limit or a failure ended before a call was answered.", (
+        Panel("calls", "", (Line("tools/call_frequency"),), zero=True),
+        Panel("turns", "", (Line("tools/turns"),), zero=True),
+        Panel("failed calls", "%", (Line("tools/failure_frequency"),), zero=True),
+        Panel("ended early", "%", (Line("tools/ended_early"),), zero=True)), wide=True, extra=True),
     Figure("kl_clip", "KL and clipping", "KL to the reference model (logged when beta > 0), and shares of tokens whose "
            "ratio was clipped; 0 when each rollout batch is used for one update.", (
         Panel("KL", "nats", (Line("kl"),), zero=True),

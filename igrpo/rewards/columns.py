@@ -11,14 +11,19 @@ from igrpo.settings import ConfigError, did_you_mean
 
 ALWAYS = ("prompts", "completions", "completion_ids", "solution", "prompt_suffix")
 """What every reward function can name, whatever the data set's columns."""
+OF_ENVIRONMENTS = ("environments", "environment_rewards")
+"""What they can name besides where there is an environment."""
 
 
-def check_columns(functions: Iterable[RewardFunction], problems: Sequence[Problem]) -> None:
+def check_columns(
+    functions: Iterable[RewardFunction], problems: Sequence[Problem], has_environment: bool = False
+) -> None:
     """Compares the parameters without a default of each function with what every row can give it.
 
     Raises:
         ConfigError: one cannot be filled; names the function, the parameter, a row without it and what there is.
     """
+    always = ALWAYS + OF_ENVIRONMENTS * has_environment
     for function in functions:
         if function.path == BUILTIN["judge"]:
             continue
@@ -28,15 +33,15 @@ def check_columns(functions: Iterable[RewardFunction], problems: Sequence[Proble
                     f"reward_funcs: {function.name} takes '{name}' by position only; arguments come by name, so remove "
                     "the '/' from its parameters"
                 )
-            lacking = next((p for p in problems if name not in p.columns), None) if name not in ALWAYS else None
+            lacking = next((p for p in problems if name not in p.columns), None) if name not in always else None
             if lacking is None:
                 continue
             there = sorted({column for problem in problems for column in problem.columns})
             which = f"row {lacking.index} lacks" if name in there else "the data set has not"
-            known = () if name in there else (*ALWAYS, *there)
+            known = () if name in there else (*always, *there)
             hint = did_you_mean(name, known, "; give it a default or add the column", quote="'")
             raise ConfigError(
-                f"reward_funcs: {function.name} needs '{name}', which {which}: there are {', '.join(ALWAYS)} and the "
+                f"reward_funcs: {function.name} needs '{name}', which {which}: there are {', '.join(always)} and the "
                 f"columns {', '.join(there) or '(none)'}{hint}"
             )
 

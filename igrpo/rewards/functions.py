@@ -181,6 +181,11 @@ def soft_overlong_punishment(
     return [-min(max(len(ids) - free, 0) / soft_punish_cache, 1.0) for ids in completion_ids]
 
 
+def environment(environment_rewards: Sequence[float | str | None], **_: Any) -> list[float | str | None]:
+    """What each completion's environment said in ``get_reward``; text, which is no score, where it failed."""
+    return list(environment_rewards)
+
+
 HIGHEST = {
     "accuracy": 1.0, "format": 1.0, "reasoning_gym_score": 1.0, "soft_overlong_punishment": 0.0, "judge": 1.0,
     "repetition_penalty": 0.0, "length": 0.5, "tag_count": 1.0, "reasoning_steps": 1.0,
@@ -197,6 +202,7 @@ BUILTIN = {
     **{name: f"igrpo.rewards.functions:{name}" for name in HIGHEST},
     **{name: f"igrpo.rewards.shaping:{name}" for name in SHAPING},
     "judge": "igrpo.rewards.judge:Judge",
+    "environment": "igrpo.rewards.functions:environment",
 }
 OPTIONS = {
     "soft_overlong_punishment": ("max_completion_length", "soft_punish_cache"),

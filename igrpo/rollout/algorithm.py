@@ -48,7 +48,9 @@ async def two_stage(problem: Problem, step: int, prompts: PromptBuilder, config:
     shown = select_more(drafts, best, config, step, problem.index)
     prompt_ids, trimmed = question.bare, False
     if shown:
-        prompt_ids, trimmed = prompts.with_draft(question, *(drafts[i].completion.token_ids for i in shown))
+        some = [drafts[i].completion for i in shown]
+        ids, spans = (one.token_ids for one in some), [one.spans for one in some]
+        prompt_ids, trimmed = prompts.with_draft(question, *ids, spans=spans)
     refinements = await Sample("refinement", question, prompt_ids, config.num_generations)
     unknown = (0.0,) * len(refinements)
     return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare, shown=shown)

@@ -24,8 +24,8 @@ def copies_of(group: RolloutGroup, config: RolloutConfig) -> tuple[bool, ...]:
     """[G] which refinements have ``refinement_copy_limit`` of their n-grams or more from one draft; empty: no limit."""
     if config.refinement_copy_limit is None or group.chosen is None:
         return ()
-    drafts = [group.drafts[i].completion.token_ids for i in group.shown or (group.chosen,)]
+    drafts = [group.drafts[i].completion.written_ids for i in group.shown or (group.chosen,)]
     return tuple(
-        max(copy_rate(draft, one.completion.token_ids) for draft in drafts) >= config.refinement_copy_limit
+        max(copy_rate(draft, one.completion.written_ids) for draft in drafts) >= config.refinement_copy_limit
         for one in group.refinements
     )

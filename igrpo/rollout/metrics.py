@@ -41,11 +41,11 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         metrics[f"rewards/{function}/mean"] = fmean(judged) if judged else 0.0
         metrics[f"rewards/{function}/not_judged"] = float(len(scores) - len(judged))
     metrics |= _lengths("completions", refinements)
+    if config.has_environment:
+        metrics |= _tool_metrics([*drafts, *refinements])
     if drafts:
         metrics |= _draft_metrics(groups, drafts, config)
         metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
-    if config.policy_lag:
-        metrics |= _staleness(groups, stats, config)
     if config.zero_variance == "resample":
         right = sum(all(_right(g, name)) for g in stats.discarded)
         metrics |= {
@@ -83,7 +83,9 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], con
             "refinement/better_than_draft": fmean(s.reward > d.reward for d, s in pairs),
             "refinement/worse_than_draft": fmean(s.reward < d.reward for d, s in pairs),
             "refinement/copies_draft": fmean(s.completion.token_ids == d.completion.token_ids for d, s in pairs),
-            "refinement/copy_rate": fmean(copy_rate(d.completion.token_ids, s.completion.token_ids) for d, s in pairs),
+            "refinement/copy_rate": fmean(
+                copy_rate(d.completion.written_ids, s.completion.written_ids) for d, s in pairs
+            ),
         }
     if config.show_drafts > 1 and shown:
         metrics["draft/shown"] = fmean(len(g.shown) for g in shown)
@@ -97,20 +99,20 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], con
     return metrics
 
 
-def _staleness(groups: Sequence[RolloutGroup], stats: RolloutStats, config: RolloutConfig) -> Metrics:
-    """Of the tokens that are trained on: updates between the weights that sampled them and those they train."""
-    trained = [s.completion for g in groups for s in (*g.refinements, *(g.drafts if config.train_on_drafts else ()))]
-    runs = [run for completion in trained for run in completion.runs]
+def _tool_metrics(scored: Sequence[Scored]) -> Metrics:
+    found = [s.completion.trajectory for s in scored if s.completion.trajectory is not None]
+    calls = sum(one.calls for one in found)
+    turns = len(scored) - len(found) + sum((len(one.spans) + 1) // 2 for one in found)
     return {
-        "staleness/mean": sum((stats.version - v) * n for v, n in runs) / max(sum(n for _, n in runs), 1),
-        "staleness/max": float(max(stats.version - v for v, _ in runs)),
-        "staleness/spanning": fmean(len(completion.runs) > 1 for completion in trained),
-        "staleness/dropped": float(stats.dropped),
+        "tools/call_frequency": calls / len(scored),
+        "tools/failure_frequency": sum(one.failures for one in found) / calls if calls else 0.0,
+        "tools/turns": turns / len(scored),
+        "tools/ended_early": sum(bool(one.ended) for one in found) / len(scored),
     }
 
 
 def _lengths(prefix: str, scored: Sequence[Scored]) -> Metrics:
-    lengths = [len(s.completion.token_ids) for s in scored]
+    lengths = [len(s.completion.written_ids) for s in scored]
     return {
         f"{prefix}/mean_length": fmean(lengths),
         f"{prefix}/min_length": float(min(lengths)),

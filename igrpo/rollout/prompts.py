@@ -15,13 +15,15 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from jinja2 import TemplateError
 
 from igrpo.data_types import Message, Problem
+from igrpo.environments.template import ToolTemplate
 from igrpo.rewards.grading.passages import without_answer
 from igrpo.rollout.config import PromptsConfig
 from igrpo.settings import ConfigError
@@ -71,11 +73,21 @@ class PromptBuilder:
             the start of any text (``<s>``); chat templates write those themselves.
         max_model_length: tokens the engine can hold for prompt + completion.
         vocab_size: of the model; None: not known.
+        schemas: of the tools that the model may call.
+
+    Raises:
+        ConfigError: the chat template cannot write tools, or rewrites earlier turns.
     """
 
     def __init__(
-        self, tokenizer: Any, config: PromptsConfig, max_model_length: int | None = None, vocab_size: int | None = None
+        self,
+        tokenizer: Any,
+        config: PromptsConfig,
+        max_model_length: int | None = None,
+        vocab_size: int | None = None,
+        schemas: Sequence[dict[str, Any]] = (),
     ):
+        self.tools = ToolTemplate(tokenizer, config.chat_template_kwargs, schemas) if schemas else None
         self.tokenizer = tokenizer
         self.config = config
         self.max_model_length = max_model_length
@@ -117,22 +129,38 @@ class PromptBuilder:
         between = self._between_drafts or ()
         return PromptParts(messages, bare, self.start + before_draft, after_draft, between, shown, suffix)
 
-    def with_draft(self, parts: PromptParts, *drafts: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+    def with_draft(
+        self, parts: PromptParts, *drafts: Sequence[int], spans: Sequence[Sequence[int]] = ()
+    ) -> tuple[tuple[int, ...], bool]:
         """Ids of q' with one draft or several, and whether one was trimmed.
 
         A draft loses its special tokens (the end-of-sequence token would end the user turn) and, if the context
         demands it, its beginning: the answer stands at the end. The question and the system prompt are never cut.
         With ``draft_hide_answer`` its conclusion goes first, which does not count as trimming. Several have equal room.
+
+        Args:
+            spans: of each draft, as in ``Trajectory``: one of several turns loses whole turns as long as it can.
         """
         room, inside, trimmed = self._room_for_draft(parts, len(drafts)), (), False
         for number, draft_ids in enumerate(drafts):
-            draft = tuple(i for i in draft_ids if i not in self.special_ids)
+            draft = self._plain(draft_ids)
             if self.config.draft_hide_answer:
                 draft = self._without_answer(draft)
-            kept = draft[max(0, len(draft) - room) :] if room is not None else draft
+            kept = draft
+            if room is not None and len(draft) > room:
+                starts = self._turns_of(draft_ids, spans[number] if spans else ())
+                kept = draft[next((start for start in starts if len(draft) - start <= room), len(draft) - room) :]
             inside += (parts.between_drafts if number else ()) + kept
             trimmed |= len(kept) < len(draft)
         return parts.before_draft + inside + parts.after_draft, trimmed
+
+    def _plain(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i not in self.special_ids)
+
+    def _turns_of(self, ids: Sequence[int], spans: Sequence[int]) -> Iterator[int]:
+        """Where turns begin among a draft's ids without the special ones."""
+        ends = list(accumulate(spans))[:-1]
+        return (len(self._plain(ids[:end])) for end in ends)
 
     def longest_refinement(self, parts: PromptParts) -> int:
         """Tokens that prompt, longest draft and completion can take together for one question."""
@@ -171,6 +199,8 @@ class PromptBuilder:
             turns = tuple(problem.prompt)
         if not turns or turns[-1]["role"] != "user":
             raise ConfigError(f"row {problem.index}: a conversation must end in a user turn to be answered")
+        if problem.observation:
+            turns = (*turns[:-1], {**turns[-1], "content": turns[-1]["content"] + problem.observation})
         if self.config.system_prompt and turns[0]["role"] != "system":
             turns = ({"role": "system", "content": self.config.system_prompt}, *turns)
         return turns
@@ -191,9 +221,10 @@ class PromptBuilder:
     def _render(self, messages: tuple[Message, ...]) -> str:
         if self.tokenizer.chat_template is None:
             return "\n\n".join(m["content"] for m in messages) + "\n\n"
+        turns, tools = (list(messages), {}) if self.tools is None else self.tools.arguments(messages)
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs
+                turns, tokenize=False, add_generation_prompt=True, **self.config.chat_template_kwargs, **tools
             )
         except (TemplateError, ArithmeticError, TypeError, ValueError, LookupError, AttributeError) as error:
             hint = "; write system_prompt: null" if messages[0]["role"] == "system" else ""

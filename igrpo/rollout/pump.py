@@ -13,7 +13,11 @@ from igrpo.data_types import Completion, Problem, Scored
 from igrpo.engines import Engine, EngineError, Request, Result
 from igrpo.rewards.workers.pool import PendingScores, RewardPool
 from igrpo.rollout.prompts import PromptParts
+from igrpo.rollout.turns import Turns
 from igrpo.run.timeline import Timeline
+
+POLL_SECONDS = 0.05
+"""How long an idle engine waits for a tool before scores are looked at."""
 
 
 @dataclass(eq=False)
@@ -49,8 +53,8 @@ class Pump:
     Args:
         tokenizer: decodes completions for the reward functions.
         in_order: every score is waited for where it is first asked for, so that what is decoded beside what does not
-            hang on how fast a score came back.
-        mixes: refinements may be of several versions of the weights.
+            hang on how fast a score or a tool came back.
+        turns: what goes on where a completion calls a tool; None: there is no environment.
     """
 
     def __init__(
@@ -60,22 +64,22 @@ class Pump:
         tokenizer: Any,
         timeline: Timeline | None,
         in_order: bool = False,
-        mixes: bool = False,
+        turns: Turns | None = None,
     ):
-        self.engine, self.rewards, self.tokenizer, self.in_order, self.mixes = (
-            engine,
-            rewards,
-            tokenizer,
-            in_order,
-            mixes,
-        )
+        self.turns = turns
+        self.engine, self.rewards, self.tokenizer, self.in_order = engine, rewards, tokenizer, in_order
         self.timeline, self.usage = timeline or Timeline(None), Usage()
         self.running: dict[str, tuple[Call, Request]] = {}
         self.scoring: dict[Call, PendingScores] = {}
         self.in_flight = 0  # completions in the engine
 
+    @property
+    def waits(self) -> bool:
+        """For a score or a tool."""
+        return bool(self.scoring) or (self.turns is not None and self.turns.busy)
+
     def submit(self, call: Call, request: Request) -> None:
-        call.sent_at = self.engine.version
+        call.sent_at = self.engine.version if call.sent_at is None else call.sent_at
         self.running[request.request_id] = (call, request)
         self.in_flight += request.n
         self.timeline.start(call.stage, call.step, request.request_id)
@@ -89,11 +93,14 @@ class Pump:
         """
         for result in self.engine.poll():
             self._receive(result)
+        if self.turns is not None:
+            self._go_on(self.turns, may_wait)
         for call in list(self.scoring):
             if call not in self.scoring:  # aborted when a sibling's score came
                 continue
             # An idle engine has nothing better to do than wait.
-            if self.scoring[call].done() or self.in_order or (may_wait and not self.running):
+            idle = may_wait and not self.running and not (self.turns is not None and self.turns.busy)
+            if self.scoring[call].done() or self.in_order or idle:
                 scored = self.scoring.pop(call).result()
                 self.timeline.end("reward", call.step, call.requests[0].request_id)
                 yield call, scored
@@ -102,6 +109,8 @@ class Pump:
         """Forgets these calls, wherever they are."""
         names = [name for name, (call, _) in self.running.items() if call in calls]
         self.engine.abort(names)
+        if self.turns is not None:
+            self.turns.abort(calls)
         for name in names:
             call, request = self.running.pop(name)
             self.in_flight -= request.n
@@ -115,31 +124,48 @@ class Pump:
             raise EngineError(f"the engine returned {result.request_id}, which is not running")
         call, request = self.running.pop(result.request_id)
         self.in_flight -= request.n
-        _check(result, request, call, self.mixes)
+        _check(result, request, call)
         tokens = sum(map(len, result.token_ids))
         self.timeline.end(call.stage, call.step, result.request_id, tokens)
         self.usage.decoded_tokens += tokens
         self.usage.prompt_tokens += len(result.prompt_ids)
         self.usage.cached_tokens += result.cached_tokens
+        if self.turns is not None and self.turns.is_turn(result.request_id):
+            self.turns.go_on(result.request_id, *self._completions(result))
+            return
         call.arrived[result.request_id] = result
         if len(call.arrived) < len(call.requests):
             return
+        first = [(one, self._completions(call.arrived.pop(one.request_id))) for one in call.requests]
+        if self.turns is not None:
+            self.turns.begin(call, first)
+        else:
+            self._score(call, [completion for _, some in first for completion in some])
+
+    def _go_on(self, turns: Turns, may_wait: bool) -> None:
+        """Sends the turns that follow an answer, and scores what has had its last."""
+        idle = may_wait and not self.running and not any(score.done() for score in self.scoring.values())
+        turns.poll(POLL_SECONDS if idle else 0.0)
+        while self.in_order and turns.busy:
+            turns.poll(POLL_SECONDS)
+        for call, request in turns.requests():
+            self.submit(call, request)
+        for call, completions in turns.completed():
+            self._score(call, completions)
+
+    def _score(self, call: Call, completions: list[Completion]) -> None:
         self.timeline.start("reward", call.step, call.requests[0].request_id)
-        completions = [c for one in call.requests for c in self._completions(call.arrived.pop(one.request_id))]
         prompt, suffix = list(call.question.messages), call.question.prompt_suffix
         self.scoring[call] = self.rewards.submit(call.problem, completions, prompt, suffix)
 
     def _completions(self, result: Result) -> list[Completion]:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.token_ids]
-        kept, versions = result.kept or [None] * len(texts), result.versions or [()] * len(texts)
-        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, versions, strict=True)
-        return [
-            Completion(ids, probs, text, why, runs[-1][0] if runs else result.version, sets, versions=runs)
-            for ids, probs, text, why, sets, runs in outputs
-        ]
+        kept = result.kept or [None] * len(texts)
+        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, strict=True)
+        return [Completion(ids, probs, text, why, result.version, sets) for ids, probs, text, why, sets in outputs]
 
 
-def _check(result: Result, request: Request, call: Call, mixes: bool) -> None:
+def _check(result: Result, request: Request, call: Call) -> None:
     row = call.problem.index
     if result.prompt_ids != request.prompt_ids:
         raise EngineError(
@@ -157,10 +183,7 @@ def _check(result: Result, request: Request, call: Call, mixes: bool) -> None:
                 f"row {row}: the engine kept {len(sets)} sets of tokens for the {len(ids)} it sampled, and at position "
                 f"{place} the sampled one is not among them"
             )
-    for ids, runs in zip(result.token_ids, result.versions, strict=False):
-        if runs and sum(count for _, count in runs) != len(ids):
-            raise EngineError(f"row {row}: the engine sampled {len(ids)} tokens and names the weights of {runs}")
-    if call.stage == "refinement" and result.version != call.sent_at and not mixes:
+    if call.stage == "refinement" and result.version != call.sent_at:
         raise EngineError(
             f"row {row}: weights went from version {call.sent_at} to {result.version} while its refinements were "
             "sampled; the group mixes two policies"

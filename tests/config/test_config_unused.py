@@ -48,6 +48,7 @@ CASES = {
         {"multi_objective_aggregation": "normalize_then_sum"}, "cpu", {}, "cpu"),
     "zero_variance is not resample": ({}, "cpu", {"zero_variance": "resample"}, "cpu"),
     "no reward compares answers": ({"reward_funcs": ["format"]}, "cpu", {}, "cpu"),
+    "there is no environment_factory and no tool": ({}, "cpu", {"tools": ["a:b"]}, "cpu"),
     "judge is not in reward_funcs": (
         {}, "cpu", {"reward_funcs": ["judge"], "judge_model": "m", "judge_base_url": "http://h"}, "cpu"),
     "cosine is not in reward_funcs": ({}, "cpu", {"reward_funcs": ["cosine"]}, "cpu"),

@@ -20,7 +20,7 @@ import pickle
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,6 +41,8 @@ MAX_LOGGED = 20
 """Distinct error messages shown per reward function; the rest is only counted."""
 MAX_PRINTED, PRINTED_A_MINUTE = 20, 200
 """Lines shown of what a function prints in one call, and in all calls of a minute."""
+OF_TRAJECTORIES = (("environments", "environment"), ("environment_rewards", "reward"))
+"""Arguments of reward functions, and the field of a trajectory that each is."""
 ATTEMPTS = 3
 """How often a call may lose its worker before that is its own fault: an earlier call may be guilty, or whoever kills
 processes on this machine."""
@@ -280,7 +282,8 @@ class PendingScores:
     """The scores of one ``submit``."""
 
     def __init__(self, pool: RewardPool, completions: Sequence[Completion], arguments: Mapping[str, list[Any]]) -> None:
-        self._pool, self._completions, self._arguments = pool, tuple(completions), arguments
+        self._pool, self._arguments = pool, arguments
+        self._completions = tuple(map(_without_environment, completions))
         self._scores: dict[str, list[float | None]] = {f.name: [None] * len(completions) for f in pool.functions}
         self._open: list[_Call] = []
         if completions:
@@ -351,12 +354,24 @@ def _arguments(
     row = {**problem.columns, "solution": problem.solution}
     row["prompts"] = prompt if isinstance(prompt, str) else list(prompt)
     texts = [completion.text for completion in completions]
+    said = [[{"role": "assistant", "content": text}] for text in texts]
+    found = [completion.trajectory for completion in completions]
+    columns = {name: [getattr(one, key, None) for one in found] for name, key in OF_TRAJECTORIES}
+    if any(found):
+        said = [old if one is None else list(one.messages) for old, one in zip(said, found, strict=True)]
     return {
         **{name: [value] * len(completions) for name, value in row.items()},
-        "completions": texts if isinstance(prompt, str) else [[{"role": "assistant", "content": t}] for t in texts],
+        "completions": texts if isinstance(prompt, str) else said,
         "completion_ids": [list(completion.token_ids) for completion in completions],
         "prompt_suffix": [prompt_suffix] * len(completions),
+        **(columns if any(found) else {}),
     }
+
+
+def _without_environment(completion: Completion) -> Completion:
+    if completion.trajectory is None or completion.trajectory.environment is None:
+        return completion
+    return replace(completion, trajectory=replace(completion.trajectory, environment=None))
 
 
 def _check_picklable(arguments: Mapping[str, list[Any]], problem: Problem) -> None:

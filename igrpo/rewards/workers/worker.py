@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from igrpo.data_types import Pickled
 from igrpo.rewards.functions import RewardFunction
 
 Outcome = list[float | str | None] | str
@@ -40,6 +41,7 @@ REQUEST = struct.Struct(">QHQ")
 """Number of the call, index of its function, bytes of its pickled arguments, which follow."""
 REPLY = struct.Struct(">I")
 """Bytes of the JSON that follows: ``[number of the call, outcome, why the worker must be replaced or null]``."""
+NOT_TRLS = ("prompt_suffix", "environment_rewards")
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBADF)
 """Errors of a process that has run out of something or lost its files: later calls would fail with them, too."""
 FILES_LEFT, THREADS_LEFT, BYTES_LEFT = 32, 8, 2**29
@@ -227,7 +229,12 @@ def call_function(function: RewardFunction, payload: bytes, health: Health) -> t
         arguments = pickle.loads(payload)
         count = len(arguments["completions"])
         loaded = function.load()
-        scores = loaded(**_accepted(loaded, arguments))
+        given = _accepted(loaded, arguments)
+        if "environments" in given:
+            given["environments"] = [
+                pickle.loads(one) if isinstance(one, Pickled) else one for one in given["environments"]
+            ]
+        scores = loaded(**given)
         if inspect.isawaitable(scores):
             scores = asyncio.run(_awaited(scores))
         health.leave_forks()
@@ -275,13 +282,13 @@ async def _awaited(scores: Any) -> Any:
 
 
 def _accepted(function: Any, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """All arguments for a function with ``**kwargs``, else the ones it names; ``prompt_suffix``, which TRL does not
-    pass, only where it is named."""
+    """All arguments for a function with ``**kwargs``, else the ones it names; those that TRL does not pass, only where
+    they are named."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return named
-    return {name: values for name, values in arguments.items() if name != "prompt_suffix"} | named
+    return {name: values for name, values in arguments.items() if name not in NOT_TRLS} | named
 
 
 def _checked(score: Any) -> float | str | None:
