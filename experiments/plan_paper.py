@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from igrpo.config.train_config import TrainConfig
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, Rates
-from igrpo.plan.memory import ModelShape, activation_bytes_per_token
+from igrpo.plan.memory import activation_bytes_per_token
 from igrpo.plan.models import table_shape
+from igrpo.plan.shapes import ModelShape
 from igrpo.plan.workload import Workload
 
 MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B"

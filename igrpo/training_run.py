@@ -336,13 +336,16 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         ConfigError: it cannot fit.
     """
     from igrpo.learner.placements import launched
-    from igrpo.models.loading import model_config, model_sizes
-    from igrpo.plan.memory import GIB, memory_plan, model_shape
+    from igrpo.models.loading import count_parameters, model_config, model_sizes, skeleton
+    from igrpo.plan.memory import GIB, memory_plan
+    from igrpo.plan.shapes import Counted, has_experts, model_shape
 
     rank, processes = place()
     sharded = launched(processes).divides and processes > 1
     try:
-        shape = model_shape(model_sizes(model_config(path, config)))
+        sizes = model_sizes(model_config(path, config))
+        counted = Counted(*count_parameters(skeleton(path, config))) if has_experts(sizes) else None
+        shape = model_shape(sizes, counted)
     except KeyError as error:
         if rank == 0:
             print(f"no memory plan: the model's config has no {error}", flush=True)

@@ -20,7 +20,8 @@ from igrpo.data_types import TrainingSample
 from igrpo.learner.learner import Learner
 from igrpo.machine import peak_resident, this_machine
 from igrpo.models.loading import load_policy, resolve_model
-from igrpo.plan.memory import GIB, memory_plan, model_shape
+from igrpo.plan.memory import GIB, memory_plan
+from igrpo.plan.shapes import model_shape
 
 
 def resident() -> int:

@@ -23,7 +23,8 @@ from packaging.requirements import Requirement
 
 from igrpo.config.recipe import parse_args
 from igrpo.machine import Machine
-from igrpo.plan.memory import GIB, memory_plan, model_shape
+from igrpo.plan.memory import GIB, memory_plan
+from igrpo.plan.shapes import model_shape
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -10,6 +10,9 @@ It is transformers' ``load_balancing_loss_func`` over the tokens of a whole opti
 f is a figure of the step, so it is counted before the first backward pass; given f, L is a sum over tokens, and a
 micro-batch adds its own. t runs over what the sequences that are trained on read, each with its whole prompt: w_t is
 the number of them that read t, which is computed once where they share it, times their weight.
+
+transformers' product of all experts takes weights as they are. Under autocast it would compute in float32 what all
+other layers, and the engine, compute in bfloat16; ``follow_autocast`` hands it weights that are cast.
 """
 
 from __future__ import annotations
@@ -18,10 +21,38 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
 
 from igrpo.learner.config import LearnerConfig
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import text_config
+
+_GROUPED, _FOLLOWING = "grouped_mm", "igrpo_grouped_mm"
+"""Names in transformers' registry of experts."""
+
+
+def follow_autocast(model: Any) -> None:
+    """In place; a model of bfloat16 weights stays as it is."""
+    if model.config._experts_implementation == _GROUPED and model._can_set_experts_implementation():
+        ExpertsInterface.register(_FOLLOWING, _following)
+        model.set_experts_implementation(_FOLLOWING)
+
+
+class _Cast:
+    """A module whose weights are read in another dtype."""
+
+    def __init__(self, module: torch.nn.Module, dtype: torch.dtype):
+        self._module, self._dtype = module, dtype
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        return value.to(self._dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def _following(experts: torch.nn.Module, hidden: torch.Tensor, *routed: torch.Tensor) -> torch.Tensor:
+    device = hidden.device.type
+    cast = _Cast(experts, torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else experts
+    return ALL_EXPERTS_FUNCTIONS[_GROUPED](cast, hidden, *routed)
 
 
 def aux_coefficient(model_config: Any, config: LearnerConfig) -> float:

@@ -78,15 +78,10 @@ class Learner:
         if reference is not None:
             frozen = Policy(reference, config).requires_grad_(False).eval()
             self.reference = kind(frozen, config, self.accelerator, trains=False)
-        form = self._find_form(models, context)
+        self._find_form(models, context)
         self.scheduler: Any = None
-        self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
-        # A config may speak of experts where no layer has any.
-        if self.policy.aux_coef and self._expert_load([self._filler()]) is None:
-            self.policy.aux_coef = without_routers(model.config, config)
-        self.placement.settle()  # before an engine looks for what is free
 
-    def _find_form(self, models: Sequence[Any], context: int | None) -> Form:
+    def _find_form(self, models: Sequence[Any], context: int | None) -> None:
         nothing, config = Denominators(1.0, 1.0), self.config
         in_float32 = not config.bf16 or not (self.placement.divides or config.use_peft)
 
@@ -102,7 +97,11 @@ class Learner:
         def agree(wrong: str | None) -> str | None:
             return next((one for one in self.gather(wrong) if one is not None), None)
 
-        return find_form(models, log_probs, kernels, context, allowed, self._say, agree)
+        form = find_form(models, log_probs, kernels, context, allowed, self._say, agree)
+        self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
+        if self.policy.aux_coef and self._expert_load([self._filler()]) is None:  # its config spoke of experts
+            self.policy.aux_coef = without_routers(models[0].config, config)
+        self.placement.settle()  # before an engine looks for what is free
 
     def _say(self, line: str) -> None:
         if self.accelerator.is_main_process:

@@ -18,7 +18,7 @@ from igrpo.learner.adapters import head_product
 from igrpo.learner.batching import MicroBatch
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import Offloaded
-from igrpo.learner.experts import aux_coefficient, aux_loss, load_of
+from igrpo.learner.experts import aux_coefficient, aux_loss, follow_autocast, load_of
 from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
 from igrpo_kernels.model_logits import language_model, logit_transform_of, text_config
@@ -56,6 +56,7 @@ class Policy(nn.Module):
         self.impl = config.loss_impl
         self.offloads = config.activation_offloading
         self.aux_coef = aux_coefficient(model.config, config)
+        follow_autocast(model)
 
     def forward(
         self,

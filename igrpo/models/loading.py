@@ -112,9 +112,25 @@ def prepared(model: Any, config: ModelConfig) -> Any:
 
 def skeleton(path: str, config: ModelConfig) -> Any:
     """The causal LM without weights, on the meta device: names and shapes in a moment, whatever its size."""
-    settings = model_config(path, config)
+    return blank(model_config(path, config), config.trust_remote_code)
+
+
+def blank(settings: Any, trust_remote_code: bool = False) -> Any:
+    """``skeleton`` of a config that is there."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(settings, trust_remote_code=config.trust_remote_code)
+        return AutoModelForCausalLM.from_config(settings, trust_remote_code=trust_remote_code)
+
+
+def count_parameters(model: Any) -> tuple[int, int, int]:
+    """All, those of the largest decoder layer, and those of the experts that tokens are sent to."""
+    names = set(model._no_split_modules or ())
+    layers = [m for m in model.modules() if type(m).__name__ in names]
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    return model.num_parameters(), max((_numbers(layer) for layer in layers), default=0), experts
+
+
+def _numbers(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def attention(config: ModelConfig) -> str:
@@ -159,7 +175,7 @@ def context_limit(path: str, config: ModelConfig) -> int | None:
 
 
 def model_sizes(settings: Any) -> dict[str, Any]:
-    """What ``plan.memory.model_shape`` reads, of a loaded config: the language model's, under transformers' names."""
+    """What ``plan.shapes.model_shape`` reads, of a loaded config: the language model's, under transformers' names."""
     part = text_config(settings)
     aliases = {name: getattr(part, name, None) for name in part.attribute_map}
     return part.to_dict() | aliases | {"tie_word_embeddings": settings.tie_word_embeddings}

@@ -112,9 +112,9 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         print(json.dumps({"memory": items, "memory_of": memory.machine.memory, "steps": [asdict(s) for s in steps],
                           "training_steps": count, "assumptions": notes}, indent=2))  # fmt: skip
         return
-    print(
-        f"{arguments.recipe} on {hardware.count} x {hardware.device.name}: {shape.parameters / 1e9:.2f} B parameters\n"
-    )
+    met = f", {shape.active_parameters / 1e9:.2f} B of them per token" if shape.experts else ""
+    size = f"{shape.parameters / 1e9:.2f} B parameters{met}"
+    print(f"{arguments.recipe} on {hardware.count} x {hardware.device.name}: {size}\n")
     print("\n".join(memory.lines()))
     if memory.tight:
         print(f"  does not fit by this estimate: {memory.advice()}")

@@ -15,12 +15,12 @@ run; the estimate warns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine
+from igrpo.plan.shapes import ModelShape
 
 GIB = 2**30
 CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
@@ -28,76 +28,6 @@ CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
 ENGINE = ("engine weights", "KV cache", "sleeping engine")
 ASLEEP = GIB
 """What a sleeping engine keeps: CUDA graphs, and what vLLM allocates outside of its pool. A guess."""
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Sizes of a decoder-only model."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    vocab_size: int
-    tied: bool
-    layer_parameters: int
-    """Of one decoder layer; of all experts where there are experts."""
-    parameters: int
-    """Of the whole model, a tied head counted once."""
-
-    @property
-    def attention_size(self) -> int:
-        return self.num_heads * self.head_dim
-
-    @property
-    def kv_size(self) -> int:
-        return self.num_kv_heads * self.head_dim
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """bf16 keys and values of every layer."""
-        return 2 * 2 * self.num_layers * self.kv_size
-
-
-def model_shape(config: Mapping[str, Any], parameters: int | None = None) -> ModelShape:
-    """From the mapping in ``config.json`` (``AutoConfig.to_dict()`` is the same).
-
-    Args:
-        parameters: the exact count where it is known; otherwise it is computed, exact for Llama, Qwen and Gemma models.
-    """
-    c = {**config, **(config.get("text_config") or {})}
-    family = str(c.get("model_type", ""))
-    hidden, layers, heads = c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"]
-    kv_heads = c.get("num_key_value_heads") or heads
-    head_dim = c.get("head_dim") or hidden // heads
-    intermediate, vocab = c.get("intermediate_size") or 4 * hidden, c["vocab_size"]
-    tied = bool(c.get("tie_word_embeddings", family.startswith("gemma")))
-    q, kv = heads * head_dim, kv_heads * head_dim
-    attention = hidden * q + 2 * hidden * kv + q * hidden
-    if c.get("attention_bias", family == "qwen2"):
-        attention += q + 2 * kv + (hidden if c.get("attention_bias") and family != "qwen2" else 0)
-    if family.startswith(("qwen3", "gemma3")):  # norms of q and k
-        attention += 2 * head_dim
-    experts = c.get("num_local_experts") or c.get("num_experts") or 0
-    width = c.get("moe_intermediate_size") or intermediate
-    mlp = experts * (3 * hidden * width + hidden) if experts else 3 * hidden * intermediate
-    norms = (4 if family.startswith(("gemma2", "gemma3")) else 2) * hidden
-    layer = attention + mlp + norms
-    total = layers * layer + vocab * hidden * (1 if tied else 2) + hidden
-    return ModelShape(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocab,
-        tied=tied,
-        layer_parameters=layer,
-        parameters=parameters or total,
-    )
 
 
 @dataclass(frozen=True)
@@ -219,6 +149,12 @@ def trained_parameters(shape: ModelShape, config: TrainConfig) -> int:
         "gate_proj": h + i, "up_proj": h + i, "down_proj": i + h,
     }  # fmt: skip
     named = {name.rpartition(".")[2] for name in config.lora_target_modules or ["all-linear"]}
+    if E := shape.experts:  # gate and up are one tensor of all experts, whatever an entry calls them
+        sides = {name: sides[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {
+            "gate_up_proj": E * (h + 2 * shape.expert_size), "down_proj": E * (shape.expert_size + h), "gate": h + E,
+        }  # fmt: skip
+        same = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
+        named = {same.get(name, name) for name in named}
     every = not all(name.replace("_", "").isalnum() for name in named)  # all-linear, or an expression
     decoder = sum(side for name, side in sides.items() if every or name in named)
     outside = len(named & {"lm_head", "embed_tokens"}) * (h + shape.vocab_size)
@@ -269,6 +205,7 @@ def _moments(
     if config.activation_offloading:
         kept = 0 if config.gradient_checkpointing else layer
     backward += layer if config.gradient_checkpointing else 0
+    backward += 2 * _width(config) * shape.experts_per_token * shape.hidden_size  # what experts' rows are made of
     head = shape.vocab_size * shape.hidden_size
     frozen = config.use_peft and "lm_head" not in (config.lora_target_modules or ())
     # One chunk's dW is rounded to bf16 at once where the weight is; all logits may take what that saves.
@@ -313,7 +250,7 @@ def _copies(shape: ModelShape, config: TrainConfig, sharded: bool, in_loss: bool
         return width * (shape.vocab_size * shape.hidden_size + layers * shape.layer_parameters)
     if config.use_peft or not config.bf16:
         return 0
-    return 2 * (shape.num_layers * shape.layer_parameters + shape.vocab_size * shape.hidden_size) if in_loss else (
+    return 2 * (shape.decoder_parameters + shape.vocab_size * shape.hidden_size) if in_loss else (
         2 * shape.layer_parameters
     )  # fmt: skip
 
@@ -324,17 +261,19 @@ def _copied(sharded: bool, config: TrainConfig) -> str:
 
 def activation_bytes_per_token(shape: ModelShape, bf16: bool, sharded: bool = False) -> int:
     """What autograd keeps of one decoder layer: matmul inputs in the compute dtype, norms in float32, the residual
-    stream in float32 where autocast computes and in the weights' dtype where FSDP casts them."""
+    stream in float32 where autocast computes and in the weights' dtype where FSDP casts them. Of experts also a token's
+    row for each, before and after."""
     hidden, inner, q, kv = shape.hidden_size, shape.intermediate_size, shape.attention_size, shape.kv_size
+    rows = 2 * (2 if bf16 else 4) * shape.experts_per_token * hidden
     if not bf16:
-        return 24 * hidden + 16 * inner + 8 * q + 8 * kv
-    return 17 * hidden + 8 * inner + 8 * q if sharded else 24 * hidden + 10 * inner + 4 * q + 8 * kv
+        return 24 * hidden + 16 * inner + 8 * q + 8 * kv + rows
+    return (17 * hidden + 8 * inner + 8 * q if sharded else 24 * hidden + 10 * inner + 4 * q + 8 * kv) + rows
 
 
 def engine_weight_bytes(shape: ModelShape, config: TrainConfig) -> int:
     """Of one engine. Of the formats, int8 and fp4 concern experts alone; embedding and head stay as they are."""
     rounds = config.use_vllm and "fp8" in (config.vllm_quantization or "")
-    return _width(config) * shape.parameters - rounds * shape.num_layers * shape.layer_parameters
+    return _width(config) * shape.parameters - rounds * shape.decoder_parameters
 
 
 def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:

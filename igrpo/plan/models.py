@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from igrpo.plan.memory import ModelShape, model_shape
+from igrpo.plan.shapes import Counted, ModelShape, has_experts, model_shape
 from igrpo.settings import ConfigError, did_you_mean
 
 TABLE = Path(__file__).with_name("architectures.json")
@@ -83,11 +83,22 @@ def _shape(config: dict[str, Any], name: str) -> ModelShape:
             "layer can be planned"
         )
     try:
-        return model_shape(config)
+        return model_shape(config, counted(config) if has_experts(config) else None)
     except KeyError as error:
         raise ConfigError(
             f"model_name_or_path: the config of {name} has no {error}; only decoder-only transformers can be planned"
         ) from error
+
+
+def counted(config: dict[str, Any]) -> Counted | None:
+    """Of the model that transformers builds from the config; None where it knows no such model."""
+    from transformers import CONFIG_MAPPING
+
+    from igrpo.models.loading import blank, count_parameters
+
+    if config.get("model_type") not in CONFIG_MAPPING:
+        return None
+    return Counted(*count_parameters(blank(CONFIG_MAPPING[config["model_type"]].from_dict(config))))
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

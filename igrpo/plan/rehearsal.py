@@ -232,11 +232,11 @@ class _Attention(torch.autograd.Function):
 
 @contextmanager
 def _stand_ins(trace: DeviceTrace, adapters: bool) -> Iterator[None]:
-    """For flex_attention, which would run uncompiled, SDPA, which would choose a kernel of the CPU, and what moves
-    weights through ``.data``, which fake tensors do not follow."""
+    """For flex_attention, which would run uncompiled, SDPA, which would choose a kernel of the CPU, experts in float32,
+    whose product fake tensors refuse, and what moves weights through ``.data``, which fake tensors do not follow."""
     from torch.distributed.fsdp._fully_shard import _fsdp_init as fsdp
     from torch.nn import functional
-    from transformers.integrations import flex_attention
+    from transformers.integrations import flex_attention, moe
 
     def flex(query: Any, key: Any, value: Any, **options: Any) -> Any:
         rows = query.new_empty(query.shape[:-1], dtype=torch.float32)
@@ -258,6 +258,7 @@ def _stand_ins(trace: DeviceTrace, adapters: bool) -> Iterator[None]:
     places = [
         (flex_attention, "compile_friendly_flex_attention", flex),
         (functional, "scaled_dot_product_attention", sdpa),
+        (moe, "_can_use_grouped_mm", lambda input, weight, offs: weight.dtype == torch.bfloat16),
         (torch.nn.Module, "to", to),
         (fsdp, "_move_states_to_device", move),
     ]

@@ -8,7 +8,8 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine, offloads_weights, this_machine
 from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
-from igrpo.plan.memory import MemoryPlan, ModelShape, engine_weight_bytes, memory_plan, trained_parameters
+from igrpo.plan.memory import MemoryPlan, engine_weight_bytes, memory_plan, trained_parameters
+from igrpo.plan.shapes import ModelShape
 
 ALONE = 0.9
 """Share of a GPU's memory that vLLM takes where nothing learns beside it."""
@@ -79,7 +80,7 @@ class Workload:
         scale = rates.generation_scale / parts
         return EngineCost(
             weight_bytes=engine_weight_bytes(self.shape, self.config),
-            parameters=self.shape.parameters,
+            parameters=self.shape.active_parameters,  # of many sequences together all experts are read
             kv_bytes_per_token=self.shape.kv_bytes_per_token,
             bandwidth=device.bandwidth * rates.bandwidth / scale,
             decode_flops=device.flops * rates.decode / scale,
@@ -111,7 +112,7 @@ class Workload:
         # backward pass.
         attention = 3 * 4 * shape.num_layers * shape.attention_size * context / 2
         recompute = 4 / 3 if self.config.gradient_checkpointing else 1
-        flops = self.learner_tokens(N, G) * (6 * shape.parameters + attention) * recompute
+        flops = self.learner_tokens(N, G) * (6 * shape.active_parameters + attention) * recompute
         compute = flops / (self.hardware.learners * device.flops * rates.learner)
         return rates.learner_scale * max(compute, self._network_seconds(N, G))
 

@@ -105,3 +105,17 @@ def test_adapters_of_router_and_experts_are_balanced_too(bf16):
     assert {part for part in ("gate.", "experts.", "q_proj.") for name in reached if part in name} == {
         "gate.", "experts.", "q_proj.",
     }  # fmt: skip
+
+
+def test_experts_compute_in_bf16_as_the_engine_does():
+    """transformers' product of all experts is not one that autocast casts: it took the float32 weights."""
+    model = tiny("qwen3_moe")
+    rounded = copy.deepcopy(model)
+    for name, p in rounded.named_parameters():
+        if ".experts." in name:
+            p.data = p.data.bfloat16().float()
+    ids = (5, 9, 33, 71, 8, 64)
+    scores = [learner(one, bf16=True).score(ids) for one in (model, rounded)]
+    assert scores[0] == scores[1]
+    exact = [learner(one).score(ids) for one in (model, rounded)]
+    assert exact[0] != exact[1]

@@ -14,7 +14,7 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.learner.learner import Learner
 from igrpo.learner.policy import loss_config
 from igrpo.models.loading import context_limit, model_sizes, stop_token_ids
-from igrpo.plan.memory import model_shape
+from igrpo.plan.shapes import model_shape
 from igrpo_kernels import linear_selective_log_softmax
 from igrpo_kernels.model_logits import CAPS, DIVISORS, MULTIPLIERS, language_model, logit_transform_of, text_config
 from tests.learner.test_learner import some_samples

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -21,12 +22,25 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
 )
 
 from igrpo.config.train_config import TrainConfig
+from igrpo.learner.experts import follow_autocast
 from igrpo.machine import Machine, this_machine
-from igrpo.plan.memory import CHUNK_BYTES, GIB, activation_bytes_per_token, largest_context, memory_plan, model_shape
+from igrpo.models.loading import model_sizes
+from igrpo.plan.memory import (
+    CHUNK_BYTES,
+    GIB,
+    activation_bytes_per_token,
+    largest_context,
+    memory_plan,
+    trained_parameters,
+)
+from igrpo.plan.models import counted
+from igrpo.plan.shapes import has_experts, model_shape
 from igrpo_kernels import lm_head
+from tests.support.architectures import tiny_config
 
 SIZES = {
     "vocab_size": 96, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -60,7 +74,25 @@ def test_parameters_are_counted_as_the_model_has_them(model, made):
     with torch.device("meta"):
         real = sum(p.numel() for p in model(made).parameters())
     assert model_shape(made.to_dict()).parameters == real
-    assert model_shape(made.to_dict(), parameters=7).parameters == 7
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "deepseek_v3", "qwen2_moe", "glm4_moe", "olmoe"])
+def test_experts_are_counted_once_for_memory_and_by_choice_for_a_token(kind):
+    """2 of 4 are chosen: half of their parameters. Shared ones and dense first layers are met by every token."""
+    made = tiny_config(kind, num_hidden_layers=3)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(made)
+    real = {name: p.numel() for name, p in model.named_parameters()}
+    routed = sum(n for name, n in real.items() if ".experts." in name)
+    layers = [sum(n for name, n in real.items() if name.startswith(f"model.layers.{i}.")) for i in range(3)]
+    sizes = model_sizes(made)
+    shape = model_shape(sizes, counted(made.to_dict()))
+    assert (shape.parameters, shape.layer_parameters) == (sum(real.values()), max(layers))
+    assert has_experts(sizes) and shape.active_parameters == shape.parameters - routed // 2 and routed
+    assert (shape.experts, shape.experts_per_token) == (4, 2)
+    trained = trained_parameters(shape, config(use_peft=True, lora_r=2, lora_target_modules=["gate_up_proj"]))
+    assert trained == 2 * 3 * 4 * (32 + 2 * shape.expert_size)
+    assert memory_plan(shape, config(), A100, context=64).certain > 16 * shape.parameters
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -72,16 +104,20 @@ def test_activations_are_what_autograd_keeps_of_a_layer(sizes, bf16):
         num_key_value_heads=kv_heads, head_dim=32,
     )  # fmt: skip
     tokens = 250  # unlike any side of a weight, whose compute copies do not count
-    two, four = (_kept_bytes(made, layers, tokens, bf16) for layers in (2, 4))
-    measured = (four - two) / 2 / tokens
-    assert activation_bytes_per_token(model_shape(made.to_dict()), bf16) == pytest.approx(measured, rel=0.2)
+    chosen = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": inner // 4}
+    for one in (made, Qwen3MoeConfig(**(made.to_dict() | chosen | {"model_type": "qwen3_moe"}))):
+        two, four = (_kept_bytes(one, layers, tokens, bf16) for layers in (2, 4))
+        measured = (four - two) / 2 / tokens
+        assert activation_bytes_per_token(model_shape(one.to_dict()), bf16) == pytest.approx(measured, rel=0.2)
 
 
 def _kept_bytes(made: LlamaConfig, layers: int, tokens: int, bf16: bool) -> int:
     made.num_hidden_layers = layers
-    model = LlamaForCausalLM(made).train()
+    model = AutoModelForCausalLM.from_config(made).train()
+    follow_autocast(model)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    copies = {tuple(p.shape) for p in model.parameters()} | {tuple(p.t().shape) for p in model.parameters()}
+    copies = {tuple(p.shape) for p in model.parameters()}
+    copies |= {tuple(p.mT.shape) for p in model.parameters() if p.ndim > 1}
     kept: dict[int, torch.Tensor] = {}
 
     def note(t: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,9 @@ from igrpo.machine import Machine
 from igrpo.plan.command import main
 from igrpo.plan.device_trace import DeviceTrace
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
-from igrpo.plan.memory import memory_plan, model_shape
+from igrpo.plan.memory import memory_plan
 from igrpo.plan.rehearsal import rehearse
+from igrpo.plan.shapes import model_shape
 from tests.kernels import linear_on_fake_gpu
 
 MIB = 2**20
@@ -88,6 +89,9 @@ def collectives(trace):
     return {name: [traffic.calls, traffic.bytes] for name, traffic in phase.collectives.items()}
 
 
+CHOSEN = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+
+
 def planned(made):
     """By devices and settings: what ``memory_plan`` says over what the rehearsal finds; what is at most on the GPU
     while the model loads over the weights that it keeps there; how often the host waits in micro-batches."""
@@ -95,17 +99,20 @@ def planned(made):
     alone = adapters | {"lora_sync": "adapter"}
     cases = ((8, {}), (8, kept), (8, alone), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
     cases += ((8, {"activation_offloading": True}), (8, {"fsdp_offload_params": True}))
+    cases += ((8, {"experts": 16}), (1, {"experts": 16}))
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
     ratios, loaded, waited = {}, {}, {}
     for devices, settings in cases:
         offloads = "fsdp_offload_params" in settings  # accelerate's, not the recipe's
         os.environ["FSDP_OFFLOAD_PARAMS"] = str(offloads).lower()
-        own = {} if offloads else settings
+        mixed = {**made.to_dict(), **CHOSEN, "model_type": "qwen3_moe"} if "experts" in settings else None
+        shapes = AutoConfig.for_model(**mixed) if mixed else made
+        own = {} if offloads or mixed else settings
         config = TrainConfig(model_name_or_path="m", dataset_name="d", **{**common, **own})
         AcceleratorState._reset_state(reset_partial_state=True)
-        found = rehearse(made, config, devices, 2**34, prompt=100, completion=450, context=8192)
+        found = rehearse(shapes, config, devices, 2**34, prompt=100, completion=450, context=8192)
         machine = Machine("cuda", 2**34, devices, offloads)
-        plan = memory_plan(model_shape(made.to_dict()), config, machine, context=8192, sharded=devices > 1)
+        plan = memory_plan(model_shape(shapes.to_dict()), config, machine, context=8192, sharded=devices > 1)
         ratios[f"{devices} {settings}"] = plan.learner / found.peak
         if offloads:  # nothing is left there while it waits, and FSDP2 itself waits for its copies
             continue
