@@ -108,7 +108,7 @@ std::string source_hash() { return IGRPO_SOURCE_HASH; }
 }  // namespace
 }  // namespace igrpo
 
-#define IGRPO_TRANSFORM "float logit_scale, float softcap, float temperature"
+#define IGRPO_TRANSFORM "float logit_scale, float softcap, float temperature, Tensor? temperatures=None"
 #define IGRPO_ROWS "Tensor index, Tensor? mask"
 #define IGRPO_STATS "Tensor logps, Tensor entropy, Tensor norm, Tensor grad_logps, Tensor? grad_entropy"
 #define IGRPO_CONSTANTS                                                                                       \

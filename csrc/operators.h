@@ -46,9 +46,19 @@ inline Rows memory_of(const Tensor& logits) {
   return rows;
 }
 
+inline float* floats(const Tensor& x, const Tensor& like, int64_t count) {
+  IGRPO_CHECK_DTYPE(x, Float);
+  IGRPO_CHECK_VECTOR(x, count, like);
+  return static_cast<float*>(x.data_ptr());
+}
+
+inline const float* floats(const MaybeTensor& x, const Tensor& like, int64_t count) {
+  return x.has_value() ? floats(*x, like, count) : nullptr;
+}
+
 // Rows of logits with what is known of each; the gradient is set by with_grad.
 inline Rows rows_of(const Tensor& logits, const Tensor& index, const MaybeTensor& mask, double logit_scale,
-                    double softcap, double temperature) {
+                    double softcap, double temperature, const MaybeTensor& temperatures) {
   Rows rows = memory_of(logits);
   IGRPO_CHECK_DTYPE(index, Long);
   IGRPO_CHECK_VECTOR(index, rows.n, logits);
@@ -58,6 +68,7 @@ inline Rows rows_of(const Tensor& logits, const Tensor& index, const MaybeTensor
     rows.mask = static_cast<const bool*>(mask->data_ptr());
   }
   rows.index = static_cast<const int64_t*>(index.data_ptr());
+  rows.temperatures = floats(temperatures, logits, rows.n);
   rows.transform = {static_cast<float>(logit_scale), static_cast<float>(softcap), static_cast<float>(temperature)};
   return rows;
 }
@@ -67,16 +78,6 @@ inline Rows with_grad(Rows rows, const Tensor& grad) {
   rows.grad_stride_outer = grad.stride(0);
   rows.grad_stride_inner = grad.stride(1);
   return rows;
-}
-
-inline float* floats(const Tensor& x, const Tensor& like, int64_t count) {
-  IGRPO_CHECK_DTYPE(x, Float);
-  IGRPO_CHECK_VECTOR(x, count, like);
-  return static_cast<float*>(x.data_ptr());
-}
-
-inline const float* floats(const MaybeTensor& x, const Tensor& like, int64_t count) {
-  return x.has_value() ? floats(*x, like, count) : nullptr;
 }
 
 inline Tensor new_floats(const Tensor& like, std::vector<int64_t> shape) {
@@ -115,8 +116,8 @@ struct RowOutputs {
 template <class Backend>
 struct Operators {
   static std::tuple<Tensor, Tensor, Tensor> row_stats(Tensor logits, Tensor index, MaybeTensor mask, double logit_scale,
-                                                      double softcap, double temperature) {
-    const Rows rows = rows_of(logits, index, mask, logit_scale, softcap, temperature);
+                                                      double softcap, double temperature, MaybeTensor temperatures) {
+    const Rows rows = rows_of(logits, index, mask, logit_scale, softcap, temperature, temperatures);
     const RowOutputs out(logits, rows.n);
     Backend::row_stats(logits, rows, out.stats());
     return {out.logps, out.entropy, out.norm};
@@ -124,8 +125,8 @@ struct Operators {
 
   static void row_grad_into(Tensor grad, Tensor logits, Tensor index, MaybeTensor mask, Tensor logps, Tensor entropy,
                             Tensor norm, Tensor grad_logps, MaybeTensor grad_entropy, double logit_scale,
-                            double softcap, double temperature) {
-    const Rows rows = with_grad(rows_of(logits, index, mask, logit_scale, softcap, temperature), grad);
+                            double softcap, double temperature, MaybeTensor temperatures) {
+    const Rows rows = with_grad(rows_of(logits, index, mask, logit_scale, softcap, temperature, temperatures), grad);
     const RowStats stats{floats(logps, logits, rows.n), floats(entropy, logits, rows.n),
                          floats(norm, logits, 2 * rows.n)};
     const RowGradients g{floats(grad_logps, logits, rows.n), floats(grad_entropy, logits, rows.n)};
@@ -134,27 +135,27 @@ struct Operators {
 
   static Tensor row_grad(Tensor logits, Tensor index, MaybeTensor mask, Tensor logps, Tensor entropy, Tensor norm,
                          Tensor grad_logps, MaybeTensor grad_entropy, double logit_scale, double softcap,
-                         double temperature) {
+                         double temperature, MaybeTensor temperatures) {
     memory_of(logits);  // its checks come before the allocation
     Tensor grad = Backend::new_grad(logits);
     row_grad_into(grad, logits, index, mask, logps, entropy, norm, grad_logps, grad_entropy, logit_scale, softcap,
-                  temperature);
+                  temperature, temperatures);
     return grad;
   }
 
   static void row_grad_(Tensor logits, Tensor index, MaybeTensor mask, Tensor logps, Tensor entropy, Tensor norm,
                         Tensor grad_logps, MaybeTensor grad_entropy, double logit_scale, double softcap,
-                        double temperature) {
+                        double temperature, MaybeTensor temperatures) {
     row_grad_into(logits, logits, index, mask, logps, entropy, norm, grad_logps, grad_entropy, logit_scale, softcap,
-                  temperature);
+                  temperature, temperatures);
   }
 
   static std::tuple<Tensor, Tensor, Tensor> token_loss_into(
       Tensor grad, Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight,
       MaybeTensor old_logps, MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy,
       MaybeTensor centre, MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap,
-      double temperature) {
-    const Rows rows = with_grad(rows_of(logits, index, mask, logit_scale, softcap, temperature), grad);
+      double temperature, MaybeTensor temperatures) {
+    const Rows rows = with_grad(rows_of(logits, index, mask, logit_scale, softcap, temperature, temperatures), grad);
     const int64_t n = rows.n;
     const RowOutputs out(logits, n);
     const Tensor grad_logps = new_floats(logits, {n});
@@ -172,21 +173,23 @@ struct Operators {
   static std::tuple<Tensor, Tensor, Tensor, Tensor> token_loss(
       Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight, MaybeTensor old_logps,
       MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, MaybeTensor centre,
-      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature) {
+      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature,
+      MaybeTensor temperatures) {
     memory_of(logits);
     Tensor grad = Backend::new_grad(logits);
     return std::tuple_cat(
         token_loss_into(grad, logits, index, mask, advantages, loss_weight, old_logps, ref_logps, sampler,
-                        grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature),
+                        grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature, temperatures),
         std::make_tuple(grad));
   }
 
   static std::tuple<Tensor, Tensor, Tensor> token_loss_(
       Tensor logits, Tensor index, MaybeTensor mask, Tensor advantages, Tensor loss_weight, MaybeTensor old_logps,
       MaybeTensor ref_logps, MaybeTensor sampler, MaybeTensor grad_entropy, MaybeTensor centre,
-      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature) {
+      MaybeTensor nll_weights, std::vector<double> objective, double logit_scale, double softcap, double temperature,
+      MaybeTensor temperatures) {
     return token_loss_into(logits, logits, index, mask, advantages, loss_weight, old_logps, ref_logps, sampler,
-                           grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature);
+                           grad_entropy, centre, nll_weights, objective, logit_scale, softcap, temperature, temperatures);
   }
 
   template <class Library>

@@ -39,6 +39,7 @@ struct Rows {
   void* grad;            // [n, V] by strides, in `dtype`; may be `logits` itself, nullptr = statistics only
   const int64_t* index;  // [n] token ids; outside [0, V) the row becomes NaN
   const bool* mask;      // [n] optional; false = the row is not read: its outputs are 0
+  const float* temperatures;  // [n] optional: each row's own, in place of the transform's
   int64_t n;
   int64_t vocab;  // V
   int64_t inner;  // rows per outer index: row r is (r / inner, r % inner)

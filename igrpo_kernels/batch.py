@@ -76,6 +76,9 @@ class TokenBatch:
     prompt_lengths: Tensor | None = None
     """(S,) compute dtype: tokens of all completions of the sequence's prompt."""
 
+    temperatures: Tensor | None = None
+    """(n,) compute dtype: what each row's logits are divided by; None = `config.temperature` (`temperatures.py`)."""
+
     @classmethod
     def build(
         cls,

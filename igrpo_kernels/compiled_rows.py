@@ -93,7 +93,7 @@ class CompiledRows:
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, ...]:
         """index, mask, advantages, loss weights, old, ref, policy factor, dloss/dentropy, what kl_tau pulls to, NLL
-        weights; each (n,) or None.
+        weights, temperatures; each (n,) or None.
         """
         old = batch.old_per_token_logps
         sampler = None if old is None else policy_factor(old, batch, config)
@@ -109,18 +109,21 @@ class CompiledRows:
             None if slope is None else torch.where(batch.mask, slope, 0.0),
             pulled_to(batch, config),
             batch.nll_weights,
+            batch.temperatures,
         )
 
     def token_loss(
         self, logits: Tensor, out: Tensor | None, inputs: tuple[Tensor | None, ...], config: GRPOLossConfig
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass over the logits where a row stays close to the processor, one write."""
-        arguments = (_outer(logits), *inputs, objective_numbers(config), *_numbers(config.logit_transform))
+        *rows, temperatures = inputs
+        transform = config.logit_transform._replace(temperatures=temperatures)
+        arguments = (_outer(logits), *rows, objective_numbers(config), *_numbers(transform))
         if out is None:
             logps, entropy, slope, grad = torch.ops.igrpo.token_loss(*arguments)
             return logps, entropy, slope, grad.view(logits.shape)
-        rows = torch.ops.igrpo.token_loss_(*arguments)
-        return *rows, out if out is logits else out.copy_(logits)
+        found = torch.ops.igrpo.token_loss_(*arguments)
+        return *found, out if out is logits else out.copy_(logits)
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor (), for a factor that is nearly always 1: then the memory is not touched."""
@@ -176,8 +179,9 @@ def _outer(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x[None]
 
 
-def _numbers(transform: LogitTransform) -> tuple[float, float, float]:
-    return transform.logit_scale, transform.final_logit_softcapping or 0.0, transform.temperature
+def _numbers(transform: LogitTransform) -> tuple[float, float, float, Tensor | None]:
+    scale, cap, temperature, temperatures = transform
+    return scale, cap or 0.0, temperature, temperatures
 
 
 # ---- the libraries

@@ -81,7 +81,8 @@ def token_level_loss(
 
         for chunk in _chunks(0, used.with_gradient, plan.chunk_rows):
             _multiply(head, _beside(side, head.halves(chunk), head.logits, turn))
-        measure = _statistics(kernels, inputs[0], None, config.logit_transform)
+        transform = config.logit_transform._replace(temperatures=inputs[-1])
+        measure = _statistics(kernels, inputs[0], None, transform)
         for chunk in _chunks(used.with_gradient, used.count, plan.chunk_rows):
             found += [job()[:2] for _, job in _beside(side, head.halves(chunk), head.logits, measure)]
         rows = _joined(found or [RowStats.zeros(0, head.dtype, head.device)[:2]], head)
@@ -144,11 +145,12 @@ class _Walk:
         self.objective: Objective | None = None
         self.index = head.used.take(batch.index)
         self.mask = None if head.used.masked is None else batch.mask
+        self.transform = config.logit_transform._replace(temperatures=head.used.take(batch.temperatures))
         self.stats = _no_statistics(kernels, head, head.n)
 
     def measure(self, chunk: slice) -> None:
         """Fills `stats` for the chunk's rows and leaves their logits in the buffer."""
-        statistics = _statistics(self.kernels, self.index, self.mask, self.config.logit_transform)
+        statistics = _statistics(self.kernels, self.index, self.mask, self.transform)
         for half, job in _beside(self.side, self.head.halves(chunk), self.head.logits, statistics):
             self.stats.put(self.numbers(half.rows), job())
 
@@ -176,7 +178,7 @@ class _Walk:
             at = self.numbers(half.rows)
             mask = None if self.mask is None else self.mask[half.rows]
             g, h, *rest = [None if slope is None else slope[at] for slope in slopes]
-            arguments = (self.index[half.rows], mask, stats.at(at), g, h, config.logit_transform, *rest)
+            arguments = (self.index[half.rows], mask, stats.at(at), g, h, self.transform.at(half.rows), *rest)
             self.kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
         _multiply(head, _beside(self.side, halves, head.logits if again else head.logits_there, turn))
@@ -224,6 +226,7 @@ def log_probs(
     with torch.autocast(hidden.device.type, enabled=False), SideStream(hidden.device) as side:
         head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
         mask = None if used.masked is None else row_mask
+        transform = transform._replace(temperatures=used.take(transform.temperatures))
         work, found = _statistics(kernels, used.take(index), mask, transform, with_entropy), []
         for chunk in _chunks(0, used.count, plan.chunk_rows):
             found += [job().known for _, job in _beside(side, head.halves(chunk), head.logits, work)]
@@ -261,6 +264,7 @@ def log_probs_backward(
         head = LmHead(hidden.detach(), weight, bias, plan, used, shard is not None)
         head.expect(*needs)
         index, grads = used.take(index), [used.take(grad) for grad in grads]
+        transform = transform._replace(temperatures=used.take(transform.temperatures))
         mask, stats = (
             None if used.masked is None else active,
             RowStats(*map(used.take, stats.known)),
@@ -269,7 +273,7 @@ def log_probs_backward(
         def turn(half: Half, logits: Tensor) -> None:
             some = [None if x is None else x[half.rows] for x in (index, mask)]
             g, h, *rest = [None if grad is None else grad[half.rows] for grad in grads]
-            arguments = (*some, stats.at(half.rows), g, h, transform, *rest)
+            arguments = (*some, stats.at(half.rows), g, h, transform.at(half.rows), *rest)
             kernels.gradient(logits, head.dlogits(half.place, logits), *arguments)
 
         if kept is not None:
@@ -315,7 +319,7 @@ def _statistics(
 ) -> Callable[[Half, Tensor], RowStats]:
     def measure(half: Half, logits: Tensor) -> RowStats:
         some = None if mask is None else mask[half.rows]
-        return kernels.statistics(logits, index[half.rows], some, transform, with_entropy)
+        return kernels.statistics(logits, index[half.rows], some, transform.at(half.rows), with_entropy)
 
     return measure
 

@@ -55,9 +55,10 @@ def linear_grpo_loss(
     # A graph's own autograd goes through the objective. So does fp16: it lives on a loss scale, which comes with
     # backward, and a gradient made before that would have lost its small values.
     if not any(needs) or (tracing and not one_pass) or plan.matmul_dtype == torch.float16:
+        transform = config.logit_transform._replace(temperatures=batch.temperatures)
         logps, entropy, *divergence = linear_selective_log_softmax(
-            kernels, hidden, weight, bias, batch.index, config.logit_transform, return_entropy=True,
-            row_mask=measured, fp32_logits=fp32_logits, shard=shard,
+            kernels, hidden, weight, bias, batch.index, transform,
+            return_entropy=True, row_mask=measured, fp32_logits=fp32_logits, shard=shard,
         )  # fmt: skip
         used = entropy if config.needs_entropy_gradient else entropy.detach()
         loss, metrics = kernels.objective(logps, used, batch, config, num_items_in_batch, *divergence)
@@ -100,8 +101,9 @@ def linear_selective_log_softmax(
     """logps (n,) and entropy (n,) or None of `hidden @ weight.T + bias`, without those logits; of `DistilledRows` also
     the divergence (n,)."""
     plan = _plan(hidden, weight, fp32_logits, shard)
+    shared, temperatures = transform._replace(temperatures=None), transform.temperatures
     logps, entropy, *divergence = LinearSelectiveLogSoftmax.apply(
-        kernels, hidden, weight, bias, index.contiguous(), row_mask, transform, return_entropy, plan, shard
+        kernels, hidden, weight, bias, index.contiguous(), row_mask, shared, temperatures, return_entropy, plan, shard
     )
     return logps, entropy if return_entropy else None, *divergence
 
@@ -115,36 +117,40 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     """Statistics of each chunk forward; backward makes the chunk's logits again and turns them into gradients."""
 
     @staticmethod
-    def forward(ctx, kernels, hidden, weight, bias, index, row_mask, transform, return_entropy, plan, shard):
+    def forward(
+        ctx, kernels, hidden, weight, bias, index, row_mask, transform, temperatures, return_entropy, plan, shard
+    ):
         ctx.set_materialize_grads(False)
         ctx.kernels, ctx.transform, ctx.plan, ctx.shard = kernels, transform, plan, shard
+        transform = transform._replace(temperatures=temperatures)
         rows = (hidden.detach(), weight.detach(), None if bias is None else bias.detach(), index, row_mask)
         if torch.compiler.is_compiling():
             stats = RowStats(*linear_log_probs(kernels.name, *rows, *transform, return_entropy, *plan))
         else:
             keep = any(ctx.needs_input_grad)
             stats, ctx.kept = fused_linear.log_probs(kernels, *rows, transform, return_entropy, plan, shard, keep)
-        ctx.save_for_backward(hidden, weight, bias, index, row_mask, *stats.known)
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, temperatures, *stats.known)
         return stats.logps, stats.entropy, *stats.of_teacher
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, *grad_divergence: Tensor | None):
-        hidden, weight, bias, index, row_mask, *stats = ctx.saved_tensors
+        hidden, weight, bias, index, row_mask, temperatures, *stats = ctx.saved_tensors
+        transform = ctx.transform._replace(temperatures=temperatures)
         needs, rows = list(ctx.needs_input_grad[1:4]), (hidden, weight, bias, index, row_mask)
         if torch.compiler.is_compiling():
             gradients = linear_log_probs_backward(
-                ctx.kernels.name, *rows, *stats, grad_logps, grad_entropy, *ctx.transform, needs, *ctx.plan
+                ctx.kernels.name, *rows, *stats, grad_logps, grad_entropy, *transform, needs, *ctx.plan
             )
             gradients = [g if needed else None for g, needed in zip(gradients, needs, strict=True)]
         else:
             kept, ctx.kept = ctx.kept, None  # a second backward computes them
             gradients = fused_linear.log_probs_backward(
-                ctx.kernels, *rows, RowStats(*stats), grad_logps, grad_entropy, ctx.transform, needs,
+                ctx.kernels, *rows, RowStats(*stats), grad_logps, grad_entropy, transform, needs,
                 ctx.plan, ctx.shard, kept, *grad_divergence,
             )  # fmt: skip
         typed = [None if g is None else g.to(x.dtype) for g, x in zip(gradients, rows[:3], strict=True)]
-        return None, *typed, None, None, None, None, None, None
+        return None, *typed, None, None, None, None, None, None, None
 
 
 # ---- the operators
@@ -193,13 +199,15 @@ def linear_log_probs(
     scale: float,
     softcap: float | None,
     temperature: float,
+    temperatures: Tensor | None,
     with_entropy: bool,
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`fused_linear.log_probs`."""
-    transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
+    transform = LogitTransform(scale, softcap, temperature, temperatures)
+    plan = HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
     stats, _ = fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)
     return tuple(
@@ -230,13 +238,15 @@ def linear_log_probs_backward(
     scale: float,
     softcap: float | None,
     temperature: float,
+    temperatures: Tensor | None,
     needs: Sequence[bool],
     matmul_dtype: torch.dtype,
     logits_dtype: torch.dtype,
     chunk_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`fused_linear.log_probs_backward`."""
-    transform, plan = LogitTransform(scale, softcap, temperature), HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
+    transform = LogitTransform(scale, softcap, temperature, temperatures)
+    plan = HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows, stats = (hidden, weight, bias, index, row_mask), RowStats(logps, entropy, row_max, log_sum)
     gradients = fused_linear.log_probs_backward(
         IMPLS[kernels].kernels(), *rows, stats, grad_logps, grad_entropy, transform, list(needs), plan, None
@@ -246,7 +256,7 @@ def linear_log_probs_backward(
 
 @linear_log_probs_backward.register_fake
 def _(kernels, hidden, weight, bias, *rest):
-    return tuple(_gradients_like(hidden, weight, bias, rest[11]))
+    return tuple(_gradients_like(hidden, weight, bias, rest[12]))
 
 
 def _gradients_like(hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> list[Tensor]:

@@ -38,7 +38,10 @@ def selective_log_softmax(
     rows = index.reshape(-1).contiguous()  # the kernels step through rows one by one
     mask = None if row_mask is None else row_mask.reshape(-1).contiguous()
     logits = adjacent_columns(logits)
-    logps, entropy, *rest = SelectiveLogSoftmax.apply(kernels, logits, rows, mask, transform, return_entropy, inplace)
+    shared, temperatures = transform._replace(temperatures=None), transform.temperatures
+    logps, entropy, *rest = SelectiveLogSoftmax.apply(
+        kernels, logits, rows, mask, shared, temperatures, return_entropy, inplace
+    )
     shaped = [x.view(index.shape) for x in rest]
     return logps.view(index.shape), entropy.view(index.shape) if return_entropy else None, *shaped
 
@@ -72,7 +75,7 @@ def grpo_loss(
         kernels,
         logits,
         batch.index,
-        config.logit_transform,
+        config.logit_transform._replace(temperatures=batch.temperatures),
         return_entropy=True,
         row_mask=batch.mask,
         inplace=inplace,
@@ -87,28 +90,29 @@ class SelectiveLogSoftmax(torch.autograd.Function):
     """Statistics kernel forward, gradient kernel backward. State: the logits and four numbers per row."""
 
     @staticmethod
-    def forward(ctx, kernels, logits, index, row_mask, transform, return_entropy, inplace):
+    def forward(ctx, kernels, logits, index, row_mask, transform, temperatures, return_entropy, inplace):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
         ctx.kernels, ctx.transform, ctx.inplace = kernels, transform, inplace
+        transform = transform._replace(temperatures=temperatures)
         stats = kernels.statistics(logits.detach(), index, row_mask, transform, return_entropy)
-        ctx.save_for_backward(logits, index, row_mask, *stats.known)
+        ctx.save_for_backward(logits, index, row_mask, temperatures, *stats.known)
         return stats.logps, stats.entropy, *stats.of_teacher
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, *grad_divergence: Tensor | None):
-        logits, index, row_mask, *stats = ctx.saved_tensors
-        stats, grad = RowStats(*stats), None
+        logits, index, row_mask, temperatures, *stats = ctx.saved_tensors
+        stats, grad, transform = RowStats(*stats), None, ctx.transform._replace(temperatures=temperatures)
         if stats.entropy.numel() == 0:  # not computed, but torch.compile passes zeros for it, shaped like it: (0,)
             grad_entropy = None
         if any(g is not None for g in (grad_logps, grad_entropy, *grad_divergence)):
             x = logits.detach()
             out = x if ctx.inplace else None
-            slopes = (grad_logps, grad_entropy, ctx.transform, *grad_divergence)
+            slopes = (grad_logps, grad_entropy, transform, *grad_divergence)
             grad = ctx.kernels.gradient(x, out, index, row_mask, stats, *slopes)
             if ctx.inplace:
                 torch.autograd.graph.increment_version(logits)
-        return None, grad, None, None, None, None, None
+        return None, grad, None, None, None, None, None, None
 
 
 def with_gradients(

@@ -14,6 +14,7 @@ from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.loss_metrics import kept_metrics
 from igrpo_kernels.losses import PROMPT_MEAN
 from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
+from igrpo_kernels.temperatures import with_temperatures
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
 from igrpo_kernels.vocab_parallel import VocabShard
 
@@ -35,6 +36,7 @@ def grpo_loss(
     sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
     teacher_topk_ids: Tensor | None = None,  # (*shape of completion_ids, k)
     teacher_topk_logps: Tensor | None = None,  # (*shape of completion_ids, k)
+    temperatures: Tensor | None = None,  # shape of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     num_items_in_batch: Tensor | float | None = None,
     process_group: ProcessGroup | None = None,
@@ -71,6 +73,9 @@ def grpo_loss(
             constants. An id of -1 or a log-prob of -inf is no entry, and a token without entries has no teacher.
             Equation and rest bucket: `igrpo_kernels/distillation.py`. Two passes for any loss, not with sampling_mask
             and not inside torch.compile.
+        temperatures: what each token's logits are divided by, in place of `config.temperature`, which must then be 1:
+            the temperature it was sampled with. Float, > 0. It has no gradient; log-probs, ratio, KL, entropy and the
+            gradient of the logits are those of logits / temperatures[..., None].
         cu_seqlens: (S+1,) int offsets 0..n of the packed sequences; empty sequences are allowed.
         num_items_in_batch: denominator of dapo and its like (see below); None = this call's unmasked tokens. With
             prompt_mean: the step's prompts; None = those that this call holds, a part of a prompt for that part.
@@ -108,8 +113,8 @@ def grpo_loss(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit (with the shapes), ids outside the vocabulary (on the CPU;
             NaN rows elsewhere), missing ref_per_token_logps, unknown `impl`; a token outside its own set of
-            sampling_mask, a teacher's id twice in a row or its log-probs adding up to more than 1 (on the CPU; NaN rows
-            elsewhere).
+            sampling_mask, a teacher's id twice in a row or its log-probs adding up to more than 1, a temperature that
+            is not above 0 and finite (on the CPU; NaN rows elsewhere).
         RuntimeError: `impl` names an implementation this installation cannot run.
 
     Example:
@@ -133,6 +138,7 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         tables=None if kernels is None else kernels.tables(logits.device),
     )
+    batch = with_temperatures(batch, temperatures, config, completion_ids)
     shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
     vocab_size = columns if shard is None else shard.vocab_size
     check_index(batch.index, logits.device, vocab_size)
@@ -166,6 +172,7 @@ def linear_grpo_loss(
     sampling_mask: SamplingMask | None = None,  # one set per element of completion_ids
     teacher_topk_ids: Tensor | None = None,  # (*shape of completion_ids, k)
     teacher_topk_logps: Tensor | None = None,  # (*shape of completion_ids, k)
+    temperatures: Tensor | None = None,  # shape of completion_ids
     cu_seqlens: Tensor | None = None,  # (S+1,)
     lengths: Sequence[int] | None = None,  # (S,)
     num_items_in_batch: Tensor | float | None = None,
@@ -228,6 +235,7 @@ def linear_grpo_loss(
         lengths=lengths,
         tables=None if kernels is None else kernels.tables(device),
     )
+    batch = with_temperatures(batch, temperatures, config, completion_ids)
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)
     vocab_size = columns if shard is None else shard.vocab_size
     check_index(batch.index, device, vocab_size)

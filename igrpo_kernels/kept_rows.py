@@ -39,7 +39,7 @@ class KeptRows:
     ) -> RowStats:
         """Of the kept columns."""
         at, entry, counts = self.kept.mask.entries(index, mask)
-        z, _ = transform.with_slope(self._gather(logits, at, entry))
+        z, _ = transform.at(at).with_slope(self._gather(logits, at, entry))
         row_max = torch.segment_reduce(z, "max", lengths=counts, unsafe=True)
         shifted = z - row_max[at]
         weight = shifted.exp()
@@ -65,7 +65,7 @@ class KeptRows:
     ) -> Tensor:
         """Exactly 0 outside of the kept columns."""
         at, entry, _ = self.kept.mask.entries(index, mask)
-        z, slope = transform.with_slope(self._gather(logits, at, entry))
+        z, slope = transform.at(at).with_slope(self._gather(logits, at, entry))
         log_p = z - stats.row_max[at] - stats.log_sum[at]
         p, grad = log_p.exp(), torch.zeros_like(z)
         if grad_logps is not None:

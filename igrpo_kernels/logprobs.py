@@ -5,10 +5,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
-from igrpo_kernels.batch import check_index, check_index_dtype, check_linear_shapes, check_logits_shape
+from igrpo_kernels.batch import (
+    check_index,
+    check_index_dtype,
+    check_linear_shapes,
+    check_logits_shape,
+    compute_dtype,
+)
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
+from igrpo_kernels.temperatures import temperature_rows
 from igrpo_kernels.types import LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard
 
@@ -18,6 +25,7 @@ def selective_log_softmax(
     index: Tensor,  # (...)
     *,
     temperature: float = 1.0,
+    temperatures: Tensor | None = None,  # (...)
     return_entropy: bool = False,
     sampling_mask: SamplingMask | None = None,  # one set per element of index
     process_group: ProcessGroup | None = None,
@@ -31,6 +39,7 @@ def selective_log_softmax(
         logits: (..., V), fp64, fp32, bf16 or fp16, any strides. Columns of -inf have probability 0.
         index: (...) int32 or int64, the token whose log-probability is wanted.
         temperature: > 0.
+        temperatures: one per token, in place of it; see `grpo_loss`.
         return_entropy: also return H, in nats.
         sampling_mask: the tokens that a sampler's top_k, top_p or min_p kept: the softmax is over each row's own set,
             and the gradient elsewhere exactly 0. See `grpo_loss`.
@@ -55,7 +64,8 @@ def selective_log_softmax(
     vocab_size = columns if shard is None else shard.vocab_size
     check_index(index, logits.device, vocab_size)
     kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
-    rows, transform = index.reshape(-1).long(), checked_transform(temperature)
+    divisors = temperature_rows(temperatures, temperature, index, None, compute_dtype(logits.dtype))
+    rows, transform = index.reshape(-1).long(), checked_transform(temperature)._replace(temperatures=divisors)
     kept = KeptSets.of(sampling_mask, rows, None, vocab_size, index.shape)
     if kernels is None:
         logps, entropy = reference.selective_log_softmax(
@@ -76,6 +86,7 @@ def linear_selective_log_softmax(
     *,
     lm_head_bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    temperatures: Tensor | None = None,  # (...)
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
     row_mask: Tensor | None = None,  # (...)
@@ -100,6 +111,7 @@ def linear_selective_log_softmax(
         index: (...) int32 or int64.
         lm_head_bias: (V,).
         temperature, logit_scale, final_logit_softcapping: z = softcap·tanh(logit_scale·logits/softcap) / temperature.
+        temperatures: one per token, in place of temperature; see `grpo_loss`.
         row_mask: (...) bool, int or float; rows of 0 are dropped before the matmul, output 0 and gradient exactly 0.
         return_entropy: also return the entropy, in nats.
         sampling_mask: see `selective_log_softmax`.
@@ -127,6 +139,8 @@ def linear_selective_log_softmax(
             raise ValueError(f"row_mask has shape {tuple(row_mask.shape)} but index has shape {tuple(index.shape)}")
         mask = row_mask.reshape(-1) != 0
         rows = torch.where(mask, rows, 0)
+    divisors = temperature_rows(temperatures, temperature, index, mask, compute_dtype(hidden_states.dtype))
+    transform = transform._replace(temperatures=divisors)
     columns, device = lm_head_weight.shape[0], hidden_states.device
     shard = None if process_group is None else VocabShard.of(process_group, columns, device)
     vocab_size = columns if shard is None else shard.vocab_size
@@ -152,6 +166,7 @@ def linear_topk_log_softmax(
     *,
     lm_head_bias: Tensor | None = None,  # (V,)
     temperature: float = 1.0,
+    temperatures: Tensor | None = None,  # (...)
     logit_scale: float = 1.0,
     final_logit_softcapping: float | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -163,7 +178,7 @@ def linear_topk_log_softmax(
         hidden_states: (..., H), fp64, fp32, bf16 or fp16.
         lm_head_weight, lm_head_bias: (V, H) and (V,).
         k: entries per token, 1 to V.
-        temperature, logit_scale, final_logit_softcapping: as in `linear_selective_log_softmax`.
+        temperature, temperatures, logit_scale, final_logit_softcapping: as in `linear_selective_log_softmax`.
 
     Returns:
         ids (..., k) int64 and log-probabilities (..., k), fp32 (fp64 for fp64 hidden states), largest first. Without a
@@ -176,7 +191,9 @@ def linear_topk_log_softmax(
     columns = lm_head_weight.shape[0]
     if not 1 <= k <= columns:
         raise ValueError(f"k={k} must lie between 1 and the size of the vocabulary, {columns}")
-    transform = checked_transform(temperature, logit_scale, final_logit_softcapping)
+    dtype = compute_dtype(hidden_states.dtype)
+    divisors = temperature_rows(temperatures, temperature, hidden_states[..., 0], None, dtype)
+    transform = checked_transform(temperature, logit_scale, final_logit_softcapping)._replace(temperatures=divisors)
     hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
     ids, logps = reference.linear_topk_log_softmax(hidden, lm_head_weight, lm_head_bias, k, transform)
     shape = (*hidden_states.shape[:-1], k)

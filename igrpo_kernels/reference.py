@@ -45,7 +45,7 @@ def grpo_loss(
     logps, entropy, *columns = selective_log_softmax(
         logits,
         batch.index.view(batch.shape),
-        config.logit_transform,
+        config.logit_transform._replace(temperatures=batch.temperatures),
         return_entropy=True,
         row_mask=batch.mask.view(batch.shape),
         entropy_gradient=config.needs_entropy_gradient,
@@ -93,7 +93,7 @@ def linear_grpo_loss(
         weight,
         bias,
         batch.index,
-        config.logit_transform,
+        config.logit_transform._replace(temperatures=batch.temperatures),
         return_entropy=True,
         row_mask=batch.mask if compute_metrics else shapes_the_loss(batch, config),
         fp32_logits=fp32_logits,
@@ -110,6 +110,8 @@ def transform_logits(x: Tensor, transform: LogitTransform) -> Tensor:
     z = x if transform.logit_scale == 1.0 else x * transform.logit_scale
     if transform.final_logit_softcapping is not None:
         z = torch.tanh(z / transform.final_logit_softcapping) * transform.final_logit_softcapping
+    if transform.temperatures is not None:
+        return z / transform.temperatures.view(*z.shape[:-1], 1)
     return z if transform.temperature == 1.0 else z / transform.temperature
 
 
@@ -177,8 +179,9 @@ def linear_selective_log_softmax(
     matmul_dtype = _matmul_dtype(hidden)
     if fp32_logits:
         matmul_dtype = compute_dtype(matmul_dtype)
+    shared, temperatures = transform._replace(temperatures=None), transform.temperatures
     return LinearSelectiveLogSoftmax.apply(
-        hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept, columns
+        hidden, weight, bias, index, row_mask, shared, temperatures, return_entropy, matmul_dtype, kept, columns
     )
 
 
@@ -208,10 +211,12 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index, row_mask, transform, return_entropy, matmul_dtype, kept, columns):
+    def forward(
+        ctx, hidden, weight, bias, index, row_mask, transform, temperatures, return_entropy, dtype, kept, columns
+    ):
         ctx.set_materialize_grads(False)  # an unused output must cost nothing in backward
-        ctx.transform, ctx.matmul_dtype, ctx.kept = transform, matmul_dtype, kept
-        head = _LmHead(hidden, weight, bias, transform, matmul_dtype, kept)
+        ctx.transform, ctx.matmul_dtype, ctx.kept = transform, dtype, kept
+        head = _LmHead(hidden, weight, bias, transform._replace(temperatures=temperatures), dtype, kept)
         logps = hidden.new_zeros(hidden.shape[0], dtype=head.dtype)
         entropy, log_norm = torch.zeros_like(logps) if return_entropy else None, torch.zeros_like(logps)
         at_columns = None if columns is None else logps.new_zeros(columns.shape)
@@ -226,15 +231,16 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
             if return_entropy:
                 log_p = z.sub_(log_z[:, None])
                 entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=_LOG_P_FLOOR)).sum(-1)
-        ctx.save_for_backward(hidden, weight, bias, index, row_mask, log_norm, entropy, columns)
+        ctx.save_for_backward(hidden, weight, bias, index, row_mask, temperatures, log_norm, entropy, columns)
         return (logps, entropy) if columns is None else (logps, entropy, at_columns)
 
     @staticmethod
     @first_order_only
     def backward(ctx, grad_logps: Tensor | None, grad_entropy: Tensor | None, grad_columns: Tensor | None = None):
-        hidden, weight, bias, index, row_mask, log_norm, entropy, columns = ctx.saved_tensors
+        hidden, weight, bias, index, row_mask, temperatures, log_norm, entropy, columns = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        head = _LmHead(hidden, weight, bias, ctx.transform, ctx.matmul_dtype, ctx.kept)
+        transform = ctx.transform._replace(temperatures=temperatures)
+        head = _LmHead(hidden, weight, bias, transform, ctx.matmul_dtype, ctx.kept)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=head.dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.dtype) if needs_bias else None
@@ -252,7 +258,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
                     grad_hidden[chunk] = (grad_x.to(ctx.matmul_dtype) @ head.weight).to(hidden.dtype)
         grad_weight = grad_weight.to(weight.dtype) if needs_weight else None
         grad_bias = grad_bias.to(bias.dtype) if needs_bias else None
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None, None, None
 
 
 class _LmHead:
@@ -274,7 +280,7 @@ class _LmHead:
 
     def transformed(self, x: Tensor, chunk: Tensor) -> Tensor:
         """Policy logits z of `logits`, -inf outside of the kept sets; may reuse x."""
-        z = transform_logits(x, self.transform)
+        z = transform_logits(x, self.transform.at(chunk))
         return z if self.kept is None else z.masked_fill(self.outside(chunk), -torch.inf)
 
     def outside(self, chunk: Tensor) -> Tensor:
@@ -299,8 +305,8 @@ def _grad_logits(
 ) -> Tensor:
     """dloss/dx (m, V): dz_v = g_l·([v = target] - p_v) - g_H·p_v·(logp_v + H) + sum_j c_j·([v = id_j] - p_v), then back
     through the transform."""
-    transform = head.transform
-    slope = transform.logit_scale / transform.temperature  # dz/dx without soft-capping
+    transform = head.transform.at(chunk)
+    slope = transform.logit_scale / transform.spread(2)  # dz/dx without soft-capping, () or (m, 1)
     x = head.logits(chunk)
     log_p = head.transformed(x, chunk).sub_(log_norm[chunk][:, None])  # may reuse x, unless x is needed below
     p = log_p.exp()
@@ -316,7 +322,8 @@ def _grad_logits(
         target = index[chunk]
         in_vocab = target.clamp(0, p.shape[1] - 1)
         # NaN: a bad target poisons its row
-        g = torch.where(head.chosen(index, chunk, in_vocab), grad_logps[chunk] * slope, torch.nan)[:, None]
+        chosen = head.chosen(index, chunk, in_vocab)[:, None]
+        g = torch.where(chosen, grad_logps[chunk][:, None] * slope, torch.nan)
         grad = grad.mul_(g) if grad_entropy is None else grad.addcmul_(p, g, value=-1.0)
         grad.scatter_add_(1, in_vocab[:, None], g)  # one column per row: no two adds meet
     elif grad_entropy is None:

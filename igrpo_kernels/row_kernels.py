@@ -2,7 +2,7 @@
 
 Logits come as (n, V) or (B, T, V) with adjacent columns. `out` is where dlogits go: None = a new tensor of logits'
 dtype, `logits` itself = in place, or a tensor of any dtype. Masked rows are not read; their statistics and gradients
-are 0. An index outside the vocabulary makes its row NaN.
+are 0. A transform's temperatures are of the same rows. An index outside the vocabulary makes its row NaN.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class RowKernels(Protocol):
     def coefficient_inputs(
         self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
     ) -> tuple[Tensor | None, ...]:
-        """What a row's coefficient needs besides its logits, the index first; (n,), () or None each."""
+        """What a row's coefficient needs besides its logits, the index first, temperatures last; (n,), () or None."""
 
     def token_loss(
         self, logits: Tensor, out: Tensor | None, inputs: tuple[Tensor | None, ...], config: GRPOLossConfig

@@ -24,6 +24,7 @@ from igrpo_kernels.triton_math import (
     row_statistics,
     sampler_correction,
     target_log_prob,
+    tempered,
     times,
     write_gradient,
 )
@@ -103,6 +104,7 @@ class CoefficientInputs(NamedTuple):
     policy_weight: Tensor | None  # sampler ratio that is no token's own, and 0 where the row is rejected
     grad_entropy: Tensor | None  # (): dloss/dentropy, the same for every unmasked row
     nll_weights: Tensor | None
+    temperatures: Tensor | None
 
 
 _POINTERS = [
@@ -120,6 +122,7 @@ _POINTERS = [
     "policy_weight_ptr",
     "grad_entropy_ptr",
     "nll_weights_ptr",
+    "temperatures_ptr",
 ]
 _RUN_TIME = [
     "V",
@@ -214,6 +217,7 @@ def token_loss_kernel(
     policy_weight_ptr,
     grad_entropy_ptr,
     nll_weights_ptr,
+    temperatures_ptr,
     # shape and strides
     V: tl.int32,
     tokens: tl.int64,
@@ -249,10 +253,9 @@ def token_loss_kernel(
     NEAR: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
-    inner = tl.full((), inner, DTYPE)
-    outer = tl.full((), outer, DTYPE)
     V = V // VEC * VEC
     row = tl.program_id(0).to(tl.int64)
+    inner, outer = tempered(inner, outer, temperatures_ptr, row, DTYPE, SOFTCAP)
     row_ptr = row_pointer(logits_ptr, row, tokens, stride_batch, stride_token, VEC)
     grad_row_ptr = row_pointer(grad_ptr, row, tokens, grad_stride_batch, grad_stride_token, VEC)
     active = tl.load(mask_ptr + row) != 0

@@ -68,8 +68,8 @@ def vector_length(*tensors: Tensor) -> int:
 
 
 def transform_factors(transform: LogitTransform) -> tuple[float, float, bool]:
-    """(inner, outer, capped) of `triton_math.policy_logits`."""
-    scale, cap, temperature = transform
+    """(inner, outer, capped) of `triton_math.policy_logits`, before a row's own temperature."""
+    scale, cap, temperature, _ = transform
     if cap is None:
         return scale / temperature, 1.0, False
     return scale / cap, cap / temperature, True

@@ -15,11 +15,21 @@ from igrpo_kernels.triton_math import (
     row_pointer,
     row_statistics,
     target_log_prob,
+    tempered,
     write_gradient,
 )
 from igrpo_kernels.types import LogitTransform
 
-_STATISTICS_POINTERS = ["logits_ptr", "index_ptr", "mask_ptr", "logps_ptr", "entropy_ptr", "row_max_ptr", "log_sum_ptr"]
+_STATISTICS_POINTERS = [
+    "logits_ptr",
+    "index_ptr",
+    "mask_ptr",
+    "temperatures_ptr",
+    "logps_ptr",
+    "entropy_ptr",
+    "row_max_ptr",
+    "log_sum_ptr",
+]
 _RUN_TIME = ["V", "tokens", "stride_batch", "stride_token", "inner", "outer"]
 
 
@@ -29,6 +39,7 @@ def row_statistics_kernel(
     logits_ptr,
     index_ptr,
     mask_ptr,
+    temperatures_ptr,
     logps_ptr,
     entropy_ptr,
     row_max_ptr,
@@ -49,10 +60,9 @@ def row_statistics_kernel(
     NEAR: tl.constexpr,
 ):
     DTYPE: tl.constexpr = logps_ptr.dtype.element_ty
-    inner = tl.full((), inner, DTYPE)
-    outer = tl.full((), outer, DTYPE)
     V = V // VEC * VEC  # tells the compiler that V fills whole vectors
     row = tl.program_id(0).to(tl.int64)
+    inner, outer = tempered(inner, outer, temperatures_ptr, row, DTYPE, SOFTCAP)
     row_ptr = row_pointer(logits_ptr, row, tokens, stride_batch, stride_token, VEC)
     target = tl.load(index_ptr + row)
     active = row < tl.num_programs(0)
@@ -89,6 +99,7 @@ def row_statistics_fwd(
                 logits,
                 index,
                 None if row_mask is None else row_mask.view(torch.uint8),
+                transform.temperatures,
                 logps,
                 entropy if with_entropy else None,
                 row_max,
@@ -115,6 +126,7 @@ _GRADIENT_POINTERS = [
     "grad_ptr",
     "index_ptr",
     "mask_ptr",
+    "temperatures_ptr",
     "row_max_ptr",
     "log_sum_ptr",
     "entropy_ptr",
@@ -131,6 +143,7 @@ def row_gradient_kernel(
     grad_ptr,
     index_ptr,
     mask_ptr,
+    temperatures_ptr,
     row_max_ptr,
     log_sum_ptr,
     entropy_ptr,
@@ -152,10 +165,9 @@ def row_gradient_kernel(
     BLOCK: tl.constexpr,
 ):
     DTYPE: tl.constexpr = row_max_ptr.dtype.element_ty
-    inner = tl.full((), inner, DTYPE)
-    outer = tl.full((), outer, DTYPE)
     V = V // VEC * VEC
     row = tl.program_id(0).to(tl.int64)
+    inner, outer = tempered(inner, outer, temperatures_ptr, row, DTYPE, SOFTCAP)
     row_ptr = row_pointer(logits_ptr, row, tokens, stride_batch, stride_token, VEC)
     grad_row_ptr = row_pointer(grad_ptr, row, tokens, grad_stride_batch, grad_stride_token, VEC)
     target = tl.load(index_ptr + row)
@@ -204,6 +216,7 @@ def row_gradient_bwd(
                 grad,
                 index,
                 None if row_mask is None else row_mask.view(torch.uint8),
+                transform.temperatures,
                 row_max,
                 log_sum,
                 entropy,

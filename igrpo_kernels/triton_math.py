@@ -69,6 +69,19 @@ def row_pointer(base, row, tokens, stride_batch, stride_token, VEC: tl.constexpr
 
 
 @triton.jit
+def tempered(inner, outer, temperatures_ptr, row, DTYPE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """(inner, outer) of a row in the compute dtype; its own temperature comes last: it divides z."""
+    inner = tl.full((), inner, DTYPE)
+    outer = tl.full((), outer, DTYPE)
+    if temperatures_ptr is not None:
+        if SOFTCAP:
+            outer = outer / tl.load(temperatures_ptr + row)
+        else:
+            inner = inner / tl.load(temperatures_ptr + row)
+    return inner, outer
+
+
+@triton.jit
 def policy_logits(x, inner, outer, SOFTCAP: tl.constexpr):
     """z and dz/dx. Without a cap z = inner·x; with one z = outer·tanh(inner·x)."""
     if SOFTCAP:  # tanh(y) = 1 - 2r and its derivative 4(r - r²), r = 1 / (1 + e^2y)

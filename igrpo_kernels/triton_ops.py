@@ -33,14 +33,16 @@ def row_statistics(
     scale: float,
     softcap: float | None,
     temperature: float,
+    temperatures: Tensor | None,  # (n,)
     with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logps, entropy ((0,) if not wanted), row maximum, log of the row's sum; see `triton_math`."""
-    return row_statistics_fwd(logits, index, row_mask, LogitTransform(scale, softcap, temperature), with_entropy)
+    transform = LogitTransform(scale, softcap, temperature, temperatures)
+    return row_statistics_fwd(logits, index, row_mask, transform, with_entropy)
 
 
 @row_statistics.register_fake
-def _(logits, index, row_mask, scale, softcap, temperature, with_entropy):
+def _(logits, index, row_mask, scale, softcap, temperature, temperatures, with_entropy):
     logps, entropy = _statistics_like(logits, with_entropy)
     return logps, entropy, torch.empty_like(logps), torch.empty_like(logps)
 
@@ -58,9 +60,10 @@ def row_gradient_(
     scale: float,
     softcap: float | None,
     temperature: float,
+    temperatures: Tensor | None,  # (n,)
 ) -> None:
     """Overwrite logits with their gradient."""
-    transform = LogitTransform(scale, softcap, temperature)
+    transform = LogitTransform(scale, softcap, temperature, temperatures)
     row_gradient_bwd(logits, logits, index, row_mask, row_max, log_sum, entropy, grad_logps, grad_entropy, transform)
 
 
@@ -77,10 +80,11 @@ def row_gradient(
     scale: float,
     softcap: float | None,
     temperature: float,
+    temperatures: Tensor | None,  # (n,)
 ) -> Tensor:
     """dlogits, contiguous, in the dtype of logits."""
     grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    transform = LogitTransform(scale, softcap, temperature)
+    transform = LogitTransform(scale, softcap, temperature, temperatures)
     row_gradient_bwd(logits, grad, index, row_mask, row_max, log_sum, entropy, grad_logps, grad_entropy, transform)
     return grad
 

@@ -51,7 +51,7 @@ class TritonRows:
         if out.data_ptr() == logits.data_ptr():
             ops.row_gradient_(logits, *arguments)
         else:
-            ops.row_gradient_bwd(logits, out, *arguments[:-3], transform)
+            ops.row_gradient_bwd(logits, out, *arguments[: -len(transform)], transform)
         return out
 
     def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
@@ -100,6 +100,7 @@ class TritonRows:
             policy_weight,
             slope,
             batch.nll_weights,
+            batch.temperatures,
         )
 
     def token_loss(
@@ -107,7 +108,7 @@ class TritonRows:
     ) -> tuple[Tensor, Tensor, None, Tensor]:
         """One launch: two walks over each row, one write."""
         scalars, kind, transform = LossScalars.of(config), LossKind.of(config), config.logit_transform
-        arguments = ([*inputs], *transform, [*scalars], kind.term, [*kind[1:]])
+        arguments = ([*inputs], *transform[:-1], [*scalars], kind.term, [*kind[1:]])
         if out is None:
             grad, logps, entropy = ops.token_loss(logits, *arguments)
         elif out.data_ptr() == logits.data_ptr():

@@ -16,10 +16,21 @@ class LogitTransform(NamedTuple):
     logit_scale: float = 1.0
     final_logit_softcapping: float | None = None
     temperature: float = 1.0
+    temperatures: Tensor | None = None
+    """(n,) compute dtype: each row's own T, in place of `temperature`, which is then 1."""
+
+    def spread(self, dimensions: int) -> Tensor | float:
+        """T, or (n, 1, …) beside a tensor of so many dimensions."""
+        own = self.temperatures
+        return self.temperature if own is None else own.view(-1, *(1 for _ in range(dimensions - 1)))
+
+    def at(self, rows: Tensor | slice) -> "LogitTransform":
+        """Of some rows."""
+        return self if self.temperatures is None else self._replace(temperatures=self.temperatures[rows])
 
     def with_slope(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
-        """z and dz/dx."""
-        scale, cap, temperature = self
+        """z and dz/dx of some logits of each row, (n,) or (n, j)."""
+        scale, cap, temperature = self.logit_scale, self.final_logit_softcapping, self.spread(x.dim())
         if cap is None:
             return x * scale / temperature, scale / temperature
         bent = torch.tanh(x * (scale / cap))

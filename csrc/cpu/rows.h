@@ -27,10 +27,12 @@ const float kNaN = __builtin_nanf("");
 // z from x; `slope` is dz/dx.
 template <bool kSoftcap>
 struct Transform {
-  explicit Transform(const LogitTransform& t)
-      : inner(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / t.temperature),
-        outer(t.softcap / t.temperature),
-        gain(t.logit_scale / t.temperature) {}
+  Transform(const Rows& rows, int64_t r)
+      : Transform(rows.transform, rows.temperatures == nullptr ? rows.transform.temperature : rows.temperatures[r]) {}
+  Transform(const LogitTransform& t, float temperature)
+      : inner(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / temperature),
+        outer(t.softcap / temperature),
+        gain(t.logit_scale / temperature) {}
 
   vf operator()(vf x) const { return kSoftcap ? tanh_v(x * inner) * outer : x * inner; }
   vf slope(vf x) const {
@@ -226,24 +228,23 @@ bool masked_out(const Rows& rows, int64_t r) { return rows.mask != nullptr && !r
 template <class T, bool kSoftcap>
 struct RowLoops {
   static void stats(const Rows& rows, const RowStats& out, int64_t begin, int64_t end) {
-    const Transform<kSoftcap> transform(rows.transform);
     for (int64_t r = begin; r < end; ++r) {
       if (masked_out(rows, r)) {
         write_masked(r, rows.n, out);
       } else {
-        write_stats(measure_row<T>(logits_row<T>(rows, r), r, rows, transform), rows.n, out);
+        write_stats(measure_row<T>(logits_row<T>(rows, r), r, rows, Transform<kSoftcap>(rows, r)), rows.n, out);
       }
     }
   }
 
   static void grad(const Rows& rows, const RowStats& stats, const RowGradients& g, int64_t begin, int64_t end) {
-    const Transform<kSoftcap> transform(rows.transform);
     for (int64_t r = begin; r < end; ++r) {
       typename T::Storage* y = grad_row<T>(rows, r);
       if (masked_out(rows, r)) {
         fill_row<T>(y, rows.vocab, 0.0f);
         continue;
       }
+      const Transform<kSoftcap> transform(rows, r);
       const int64_t target = rows.index[r];
       const Row row{r,
                     target,
@@ -257,7 +258,6 @@ struct RowLoops {
   }
 
   static void token_loss(const Rows& rows, const RowStats& out, const TokenConstants& c, int64_t begin, int64_t end) {
-    const Transform<kSoftcap> transform(rows.transform);
     for (int64_t r = begin; r < end; ++r) {
       typename T::Storage* y = grad_row<T>(rows, r);
       if (masked_out(rows, r)) {
@@ -266,6 +266,7 @@ struct RowLoops {
         fill_row<T>(y, rows.vocab, 0.0f);
         continue;
       }
+      const Transform<kSoftcap> transform(rows, r);
       const typename T::Storage* x = logits_row<T>(rows, r);
       const Row row = measure_row<T>(x, r, rows, transform);
       write_stats(row, rows.n, out);

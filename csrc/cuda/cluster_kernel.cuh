@@ -35,6 +35,7 @@ struct ClusterShared {
   RowPlace places[kMaxBuffers];
   RowConstants constants[kMaxBuffers];
   float x_target[kMaxBuffers];
+  float4 transforms[kMaxBuffers];  // of rows with their own temperature
   RowSlope slope;
   bool silent;  // no gradient
 };
@@ -57,7 +58,7 @@ struct Slice {
 
 // Requests row r into a ring buffer, and notes where it lies; a masked row is not loaded. Two threads work, of different
 // warps: the second one's loads take as long as a DRAM access.
-template <class T>
+template <class T, bool kSoftcap, bool kTempered>
 __device__ void request_row(const Rows& rows, const TokenConstants& constants, int64_t r, int rank, int slice_granules,
                             ClusterShared& shared, int buffer, uint4* slices) {
   if (threadIdx.x % kWarp != 0 || threadIdx.x > kWarp || r >= rows.n) return;
@@ -78,6 +79,9 @@ __device__ void request_row(const Rows& rows, const TokenConstants& constants, i
   shared.places[buffer] = {slice.span.x, slice.span.y, slice.span.head, slice.span.granules,
                            in_vocab ? static_cast<int>(target) : -1, masked};
   shared.constants[buffer] = row_constants(r, constants);
+  if constexpr (kTempered) {
+    shared.transforms[buffer] = Transform<T, kSoftcap>(rows.transform, rows.temperatures[r]).numbers();
+  }
   shared.x_target[buffer] = in_vocab ? static_cast<float>(slice.span.x[target]) : 0.0f;
 }
 
@@ -193,7 +197,8 @@ __device__ T conclude_row(const Sums& sums, const Rows& rows, const RowStats& ou
 
 #endif  // sm_90
 
-template <class T, bool kSoftcap>
+// kTempered: rows.temperatures are there. Else nothing of a row's transform is left to its loop.
+template <class T, bool kSoftcap, bool kTempered = false>
 __global__ void __launch_bounds__(kClusterThreads, 2)
     token_loss_cluster_kernel(const __grid_constant__ Rows rows, const __grid_constant__ RowStats out,
                               const __grid_constant__ TokenConstants constants, const __grid_constant__ ClusterPlan plan) {
@@ -204,20 +209,20 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   const cg::cluster_group cluster = cg::this_cluster();
   const int rank = static_cast<int>(cluster.block_rank());
   const int64_t clusters = gridDim.x / plan.cluster;
-  const Transform<T, kSoftcap> transform(rows.transform);
+  const Transform<T, kSoftcap> common(rows.transform);
   if (threadIdx.x == 0) {
     for (int b = 0; b < plan.buffers; ++b) barrier_init(&shared.full[b]);
     barrier_init_fence();
   }
-  // Blocks that the cluster does not have leave nothing.
+  // Blocks that the cluster does not have leave nothing, whatever a row's temperature.
   for (int i = threadIdx.x; i < 2 * kMaxCluster * kClusterWarps; i += kClusterThreads) {
-    (&shared.parts[0][0])[i] = as_float4(RunningSums<T, kSoftcap>(transform).sums());
+    (&shared.parts[0][0])[i] = make_float4(negative_infinity(), -FLT_MAX, 0.0f, 0.0f);
   }
   cluster.sync();
 
   const int64_t first_row = blockIdx.x / plan.cluster;
   for (int b = 0; b + 1 < plan.buffers; ++b) {
-    request_row<T>(rows, constants, first_row + b * clusters, rank, plan.slice_granules, shared, b, slices);
+    request_row<T, kSoftcap, kTempered>(rows, constants, first_row + b * clusters, rank, plan.slice_granules, shared, b, slices);
   }
   __syncthreads();
 
@@ -225,6 +230,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
   int buffer = 0, exchange = 0;
   for (int64_t r = first_row; r < rows.n; r += clusters) {
     const RowPlace place = shared.places[buffer];
+    const auto transform = kTempered ? Transform<T, kSoftcap>(shared.transforms[buffer]) : common;
     const Slice<T> slice(RowSpan<T>(place, static_cast<int>(rows.vocab)), rank, plan.slice_granules);
     uint4* granules = slices + buffer * plan.slice_granules;
     if (!place.masked) {
@@ -235,7 +241,7 @@ __global__ void __launch_bounds__(kClusterThreads, 2)
     }
     // The buffer of the row before this one: its threads are done with it since that row's last __syncthreads.
     const int refill = buffer == 0 ? plan.buffers - 1 : buffer - 1;
-    request_row<T>(rows, constants, r + (plan.buffers - 1) * clusters, rank, plan.slice_granules, shared, refill, slices);
+    request_row<T, kSoftcap, kTempered>(rows, constants, r + (plan.buffers - 1) * clusters, rank, plan.slice_granules, shared, refill, slices);
     if (place.masked) {
       if (rank == 0 && threadIdx.x == 0) {
         write_masked_stats(r, rows.n, out);

@@ -67,10 +67,10 @@ ClusterPlan cluster_plan(const Rows& rows, const Device& device) {
   return {0, 0, 0};
 }
 
-template <class T, bool kSoftcap>
+template <class T, bool kSoftcap, bool kTempered>
 void launch_cluster(const Rows& rows, const RowStats& out, const TokenConstants& constants, const ClusterPlan& plan,
                     const Device& device, cudaStream_t stream) {
-  const auto kernel = token_loss_cluster_kernel<T, kSoftcap>;
+  const auto kernel = token_loss_cluster_kernel<T, kSoftcap, kTempered>;
   const int shared = 16 * plan.slice_granules * plan.buffers;
   IGRPO_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared));
   cudaLaunchAttribute attribute{};
@@ -117,7 +117,9 @@ void launch_token_loss(const Rows& rows, const RowStats& out, const TokenConstan
                                                               : nullptr;
   const Plan plan = choose_plan(against_cluster);
   if (plan == Plan::cluster) {
-    launch_cluster<T, kSoftcap>(rows, out, constants, cluster, device, stream);
+    const bool tempered = rows.temperatures != nullptr;
+    const auto launch = tempered ? launch_cluster<T, kSoftcap, true> : launch_cluster<T, kSoftcap, false>;
+    launch(rows, out, constants, cluster, device, stream);
   } else {
     launch_resident<T, kSoftcap>(rows, out, constants, device, plan == Plan::resident, stream);
   }

@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
                                const __grid_constant__ TokenConstants constants, int shared_slots) {
   extern __shared__ uint4 shared[];
   __shared__ RowBroadcast known;
-  const Transform<T, kSoftcap> transform(rows.transform);
+  Transform<T, kSoftcap> transform(rows.transform);
   const uint4 beyond = granule_of<T>(transform.rising() ? negative_infinity() : -negative_infinity());
   uint4 kept[kRegisterGranules];
 #pragma unroll
@@ -173,6 +173,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
       continue;
     }
     if (!loaded) load_row(span, shared, shared_slots, beyond, kept);
+    if (rows.temperatures != nullptr) transform = Transform<T, kSoftcap>(rows.transform, rows.temperatures[r]);
     __pipeline_commit();
     __pipeline_wait_prior(0);
     const Sums mine = transform.rising() ? resident_sums<true>(span, shared, shared_slots, kept, transform)

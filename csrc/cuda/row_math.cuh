@@ -100,14 +100,17 @@ struct Transform {
   static constexpr bool kFastTanh = kSoftcap && sizeof(T) == 2;
   float inner, outer, gain, limit;
 
-  __device__ explicit Transform(const LogitTransform& t)
-      : inner(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / t.temperature * kLog2e),
-        outer(t.softcap / t.temperature * kLog2e),
-        gain(t.logit_scale / t.temperature) {
+  __device__ explicit Transform(const LogitTransform& t) : Transform(t, t.temperature) {}
+  __device__ explicit Transform(const float4& x) : inner(x.x), outer(x.y), gain(x.z), limit(x.w) {}
+  __device__ Transform(const LogitTransform& t, float temperature)
+      : inner(kSoftcap ? t.logit_scale / t.softcap : t.logit_scale / temperature * kLog2e),
+        outer(t.softcap / temperature * kLog2e),
+        gain(t.logit_scale / temperature) {
     // A power of two, so that its product is exact; up to it, the rounding of a maximum moves no distance by 16.
     const float power = exp2f(floorf(28.0f - log2f(fabsf(inner))));
     limit = kSoftcap ? FLT_MAX : std::is_same_v<T, __half> ? fminf(65504.0f, power) : power;
   }
+  __device__ float4 numbers() const { return make_float4(inner, outer, gain, limit); }
   __device__ bool rising() const { return gain > 0.0f; }
   __device__ float operator()(float x) const { return kSoftcap ? tanhf(x * inner) * outer : bounded(x) * inner; }
   __device__ float slope(float x) const {

@@ -13,12 +13,13 @@ template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     row_stats_kernel(const __grid_constant__ Rows rows, const __grid_constant__ RowStats out) {
   __shared__ float4 scratch[kStreamThreads / kWarp];
-  const Transform<T, kSoftcap> transform(rows.transform);
+  Transform<T, kSoftcap> transform(rows.transform);
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     if (masked_out(rows, r)) {
       if (threadIdx.x == 0) write_masked_stats(r, rows.n, out);
       continue;
     }
+    if (rows.temperatures != nullptr) transform = Transform<T, kSoftcap>(rows.transform, rows.temperatures[r]);
     const RowSpan<T> span(rows, r);
     RunningSums<T, kSoftcap> running(transform);
     const auto load = [&](int g) { return __ldcs(span.x_granules() + g); };
@@ -55,7 +56,7 @@ template <class T, bool kSoftcap>
 __global__ void __launch_bounds__(kStreamThreads, 2)
     row_grad_kernel(const __grid_constant__ Rows rows, const __grid_constant__ RowStats stats,
                     const __grid_constant__ RowGradients g) {
-  const Transform<T, kSoftcap> transform(rows.transform);
+  Transform<T, kSoftcap> transform(rows.transform);
   for (int64_t r = blockIdx.x; r < rows.n; r += gridDim.x) {
     const RowSpan<T> span(rows, r);
     const int64_t target = rows.index[r];
@@ -71,6 +72,7 @@ __global__ void __launch_bounds__(kStreamThreads, 2)
       fill_row(span, quiet_nan());
       continue;
     }
+    if (rows.temperatures != nullptr) transform = Transform<T, kSoftcap>(rows.transform, rows.temperatures[r]);
     const RowSlope slope(row, transform);
     const float x_target = static_cast<float>(span.x[target]);
     __syncthreads();  // in place, the target's logit must be read before anyone overwrites it

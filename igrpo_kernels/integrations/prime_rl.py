@@ -4,6 +4,8 @@
 type = "custom"
 import_path = "igrpo_kernels.integrations.prime_rl.policy_loss"
 kwargs = { loss_type = "dppo_tv", epsilon = 0.2, kl_tau = 1e-3 }
+
+and `FusedOutputLinear` takes the place of the lm_head of that name.
 """
 
 from typing import Any
@@ -11,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from igrpo_kernels import GRPOLossConfig
+from igrpo_kernels import GRPOLossConfig, linear_selective_log_softmax
 from igrpo_kernels.integrations.per_token import per_token_policy_loss, policy_settings
 from igrpo_kernels.losses import DPPO_KL, DPPO_TV
 from igrpo_kernels.silent_exp import silent_square
 
-__all__ = ["policy_loss"]
+__all__ = ["FusedOutputLinear", "policy_loss"]
 
 
 def policy_loss(inputs: Any, **config: Any) -> Any:
@@ -45,6 +47,33 @@ def policy_loss(inputs: Any, **config: Any) -> Any:
         getattr(inputs, "loss_weights", None),
     )
     return LossOutputs(loss=loss, metrics=metrics)
+
+
+class FusedOutputLinear(torch.nn.Linear):
+    """prime-rl's lm_head of that name (`prime_rl.trainer.models.layers.lm_head`): log-probabilities and entropies of
+    `labels`, each token's logits divided by its own temperature, and logits never whole.
+
+    Both outputs are differentiable, prime-rl's entropy is not. `chunk_size` is not used: chunks are of bytes.
+    """
+
+    def __init__(self, in_features: int, out_features: int, chunk_size: int | None = None):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(
+        self,
+        hidden_states: Tensor,  # (b, s, H)
+        labels: Tensor | None = None,  # (b, s)
+        temperature: Tensor | None = None,  # (b, s)
+    ) -> Any:
+        """prime-rl's PrimeLmOutput: `logprobs` and `entropy`, (b, s) fp32."""
+        from prime_rl.trainer.models.layers.lm_head import PrimeLmOutput
+
+        if labels is None or temperature is None:
+            raise ValueError("FusedOutputLinear needs labels and temperature, one of each per token")
+        logps, entropy = linear_selective_log_softmax(
+            hidden_states, self.weight, labels, temperatures=temperature, return_entropy=True
+        )
+        return PrimeLmOutput(logprobs=logps, entropy=entropy)
 
 
 def sequence_loss(

@@ -44,7 +44,7 @@ class Objective(ctypes.Structure):
 
 class Rows(ctypes.Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("logits", "grad", "index", "mask")),
+        *((name, c_void_p) for name in ("logits", "grad", "index", "mask", "temperatures")),
         *((name, c_int64) for name in ("n", "vocab", "inner", "x_outer", "x_inner", "y_outer", "y_inner")),
         ("dtype", c_int32),
         ("transform", Transform),
@@ -99,7 +99,7 @@ def pointer(x):
 class Launch:
     """The structs of one launch over (outer, inner, V) logits; outputs start as NaN."""
 
-    def __init__(self, logits, index, mask=None, *, inplace=False, config=None):
+    def __init__(self, logits, index, mask=None, *, inplace=False, config=None, temperatures=None):
         config = config or GRPOLossConfig()
         n = logits.shape[0] * logits.shape[1]
         self.grad = logits if inplace else torch.full(logits.shape, float("nan"), dtype=logits.dtype)
@@ -108,11 +108,11 @@ class Launch:
         transform = Transform(config.logit_scale, config.final_logit_softcapping or 0.0, config.temperature)
         strides = (*logits.stride()[:2], *self.grad.stride()[:2])
         self.rows = Rows(
-            logits.data_ptr(), self.grad.data_ptr(), index.data_ptr(), pointer(mask),
+            logits.data_ptr(), self.grad.data_ptr(), index.data_ptr(), pointer(mask), pointer(temperatures),
             n, logits.shape[2], logits.shape[1], *strides, DTYPES[logits.dtype], transform,
         )  # fmt: skip
         self.stats = RowStats(self.logps.data_ptr(), self.entropy.data_ptr(), self.norm.data_ptr())
-        self.kept = (logits, index, mask)
+        self.kept = (logits, index, mask, temperatures)
 
     def constants(self, batch, config):
         numbers = compiled_rows.objective_numbers(config)
@@ -122,7 +122,7 @@ class Launch:
             constants[3],
             batch.old_per_token_logps,
             batch.ref_per_token_logps if config.beta else None,
-            *constants[6:],
+            *constants[6:-1],
         ]
         objective = Objective(*(int(x) for x in numbers[:3]), *numbers[3:])
         return TokenConstants(*map(pointer, self.tensors), self.coefficient.data_ptr(), objective)
@@ -155,7 +155,7 @@ def misaligned(logits, offset):
     return view.copy_(logits)
 
 
-def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False, **extra):
+def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False, temperatures=None, **extra):
     B, T, _ = logits.shape
     batch = TokenBatch.build(
         inputs.completion_ids, inputs.advantages.float(), dtype=torch.float32, **inputs.keywords(config) | extra
@@ -163,13 +163,15 @@ def check_token_loss(kernels, plan, logits, inputs, config, *, inplace=False, **
     mask = batch.mask.view(B, T)
     raw = logits.masked_fill(~mask[..., None], float("nan"))
     work = torch.as_strided(logits, logits.shape, logits.stride()).copy_(raw)  # masked rows: NaN, must not be read
-    launch = Launch(work, batch.index, batch.mask, inplace=inplace, config=config)
+    launch = Launch(work, batch.index, batch.mask, inplace=inplace, config=config, temperatures=temperatures)
     constants = launch.constants(batch, config)
     run = (PLANS | LONG_PLANS)[plan]
     run(kernels, *(ctypes.byref(x) for x in (launch.rows, launch.stats, constants)))
 
     leaf = torch.where(mask[..., None], raw, 0.0).double().requires_grad_()
     keywords = {"temperature": config.temperature, "return_entropy": True, "impl": "torch"}
+    if temperatures is not None:
+        keywords |= {"temperature": 1.0, "temperatures": temperatures.nan_to_num(1.0).view(B, T)}
     if config.final_logit_softcapping is None:
         logps, entropy = selective_log_softmax(leaf * config.logit_scale, batch.index.view(B, T), **keywords)
     else:
@@ -231,6 +233,19 @@ def test_token_loss_with_what_stands_around_it(kernels, name):
     extra = {"loss_weights": weights, "nll_weights": weights.flip(1) / 50}
     for plan in ("two_pass", "cluster2x3"):
         check_token_loss(kernels, plan, inputs.logits.clone(), inputs, config, **extra)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("cap", [None, 4.0])
+def test_every_row_has_its_own_temperature(kernels, plan, cap):
+    """A factor of 100 between neighbours, NaN where masked."""
+    kernels.configure(True, True)
+    config = GRPOLossConfig(beta=0.1, logit_scale=-0.5, final_logit_softcapping=cap, entropy_coef=0.05)
+    inputs = boundary_inputs(B=2, T=12, V=520, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
+    temperatures = torch.where(torch.arange(24) % 2 == 0, 0.2, 20.0) * torch.linspace(1, 3, 24)
+    temperatures[~inputs.completion_mask.flatten()] = torch.nan
+    check_token_loss(kernels, plan, misaligned(inputs.logits.bfloat16(), 3), inputs, config, inplace=True,
+                     temperatures=temperatures)  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", LONG_PLANS)
@@ -369,12 +384,14 @@ def test_statistics_then_gradient(kernels, dtype, cap, inplace, mode):
     original = logits.clone()
     g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
     g[1] = h[1] = h[4] = 0.0
-    launch = Launch(logits, index, mask, inplace=inplace, config=GRPOLossConfig(final_logit_softcapping=cap))
+    temperatures = torch.ones(6) if mode == "forward" else torch.tensor([0.3, 3.0, torch.nan, 0.5, 1.0, 30.0])
+    config, own = GRPOLossConfig(final_logit_softcapping=cap), None if mode == "forward" else temperatures
+    launch = Launch(logits, index, mask, inplace=inplace, config=config, temperatures=own)
     kernels.run_row_stats(ctypes.byref(launch.rows), ctypes.byref(launch.stats), 4)
     row_gradients = RowGradients(g.data_ptr(), h.data_ptr())
     kernels.run_row_grad(ctypes.byref(launch.rows), ctypes.byref(launch.stats), ctypes.byref(row_gradients), 4)
     leaf = original.double().requires_grad_()
-    z = leaf if cap is None else cap * torch.tanh(leaf / cap)
+    z = (leaf if cap is None else cap * torch.tanh(leaf / cap)) / temperatures.nan_to_num(1.0).view(2, 3, 1)
     logps, entropy = selective_log_softmax(z, index.view(2, 3), return_entropy=True, impl="torch")
     truth = torch.autograd.grad(((g * logps.view(-1) + h * entropy.view(-1)) * mask).sum(), leaf)[0]
     assert_close_to_truth("log-probs", launch.logps, logps.view(-1) * mask, rtol=1e-6)

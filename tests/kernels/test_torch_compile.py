@@ -1,6 +1,8 @@
 """torch.compile(fullgraph=True) of the public functions: no graph break, no recompilation for a new length, the same
 bits as without. `triton_kernels/test_compile.py` runs these on impl="triton"."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,7 +46,7 @@ def tensors(T, device):
     return {
         "logits": randn(2, T, V), "hidden": randn(2, T, H), "weight": randn(V, H), "ids": ids, "mask": mask,
         "advantages": torch.tensor([1.0, -0.5], device=device), "old": logps, "ref": logps + 0.1,
-        "cu_seqlens": torch.tensor([0, T, 2 * T], device=device),
+        "cu_seqlens": torch.tensor([0, T, 2 * T], device=device), "temperatures": 1.0 + logps.abs().sqrt(),
     }  # fmt: skip
 
 
@@ -55,12 +57,15 @@ def outputs(case, impl, x, leaves):
         return logps.sum() + entropy.sum(), logps, entropy
     mask = None if "whole" in case else x["mask"]
     if case.startswith("linear_log_probs"):
-        logps = linear_selective_log_softmax(*leaves, x["ids"], row_mask=mask, temperature=0.7, impl=impl)
+        one = {"temperature": 0.7} if mask is None else {"temperatures": x["temperatures"]}
+        logps = linear_selective_log_softmax(*leaves, x["ids"], row_mask=mask, impl=impl, **one)
         return logps.sum(), logps
     rows = {"completion_mask": mask, "old_per_token_logps": x["old"]}
     config = SEQUENCE if "sequence" in case else TOKEN
     if config.beta:
         rows["ref_per_token_logps"] = x["ref"]
+    if mask is not None:
+        rows["temperatures"] = x["temperatures"]
     arguments = {"config": config, "impl": impl, "num_items_in_batch": 7}
     ids = x["ids"]
     if case == "packed_sequence":
@@ -115,6 +120,7 @@ def test_opcheck_of_the_linear_operators(impl, device):
     batch = TokenBatch.build(
         x["ids"], x["advantages"], dtype=torch.float32, completion_mask=x["mask"], old_per_token_logps=x["old"]
     )
+    batch = replace(batch, temperatures=x["temperatures"].flatten())
     config = GRPOLossConfig()
     head = (x["hidden"].flatten(0, 1), x["weight"], torch.zeros(V, device=device))
     plan = (torch.float32, torch.float32, 3)
@@ -125,7 +131,7 @@ def test_opcheck_of_the_linear_operators(impl, device):
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     loss_arguments = (*arguments, *fused_linear_autograd._config_arguments(config), needs, *plan)
     torch.library.opcheck(fused_linear_autograd.linear_token_loss, loss_arguments, test_utils=checks)
-    rows, transform = (impl, *head, batch.index, batch.mask), tuple(LogitTransform())
+    rows, transform = (impl, *head, batch.index, batch.mask), tuple(LogitTransform(temperatures=batch.temperatures))
     torch.library.opcheck(fused_linear_autograd.linear_log_probs, (*rows, *transform, True, *plan), test_utils=checks)
     stats = fused_linear_autograd.linear_log_probs(*rows, *transform, True, *plan)
     grads = (batch.advantages, None)

@@ -123,8 +123,9 @@ def log_probs_case(ranks: Ranks, impl: str) -> None:
     shard[..., : ranks.columns.stop - ranks.columns.start] = logits[..., ranks.columns]
     shard.requires_grad_()
     view = shard[..., : ranks.columns.stop - ranks.columns.start]
-    truth = selective_log_softmax(whole, index, temperature=0.7, return_entropy=True, impl="torch")
-    keywords = {"temperature": 0.7, "return_entropy": True, "impl": impl, "process_group": ranks.group}
+    options = {"temperatures": torch.linspace(0.3, 3.0, B * T).view(B, T), "return_entropy": True}
+    truth = selective_log_softmax(whole, index, impl="torch", **options)
+    keywords = {"impl": impl, "process_group": ranks.group, **options}
     actual = selective_log_softmax(view, index, **keywords)
     for name, a, b in zip(("logps", "entropy"), actual, truth, strict=True):
         close(impl, name, a, b)
@@ -187,8 +188,9 @@ def linear_log_probs_case(ranks: Ranks, impl: str) -> None:
         leaves = [head[0].to(dtype).clone(), *(x[columns].to(dtype).clone() for x in head[1:])]
         leaves = [x.requires_grad_() for x in leaves]
         logps, entropy = linear_selective_log_softmax(
-            *leaves[:2], inputs.completion_ids, lm_head_bias=leaves[2], temperature=0.7, final_logit_softcapping=9.0,
+            *leaves[:2], inputs.completion_ids, lm_head_bias=leaves[2], final_logit_softcapping=9.0,
             row_mask=inputs.completion_mask, return_entropy=True, impl=name, process_group=group,
+            temperatures=torch.linspace(0.3, 3.0, B * T).view(B, T),
         )  # fmt: skip
         (logps.sin().sum() + entropy.cos().sum()).backward()
         results.append((logps, entropy, *(x.grad for x in leaves)))

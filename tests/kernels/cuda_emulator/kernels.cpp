@@ -53,8 +53,10 @@ void run_cluster(const Rows* rows, const RowStats* out, const TokenConstants* c,
   with_type(*rows, [&]<class T, class Cap>(T, Cap) {
     const int granules = static_cast<int>(rows->vocab) / Pack<T>::kCount + 1;
     const ClusterPlan plan{size, (granules + size - 1) / size, buffers};
+    const auto kernel = rows->temperatures == nullptr ? token_loss_cluster_kernel<T, Cap::value, false>
+                                                      : token_loss_cluster_kernel<T, Cap::value, true>;
     emulator::launch(clusters * size, kClusterThreads, size, 16u * plan.slice_granules * buffers,
-                     [&] { token_loss_cluster_kernel<T, Cap::value>(*rows, *out, *c, plan); });
+                     [&] { kernel(*rows, *out, *c, plan); });
   });
 }
 

@@ -138,6 +138,9 @@ def test_autocast_decides_the_matmul(small_inputs, head):
 def test_log_probs_of_hidden_states(small_inputs, head, monkeypatch, return_entropy):
     monkeypatch.setitem(lm_head.CHUNK_BYTES, head[0].device.type, 7 * V * 8)
     inputs, results = small_inputs(), []
+    divisor = {"temperature": 0.7}
+    if return_entropy:
+        divisor = {"temperatures": torch.linspace(0.3, 3.0, 32, device=head[0].device).view(8, 4).t()}
     for impl in ("torch", "triton"):
         leaves = [x.detach().clone().requires_grad_() for x in head]
         out = linear_selective_log_softmax(
@@ -145,7 +148,7 @@ def test_log_probs_of_hidden_states(small_inputs, head, monkeypatch, return_entr
             leaves[1],
             inputs.completion_ids,
             lm_head_bias=leaves[2],
-            temperature=0.7,
+            **divisor,
             final_logit_softcapping=9.0,
             row_mask=inputs.completion_mask,
             return_entropy=return_entropy,

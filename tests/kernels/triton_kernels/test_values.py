@@ -80,6 +80,19 @@ def test_weights_of_tokens(small_inputs, loss_type):
     compare(inputs, config, {"loss_weights": weights, "nll_weights": weights.flip(-1) / 50})
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_every_row_has_its_own_temperature(small_inputs, level, cap):
+    """NaN where masked."""
+    inputs = small_inputs(level)
+    temperatures = torch.linspace(0.7, 1.4, 32, dtype=torch.float64, device=inputs.logits.device).view(8, 4).t()
+    temperatures = temperatures.masked_fill(~inputs.completion_mask, torch.nan)
+    options = {**OPTIONS["k3"], **OPTIONS["token_mask"], **OPTIONS["entropy_bonus"], "logit_scale": 1.3}
+    config = GRPOLossConfig(importance_sampling_level=level, final_logit_softcapping=cap, **options)
+    compare(inputs, config, {"temperatures": temperatures})
+    compare(inputs, config, {"temperatures": temperatures}, inplace=True)
+
+
 def test_inputs_reach_every_branch(small_inputs):
     """What makes the tests above able to fail: clipped on both sides, unclipped and masked tokens all occur."""
     inputs = small_inputs()
