@@ -43,6 +43,7 @@ from igrpo.rewards.grading.notation import (
 )
 from igrpo.rewards.grading.passages import MAX_ANSWER_CHARS, last_boxed
 from igrpo.rewards.grading.repetition import repeats, says
+from igrpo.rewards.grading.units import Residue, read_residue, same_class, unit_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ class Reference:
     @property
     def is_formula(self) -> bool:
         return self.number is None and not self.words and len(self.text) <= MAX_ANSWER_CHARS
+
+    @cached_property
+    def unit(self) -> str | None:
+        return None if self.words else unit_of(self.cell)
+
+    @cached_property
+    def residue(self) -> Residue | None:
+        found = read_residue(self.text) if self.is_formula else None
+        if found is None and r"\bmod" in self.text and self.value is None:  # a \bmod b
+            found = read_residue(self.text.replace(r"\bmod", r"\mod"))
+        return found
 
     @cached_property
     def value(self) -> Value | None:
@@ -125,11 +137,17 @@ def grade(reference: Reference, answer: str | None, question: str = "") -> float
         return None
     if answer is None:
         return 0.0
+    if reference.unit is not None and (unit := unit_of(answer)) is not None and unit != reference.unit:
+        return 0.0
     if normal_text(answer) == reference.normal:
         return 1.0
     if reference.choice is not None:
         return _same_choice(reference.choice, answer, question)
     text = tidy(answer)
+    if reference.residue is not None:
+        return float(same_class(reference.residue, answer))
+    if reference.number is not None and (residue := read_residue(text)) is not None:
+        text = text if evaluate(text) is not None else residue.number  # 17 mod 7 = 3, and 3 (mod 7)
     bare = re.sub(r"^[A-Za-z] ?= ?", "", text)
     if reference.number is not None and (plain := read_number(bare)) is not None:
         return float(_same_number(reference.number, plain) and not repeats(bare, question, reference.text))

@@ -18,6 +18,9 @@ from igrpo.rewards.grading.expression import Parser, TooBig, Unknown, context_of
 DIGITS = (60, 120)
 """Two precisions: where the results agree is what can be trusted."""
 
+_REMAINDER = re.compile(r"([^-+=]+|-?\d+|\([^()]*\))\s*(?:\\b?mod(?![a-z])|(?<![A-Za-z\\(])mod(?![a-z]))\s*([^-+=]+)")
+"""A sum before it could mean two numbers."""
+
 
 class Value(NamedTuple):
     exact: Fraction | None
@@ -36,6 +39,8 @@ def evaluate(text: str, log_base: int = 10) -> Value | None:
         log_base: of a ``\log`` without one; 0 for e.
     """
     try:
+        if text.count("mod") == 1 and (found := _REMAINDER.fullmatch(text)):
+            return _remainder(*(evaluate(found[i]) for i in (1, 2)))
         tokens = tokens_of(text)
         first = Parser(tokens, DIGITS[0], log_base).whole()
         if isinstance(first, Fraction):
@@ -47,6 +52,12 @@ def evaluate(text: str, log_base: int = 10) -> Value | None:
         return Value(None, second, error) if error < 1e-30 * max(1, abs(second)) else None  # tan 90° has no value
     except (ZeroDivisionError, ValueError, OverflowError):
         return None
+
+
+def _remainder(number: Value | None, modulus: Value | None) -> Value | None:
+    if number is None or modulus is None or number.exact is None or modulus.exact is None:
+        return None
+    return Value(number.exact % modulus.exact, None)
 
 
 def same_value(a: Value, b: Value) -> bool:

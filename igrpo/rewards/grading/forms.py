@@ -134,6 +134,7 @@ def read_intervals(text: str) -> tuple[Interval, ...] | None:
     if ALL_REALS.fullmatch(without[0].strip()):
         return _all_but(without[1:])
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", r"\\cup ", text)
+    text = text.replace(";", ",") if RELATION.search(text) else text
     union = re.split(r"\\cup(?![a-z])|\\text\{,?\s*or\s*\}|(?<![A-Za-z\\])or(?![A-Za-z])|\\(?:lor|vee)(?![a-z])", text)
     found: list[Interval] = []
     for piece in union:
@@ -143,10 +144,16 @@ def read_intervals(text: str) -> tuple[Interval, ...] | None:
         both = re.split(r"\\text\{,?\s*and\s*\}|(?<![A-Za-z\\])and(?![A-Za-z])|\\(?:land|wedge)(?![a-z])", piece)
         if RELATION.search(piece) and len(both) == 1:
             both = split_top(piece, thousands=True)
+            listed = (
+                len({name for one in both for name in re.findall(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])", one)}) == 1
+            )
+        else:
+            listed = False
         read = [_interval(one.strip()) for one in both]
         if None in read:
             return None
-        found += _intersected([one for one in read if one is not None])
+        bounds = [one for one in read if one is not None]
+        found += bounds if listed and _apart(bounds) else _intersected(bounds)
     return tuple(found[:MAX_PARTS]) if found else None
 
 
@@ -169,6 +176,19 @@ def _all_but(excluded: list[str]) -> tuple[Interval, ...] | None:
         return None
     low = Interval(r"-\infty", one.low, False, not one.low_closed)
     return (low, Interval(one.high, r"\infty", not one.high_closed, False))
+
+
+def _apart(bounds: list[Interval]) -> bool:
+    """Whether nothing meets two bounds, so that a list of them can only mean their union: ``x < 1, x > 2``."""
+    lows, highs = (
+        [b for b in bounds if getattr(b, end) == sign + r"\infty"] for end, sign in (("high", ""), ("low", "-"))
+    )
+    if len(bounds) != 2 or len(lows) != 1 or len(highs) != 1:
+        return False
+    values = [evaluate(x) for x in (lows[0].low, highs[0].high)]
+    low, high = (None if value is None else decimal_of(value) for value in values)
+    closed = lows[0].low_closed and highs[0].high_closed
+    return low is not None and high is not None and (low > high or (low == high and not closed))
 
 
 def _intersected(bounds: list[Interval]) -> list[Interval]:

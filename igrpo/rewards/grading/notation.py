@@ -136,6 +136,7 @@ def tidy(text: str) -> str:
     text = text[1:] if text.count("$") == 1 and re.match(r"\$[^\d\s.+-]", text) else text
     text = re.sub(r"(?<!\\)\$((?:[^$\\]|\\.)+)\$", r"\1", text).replace("\\$", "$").replace("**", "^").strip()
     text = re.sub(r"\\varnothing(?![a-z])|\\\{\s*\\\}", r"\\emptyset", text)
+    text = _braced(text)
     text = re.sub(
         r"\\mathrm\s*\{\s*([ei])\s*\}|(?<![\d }{])\\(?:mathrm|mathbf|mathit)\{([A-Za-z])\}(?=.)", r"\1\2", text
     )
@@ -153,6 +154,17 @@ def tidy(text: str) -> str:
     text = re.sub(r"^([-+])\s+", r"\1", re.sub(r"\s+", " ", text).strip())
     text = text.rstrip(".").removesuffix(r"\ldots").removesuffix(r"\dots").rstrip()
     return r"\emptyset" if _NO_VALUE.fullmatch(text) else text
+
+
+def _braced(text: str) -> str:
+    r"""Without groups around one thing: ``{72 cm}``, ``{\rm cm}``, ``{\mathrm{cm}}``; a set and an argument stay."""
+    text = re.sub(r"\\(?:SI|qty)\s*\{([^{}]*)\}\s*\{\\?([^{}\\]*)\}", r"\1\\text{ \2}", text)
+    text = re.sub(r"\\(?:unit|si)\s*\{\\?([^{}\\]*)\}", r"\\text{ \1}", text)
+    text = re.sub(r"\{\\(?:rm|bf|it|sf|tt)(?![a-z])\s*([^{}]*)\}", r"\\text{\1}", text)
+    text = re.sub(rf"(?<![}}A-Za-z^_])\{{\s*({_TEXT}\{{[^{{}}]*\}})\s*\}}", r"\1", text)
+    while (inner := re.fullmatch(r"\{((?:[^{},]|\{[^{}]*\})*)\}", text)) and not re.search(r"\\(?:over|choose)", text):
+        text = inner[1].strip()
+    return text
 
 
 def _unit(found: re.Match[str]) -> str:

@@ -35,6 +35,11 @@ THINK_TAG = re.compile(
 )
 """The tags of reasoning models; those that are special tokens are not in a completion's text."""
 _BOX = re.compile(r"\\(?:boxed|fbox)\s{0,3}\{")
+_BARE_BOX = re.compile(
+    r"\\(?:boxed|fbox)(?:\s{0,3}(?=[-+]?[.\d]|\\[A-Za-z])|\s{1,3}(?=[A-Za-z](?:\s*(?:[-+*/^=$.,]|\\[)\]]|$)|\n)))"
+    r"(.{1,200}?)(?:[.;,]?(?=\s*(?:\$|\\[)\]]|\n|$))|[.;,](?=\s))"
+)
+r"""``\boxed 5``: what follows it up to the end of the formula, the sentence or the line."""
 
 
 def completion_text(completion: CompletionText) -> str:
@@ -55,7 +60,7 @@ def _last_box(text: str) -> re.Match[str] | None:
     end = len(text)
     for _ in range(20):  # a command without its brace is none, and nobody writes many of those
         end = max(text.rfind(command, 0, end) for command in ("\\boxed", "\\fbox"))
-        if end < 0 or (found := _BOX.match(text, end)):
+        if end < 0 or (found := _BOX.match(text, end) or _BARE_BOX.match(text, end)):
             return found if end >= 0 else None
     return None
 
@@ -65,6 +70,8 @@ def last_boxed(text: str, longest: int = 0) -> str | None:
     opened = _last_box(text)
     if opened is None:
         return None
+    if opened.re is _BARE_BOX:
+        return opened[1]
     end = closing(text, opened.end(), max(longest, MAX_ANSWER_CHARS))
     return None if end is None else text[opened.end() : end]
 
@@ -116,7 +123,7 @@ def _left_open(text: str) -> bool:
     tagged = text.rfind("</answer>")
     if text.rfind("<answer>") > max(tagged, opened):
         return True
-    if opened <= tagged:
+    if opened <= tagged or box.re is _BARE_BOX:  # type: ignore[union-attr]
         return False
     around = re.search(r"(?:\\(?:boxed|fbox)\s{0,3}\{\s{0,3})*$", text[max(0, opened - 200) : opened])
     depth = 1 + (around[0].count("{") if around is not None else 0)  # boxes that hold nothing but the last one

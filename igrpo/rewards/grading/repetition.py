@@ -72,7 +72,7 @@ def repeats(expression: str, question: str, reference: str) -> bool:
         return not re.fullmatch(r"-?\d*\.\d+", said) or "/" in wanted
     if "/" in wanted and _rounds_a_decimal_in(asked, said):
         return True
-    atoms = [atom for atom in re.split(r"[-+*/()]", said) if atom.strip()]
+    atoms = [atom for atom in re.split(r"[-+*/()]| mod ", said) if atom.strip()]
     return len(atoms) > 1 and not fraction and all(_stands_in(atom.strip(), asked) for atom in atoms)
 
 
@@ -147,6 +147,7 @@ def _one_spelling(text: str) -> str:
     text = re.sub(r"(?:\\?log)_(?:\{(\w+)\}|(\w))\s*[({]?\s*(\w+)[)}]?", r"log_\1\2 \3", text)
     text = re.sub(r"(?:\\?sqrt)\s*[({]?\s*(\w+)[)}]?", r"sqrt\1", text)
     text = re.sub(r"\^\s*[({]\s*(-?\w+)\s*[)}]", r"^\1", text)
+    text = re.sub(r"\s*(?:\(\s*)?(?:\\[bp]?mod(?![a-z])|\bmod(?:ulo)?\b)\s*", " mod ", text)
     text = re.sub(r"[{}\\$]", "", text).casefold()
     text = re.sub(r"(?<![a-z])(?:pi\s*\*?\s*i|i\s*\*?\s*pi)(?![a-z])", "ipi", text)
     return re.sub(rf"\s*({_OPERATORS})\s*", r"\1", re.sub(r"\s+", " ", text)).strip().rstrip(".")
