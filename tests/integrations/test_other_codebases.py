@@ -368,25 +368,6 @@ def test_prime_rls_loss_weights_count(x, monkeypatch):
     torch.testing.assert_close(half, 0.5 * whole)
 
 
-def test_prime_rls_lm_head_divides_every_token_by_its_own_temperature(monkeypatch):
-    name = "prime_rl.trainer.models.layers.lm_head"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(PrimeLmOutput=dict))
-    for i in range(1, 5):
-        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:i]), SimpleNamespace())
-    hidden, labels = torch.randn(B, T, H, requires_grad=True), torch.randint(V, (B, T))
-    head, temperatures = prime_rl.FusedOutputLinear(H, V, chunk_size=4), 0.5 + torch.rand(B, T)
-    out = head(hidden, labels, temperatures)
-    log_p = (hidden @ head.weight.T / temperatures[..., None]).log_softmax(-1)
-    truth = log_p.gather(-1, labels[..., None])[..., 0]
-    torch.testing.assert_close(out["logprobs"], truth)
-    torch.testing.assert_close(out["entropy"], -(log_p.exp() * log_p).sum(-1))
-    leaves = (hidden, head.weight)
-    grads = [torch.autograd.grad(x.sin().sum(), leaves) for x in (out["logprobs"], truth)]
-    torch.testing.assert_close(*grads)
-    with pytest.raises(ValueError, match="needs labels and temperature"):
-        head(hidden, labels)
-
-
 @pytest.mark.parametrize(
     "setting",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.integrations import prime_rl, verl
 from igrpo_kernels.losses import ROLLOUT_RS
 from igrpo_kernels.rejection import accepts
-from tests.integrations.test_other_codebases import B, dual_clip_ppo, same, token_mean, token_sum
+from tests.integrations.test_other_codebases import B, H, T, V, dual_clip_ppo, same, token_mean, token_sum
 from tests.integrations.test_other_codebases import x as x
 
 
@@ -118,3 +119,22 @@ def test_rejection_is_verls_own(x, options):
         config = GRPOLossConfig(rollout_rs=options, rollout_rs_threshold=threshold)
         kept = (accepts(batch.old_per_token_logps, batch, config) & batch.mask).view(x.mask.shape)
         assert torch.equal(kept, theirs.bool())
+
+
+def test_prime_rls_lm_head_divides_every_token_by_its_own_temperature(monkeypatch):
+    name = "prime_rl.trainer.models.layers.lm_head"
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(PrimeLmOutput=dict))
+    for i in range(1, 5):
+        monkeypatch.setitem(sys.modules, ".".join(name.split(".")[:i]), SimpleNamespace())
+    hidden, labels = torch.randn(B, T, H, requires_grad=True), torch.randint(V, (B, T))
+    head, temperatures = prime_rl.FusedOutputLinear(H, V, chunk_size=4), 0.5 + torch.rand(B, T)
+    out = head(hidden, labels, temperatures)
+    log_p = (hidden @ head.weight.T / temperatures[..., None]).log_softmax(-1)
+    truth = log_p.gather(-1, labels[..., None])[..., 0]
+    torch.testing.assert_close(out["logprobs"], truth)
+    torch.testing.assert_close(out["entropy"], -(log_p.exp() * log_p).sum(-1))
+    leaves = (hidden, head.weight)
+    grads = [torch.autograd.grad(x.sin().sum(), leaves) for x in (out["logprobs"], truth)]
+    torch.testing.assert_close(*grads)
+    with pytest.raises(ValueError, match="needs labels and temperature"):
+        head(hidden, labels)

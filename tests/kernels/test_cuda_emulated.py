@@ -19,7 +19,7 @@ import torch
 from igrpo_kernels import GRPOLossConfig, compiled_rows, selective_log_softmax
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.objective import objective_and_row_gradients
-from tests.kernels.oracle import assert_close_to_truth, boundary_inputs
+from tests.kernels.oracle import assert_close_to_truth, boundary_inputs, row_temperatures
 
 ROWS = compiled_rows.CompiledRows("cuda")
 ROOT = Path(__file__).resolve().parents[2]
@@ -200,7 +200,8 @@ def test_token_loss(kernels, plan, dtype, V, mode):
     inputs = boundary_inputs(B=2, T=12, V=V, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
     offset = {"eager": 0, "lazy": 1, "reversed": 3, "lazy reversed": 5}[mode]
     logits = misaligned(inputs.logits.to(dtype), offset)
-    check_token_loss(kernels, plan, logits, inputs, config, inplace=True)
+    own = row_temperatures(inputs.completion_mask) if "reversed" in mode else None
+    check_token_loss(kernels, plan, logits, inputs, config, inplace=True, temperatures=own)
     if mode == "eager":
         check_token_loss(kernels, "resident" if "cluster" in plan else plan, logits, inputs, config)
 
@@ -211,7 +212,8 @@ def test_token_loss_with_a_softcap_out_of_place(kernels, plan, dtype):
     kernels.configure(True, False)
     config = GRPOLossConfig(loss_type="sapo", logit_scale=-0.5, final_logit_softcapping=4.0, entropy_coef=0.05)
     inputs = boundary_inputs(B=2, T=12, V=520, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
-    check_token_loss(kernels, plan, inputs.logits.to(dtype).contiguous(), inputs, config)
+    own, logits = row_temperatures(inputs.completion_mask), inputs.logits.to(dtype).contiguous()
+    check_token_loss(kernels, plan, logits, inputs, config, temperatures=own)
 
 
 @pytest.mark.parametrize(("loss_type", "threshold"), [("dppo_tv", 1e-3), ("dppo_kl", 1e-4), ("cispo_two_sided", 0.1)])
@@ -233,19 +235,6 @@ def test_token_loss_with_what_stands_around_it(kernels, name):
     extra = {"loss_weights": weights, "nll_weights": weights.flip(1) / 50}
     for plan in ("two_pass", "cluster2x3"):
         check_token_loss(kernels, plan, inputs.logits.clone(), inputs, config, **extra)
-
-
-@pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("cap", [None, 4.0])
-def test_every_row_has_its_own_temperature(kernels, plan, cap):
-    """A factor of 100 between neighbours, NaN where masked."""
-    kernels.configure(True, True)
-    config = GRPOLossConfig(beta=0.1, logit_scale=-0.5, final_logit_softcapping=cap, entropy_coef=0.05)
-    inputs = boundary_inputs(B=2, T=12, V=520, config=GRPOLossConfig(epsilon=0.05)).to(torch.float32)
-    temperatures = torch.where(torch.arange(24) % 2 == 0, 0.2, 20.0) * torch.linspace(1, 3, 24)
-    temperatures[~inputs.completion_mask.flatten()] = torch.nan
-    check_token_loss(kernels, plan, misaligned(inputs.logits.bfloat16(), 3), inputs, config, inplace=True,
-                     temperatures=temperatures)  # fmt: skip
 
 
 @pytest.mark.parametrize("plan", LONG_PLANS)
@@ -384,14 +373,14 @@ def test_statistics_then_gradient(kernels, dtype, cap, inplace, mode):
     original = logits.clone()
     g, h = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
     g[1] = h[1] = h[4] = 0.0
-    temperatures = torch.ones(6) if mode == "forward" else torch.tensor([0.3, 3.0, torch.nan, 0.5, 1.0, 30.0])
-    config, own = GRPOLossConfig(final_logit_softcapping=cap), None if mode == "forward" else temperatures
+    own, config = None if mode == "forward" else row_temperatures(mask), GRPOLossConfig(final_logit_softcapping=cap)
     launch = Launch(logits, index, mask, inplace=inplace, config=config, temperatures=own)
     kernels.run_row_stats(ctypes.byref(launch.rows), ctypes.byref(launch.stats), 4)
     row_gradients = RowGradients(g.data_ptr(), h.data_ptr())
     kernels.run_row_grad(ctypes.byref(launch.rows), ctypes.byref(launch.stats), ctypes.byref(row_gradients), 4)
     leaf = original.double().requires_grad_()
-    z = (leaf if cap is None else cap * torch.tanh(leaf / cap)) / temperatures.nan_to_num(1.0).view(2, 3, 1)
+    z = leaf if cap is None else cap * torch.tanh(leaf / cap)
+    z = z if own is None else z / own.nan_to_num(1.0).view(2, 3, 1)
     logps, entropy = selective_log_softmax(z, index.view(2, 3), return_entropy=True, impl="torch")
     truth = torch.autograd.grad(((g * logps.view(-1) + h * entropy.view(-1)) * mask).sum(), leaf)[0]
     assert_close_to_truth("log-probs", launch.logps, logps.view(-1) * mask, rtol=1e-6)
