@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -139,9 +140,7 @@ def grpo_loss(
         tables=None if kernels is None else kernels.tables(logits.device),
     )
     batch = with_temperatures(batch, temperatures, config, completion_ids)
-    shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
-    vocab_size = columns if shard is None else shard.vocab_size
-    check_index(batch.index, logits.device, vocab_size)
+    shard, vocab_size = _vocabulary(process_group, columns, logits.device, batch.index)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
@@ -236,9 +235,7 @@ def linear_grpo_loss(
         tables=None if kernels is None else kernels.tables(device),
     )
     batch = with_temperatures(batch, temperatures, config, completion_ids)
-    shard = None if process_group is None else VocabShard.of(process_group, columns, device)
-    vocab_size = columns if shard is None else shard.vocab_size
-    check_index(batch.index, device, vocab_size)
+    shard, vocab_size = _vocabulary(process_group, columns, device, batch.index)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
@@ -251,6 +248,19 @@ def linear_grpo_loss(
         served = batch if index is batch.index else replace(batch, index=index)
         rows = fused_linear_autograd.linear_grpo_loss(kernels, *head, served, config, num_items_in_batch, **options)
     return _output(rows, batch, kept if compute_metrics else None)
+
+
+def _vocabulary(
+    group: ProcessGroup | None,
+    columns: int,
+    device: torch.device,
+    index: Tensor,  # (n,)
+) -> tuple[VocabShard | None, int]:
+    """Where this rank's columns lie, and the number of all, which holds every token id."""
+    shard = None if group is None else VocabShard.of(group, columns, device)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(index, device, vocab_size)
+    return shard, vocab_size
 
 
 def _output(
