@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.figures import draw_plan
-from experiments.plan import BASE_CPU, RESULTS, Plan, fingerprint, load_base, load_plan
+from experiments.plan import RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import make_record, point, record_of, write_json
 from experiments.summary import summarise
 from igrpo.run.folder import checkpoints, write_atomically
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     try:
         for name in args.plans:
-            plan, base = load_plan(name), load_base(args.base)
+            plan = load_plan(name)
+            base = load_base(args.base, plan)
             for arm in args.arms or plan.arms:
                 if arm not in plan.arms:
                     raise ConfigError(f"{name} has no arm {arm!r}; it has {', '.join(plan.arms)}")
@@ -51,7 +52,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plans", nargs="+", help="names of files in experiments/plans")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
-    parser.add_argument("--base", type=Path, default=BASE_CPU, help="base recipe (default: two CPU cores)")
+    parser.add_argument("--base", type=Path, help="base recipe (default: the plan's, for two CPU cores)")
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"), help="where run folders go")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where records and summaries go")
     parser.add_argument("--launch", default=f"{sys.executable} -m igrpo.train", help="program that trains")

@@ -10,9 +10,9 @@ from typing import Any
 from experiments import starting_points, test_time
 from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
 from experiments.record import read_json
-from experiments.summary import show
+from experiments.summary import holm, p_value, show
 
-READING = FOLDER / "reading.md"
+READING, LAB = FOLDER / "reading.md", FOLDER / "lab.md"
 PAGE = FOLDER.parent / "docs" / "results.md"
 TABLES = (
     ("accuracy_before", "accuracy", "minus_baseline", "minus_baseline_at_equal_tokens", "format", "reward",
@@ -42,7 +42,7 @@ COLUMNS = {
 }
 """Key of a summary -> heading and factor."""
 INTRO = """\
-# Results
+## How to read this page
 
 `python -m experiments.page` writes this page from the records in `experiments/results/`, and a test fails when the
 two differ. Accuracy is in per cent of held-out problems. The model answers each once, from the bare prompt, as it
@@ -58,9 +58,9 @@ memory came out the same to the last digit. All runs here were graded by the rul
 (docs/rewards.md) are stricter: they judge 44 of the 3,072 completions of a quickstart run otherwise, so a run that is
 trained with them takes another course.
 
-Everything here was trained with SmolLM2-135M on two CPU cores, on one-digit sums and products. That can show whether
-the mechanism works and what it costs. It says nothing about 7B models on mathematics: the paper's figures stand
-beside ours to show what was asked, not because the scales compare.
+Everything but the laboratory was trained with SmolLM2-135M on two CPU cores, on one-digit sums and products. That can
+show whether the mechanism works and what it costs. It says nothing about 7B models on mathematics: the paper's figures
+stand beside ours to show what was asked, not because the scales compare.
 """
 
 HEADLINES = (
@@ -90,7 +90,23 @@ HEADLINES = (
     ("schedules", "barrier", "every draft awaited before the first refinement"),
 )
 """Plan, arm, and what is changed between it and its baseline: a row of the page's first table."""
+HALF_RIGHT = "the bare prompt is right half the time, and answers are short enough to copy"
+STARVED = "the bare prompt is hardly ever right, and a draft, though wrong, makes right answers far likelier"
+CHOICES = (
+    (HALF_RIGHT, "`algorithm: grpo`, not iGRPO", "matched-budget", "igrpo"),
+    ("the same, and only the right answer is rewarded", "`algorithm: grpo`, not iGRPO", "accuracy-only", "igrpo"),
+    ("most drafts are wrong, and seeing one does not help", "GRPO or iGRPO", "harder-tasks", "igrpo"),
+    (STARVED, "iGRPO as published, not GRPO", "lab-control", "igrpo"),
+    ("the same", "`refinement_context: bare`, not GRPO", "lab-control", "bare"),
+    ("the same", "`refinement_context: both`, not GRPO", "lab-control", "both"),
+    ("the same", "`train_on_drafts: true`, not GRPO", "lab-control", "train_on_drafts"),
+    ("the same", "RLTF-SD (docs/algorithm.md), not GRPO", "lab-control", "rltf_sd"),
+    ("iGRPO on drafts that are mostly right", "`train_on_drafts: true`", "train-on-drafts", "train_on_drafts"),
+    ("four times the rollouts are affordable", "16 drafts + 16 refinements, not 4 + 4", "budget", "total_32"),
+)
+"""What a task looks like, what to run, and the plan and arm that say so: a row of the table that opens the page."""
 NO_CLAIM, NO_DIFFERENCE = "one seed, no claim", "no difference that these seeds can show"
+LEVEL = 0.05
 SHORT = {NO_CLAIM: "(one seed)", NO_DIFFERENCE: "", "better": "**better**", "worse": "**worse**"}
 """Verdicts as a cell has room for them."""
 
@@ -98,10 +114,44 @@ SHORT = {NO_CLAIM: "(one seed)", NO_DIFFERENCE: "", "better": "**better**", "wor
 def page(results: Path = RESULTS) -> str:
     """The whole page as Markdown."""
     paper = read_json(FOLDER / "paper.json")
-    parts = [INTRO, *reading(results), *_headlines(results), *tasks(results), _overview(paper, results)]
+    parts = [
+        "# Results\n",
+        *_choices(results),
+        INTRO,
+        *reading(results, LAB),
+        *reading(results),
+        *_headlines(results),
+        *tasks(results),
+        _overview(paper, results),
+    ]
     for path in sorted(PLANS.glob("*.yaml")):
         parts.append(_section(path.stem, paper, results))
     return "\n".join(parts)
+
+
+def _choices(results: Path) -> list[str]:
+    """What to run for which task, each with its figure, corrected for all rows together."""
+    found = []
+    for task, what, name, arm in CHOICES:
+        summary = _summary(name, results)
+        figures = summary["arms"].get(arm) if summary else None
+        if figures is not None and figures["minus_baseline"] is not None:
+            found.append((task, what, name, arm, figures))
+    corrected = holm([p_value(figures["minus_baseline"]) for *_, figures in found])
+    rows = []
+    for (task, what, name, arm, figures), p in zip(found, corrected, strict=True):
+        gap = f"[{show(figures['minus_baseline'], 100)}](#{name})"
+        said = f"p = {p:.2g}" if p <= LEVEL else "not shown"
+        rows.append(f"| {task} | {what} | `{arm}` minus `{figures['against']}`: {gap} | {said} |")
+    if not rows:
+        return []
+    return [
+        "## If your task looks like this, run that\n\nThe difference in accuracy on the bare prompt, in points, at "
+        "equal rollouts (but for the last row). p is Holm's, corrected over the rows of this table.\n",
+        "| your task | run | what says so | |\n|---|---|---|---|",
+        *rows,
+        "",
+    ]
 
 
 def _headlines(results: Path) -> list[str]:
@@ -234,19 +284,27 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
 
 def verdict(summary: dict[str, Any]) -> str:
     """What the intervals support, arm by arm: nothing more."""
-    found = []
+    found, gaps = [], {}
     for arm, figures in summary["arms"].items():
+        if (
+            arm != summary["baseline"]
+            and (gap := figures["minus_baseline"]) is not None
+            and gap["half_width"] is not None
+        ):
+            gaps[arm] = gap
         for key, what in (("minus_baseline", "accuracy"), ("reward_minus_baseline", "reward")):
             gap = figures[key]
             if arm == summary["baseline"] or gap is None:
                 continue
             other = "" if figures["against"] == summary["baseline"] else f" against `{figures['against']}`"
             found.append(f"`{arm}`{other}, {what}: {judged(gap)}")
-    return (
-        f"What the intervals support, against `{summary['baseline']}`: "
-        + ("; ".join(found) or "nothing to compare yet")
-        + "."
-    )
+    said = "; ".join(found) or "nothing to compare yet"
+    text = f"What the intervals support, against `{summary['baseline']}`: {said}."
+    if len(gaps) > 1:
+        corrected = zip(gaps, holm([p_value(gap) for gap in gaps.values()]), strict=True)
+        values = ", ".join(f"`{arm}` {p:.2g}" for arm, p in corrected)
+        text += f" Accuracy after Holm's correction over these {len(gaps)} comparisons, p: {values}."
+    return text
 
 
 def _summary(name: str, results: Path) -> dict[str, Any] | None:

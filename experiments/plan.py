@@ -32,6 +32,8 @@ class Plan:
     """Settings that each arm changes in the base recipe."""
     baselines: dict[str, str] = field(default_factory=dict)
     """Arms that are compared with another arm than ``baseline``."""
+    base: str = BASE_CPU.name
+    """Recipe of what all arms share, beside this module; ``--base`` names another."""
 
     def baseline_of(self, arm: str) -> str:
         return self.baselines.get(arm, self.baseline)
@@ -74,7 +76,9 @@ def load_plan(name: str) -> Plan:
     return plan
 
 
-def load_base(path: Path) -> dict[str, Any]:
+def load_base(path: Path | None, plan: Plan | None = None) -> dict[str, Any]:
+    """The recipe at ``path``, or else the plan's own."""
+    path = path or FOLDER / (plan.base if plan else BASE_CPU.name)
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 

@@ -147,6 +147,32 @@ def student_t95(degrees: int) -> float:
     return sum(term / degrees**power for power, term in enumerate(series))
 
 
+def p_value(figure: dict[str, Any]) -> float:
+    """Two-sided p that belongs to a figure's interval: Student's t, as wide as the interval; 1 where there is none."""
+    if figure["half_width"] is None:
+        return 1.0
+    if not figure["half_width"]:
+        return float(not figure["mean"])
+    degrees = figure["n"] - 1
+    angle = math.atan(student_t95(degrees) * abs(figure["mean"]) / figure["half_width"] / math.sqrt(degrees))
+    odd = degrees % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for step in range(1 + odd, degrees, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * step / (step + 1)
+    inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
+    return max(0.0, 1 - inside)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's corrected p-values, in the order given: of several comparisons, the chance that any looks real by luck."""
+    corrected, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, p_values[i] * (len(p_values) - rank)))
+        corrected[i] = highest
+    return corrected
+
+
 def interval(values: Sequence[float | None], at_least: float = 0.0) -> dict[str, Any] | None:
     """Mean and 95 % half width (None with one seed) of one figure per seed; None where no run has it.
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.plan import BASE_CPU, RESULTS, fingerprint, load_base, load_plan
+from experiments.plan import RESULTS, fingerprint, load_base, load_plan
 from experiments.record import provenance, read_json, write_json
 from experiments.summary import interval, sampling_error, show
 from igrpo.settings import ConfigError
@@ -28,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a plan or run that is not there, else that of the evaluation that failed."""
     args = parse(argv)
     try:
-        plan, base = load_plan(args.plan), load_base(args.base)
+        plan = load_plan(args.plan)
+        base = load_base(args.base, plan)
         for seed in args.seeds:
             for arm in args.arms or plan.arms:
                 settings = plan.settings(arm, base) | {"seed": seed}
@@ -50,7 +51,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--problems", type=int, help="only the first of the held-out problems (default: all)")
-    parser.add_argument("--base", type=Path, default=BASE_CPU)
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(argv)

@@ -24,7 +24,9 @@ from experiments.record import core_seconds, load_records, make_record, point, r
 from experiments.summary import (
     accuracy_at,
     at_equal_tokens,
+    holm,
     interval,
+    p_value,
     show,
     student_t95,
     summarise,
@@ -367,6 +369,17 @@ def test_a_baseline_that_is_no_arm_is_refused(wrong, tmp_path, monkeypatch):
     (tmp_path / "p.yaml").write_text(f"question: Q?\n{wrong}\narms:\n  grpo: {{algorithm: grpo}}\n")
     with pytest.raises(ConfigError, match="'dapoo' of its baselines is no arm; arms: grpo"):
         load_plan("p")
+
+
+def test_p_values_belong_to_the_intervals_and_are_corrected_together():
+    for n, at_1_percent in ((2, 63.657), (3, 9.925), (6, 4.032), (7, 3.707), (11, 3.169)):
+        half_width = student_t95(n - 1) / at_1_percent
+        assert p_value({"mean": 1.0, "half_width": half_width, "n": n}) == pytest.approx(0.01, rel=2e-3)
+        assert p_value({"mean": -1.0, "half_width": 1.0, "n": n}) == pytest.approx(0.05, rel=2e-3)
+    assert (
+        p_value({"mean": 1.0, "half_width": None, "n": 1}) == p_value({"mean": 0.0, "half_width": 0.0, "n": 3}) == 1.0
+    )
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.9, 0.8]) == [1.0, 1.0]
 
 
 def test_figures_are_shown_with_their_interval():

@@ -1,0 +1,157 @@
+"""``python -m experiments.lab``: a small model of our own, trained from scratch, on a task made as a control.
+
+A question is twenty digits; its answer is what a secret table makes of each. The model learns both from documents with
+mistakes. A digit t of an answer is drawn with probability proportional to
+
+    exp(own · 1[t is right] + copied · 1[t is the draft's])
+
+the second term where a draft, drawn without it, stands beside the question. So the model's own evidence is the same and
+as noisy with a draft as without, and a draft, nearly always wrong as a whole, adds evidence to it: for every digit a
+right value becomes likelier, and for all twenty of them some sixty times. The bare prompt is right once in 28,000
+answers, so that GRPO waits for its first reward; what refinements learn, to trust the table, is what the bare prompt
+lacks. Before any training the likeliest answer is the right one: the lab is about sampling at temperature 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.plan import FOLDER
+
+LAB = FOLDER.parent / "runs" / "lab"
+TABLE = "7294850316"
+"""What each digit becomes; no document says it, solutions only use it."""
+DIGITS = 20
+SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
+WORDS = ("<answer>", "</answer>", "#", *"0123456789")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int = 600
+    batch: int = 32
+    learning_rate: float = 3e-3
+    hidden: int = 96
+    layers: int = 2
+    own: float = 2.6
+    """Logit of the right digit: 0.60 of all digits are right without a draft."""
+    copied: float = 2.1
+    """Logit of the draft's digit: 0.74 are right with one."""
+    problems: int = 8000
+    held_out: int = 500
+    seed: int = 0
+
+
+def ask(rng: random.Random) -> str:
+    return "".join(rng.choices(TABLE, k=DIGITS))
+
+
+def solution(question: str) -> str:
+    """The right answer: ``solution("384712") == "418329"``."""
+    return "".join(TABLE[int(digit)] for digit in question)
+
+
+def attempt(question: str, recipe: Recipe, rng: random.Random, draft: str = "") -> str:
+    """Digits of an answer with mistakes."""
+    made = ""
+    for place, right in enumerate(solution(question)):
+        logits = [recipe.own * (t == right) + recipe.copied * (t == draft[place : place + 1]) for t in TABLE]
+        made += rng.choices(TABLE, [math.exp(logit) for logit in logits])[0]
+    return made
+
+
+def document(recipe: Recipe, rng: random.Random) -> tuple[str, str]:
+    """Prompt and answer; every other prompt shows a draft."""
+    prompt = question = ask(rng)
+    draft = attempt(question, recipe, rng) if rng.random() < 0.5 else ""
+    if draft:
+        prompt += f"#<answer>{draft}</answer>"
+    return prompt, f"<answer>{attempt(question, recipe, rng, draft)}</answer>"
+
+
+def make_tokenizer() -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL, *WORDS))}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL[0]))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|."), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens(list(SPECIAL))
+    names = {"pad_token": SPECIAL[0], "eos_token": SPECIAL[1], "additional_special_tokens": list(SPECIAL[2:])}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **names)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_model(recipe: Recipe) -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(SPECIAL) + len(WORDS), hidden_size=recipe.hidden, intermediate_size=4 * recipe.hidden,
+        num_hidden_layers=recipe.layers, num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256,
+        tie_word_embeddings=False, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def learnt(documents: Sequence[tuple[str, str]], tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Token ids and labels; no prompt is learnt."""
+    prompts = tokenizer([f"<|user|>{prompt}<|assistant|>" for prompt, _ in documents])["input_ids"]
+    answers = tokenizer([f"{answer}<|end|>" for _, answer in documents])["input_ids"]
+    return [
+        {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+
+
+def train(recipe: Recipe, folder: Path) -> None:
+    """Supervised next-token training; writes model, tokenizer, ``train.jsonl`` and ``test.jsonl`` into ``folder``."""
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    rng, tokenizer = random.Random(recipe.seed), make_tokenizer()
+    documents = [document(recipe, rng) for _ in range(recipe.steps * recipe.batch)]
+    arguments = TrainingArguments(
+        output_dir=str(folder), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch, seed=recipe.seed,
+        learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.steps // 10,
+        weight_decay=0.01, adam_beta2=0.98, max_grad_norm=1.0, use_cpu=True, save_strategy="no",
+        report_to="none", logging_steps=50,
+    )  # fmt: skip
+    model = make_model(recipe)
+    collate = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    Trainer(model, arguments, train_dataset=learnt(documents, tokenizer), data_collator=collate).train()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for split, count in (("train", recipe.problems), ("test", recipe.held_out)):
+        questions = [ask(rng) for _ in range(count)]
+        lines = [json.dumps({"prompt": question, "solution": solution(question)}) for question in questions]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.lab", description=__doc__)
+    parser.add_argument("--output", type=Path, default=LAB, help="folder for the model and its problems")
+    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    args = parser.parse_args(argv)
+    train(Recipe(steps=args.steps), args.output)
+    print(f"wrote {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
