@@ -65,7 +65,9 @@ NOT_THE_RECIPES = {
     "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
     "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args", "lora_sync",
 }  # fmt: skip
-NOT_THE_RUNS = NOT_THE_RECIPES | {"judge_base_url", "judge_api_key_env", "judge_cache", "reward_env"}
+NOT_THE_RUNS = NOT_THE_RECIPES | {
+    "judge_base_url", "judge_api_key_env", "judge_cache", "reward_env", "environment_factory", "tools",
+}  # fmt: skip
 
 
 def another_value(key: str, value: object, hint: object) -> object:
@@ -74,7 +76,7 @@ def another_value(key: str, value: object, hint: object) -> object:
         "chat_template_kwargs": {"enable_thinking": False}, "repetition_max_penalty": -0.5,
         "judge_base_url": "http://127.0.0.1:9", "judge_api_key_env": "OTHER", "reward_weights": [1.0, 0.5],
         "vllm_gpu_memory_utilization": 0.5, "top_p": 0.8, "activation_offloading": True, "min_p": 0.1,
-        "reward_funcs": ["accuracy", "length"], "vllm_group_port": 1,
+        "environment_factory": "a:b", "tools": ["a:b"], "reward_funcs": ["accuracy", "length"], "vllm_group_port": 1,
         "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     }  # fmt: skip
     if key in special:
