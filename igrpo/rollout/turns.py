@@ -298,11 +298,10 @@ def _shown(message: Message) -> str:
 
 
 def _sees_environments(function: RewardFunction) -> bool:
-    """Whether a function of the user's gets the environments: it names them, or takes all there is, as in TRL."""
-    if function.path in BUILTIN.values():
+    """Whether a reward function names the environments."""
+    if function.path == BUILTIN["judge"]:
         return False
     try:
-        parameters = inspect.signature(function.load()).parameters.values()
+        return "environments" in inspect.signature(function.load()).parameters
     except ValueError:  # some functions written in C tell no signature
         return False
-    return any(p.name == "environments" or p.kind is p.VAR_KEYWORD for p in parameters)

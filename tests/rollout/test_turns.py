@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import reasoning_gym
 import trl
@@ -187,6 +188,9 @@ def test_an_environment_keeps_its_state_and_hostile_tools_have_a_clear_end(hosti
     assert end["ok"]["reward"] == 7.0 and end["ok"]["environment"]
     (_, huge) = ask(hostile, RESET, ("call", [("huge", {})]))
     assert huge["ok"] == [["Error: the tool returned 10000000 characters, more than 100000", True]]
+    (_, late) = ask(hostile, RESET, ("call", [("hoard", {}), ("leave", {})]))
+    (hoarded, left) = late["ok"]
+    assert hoarded == ["Error: MemoryError: ", True] and not left[1]
     assert ask(hostile, RESET, ("call", [("die", {})]))[1] == "call: its process ended"
     idle = hostile.sessions.open()
     hostile.sessions.ask(idle, *RESET)
@@ -196,6 +200,7 @@ def test_an_environment_keeps_its_state_and_hostile_tools_have_a_clear_end(hosti
     start = time.perf_counter()
     assert ask(hostile, RESET, ("call", [("sleep", {})]))[1] == "call: killed after 0.7 s (tool_timeout)"
     assert time.perf_counter() - start < 5.0
+    assert not psutil.pid_exists(int(left[0]))  # nothing outlives its completion
     assert not idle.wrong  # the policy may take its time for a turn
     hostile.sessions._host.kill()  # of this environment
     hostile.sessions._host.wait()
@@ -308,7 +313,14 @@ def test_an_environment_of_one_turn_is_none_to_the_bit(engine, caller):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"max_tool_calling_iterations": 1, "draft_policy_lag": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_tool_calling_iterations": 1, "draft_policy_lag": 1},
+        {"early_stop_drafts": True, "early_stop_reward": 0.0, "full_determinism": False, "num_drafts": 4},
+    ],
+)
 def test_hostile_calls_end_and_what_tools_said_is_never_tokenised_twice(engine, caller, settings):
     funcs = ["environment", HERE + "totals"]
     groups, figures, samples, _ = rolled(
@@ -330,7 +342,9 @@ def test_hostile_calls_end_and_what_tools_said_is_never_tokenised_twice(engine, 
         assert said.startswith("<|tool|>") and said.endswith("<|end|><|assistant|>")
         assert one.token_ids[start - 1] == 1  # the policy ended its turn
     limits = {one.ended for one in paths}
-    if settings:
+    if "early_stop_drafts" in settings:
+        assert figures["draft/aborted"] > 0
+    if "draft_policy_lag" in settings:
         assert max(len(one.spans) for one in several) == 3 and "turns" in limits
         assert all(one.truncated for one in found if one.trajectory and one.trajectory.ended == "turns")
     own = [s.rewards for g in groups for s in g.refinements]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import time
 
 
@@ -57,6 +58,16 @@ class Hostile:
     def told(self) -> list:
         """Says no text."""
         return [self.level, None]
+
+    def hoard(self) -> int:
+        """Takes more memory than it may."""
+        return len(bytearray(12 * 2**30))
+
+    def leave(self) -> int:
+        """Leaves a process, and comes back twice."""
+        left = subprocess.Popen(["sleep", "300"], start_new_session=True)
+        os.fork()
+        return left.pid
 
     def die(self) -> None:
         """Ends its process."""

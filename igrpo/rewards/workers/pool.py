@@ -369,9 +369,12 @@ def _arguments(
 
 
 def _without_environment(completion: Completion) -> Completion:
-    if completion.trajectory is None or completion.trajectory.environment is None:
+    """Nothing is left of an environment that had no part in a completion."""
+    one = completion.trajectory
+    if one is None:
         return completion
-    return replace(completion, trajectory=replace(completion.trajectory, environment=None))
+    had_part = len(one.spans) > 1 or one.calls or one.ended or one.reward is not None
+    return replace(completion, trajectory=replace(one, environment=None) if had_part else None)
 
 
 def _check_picklable(arguments: Mapping[str, list[Any]], problem: Problem) -> None:

@@ -41,7 +41,8 @@ REQUEST = struct.Struct(">QHQ")
 """Number of the call, index of its function, bytes of its pickled arguments, which follow."""
 REPLY = struct.Struct(">I")
 """Bytes of the JSON that follows: ``[number of the call, outcome, why the worker must be replaced or null]``."""
-NOT_TRLS = ("prompt_suffix", "environment_rewards")
+ONLY_NAMED = ("prompt_suffix", "environment_rewards", "environments")
+"""Arguments that ``**kwargs`` does not bring: TRL does not pass the first two, and the last costs a process each."""
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBADF)
 """Errors of a process that has run out of something or lost its files: later calls would fail with them, too."""
 FILES_LEFT, THREADS_LEFT, BYTES_LEFT = 32, 8, 2**29
@@ -282,13 +283,12 @@ async def _awaited(scores: Any) -> Any:
 
 
 def _accepted(function: Any, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """All arguments for a function with ``**kwargs``, else the ones it names; those that TRL does not pass, only where
-    they are named."""
+    """All arguments for a function with ``**kwargs``, else the ones it names; ``ONLY_NAMED`` only where they are."""
     parameters = inspect.signature(function).parameters.values()
     named = {p.name: arguments[p.name] for p in parameters if p.name in arguments}
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return named
-    return {name: values for name, values in arguments.items() if name not in NOT_TRLS} | named
+    return {name: values for name, values in arguments.items() if name not in ONLY_NAMED} | named
 
 
 def _checked(score: Any) -> float | str | None:
