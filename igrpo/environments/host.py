@@ -72,7 +72,8 @@ class Trajectory:
         """What ``reset`` says of a row: with one seed all of a problem's trajectories begin alike, and go on with
         their own."""
         _seed(seed)
-        said = _run(self.environment.reset, _accepted(self.environment.reset, row)) if self.environment else None
+        reset = getattr(self.environment, "reset", None)  # there may be functions alone
+        said = _run(reset, _accepted(reset, row)) if reset is not None else None
         _seed(then)
         if said is not None and not isinstance(said, str):
             raise TypeError(f"reset returned {type(said).__name__}, not text or None")

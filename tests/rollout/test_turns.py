@@ -207,6 +207,26 @@ def test_an_environment_keeps_its_state_and_hostile_tools_have_a_clear_end(hosti
     assert ask(hostile, RESET)[0] == first  # another one takes its place
 
 
+def test_functions_alone_and_environments_beside_them():
+    """A function is a tool of any environment; what is async is awaited; every trajectory begins anew."""
+    with start_environment(config(tools=[HERE + "double"])) as made:
+        assert [one["function"]["name"] for one in made.schemas] == ["double"] and made.observed(PROBLEMS) == PROBLEMS
+        assert ask(made, RESET, ("call", [("double", {"n": 4})])) == [{"ok": None}, {"ok": [["8", False]]}]
+    both = config(tools=[HERE + "double"], environment_factory=HERE + "Odd", reward_funcs=["environment"])
+    with start_environment(both) as made:
+        reset = ("reset", {"level": 2, "unknown": 1}, "s", "t")
+        begun, said, end = ask(made, reset, ("call", [("double", {"n": 4})]), ("finish", True, False))
+        assert begun == {"ok": " 2 1 "} and said == {"ok": [["8", False]]}
+        assert end["ok"]["reward"] == "get_reward: TypeError: it returned 'nan', which is no number"
+        assert [problem.observation for problem in made.observed(PROBLEMS[:3])] == [" 0 1 ", " 1 1 ", " 2 1 "]
+        (told,) = (
+            PromptBuilder(tiny_tokenizer(), config(), schemas=made.schemas)
+            .parts(made.observed(PROBLEMS[1:2])[0])
+            .messages
+        )
+        assert told["content"] == "1+1? 1 1 "
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [

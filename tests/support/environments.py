@@ -94,6 +94,32 @@ def totals(completions, environments, **_):
     return [0.0 if one is None else one.total / 10 for one in environments]
 
 
+async def double(n: int) -> int:
+    """Doubles.
+
+    Args:
+        n: what
+    """
+    return 2 * n
+
+
+class Odd:
+    """False as a value, async throughout, and another thing each time that it begins."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def __len__(self) -> int:
+        return 0
+
+    async def reset(self, level: int) -> str:
+        self.begun += 1
+        return f" {level} {self.begun} {os.getpid() if level == 3 else ''}"
+
+    async def get_reward(self) -> float:
+        return float("nan") if self.begun == 1 else 0.0
+
+
 class Undescribed:
     def reset(self): ...
 
