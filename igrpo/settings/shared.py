@@ -62,7 +62,7 @@ class SamplingConfig(Section):
     min_p: Share = 0.0
     """Minimum-probability sampling; 0 = off. See `top_p`."""
     max_completion_length: Count = 512
-    """Longest draft or refinement, in tokens."""
+    """Longest draft or refinement, in tokens, with what tools say between its turns."""
 
     @property
     def truncates(self) -> dict[str, Any]:
