@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -44,6 +45,8 @@ def engine(tmp_path_factory):
 def vllm_engine(tmp_path_factory):
     """vLLM's CPU build, which has no way to say what it kept but its log-probabilities."""
     model = save_tiny(tmp_path_factory.mktemp("model"))
+    for path in Path(model).glob("*config.json"):
+        path.write_text(path.read_text().replace('"eos_token_id": 1', '"eos_token_id": null'))
     engine = start_engine(model, config(model, use_vllm=True), 512, (), 0, masks=True)
     yield engine
     engine.close()
@@ -76,16 +79,17 @@ def trained(result, iterations: int = 1, **settings) -> dict[str, float]:
         PartialState._reset_state()
 
 
-@pytest.mark.parametrize("name, bound, share", [("engine", 0, 1e-3), ("vllm_engine", 150, 0.1)])  # vLLM's may end early
-def test_truncated_sampling_trains_as_whole_sampling_does(request, name, bound, share):
-    """Without what was kept the sampler's correction leaves no gradient; with it learner and sampler agree."""
+@pytest.mark.parametrize("name, bound", [("engine", 0), ("vllm_engine", 288)])
+def test_truncated_sampling_trains_as_whole_sampling_does(request, name, bound):
+    """Without what was kept the sampler's correction leaves no gradient; with it learner and sampler agree. A top-k of
+    the whole vocabulary leaves the cutting to top-p."""
     engine = request.getfixturevalue(name)
     engine.seed(0)
     whole = trained(sampled(engine))
     cut = sampled(engine, top_p=0.9, top_k=bound)
     blind = trained(replace(cut, kept=None))
     seeing = trained(cut, beta=0.1, iterations=2)
-    assert blind["grad_norm"] < share * whole["grad_norm"]
+    assert blind["grad_norm"] < 1e-3 * whole["grad_norm"]
     assert 0.3 < seeing["grad_norm"] / whole["grad_norm"] < 3.0
     assert trained(cut, beta=0.1, iterations=2, shared_prefix=False)["loss"] == pytest.approx(seeing["loss"], abs=1e-5)
     for figures in (whole, seeing):
