@@ -121,10 +121,10 @@ class Bench:
     def run_arm(
         self, settings: dict[str, Any], first: int, steps: int, into: Arm, timeline: Path | None = None
     ) -> None:
-        """From step ``first`` on one step to warm the schedule up, then ``steps`` measured ones.
+        """Step ``first`` warms the schedule up, with ``policy_lag: L`` L steps before it, too; ``steps`` are measured.
 
-        With drafts ahead the first measured step finishes drafts that the warm-up began, and the last begins drafts
-        that are dropped unmeasured: each measured step carries one batch's drafts.
+        With problems ahead the first measured step finishes what the warm-up began, and the last begins some that are
+        dropped unmeasured: each measured step carries one batch's work.
         """
         from igrpo.data_types import Problem
         from igrpo.learner.batching import training_samples
@@ -135,8 +135,8 @@ class Bench:
         config = replace(self.base, **settings, per_device_train_batch_size=PROMPTS * generations)
         rollout = Rollout(self.engine, self.rewards, self.prompts, self.tokenizer, config, Timeline(timeline))
         problems = [Problem(i, f"What is {i} + {i}?", "0") for i in range(PROMPTS)]
-        ahead = problems if config.draft_policy_lag else ()
-        for step in range(first, first + steps + 1):
+        ahead = problems * config.steps_ahead
+        for step in range(first - config.policy_lag, first + steps + 1):
             start = time.perf_counter()
             groups, stats = rollout.run(problems, step, ahead=ahead)
             rolled_out = time.perf_counter()
@@ -154,7 +154,7 @@ class Bench:
                 into.learner.append(learnt - rolled_out)
                 into.push.append(end - learnt)
                 into.tokens.append(stats.draft_tokens + stats.refinement_tokens)
-        rollout.finish_drafts()
+        rollout.finish()
         rollout.pump.timeline.flush()
 
     def close(self) -> None:

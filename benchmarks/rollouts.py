@@ -32,6 +32,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "igrpo barrier": {**IGRPO, "rollout_schedule": "barrier"},
     "igrpo streaming": IGRPO,
     "igrpo streaming + lag 1": {**IGRPO, "draft_policy_lag": 1},
+    "igrpo policy_lag 1": {**IGRPO, "policy_lag": 1},
+    "igrpo policy_lag 2": {**IGRPO, "policy_lag": 2},
 }
 TRL = "trl, grpo, our engine"
 WARM_UP = 2

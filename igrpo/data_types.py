@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+Runs = tuple[tuple[int, int], ...]
+"""A version of the weights for each token, oldest first: ``((3, 40), (4, 12))`` is 40 tokens of version 3, 12 of 4."""
 Message = dict[str, Any]
 """One chat turn: ``{"role": "system" | "user" | "assistant" | "tool", "content": "..."}``; an assistant's may have
 ``tool_calls``, a tool's has its ``name``."""
@@ -114,10 +116,21 @@ class Completion:
     left out."""
     trajectory: Trajectory | None = None
     """None: one turn, and no environment had a part in it."""
+    versions: Runs = ()
+    """Weights of each token, where they changed in between; empty: all are of ``version``."""
 
     def __post_init__(self) -> None:
         if len(self.token_ids) != len(self.logprobs):
             raise ValueError(f"{len(self.token_ids)} token ids but {len(self.logprobs)} log-probabilities")
+
+    @property
+    def runs(self) -> Runs:
+        return self.versions or ((self.version, len(self.token_ids)),)
+
+    @property
+    def oldest(self) -> int:
+        """Version of the weights that sampled its first token."""
+        return self.runs[0][0]
 
     @property
     def truncated(self) -> bool:
@@ -230,6 +243,17 @@ def written(values: tuple[Any, ...], spans: Sequence[int]) -> tuple[Any, ...]:
         return values
     ends = list(accumulate(spans, initial=0))
     return tuple(value for i in range(0, len(spans), 2) for value in values[ends[i] : ends[i + 1]])
+
+
+def merged(runs: Sequence[tuple[int, int]]) -> Runs:
+    """Those of one version after the other as one; empty for one in all, as in ``Completion``.
+
+    Example: ``merged([(3, 5), (3, 2), (4, 1)])`` is ``((3, 7), (4, 1))``.
+    """
+    made: dict[int, int] = {}
+    for version, count in runs:
+        made[version] = made.get(version, 0) + count
+    return tuple(made.items()) if len(made) > 1 else ()
 
 
 def content_text(content: Any) -> str | None:

@@ -58,9 +58,9 @@ class TrainingRun:
     started: float = field(default_factory=time.monotonic)
 
     def sample(self, step: int) -> tuple[list[RolloutGroup], RolloutStats]:
-        """The step's groups; drafts of the next step may still be on their way."""
+        """The step's groups; what comes after them may still be on its way."""
         self._awake()
-        batch = self.feed.take(last=step == self.total_steps)
+        batch = self.feed.take(left=self.total_steps - step)
         self.view.begin_step(len(batch.problems))
         substitutes = iter(batch.substitutes)
         groups, stats = self.rollout.run(batch.problems, step, self.view.rolled_out, batch.ahead, substitutes)
@@ -73,7 +73,7 @@ class TrainingRun:
             self.push_weights(self.step)
 
     def train_on(self, groups: Sequence[RolloutGroup], step: int) -> dict[str, float]:
-        """The learner step, while the engine sleeps or goes on with drafts of the next step."""
+        """The learner step, while the engine sleeps or goes on with the next steps' problems."""
         from igrpo.learner.batching import training_samples
 
         samples = training_samples(groups, self.config)
@@ -84,14 +84,14 @@ class TrainingRun:
     def push_weights(self, version: int) -> dict[str, float]:
         """Weights to the engine, compared on the probe (see ``sync``).
 
-        Drafts of the next step that still run go on under the new weights; with full determinism they are waited for,
-        since how far they have come when the learner is done is a matter of time.
+        Requests that still run go on under the new weights; with full determinism they are waited for, since how far
+        they have come when the learner is done is a matter of time.
 
         Raises:
             EngineError: the push failed, or the engine does not hold the pushed weights.
         """
         if self.config.full_determinism:
-            self.rollout.finish_drafts()
+            self.rollout.finish()
         with self.timeline.span("sync", version):
             return self.sync.push(version)
 
@@ -103,7 +103,7 @@ class TrainingRun:
             return {}
         self._awake()
         self.view.stage("evaluation")
-        self.rollout.finish_drafts()
+        self.rollout.finish()
         with self.timeline.span("eval", self.step):
             parts = (self.engine, self.rewards, self.prompts, self.tokenizer)
             share = self.held_out[self.feed.rank :: self.feed.processes]
@@ -161,8 +161,12 @@ class TrainingRun:
 
     def save(self) -> None:
         self.view.stage("checkpoint")
-        drafts = [record for part in self.learner.gather(self.rollout.state_dict()) for record in part]
-        state = {"step": self.step, "sampler": self.feed.state_dict(), "drafts": drafts}
+        # Each process has as many, and gets its own again where there are as many processes.
+        begun = [
+            record for some in zip(*self.learner.gather(self.rollout.state_dict()), strict=True) for record in some
+        ]
+        sampler = self.feed.state_dict([record["row"] for record in begun])
+        state = {"step": self.step, "sampler": sampler, "drafts": begun}
         self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
         saved = self.folder.save_checkpoint(self.step, lambda path: self.learner.save(path, self.tokenizer, state))
         self.view.say(f"saved {saved}")

@@ -30,14 +30,28 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             raise ConfigError(
                 f"lora_sync: vLLM takes adapters up to rank {LARGEST_RANK}, and lora_r is {self.lora_r}; write merged"
             )
-        if self.draft_policy_lag and self.full_determinism and self.use_peft and self.lora_dropout > 0:
+        if self.steps_ahead and self.full_determinism and self.use_peft and self.lora_dropout > 0:
             raise ConfigError(
-                "full_determinism: with draft_policy_lag: 1 sampler and dropout draw from one generator at once; write "
-                "lora_dropout: 0"
+                f"full_determinism: with {self.lag_key}: {self.steps_ahead} sampler and dropout draw from one "
+                "generator at once; write lora_dropout: 0"
             )
+        if self.policy_lag:
+            self._check_stale()
         if self.eval_steps is not None and self.eval_samples == 0:
             raise ConfigError(
                 "eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use"
+            )
+
+    def _check_stale(self) -> None:
+        if not (self.vllm_importance_sampling_correction or self.bypass_mode):
+            raise ConfigError(
+                f"policy_lag: {self.policy_lag} trains on tokens of older weights, which the loss must be told; write "
+                "vllm_importance_sampling_correction: true, or policy_lag: 0"
+            )
+        if self.refinement_context != "draft" and self.bare_importance_ratio == "bare":
+            raise ConfigError(
+                f"policy_lag: {self.policy_lag} trains on tokens of older weights, and nothing corrects for that with "
+                "bare_importance_ratio: bare; write bare_importance_ratio: behaviour, or policy_lag: 0"
             )
 
     @property

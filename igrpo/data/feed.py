@@ -18,7 +18,7 @@ class Batch:
 
     problems: tuple[Problem, ...]
     ahead: tuple[Problem, ...]
-    """Problems of the next step, when their drafts may begin now (``draft_policy_lag: 1``)."""
+    """Problems of the next steps that may begin now, in order (``policy_lag``, ``draft_policy_lag``)."""
     substitutes: tuple[Problem, ...]
     """Replace problems whose group has no advantage (``zero_variance: resample``); give back what is not used."""
 
@@ -45,11 +45,12 @@ class ProblemFeed:
         self._ahead: list[int] = []
         self._substitutes: list[int] = []
 
-    def take(self, last: bool) -> Batch:
-        """The next step's problems; ``last``: there is no step after it."""
+    def take(self, left: int) -> Batch:
+        """The next step's problems; ``left``: how many steps come after it."""
         n = self.config.prompts_per_step * self.processes
-        rows = self._ahead or self.sampler.next_batch(n)
-        self._ahead = self.sampler.next_batch(n) if self.config.draft_policy_lag and not last else []
+        wanted = n * (1 + min(self.config.steps_ahead, left))
+        known = self._ahead + self.sampler.next_batch(max(0, wanted - len(self._ahead)))
+        rows, self._ahead = known[:n], known[n:]
         if self.config.zero_variance == "resample":
             self._substitutes = self.sampler.next_batch(n * (self.config.dynamic_sampling_max_gen_batches - 1))
         return Batch(self._own(rows), self._own(self._ahead), self._own(self._substitutes))
@@ -67,10 +68,10 @@ class ProblemFeed:
         """Epoch of the last row handed out for a step."""
         return max(self.sampler.rows_taken - len(self._ahead) - 1, 0) // self.sampler.num_problems
 
-    def state_dict(self) -> dict[str, Any]:
-        """After ``give_back``; problems taken ahead count as not yet taken."""
+    def state_dict(self, begun: Sequence[int]) -> dict[str, Any]:
+        """After ``give_back``; the rows of all processes that were ``begun`` ahead count as not yet taken."""
         state = self.sampler.state_dict()
-        return state | {"returned": self._ahead + state["returned"]}
+        return state | {"returned": [*begun, *state["returned"]]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from igrpo.data_types import Kept
+from igrpo.data_types import Kept, Runs
 
 if TYPE_CHECKING:  # a server's supervisor imports this package and needs no torch
     import torch
@@ -92,6 +92,9 @@ class Result:
     """Prompt tokens served from the prefix cache."""
     kept: tuple[Kept, ...] | None = None
     """[n] what top-p, top-k and min-p left to choose from; of engines that were started with ``masks``."""
+    versions: tuple[Runs, ...] = ()
+    """[n] weights of each token, where weights were pushed while it ran; where an engine cannot tell them apart, those
+    of the first for all. Empty: ``version``."""
 
 
 class Engine(Protocol):

@@ -41,7 +41,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
     vllm_gpu_memory_utilization: ShareAboveZero = 0.3
     """Share of the GPU's memory that vLLM may use."""
     vllm_enable_sleep_mode: Annotated[bool | None, Mark.ONLY_IF_ASKED] = None
-    """vLLM in the trainer's process leaves its GPU to learner steps; null: yes, unless `draft_policy_lag` is 1."""
+    """vLLM in the trainer's process leaves its GPU to learner steps; null: yes, unless a `policy_lag` keeps it busy."""
     vllm_max_model_length: Annotated[Count | None, Mark.ONLY_IF_ASKED] = None
     """Context of the engine in tokens; null: just long enough for the longest refinement of this data set."""
     vllm_tensor_parallel_size: Processes = 1

@@ -115,3 +115,17 @@ def _same(one: str, other: str) -> bool:
     if one.isdigit() and other.isdigit():
         return int(one) == int(other)
     return one.isdigit() or other.isdigit() or one.startswith(other) or other.startswith(one)
+
+
+def launched_with_others() -> dict[str, str]:
+    """Options for an engine beside those of other processes: by itself vLLM takes the first GPU it sees, and every
+    process of torchrun or accelerate sees all of them. With this it takes that of LOCAL_RANK."""
+    return {"distributed_executor_backend": "external_launcher"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
+
+
+def among_others() -> bool:
+    """Whether other processes learn too. Reading the weights may then be a collective, which none of them would join
+    for the sake of this one's engine."""
+    from torch import distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

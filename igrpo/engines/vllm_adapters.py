@@ -74,7 +74,8 @@ class AdapterVLLMEngine(VLLMEngine):
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old adapter")
         compared = self._compare_factors(factors)
-        self.version, self._source, self._sent = version, source, sent
+        self._set_version(version)
+        self._source, self._sent = source, sent
         return compared
 
     def _compare_factors(self, factors: Mapping[str, torch.Tensor]) -> int:

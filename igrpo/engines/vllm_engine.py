@@ -27,8 +27,9 @@ from igrpo.engines.base import (
     request_seed,
 )  # fmt: skip
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.layout import among_others, launched_with_others
 from igrpo.engines.masks import logprobs_to_ask, read_kept, why_no_option
-from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head
+from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head, runs_of
 from igrpo.settings import ConfigError
 
 CPU_BLOCK_SIZE = 32
@@ -77,8 +78,8 @@ class VLLMEngine:
         self.llm: Any = None
         self.engine: Any = None
         self._submitted = 0
-        self._running: dict[str, tuple[Request, int | None]] = {}
-        """And their seeds, by vLLM's id, which is unique over the engine's life: the caller's may come again."""
+        self._running: dict[str, tuple[Request, int | None, int]] = {}
+        """With seed and ``version`` then, by vLLM's id, which is unique over the engine's life: ours may come again."""
         self._finished: list[Result] = []
         """Came out while ``score`` was stepping the engine."""
         self._source: WeightSource | None = None
@@ -123,7 +124,7 @@ class VLLMEngine:
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         self.engine = self.llm.llm_engine
-        self.version = 0
+        self._set_version(0)
 
     def _options(self) -> dict[str, Any]:
         config = self.config
@@ -157,6 +158,11 @@ class VLLMEngine:
             | config.vllm_engine_args
         )
 
+    def _set_version(self, version: int) -> None:
+        self.version = version
+        if hasattr(self.llm, "update_weight_version"):  # vLLM 0.32: it then says which tokens are whose
+            self.llm.update_weight_version(str(version))
+
     def submit(self, request: Request) -> None:
         seed = None if self.on_cpu else request_seed(self._rank_seed, self._seed, request.request_id)
         self._submit(request, seed)
@@ -180,7 +186,7 @@ class VLLMEngine:
         )
         name = f"{self._submitted}"
         self._submitted += 1
-        self._running[name] = (request, seed)
+        self._running[name] = (request, seed, self.version)
         prompt = {"prompt_token_ids": list(request.prompt_ids)}
         self.engine.add_request(name, prompt, params, lora_request=self.lora_request)
 
@@ -211,7 +217,7 @@ class VLLMEngine:
         return finished
 
     def abort(self, request_ids: Collection[str]) -> None:
-        names = [name for name, (request, _) in self._running.items() if request.request_id in request_ids]
+        names = [name for name, (request, *_) in self._running.items() if request.request_id in request_ids]
         self.engine.abort_request(names)
         for name in names:
             del self._running[name]
@@ -219,7 +225,7 @@ class VLLMEngine:
 
     def _result(self, output: Any) -> Result:
         samples = sorted(output.outputs, key=lambda sample: sample.index)
-        request, _ = self._running.pop(output.request_id)
+        request, _, sent_at = self._running.pop(output.request_id)
         kept = None
         if self.masks and request.sampling.truncates:
             kept = tuple(Kept.of(s.sampling_mask.token_ids) for s in samples)
@@ -236,6 +242,7 @@ class VLLMEngine:
             version=self.version,
             cached_tokens=output.num_cached_tokens or 0,
             kept=kept,
+            versions=() if sent_at == self.version else tuple(runs_of(s, sent_at) for s in samples),
         )
 
     def seed(self, seed: int) -> None:
@@ -261,7 +268,7 @@ class VLLMEngine:
 
             CuMemAllocator.get_instance().release_pools()
         self._start()
-        for request, seed in begun:  # they start over at the next poll
+        for request, seed, _ in begun:  # they start over at the next poll
             self._submit(request, seed)
 
     def _mend(self, error: Exception) -> None:
@@ -270,7 +277,7 @@ class VLLMEngine:
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:
             raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
-        if _among_others():
+        if among_others():
             raise EngineError(f"vLLM died beside other learner processes, which cannot wait: {error}") from error
         self.restart()
         if self._source is not None:
@@ -312,7 +319,7 @@ class VLLMEngine:
         try:
             compared = self._push(source, version)
         except EngineError as error:  # the model is half loaded; only a new one can be trusted
-            if _among_others():
+            if among_others():
                 raise
             restarts = 1
             try:
@@ -342,7 +349,8 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("the prefix cache still holds blocks of the old weights")
         compared = self._compare(sent)
-        self.version, self._source, self._sent = version, source, sent
+        self._set_version(version)
+        self._source, self._sent = source, sent
         return compared
 
     def _compare(self, sent: dict[str, Sent]) -> int:
@@ -385,16 +393,3 @@ class VLLMEngine:
     def close(self) -> None:
         if self.engine is not None:  # a new one did not start
             self.engine.engine_core.shutdown()
-
-
-def launched_with_others() -> dict[str, str]:
-    """Options for an engine beside those of other processes: by itself vLLM takes the first GPU it sees, and every
-    process of torchrun or accelerate sees all of them. With this it takes that of LOCAL_RANK."""
-    return {"distributed_executor_backend": "external_launcher"} if int(os.environ.get("WORLD_SIZE", "1")) > 1 else {}
-
-
-def _among_others() -> bool:
-    """Whether other processes learn too. Reading the weights may then be a collective, which none of them would join
-    for the sake of this one's engine."""
-    dist = torch.distributed
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from igrpo.data_types import Runs
 
 FILE_BACKEND = "igrpo_file"
 """Name under which vLLM's servers know ``vllm_worker.FileWeightTransferEngine``."""
@@ -116,3 +118,11 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     tied = any(m is not head and getattr(m, "weight", None) is head.weight for m in model.modules())
     if tied:
         head.quant_method.process_weights_after_loading(head)
+
+
+def runs_of(sample: Any, sent_at: int) -> Runs:
+    """Which weights vLLM's output is of; before 0.32 it does not tell, and all tokens count as of ``sent_at``."""
+    spans = getattr(sample, "weight_versions", None)
+    if spans is None:
+        return ((sent_at, len(sample.token_ids)),)
+    return tuple((int(span.version), span.end - span.start) for span in spans)

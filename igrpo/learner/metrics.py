@@ -21,6 +21,7 @@ Metrics = dict[str, float]
 SUMMED = re.compile(
     r"rollout/(draft_tokens|refinement_tokens|tokens_per_second|samples_per_second)|draft/aborted|resample/\w+"
     r"|aux_loss|(eval/)?rewards/.*/(not_judged|errors|timeouts)|rewards/workers_replaced|warnings|sync/restarts"
+    r"|staleness/dropped"
 )
 """Counts and rates of a process's own share, which are the run's when added up."""
 GAP = "sampling/sampling_logp_difference"

@@ -91,7 +91,7 @@ def predict(measured: Measured, hardware: Hardware, rates: Rates) -> StepTime:
     work = Workload(shape, config, hardware, measured.lengths, rates, trained_share=measured.trained_share)
     if config.algorithm == "grpo":
         return work.step("GRPO", "barrier", 0, config.num_generations)
-    scheduler = "lag 1" if config.draft_policy_lag else config.rollout_schedule
+    scheduler = "lag 1" if config.steps_ahead else config.rollout_schedule
     return work.step("iGRPO", scheduler, config.num_drafts, config.num_generations)
 
 

@@ -302,7 +302,8 @@ def _suggestions(config: TrainConfig, machine: Machine, sharded: bool) -> tuple[
     said = []
     beside = config.use_vllm and config.vllm_mode == "colocate"
     if beside and machine.device == "cuda" and not config.engine_sleeps:
-        said.append("let the engine sleep while the learner works (vllm_enable_sleep_mode: true, draft_policy_lag: 0)")
+        keys = f"vllm_enable_sleep_mode: true, {config.lag_key}: 0"
+        said.append(f"let the engine sleep while the learner works ({keys})")
     if beside and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
         said.append("lower vllm_gpu_memory_utilization, or let vLLM run elsewhere")
     if not config.gradient_checkpointing:

@@ -117,19 +117,24 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     def engine_sleeps(self) -> bool:
         """Whether an engine beside the learner on a GPU sleeps while that works."""
         asked, beside = self.vllm_enable_sleep_mode, self.use_vllm and self.vllm_mode == "colocate"
-        return beside and (not self.draft_policy_lag if asked is None else asked)
+        return beside and (not self.steps_ahead if asked is None else asked)
 
     def check(self) -> None:
         if self.draft_selection_score == "accuracy_first" and "accuracy" not in self.reward_funcs:
             raise ConfigError("draft_selection_score: accuracy_first needs `accuracy` in reward_funcs")
-        if self.draft_policy_lag and self.rollout_schedule == "barrier":
+        if self.policy_lag and self.draft_policy_lag:
             raise ConfigError(
-                "rollout_schedule: barrier separates the stages that draft_policy_lag: 1 overlaps; drop one"
+                f"draft_policy_lag: policy_lag: {self.policy_lag} samples drafts ahead, too; write draft_policy_lag: 0"
             )
-        if self.draft_policy_lag and self.vllm_enable_sleep_mode and self.use_vllm and self.vllm_mode == "colocate":
+        key = self.lag_key
+        if self.steps_ahead and self.rollout_schedule == "barrier":
             raise ConfigError(
-                "vllm_enable_sleep_mode: with draft_policy_lag: 1 the engine samples while the learner works; write "
-                "false, or draft_policy_lag: 0"
+                f"rollout_schedule: barrier separates the stages that {key}: {self.steps_ahead} overlaps; drop one"
+            )
+        if self.steps_ahead and self.vllm_enable_sleep_mode and self.use_vllm and self.vllm_mode == "colocate":
+            raise ConfigError(
+                f"vllm_enable_sleep_mode: with {key}: {self.steps_ahead} the engine samples while the learner works; "
+                f"write false, or {key}: 0"
             )
         if self.early_stop_drafts and self.draft_selection != "best":
             raise ConfigError(

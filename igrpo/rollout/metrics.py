@@ -46,6 +46,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
     if drafts:
         metrics |= _draft_metrics(groups, drafts, config)
         metrics["draft/aborted"] = float(config.num_drafts * len(groups) - len(drafts))
+    if config.policy_lag:
+        metrics |= _staleness(groups, stats, config)
     if config.zero_variance == "resample":
         right = sum(all(_right(g, name)) for g in stats.discarded)
         metrics |= {
@@ -108,6 +110,18 @@ def _tool_metrics(scored: Sequence[Scored]) -> Metrics:
         "tools/failure_frequency": sum(one.failures for one in found) / calls if calls else 0.0,
         "tools/turns": turns / len(scored),
         "tools/ended_early": sum(bool(one.ended) for one in found) / len(scored),
+    }
+
+
+def _staleness(groups: Sequence[RolloutGroup], stats: RolloutStats, config: RolloutConfig) -> Metrics:
+    """Of the tokens that are trained on: updates between the weights that sampled them and those they train."""
+    trained = [s.completion for g in groups for s in (*g.refinements, *(g.drafts if config.train_on_drafts else ()))]
+    runs = [run for completion in trained for run in completion.runs]
+    return {
+        "staleness/mean": sum((stats.version - v) * n for v, n in runs) / max(sum(n for _, n in runs), 1),
+        "staleness/max": float(max(stats.version - v for v, _ in runs)),
+        "staleness/spanning": fmean(len(completion.runs) > 1 for completion in trained),
+        "staleness/dropped": float(stats.dropped),
     }
 
 

@@ -55,6 +55,7 @@ class Pump:
         in_order: every score is waited for where it is first asked for, so that what is decoded beside what does not
             hang on how fast a score or a tool came back.
         turns: what goes on where a completion calls a tool; None: there is no environment.
+        mixes: refinements may be of several versions of the weights.
     """
 
     def __init__(
@@ -65,8 +66,9 @@ class Pump:
         timeline: Timeline | None,
         in_order: bool = False,
         turns: Turns | None = None,
+        mixes: bool = False,
     ):
-        self.turns = turns
+        self.turns, self.mixes = turns, mixes
         self.engine, self.rewards, self.tokenizer, self.in_order = engine, rewards, tokenizer, in_order
         self.timeline, self.usage = timeline or Timeline(None), Usage()
         self.running: dict[str, tuple[Call, Request]] = {}
@@ -124,7 +126,7 @@ class Pump:
             raise EngineError(f"the engine returned {result.request_id}, which is not running")
         call, request = self.running.pop(result.request_id)
         self.in_flight -= request.n
-        _check(result, request, call)
+        _check(result, request, call, self.mixes)
         tokens = sum(map(len, result.token_ids))
         self.timeline.end(call.stage, call.step, result.request_id, tokens)
         self.usage.decoded_tokens += tokens
@@ -160,12 +162,15 @@ class Pump:
 
     def _completions(self, result: Result) -> list[Completion]:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.token_ids]
-        kept = result.kept or [None] * len(texts)
-        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, strict=True)
-        return [Completion(ids, probs, text, why, result.version, sets) for ids, probs, text, why, sets in outputs]
+        kept, versions = result.kept or [None] * len(texts), result.versions or [()] * len(texts)
+        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, versions, strict=True)
+        return [
+            Completion(ids, probs, text, why, runs[-1][0] if runs else result.version, sets, versions=runs)
+            for ids, probs, text, why, sets, runs in outputs
+        ]
 
 
-def _check(result: Result, request: Request, call: Call) -> None:
+def _check(result: Result, request: Request, call: Call, mixes: bool) -> None:
     row = call.problem.index
     if result.prompt_ids != request.prompt_ids:
         raise EngineError(
@@ -183,7 +188,10 @@ def _check(result: Result, request: Request, call: Call) -> None:
                 f"row {row}: the engine kept {len(sets)} sets of tokens for the {len(ids)} it sampled, and at position "
                 f"{place} the sampled one is not among them"
             )
-    if call.stage == "refinement" and result.version != call.sent_at:
+    for ids, runs in zip(result.token_ids, result.versions, strict=False):
+        if runs and sum(count for _, count in runs) != len(ids):
+            raise EngineError(f"row {row}: the engine sampled {len(ids)} tokens and names the weights of {runs}")
+    if call.stage == "refinement" and result.version != call.sent_at and not mixes:
         raise EngineError(
             f"row {row}: weights went from version {call.sent_at} to {result.version} while its refinements were "
             "sampled; the group mixes two policies"

@@ -21,7 +21,12 @@ class Flow:
     name: str
     """Unique over the run; requests are called after it."""
     coroutine: Coroutine[Sample, tuple[Scored, ...], RolloutGroup]
-    stage: str = "draft"
+    asked: Sample
+    """What that waits for."""
+    replay: list[tuple[str, tuple[int, ...], tuple[Scored, ...]]] = field(default_factory=list)
+    """Answers of an earlier run that are still to be given again: stage, prompt, completions."""
+    answers: list[tuple[Sample, tuple[Scored, ...]]] = field(default_factory=list)
+    """What the coroutine was given so far."""
     open: dict[Call, int] = field(default_factory=dict)
     """What is not scored yet, with its place in sampling order."""
     scored: dict[int, tuple[Scored, ...]] = field(default_factory=dict)
@@ -30,9 +35,18 @@ class Flow:
     """Whether any refinement of the group has an advantage; None: not asked."""
 
     @property
+    def stage(self) -> str:
+        return self.asked.stage
+
+    @property
     def ready(self) -> bool:
         """The coroutine has what it waits for and can go on."""
         return self.group is None and not self.open
+
+    @property
+    def found(self) -> tuple[Scored, ...]:
+        """What it waits for, as far as that is there."""
+        return tuple(one for i in sorted(self.scored) for one in self.scored[i])
 
 
 def may_go_on(flows: Sequence[Flow], config: RolloutConfig) -> list[Flow]:
@@ -41,18 +55,39 @@ def may_go_on(flows: Sequence[Flow], config: RolloutConfig) -> list[Flow]:
     return [flow for flow in flows if flow.ready and not (held and flow.stage == "draft")]
 
 
-def drafts_ahead(coming: Sequence[Flow], flows: Sequence[Flow], running: int, config: RolloutConfig) -> Iterator[Call]:
-    """``draft_policy_lag: 1``: the coming step's drafts that may be sent now.
+def in_free_slots(coming: Sequence[Flow], flows: Sequence[Flow], running: int, config: RolloutConfig) -> Iterator[Call]:
+    """What may be sent now for ``coming``, which the step of ``flows`` does not wait for.
 
-    They get the slots of the engine that this step leaves free, its refinements to come included, so they never delay
-    it; an engine that would be idle gets one in any case.
+    It gets the slots of the engine that this step leaves free, its refinements to come included, so it never delays
+    it; an engine that would be idle gets something in any case.
     """
     used = running + sum(config.num_generations for flow in flows if flow.stage == "draft")
     for call in unsent(coming):
-        if used >= config.vllm_max_num_seqs and running:
+        n = sum(request.n for request in call.requests)
+        if used + n > config.vllm_max_num_seqs and running:
             return
         yield call
-        used, running = used + 1, running + 1
+        used, running = used + n, running + n
+
+
+def due(flows: Sequence[Flow], n: int, config: RolloutConfig) -> Sequence[Flow]:
+    """The ``n`` flows of a step, once all have their group: the next ones, or with ``policy_lag`` those that have
+    theirs first, the ones with the oldest tokens before others; under ``full_determinism`` nothing hangs on time."""
+    if config.full_determinism or not config.policy_lag:
+        return flows[:n] if all(flow.group is not None for flow in flows[:n]) else ()
+    finished = [flow for flow in flows if flow.group is not None]
+    finished.sort(key=lambda flow: (flow.informs is False, oldest(flow, config)))
+    return finished[:n] if len(finished) >= n else ()
+
+
+def oldest(flow: Flow, config: RolloutConfig) -> int | None:
+    """Version of the weights of the oldest token that it will train on; None while there is none."""
+    trained = ("draft", "refinement") if config.train_on_drafts else ("refinement",)
+    there = [s.completion.oldest for sample, scored in flow.answers if sample.stage in trained for s in scored]
+    if flow.stage in trained:
+        there += [s.completion.oldest for s in flow.found]
+        there += [call.sent_at for call in flow.open if call.sent_at is not None]
+    return min(there, default=None)
 
 
 def unsent(flows: Sequence[Flow]) -> Iterator[Call]:

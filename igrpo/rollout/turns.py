@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from igrpo.data_types import Completion, Kept, Message, Pickled, Trajectory
+from igrpo.data_types import Completion, Kept, Message, Pickled, Trajectory, merged
 from igrpo.engines import Request
 from igrpo.environments.calls import ToolCall, read_calls
 from igrpo.environments.sessions import EnvironmentFailed, Session
@@ -44,6 +44,8 @@ class _Path:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] = ()
     kept: Kept | None = None
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """As in ``Completion``; what a tool said counts as of the turn before it."""
     spans: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     asked: list[ToolCall] = field(default_factory=list)
@@ -151,6 +153,7 @@ class Turns:
         path.ids += completion.token_ids
         path.logprobs += completion.logprobs
         path.spans.append(len(completion.token_ids))
+        path.runs += completion.runs
         if completion.kept is not None:
             before = path.kept or Kept(b"", b"")
             path.kept = Kept(before.ids + completion.kept.ids, before.counts + completion.kept.counts)
@@ -222,6 +225,7 @@ class Turns:
         path.ids += between
         path.logprobs += (math.nan,) * len(between)
         path.spans.append(len(between))
+        path.runs.append((path.runs[-1][0], len(between)))
         for call, text in zip(calls, texts, strict=True):
             path.messages.append({"role": "tool", "name": call.name, "content": text})
         path.asked = []
@@ -290,6 +294,7 @@ class Turns:
             finish_reason="length" if cut else path.last.finish_reason,
             kept=path.kept,
             trajectory=trajectory,
+            versions=merged(path.runs),
         )
 
 

@@ -251,14 +251,20 @@ def group_record(step: int, group: RolloutGroup) -> dict[str, Any]:
         "prompt": group.problem.prompt,
         "solution": group.problem.solution,
         **({"observation": group.problem.observation} if group.problem.observation else {}),
-        "drafts": [{**scored_record(s), "version": s.completion.version} for s in group.drafts],
+        "drafts": [{**scored_record(s), **_versions(s)} for s in group.drafts],
         "chosen": group.chosen,
         **({"shown": list(group.shown)} if len(group.shown) > 1 else {}),
         "refinements": [
-            {**scored_record(s), "version": s.completion.version, "advantage": a}
+            {**scored_record(s), **_versions(s), "advantage": a}
             for s, a in zip(group.refinements, group.advantages, strict=True)
         ],
     }
+
+
+def _versions(scored: Scored) -> dict[str, Any]:
+    completion = scored.completion
+    runs = {"versions": [list(run) for run in completion.versions]} if len(completion.versions) > 1 else {}
+    return {"version": completion.version, **runs}
 
 
 def scored_record(scored: Scored) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class LiveView:
 
     def rolled_out(self, stage: str) -> None:
         """One problem finished a stage of its rollout."""
-        self._count(stage, self.counts.get(stage, 0) + 1, self.problems)
+        self._count(stage, min(self.counts.get(stage, 0) + 1, self.problems), self.problems)
 
     def learned(self, done: int, total: int) -> None:
         """The learner has finished so many of its micro-batches."""

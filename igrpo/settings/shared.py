@@ -86,6 +86,9 @@ class BatchConfig(Section):
     """`resample` tries at most so many batches' worth of prompts per step."""
     draft_policy_lag: Literal[0, 1] = 0
     """1: the next batch's drafts are sampled beside this batch's refinements and learner step, one update behind."""
+    policy_lag: CountOrZero = 0
+    """L: later steps' problems are sampled beside the learner, drafts and refinements; each token trained on is of
+    weights at most so many updates old."""
     train_on_drafts: bool = False
     """Drafts get a GRPO update too, as a group of their own under the bare prompt (an extension of the algorithm)."""
     refinement_context: Literal["draft", "bare", "both"] = "draft"
@@ -100,6 +103,15 @@ class BatchConfig(Section):
                 f"do not divide into groups of num_generations = {self.num_generations}; make one a multiple of the "
                 "other"
             )
+
+    @property
+    def steps_ahead(self) -> int:
+        """Steps of problems that are sampled before theirs begins."""
+        return self.policy_lag or self.draft_policy_lag
+
+    @property
+    def lag_key(self) -> str:
+        return "policy_lag" if self.policy_lag else "draft_policy_lag"
 
     @property
     def completions_per_step(self) -> int:

@@ -120,6 +120,19 @@ def test_values_on_the_command_line(words, key, value):
             ("--use_peft", "--lora_sync", "adapter", "--vllm_mode", "server", "--vllm_weight_transfer", "nccl"),
             ("vllm_weight_transfer: nccl", "write auto, or lora_sync: merged"),
         ),
+        (("--policy_lag", "-1"), ("policy_lag", "0 or more")),
+        (
+            ("--policy_lag", "2", "--draft_policy_lag", "1"),
+            ("draft_policy_lag", "policy_lag: 2", "draft_policy_lag: 0"),
+        ),
+        (("--policy_lag", "2", "--rollout_schedule", "barrier"), ("rollout_schedule", "policy_lag: 2")),
+        (("--policy_lag", "2", "--vllm_enable_sleep_mode"), ("vllm_enable_sleep_mode", "policy_lag: 0")),
+        (
+            ("--policy_lag", "1", "--full_determinism", "--use_peft", "--lora_dropout", "0.1"),
+            ("full_determinism", "policy_lag: 1", "lora_dropout: 0"),
+        ),
+        (("--policy_lag", "1", "--vllm_importance_sampling_correction", "false"), ("policy_lag", "correction: true")),
+        (("--policy_lag", "1", "--refinement_context", "both"), ("policy_lag", "bare_importance_ratio: behaviour")),
         (("--use_peft", "--lora_sync", "adapter", "--lora_r", "513"), ("lora_sync", "up to rank 512")),
         (("--vllm_enable_sleep_mode", "auto"), ("vllm_enable_sleep_mode", "null")),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import types
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,27 @@ def test_requests_that_run_go_on_under_new_weights(engine):
     engine.push_weights(source(2), version=6)
     result = drain(engine, 1)["a"]
     assert result.version == 6 and logprob_gap(2, result, temperature=1.0) < 1e-4
+    if not hasattr(engine, "llm"):  # generate ends what it begins
+        return
+    # Each token keeps the log-probability, and the version, of the weights that sampled it.
+    engine.submit(Request("b", PROMPT, 2, SAMPLING))
+    for _ in range(3):
+        engine.poll()
+    engine.push_weights(source(3), version=7)
+    for _ in range(3):
+        engine.poll()
+    engine.push_weights(source(4), version=8)
+    result = drain(engine, 1)["b"]
+    for i, (ids, runs) in enumerate(zip(result.token_ids, result.versions, strict=True)):
+        assert [version for version, _ in runs] == [6, 7, 8][: len(runs)] and sum(n for _, n in runs) == len(ids)
+        begin = 0
+        for (version, n), seed in zip(runs, (2, 3, 4), strict=False):
+            before = result.prompt_ids + ids[:begin]
+            part = replace(result, prompt_ids=before, token_ids=(ids[begin : begin + n],),
+                           logprobs=(result.logprobs[i][begin : begin + n],))  # fmt: skip
+            assert logprob_gap(seed, part) < 1e-4, version
+            begin += n
+    assert any(len(runs) == 3 for runs in result.versions)
 
 
 @pytest.fixture

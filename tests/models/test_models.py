@@ -12,7 +12,7 @@ import torch
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines import Request, Sampling
 from igrpo.engines.hf_engine import HFEngine
-from igrpo.engines.vllm_engine import launched_with_others
+from igrpo.engines.layout import launched_with_others
 from igrpo.learner.packed_attention import packed_kernel
 from igrpo.models.loading import attention, load_tokenizer, stop_token_ids
 from tests.support.tiny import save_tiny

@@ -148,5 +148,5 @@ def test_a_group_alone_is_not_asked_for_the_deviation_of_its_batch():
     for drafts, refinements in (((0.0, 0.0), (1.0, 1.0)), ((1.0, 1.0), (1.0, 1.0)), ((0.0, 0.0), (0.0, 1.0))):
         drafts, refinements = (tuple(scored(r, None) for r in group) for group in (drafts, refinements))
         group = RolloutGroup(Problem(0, "", ""), drafts, 0, (), refinements, (0.0, 0.0))
-        flows.append(Flow(group.problem, 1, "", None, group=group))
+        flows.append(Flow(group.problem, 1, "", None, None, group=group))
     assert list(uninformative(flows, config)) == [1]

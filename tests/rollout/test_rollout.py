@@ -26,6 +26,7 @@ class ShuffledEngine:
     def __init__(self, seed: int):
         self.random, self.waiting, self.sent, self.version = random.Random(seed), [], [], 3
         self.seeds, self.next_id, self.corrupt, self.jump_on_refinements = [], 0, False, False
+        self.stuck = None
         self.aborted, self.drafts_open_at_first_refinement, self.most_sequences = [], None, 0
 
     def seed(self, seed: int) -> None:
@@ -47,7 +48,10 @@ class ShuffledEngine:
 
     def poll(self) -> list[Result]:
         self.random.shuffle(self.waiting)
-        finished = [self.waiting.pop() for _ in range(self.random.randint(0, min(2, len(self.waiting))))]
+        stuck = [r for r in self.waiting if self.stuck and r.n > 1 and self.stuck in TOKENIZER.decode(r.prompt_ids)]
+        able = [r for r in self.waiting if r not in stuck]
+        finished = [able.pop() for _ in range(self.random.randint(0, min(2, len(able))))]
+        self.waiting = able + stuck
         return [self._result(r) for r in finished]
 
     def _result(self, r: Request) -> Result:
@@ -191,9 +195,9 @@ def test_the_learner_step_runs_beside_drafts_and_its_errors_come_through():
 
     def learner_step() -> str:
         deadline = time.monotonic() + 20
-        while not all(flow.ready for flow in rollout._coming) and time.monotonic() < deadline:
+        while not all(flow.ready for flow in rollout._flows) and time.monotonic() < deadline:
             time.sleep(0.001)
-        drafted.append(all(flow.ready for flow in rollout._coming))
+        drafted.append(all(flow.ready for flow in rollout._flows))
         return "done"
 
     assert rollout.during(learner_step) == "done"
@@ -226,7 +230,7 @@ def test_drafts_ahead_leave_the_slots_to_this_step():
     order = [r.request_id.split("/")[:2] for r in engine.sent]
     # 2 problems x 2 refinements to come fill 4 of 5 slots beside any draft of theirs.
     assert ["refinement", "1"] in order[: order.index(["draft", "2"])]
-    rollout.finish_drafts()
+    rollout.finish()
     assert engine.most_sequences == 5
 
 
@@ -364,17 +368,18 @@ def test_saved_drafts_of_another_process_are_not_taken_later():
     settings = {"draft_policy_lag": 1, "num_drafts": 2, "num_generations": 2}
     first, engine = make(**settings)
     first.run(PROBLEMS[:2], step=1, ahead=PROBLEMS[2:4])
-    first.finish_drafts()
-    for flow in first._coming:
+    first.finish()
+    for flow in first._flows:
         for i, (draft,) in flow.scored.items():
             flow.scored[i] = (replace(draft, completion=replace(draft.completion, kept=Kept.of([[5, 7]]))),)
     saved = first.state_dict()
-    assert {draft["completion"]["kept"] for one in saved for draft in one["drafts"].values()} == {None}
+    drafts = [[d["completion"] for _, _, scored in one["answers"] for d in scored] for one in saved]
+    assert {draft["kept"] for some in drafts for draft in some} == {None}
     rollout, engine = make(seed=1, **settings)
     rollout.load_state_dict(saved)
     engine.version = 1
     (group,), _ = rollout.run([PROBLEMS[2]], step=2)  # the other process has PROBLEMS[3]
-    assert {d.completion.text for d in group.drafts} == {d["completion"]["text"] for d in saved[0]["drafts"].values()}
+    assert [d.completion.text for d in group.drafts] == [draft["text"] for draft in drafts[0]]
     engine.version = 50
     (group,), _ = rollout.run([PROBLEMS[3]], step=51)
     assert {draft.completion.version for draft in group.drafts} == {50}

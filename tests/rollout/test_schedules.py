@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 
 import pytest
 
 from igrpo.report import timeline
 from igrpo.run.timeline import read_spans
+from tests.rollout.test_rollout import PROBLEMS, make
 from tests.support.training import records, run, same_weights, steps, untimed, words
 
 
@@ -47,10 +49,33 @@ def test_drafts_of_the_next_step_are_sampled_by_vllm_while_the_learner_works(mod
     assert timeline.main([str(tmp_path)]) == 2
 
 
-def test_a_resume_between_drafts_and_refinements_is_exact(model, questions, tmp_path):
-    """The drafts sampled ahead are in the checkpoint: with them, 3 steps = 2 steps + resume 1, bit for bit."""
+def test_whole_groups_of_later_steps_are_sampled_by_vllm_while_the_learner_works(model, questions, tmp_path):
+    """L = 2, and slots for so few that requests run through pushes."""
+    folder = tmp_path / "run"
+    run(words(
+        model, questions, folder, policy_lag=2, full_determinism=False, max_steps=6, max_completion_length=60,
+        vllm_max_num_seqs=8, num_iterations=4, temperature=0.7, eval_samples=4, eval_steps=3, save_steps=3,
+    ))  # fmt: skip
+    spans = read_spans(folder / "timeline.jsonl")
+    learner = [span for span in spans if span.stage == "learner"]
+    assert any(s.start < r.end < s.end for r in spans if r.stage == "refinement" for s in learner)
+    logged, groups = steps(folder), records(folder, "completions.jsonl")
+    assert max(r["staleness/max"] for r in logged) > 0 and all(r["staleness/max"] <= 2 for r in logged)
+    assert any(r["staleness/spanning"] > 0 for r in logged)
+    trained = [(group["step"], one) for group in groups for one in group["refinements"]]
+    for step, one in trained:
+        runs = one.get("versions") or [[one["version"], one["tokens"]]]
+        assert sum(count for _, count in runs) == one["tokens"] and runs[-1][0] == one["version"]
+        assert step - 1 - 2 <= runs[0][0] <= one["version"] <= step - 1
+    assert any("versions" in one for _, one in trained)
+    assert rows(folder) == Counter({row: 1 for row in rows(folder)}) and len(groups) == 12
+
+
+@pytest.mark.parametrize("key", ["draft_policy_lag", "policy_lag"])
+def test_a_resume_with_problems_ahead_is_exact(model, questions, tmp_path, key):
+    """What was sampled ahead is in the checkpoint: with it, 3 steps = 2 steps + resume 1, bit for bit."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    settings = {"use_vllm": False, "draft_policy_lag": 1, "zero_variance": "resample", "eval_samples": 4}
+    settings = {"use_vllm": False, key: 1, "zero_variance": "resample", "eval_samples": 4}
     run(words(model, questions, whole, **settings))
     resumed.mkdir()
     shutil.copytree(whole / "checkpoint-2", resumed / "checkpoint-2")
@@ -60,6 +85,32 @@ def test_a_resume_between_drafts_and_refinements_is_exact(model, questions, tmp_
     assert untimed(steps(resumed)[-1]) == pytest.approx(untimed(steps(whole)[-1]), rel=1e-6)
     assert records(resumed, "completions.jsonl") == records(whole, "completions.jsonl")
     same_weights(whole / "checkpoint-3", resumed / "checkpoint-3")
+    assert rows(whole) == Counter({row: 1 for row in rows(whole)})
+    if key == "policy_lag":
+        assert [r["staleness/max"] for r in steps(whole)] == [0.0, 1.0, 1.0]
+        return
     assert steps(whole)[-1]["draft/policy_lag"] == 1.0
     # Refinements are on-policy: before its update the learner gives the sampler's log-probabilities.
     assert all(r["sampling/sampling_logp_difference/max"] < 1e-3 for r in steps(whole))
+
+
+def test_a_group_that_became_too_old_begins_again_and_no_step_waits_for_it(monkeypatch):
+    """L = 1: the row that is stuck would train with tokens two updates old; it is sampled anew, from the newest
+    weights, and trained in the end."""
+    rollout, engine = make(num_drafts=2, num_generations=2, policy_lag=1)
+    monkeypatch.setattr("igrpo.rollout.rollout.IDLE_SECONDS", 0.001)
+    engine.stuck = "Q1 "  # its refinements do not end
+    window = [PROBLEMS[:2], PROBLEMS[2:4], PROBLEMS[4:], ()]
+    trained, dropped = [], []
+    for step in range(3):
+        if step == 2:
+            engine.stuck = None  # nothing else is left to train on
+        engine.version = step
+        groups, stats = rollout.run(window[step], step + 1, ahead=window[step + 1])
+        trained.append([g.problem.index for g in groups])
+        dropped.append(stats.dropped)
+        rollout.during(lambda: time.sleep(0.02))
+        assert all(step - 1 <= r.completion.oldest <= step for g in groups for r in g.refinements)
+    assert 1 in trained[2] and sorted(row for some in trained for row in some) == list(range(6))
+    assert dropped == [0, 0, 1] and any(name.startswith("refinement/1/1") for name in engine.aborted)
+    assert not engine.waiting and not rollout._flows

@@ -25,7 +25,7 @@ from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rollout.metrics import rollout_metrics
 from igrpo.rollout.prompts import PromptBuilder
-from igrpo.rollout.rollout import Rollout, _completion, _plain
+from igrpo.rollout.rollout import Rollout, _plain, _scored
 from igrpo.rollout.turns import turns_of
 from igrpo.settings import ConfigError
 from tests.support import environments as there
@@ -394,4 +394,4 @@ def test_a_trajectory_survives_a_checkpoint():
     one = Completion((5, 6, 1), (-0.1, math.nan, -0.2), "x", "stop", 3)
     for trajectory in (None, Trajectory((1, 1, 1), ({"role": "assistant", "content": "x"},), 1, 0, "tokens", 2.0)):
         scored = Scored(replace(one, trajectory=trajectory), {"r": 1.0}, 1.0)
-        assert _completion(_plain(scored)["completion"]) == scored.completion
+        assert _scored(_plain(scored, trained=True)) == scored

@@ -81,12 +81,16 @@ class Server:
         self, request: Request, stop_token_ids: list[int], seed: int, salt: str, timeout: float, asked: int
     ) -> Result:
         """As ``Client.complete``; fails as soon as the server is known to be broken."""
+        begun = self.version
         post = self.client.complete(request, stop_token_ids, seed, salt, timeout, asked)
         result, instance = await self.unless_broken(post, request.n)
         if instance != self.instance or self.version is None:
             raise ServerError(f"{self.client.url} was started anew, with other weights")
         self.failures = 0
-        return dataclasses.replace(result, version=self.version)
+        if begun is None or begun == self.version:
+            return dataclasses.replace(result, version=self.version)
+        versions = tuple(((begun, len(ids)),) for ids in result.token_ids)  # the answer does not tell them apart
+        return dataclasses.replace(result, version=self.version, versions=versions)
 
     async def unless_broken(self, work: Coroutine[Any, Any, T], load: int = 0) -> T:
         """What ``work`` gives; fails as soon as the server is known to be broken.
