@@ -25,7 +25,15 @@ from typing import TYPE_CHECKING
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines.servers.openmp import shared_cores
-from igrpo.settings import EXIT_BAD_CONFIG, EXIT_DISK_FULL, EXIT_ENGINE, EXIT_INTERRUPTED, EXIT_REWARD, ConfigError
+from igrpo.settings import (
+    EXIT_BAD_CONFIG,
+    EXIT_DISK_FULL,
+    EXIT_ENGINE,
+    EXIT_INTERRUPTED,
+    EXIT_REWARD,
+    EXIT_UPLOAD,
+    ConfigError,
+)
 from igrpo.settings.shared import check_trackers
 from igrpo.terminal import Warnings, print_error, quiet_libraries, shown_warnings
 
@@ -37,7 +45,8 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 2 a setting that cannot work, 3 the engine failed, 4 no room on the disk or no folder any
-    more, 5 a reward function failed on everything, 130 stopped after a save, by Ctrl-C or a file."""
+    more, 5 a reward function failed on everything, 6 the hub did not take the model, which is whole here, 130 stopped
+    after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
         if config.use_vllm and config.vllm_mode == "server":
@@ -88,8 +97,10 @@ def _train(config: TrainConfig, warnings: Warnings) -> int:
 
 def loop(run: TrainingRun) -> int:
     from igrpo.engines import EngineError
+    from igrpo.model_card import UploadError, upload_command
     from igrpo.rewards.workers.tally import RewardError
     from igrpo.rollout.metrics import rollout_metrics
+    from igrpo.run.checkpoints import checkpoints
     from igrpo.run.output_folder import DiskFullError
 
     config, view = run.config, run.view
@@ -121,6 +132,10 @@ def loop(run: TrainingRun) -> int:
                     return EXIT_INTERRUPTED
             run.report(before, run.evaluate("after training"))
         return 0
+    except UploadError as error:
+        saved = checkpoints(run.folder.path)[-1]
+        print_error(error, f"nothing is lost: {upload_command(config, saved)}")
+        return EXIT_UPLOAD
     except (EngineError, DiskFullError, RewardError) as error:
         print_error(error, how_to_go_on(run.folder.path), lines=True)
         codes = {EngineError: EXIT_ENGINE, DiskFullError: EXIT_DISK_FULL, RewardError: EXIT_REWARD}

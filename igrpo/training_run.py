@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config.train_config import TrainConfig
@@ -20,12 +21,13 @@ from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.engines.masks import why_not
 from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
+from igrpo.model_card import check_hub
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
 from igrpo.rewards.workers.tally import check_tallies
 from igrpo.run.checkpoints import checkpoints, find_checkpoint, place
-from igrpo.run.folder import RunFolder, group_record
+from igrpo.run.folder import RunFolder, group_record, table_rows
 from igrpo.run.output_folder import claimed
 from igrpo.settings import ConfigError
 from igrpo.terminal import Warnings
@@ -156,7 +158,11 @@ class TrainingRun:
         if self.config.log_completions:
             everyone = self.learner.gather([group_record(self.step, group) for group in groups])
             if accelerator.is_main_process:
-                self.folder.log_completions(record for part in everyone for record in part)
+                records = [record for part in everyone for record in part]
+                self.folder.log_completions(records)
+                if written:
+                    rows = [row for record in records for row in table_rows(record)]
+                    self.learner.show_table("completions", rows, self.step)
         self.timeline.flush()
 
     def save(self) -> None:
@@ -180,6 +186,20 @@ class TrainingRun:
         saved = checkpoints(self.folder.path)
         last = saved[-1] if saved else self.config.resume_from_checkpoint  # resumed elsewhere with no step to go
         self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
+        if saved and self.learner.accelerator.is_main_process:
+            self._publish(saved[-1])
+
+    def _publish(self, model: Path) -> None:
+        """The model's card, and both on the hub where they are wanted there.
+
+        Raises:
+            UploadError: the hub did not take them.
+        """
+        from igrpo.model_card import upload, write_card
+
+        write_card(self.config, self.folder.path, model)
+        if self.config.push_to_hub:
+            self.view.say(f"uploaded to {upload(self.config, model)}")
 
 
 @contextmanager
@@ -194,6 +214,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         resume_from = find_checkpoint(config)
         # Before anything heavy: the workers' memory is forked from nothing, and a wrong name is told at once.
         rewards = stack.enter_context(start_rewards(config))
+        check_hub(config)
         placed = _placed(config)
         problems, held_out = load_data(config)
         check_columns(rewards.functions, [*problems, *held_out], config.has_environment)
@@ -259,9 +280,11 @@ def _placed(config: TrainConfig) -> TrainConfig:
     on_cpu = this_machine(config.use_cpu).device == "cpu"
     config.check_sampler(why_not(config, config.top_k, on_cpu))
     say_unused(config, on_cpu, rank)
-    if config.use_vllm and config.vllm_quantization and not config.vllm_importance_sampling_correction and rank == 0:
+    kind = config.vllm_quantization if config.use_vllm else None
+    kind = "other weights than load_in_4bit's" if config.rounds_base else kind and f"{kind} weights"
+    if kind and not config.vllm_importance_sampling_correction and rank == 0:
         print(
-            f"warning: the engine samples with {config.vllm_quantization} weights and nothing corrects for it; "
+            f"warning: the engine samples with {kind} and nothing corrects for it; "
             "vllm_importance_sampling_correction: true does",
             flush=True,
         )
@@ -275,6 +298,7 @@ def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tup
     from igrpo.learner.optimizer import check_settings
     from igrpo.learner.placements import launched
     from igrpo.learner.policy import loss_config
+    from igrpo.models.four_bits import check_four_bits
     from igrpo.models.loading import load_tokenizer, model_config, resolve_model, skeleton, stop_token_ids, vocabulary
     from igrpo.rollout.prompts import PromptBuilder
 
@@ -282,11 +306,13 @@ def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tup
     check_settings(config)
     path = resolve_model(config.model_name_or_path)
     tokenizer = load_tokenizer(path, config)
-    aux_coefficient(model_config(path, config), config)
+    settings, placement = model_config(path, config), launched(place()[1])
+    aux_coefficient(settings, config)
+    check_four_bits(settings, config, placement.divides and place()[1] > 1)
     prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config), schemas=schemas)
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded
-        launched(place()[1]).check_adapters(adapters)
+        placement.check_adapters(adapters)
         if config.sends_adapter:
             adapters.described(config.use_vllm)
     return tokenizer, prompts, path, stop_token_ids(path, tokenizer, config)

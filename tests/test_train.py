@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import asleep
 from tests.support.training import (
-    ENVIRONMENT,
     GSM8K,
     LOW_BYTES,
     ROOT,
+    kill,
     records,
     run,
     same_weights,
@@ -108,15 +108,7 @@ def test_killed_at_any_moment_and_resumed_bit_for_bit(model, questions, tmp_path
     settings = {"use_vllm": False, "save_steps": 1, "max_steps": 12, "save_total_limit": 2, "top_p": 0.9}
     run(words(model, questions, tmp_path / "whole", **settings))
     arguments = words(model, questions, tmp_path / "killed", **settings)
-    command = [sys.executable, "-m", "igrpo.train", *arguments]
-    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL)
-    metrics = tmp_path / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 3):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill(arguments, tmp_path / "killed", after=3)
     assert not (tmp_path / "killed" / "checkpoint-12").exists()
     output = run([*arguments, "--resume_from_checkpoint", "last"])
     assert "resuming after step" in output

@@ -42,9 +42,7 @@ DROPPED = {
     "do_eval": "eval_samples and eval_steps decide",
     "eval_strategy": "eval_samples and eval_steps decide",
     "per_device_eval_batch_size": "the engine batches by itself",
-    "hub_model_id": "checkpoints stay in output_dir",
-    "hub_strategy": "checkpoints stay in output_dir",
-    "push_to_hub": "checkpoints stay in output_dir",
+    "hub_strategy": "a model is uploaded at the end",
     "logging_first_step": "logging_steps decides",
     "logging_strategy": "logging_steps decides",
     "log_level": "warnings are always shown",
@@ -112,6 +110,8 @@ def build_config(values: dict[str, Any], section: type[AnySection] = TrainConfig
             _warn(f"{key} is now called {new}")
             if new not in values:
                 settings[new] = coerce(new, value)
+        elif key == "hub_token":
+            raise ConfigError("hub_token: settings are logged; export HF_TOKEN, or log in with `hf auth login`")
         elif key in known:
             settings[key] = coerce(key, value)
         else:

@@ -26,6 +26,8 @@ LARGEST_RANK = 512
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfig):
     def check(self) -> None:
+        if self.load_in_4bit and not self.use_peft:
+            raise ConfigError("load_in_4bit: weights in 4 bits cannot be trained; write use_peft: true, or false")
         if self.sends_adapter and self.use_vllm and self.lora_r > LARGEST_RANK:
             raise ConfigError(
                 f"lora_sync: vLLM takes adapters up to rank {LARGEST_RANK}, and lora_r is {self.lora_r}; write merged"

@@ -128,6 +128,7 @@ TABLE = (
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min",
          "kl_tau", "off_policy_mask_threshold", "rollout_rs")),
     # --- the learner
+    Row("load_in_4bit is false", lambda c, _: not c.load_in_4bit, ("bnb_4bit_quant_type", "use_bnb_nested_quant")),
     Row("use_peft is false", lambda c, _: not c.use_peft, family("lora_")),
     Row("this optim has no such number", lambda c, _: c.optim in ("adafactor", "adagrad", "rmsprop", "sgd"),
         ("adam_beta1", "adam_beta2", "adam_epsilon")),
@@ -143,6 +144,7 @@ TABLE = (
     Row("a reasoning_gym task has its solution in answer", lambda c, _: c.dataset_name.startswith(GYM)
         and c.dataset_solution_column != "answer", ("dataset_solution_column",)),
     Row("the packaged model has one revision", lambda c, _: c.model_name_or_path == PACKAGED, ("model_revision",)),
+    Row("push_to_hub is false", lambda c, _: not c.push_to_hub, ("hub_model_id", "hub_private_repo")),
     Row("report_to is none", lambda c, _: not c.trackers, ("run_name",)),
 )  # fmt: skip
 

@@ -107,10 +107,16 @@ class EngineConfig(SeedConfig, WeightsConfig):
         return self.use_peft and self.lora_sync == "adapter"
 
     @property
+    def rounds_base(self) -> bool:
+        """Whether the learner's base is rounded and the engine's is not."""
+        return self.load_in_4bit and self.sends_adapter
+
+    @property
     def probe_tolerance(self) -> float:
         """``weight_sync_tolerance``, or what fits the format of the engine's weights."""
         bits = 0 if self.vllm_quantization is None else 4 if "fp4" in self.vllm_quantization else 8
-        return self.weight_sync_tolerance or TOLERANCES[bits if self.use_vllm else 0]
+        bits = 4 if self.rounds_base else bits
+        return self.weight_sync_tolerance or TOLERANCES[bits if self.use_vllm or self.rounds_base else 0]
 
     @property
     def server_urls(self) -> list[str]:

@@ -35,6 +35,10 @@ class WeightSync:
         self.probe = probe_ids[:PROBE_TOKENS]
         self.tolerance = config.probe_tolerance
         self.alone = config.sends_adapter
+        self.frozen = self.alone or config.load_in_4bit
+        """Whether only adapters ever change."""
+        self.unlike = config.load_in_4bit and not self.alone
+        """Whether the folder's weights are others than the learner's: it rounded them, and sends them so."""
         self.source = learner.adapter_tensors if self.alone else learner.named_tensors
 
     def push(self, version: int) -> dict[str, float]:
@@ -73,7 +77,8 @@ class WeightSync:
             NoRoomError: the engine found none to wake in.
         """
         noise = self.tolerance / 3
-        theirs = self.engine.score(self.probe) if self.engine.version == version else None
+        same = self.engine.version == version and not self.unlike
+        theirs = self.engine.score(self.probe) if same else None
         self.engine.sleep()
         before = self.learner.score(self.probe)
         if theirs is not None:
@@ -83,7 +88,7 @@ class WeightSync:
                     f"computes differently in the engine: its log-probabilities of the same weights are {noise:.2f} "
                     f"nats per token from the learner's (weight_sync_tolerance: {self.tolerance:g})"
                 )
-        with disturbed(self.learner, self.alone):
+        with disturbed(self.learner, self.frozen):
             own = self.learner.score(self.probe)
             moved = self._over_processes(before, own)
             try:

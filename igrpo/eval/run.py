@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 
 FREE_SETTINGS = {
     "model_name_or_path", "attn_implementation", "gradient_checkpointing", "activation_offloading", "use_peft",
+    "bnb_4bit_quant_type", "use_bnb_nested_quant",
     "temperature", "algorithm", "num_drafts", "draft_selection", "reward_funcs", "reward_weights", "reward_timeout",
     "reward_workers", "reward_memory_gib", "reward_env", "stop_on_reward_failure", "early_stop_reward",
     "judge_base_url", "judge_api_key_env", "judge_timeout", "judge_max_retries", "judge_max_concurrency", "judge_cache",

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from igrpo.learner.config import LearnerConfig
+from igrpo.models.four_bits import in_four_bits
 from igrpo.settings import ConfigError
 
 _BASE, _WRAPPED, _ADAPTER = ".base_layer", "base_model.model.", "default"
@@ -220,8 +221,12 @@ def _linear(model: Any) -> list[str]:
 
 def _unlike_linear(model: Any) -> list[str]:
     """Names of layers that are linear ones by their class but answer otherwise, as Llama 4's router does."""
+    return [n for n, m in model.named_modules() if _is_unlike(m)]
+
+
+def _is_unlike(layer: torch.nn.Module) -> bool:
     kind = torch.nn.Linear
-    return [n for n, m in model.named_modules() if isinstance(m, kind) and type(m).forward is not kind.forward]
+    return isinstance(layer, kind) and type(layer).forward is not kind.forward and not in_four_bits(layer)
 
 
 def _refusal(text: str, config: LearnerConfig) -> str:
@@ -250,8 +255,8 @@ def _check(model: Any, layers: dict[str, Any]) -> None:
                 f"lora_target_modules: {plain} shares its weight with another layer (tie_word_embeddings), and an "
                 "adapter would make them two; leave it out"
             )
-        odd = isinstance(base, torch.nn.Linear) and type(base).forward is not torch.nn.Linear.forward
-        if type(layer) not in (Linear, Embedding, ParamWrapper) or odd:
+        known = in_four_bits(base) or type(layer) in (Linear, Embedding, ParamWrapper)
+        if not known or _is_unlike(base):
             raise ConfigError(f"lora_target_modules: {plain} ({type(base).__name__}) cannot be merged; leave it out")
         takes = list(inspect.signature(type(base).forward).parameters)
         if type(layer) is Embedding and len(takes) > 2:  # OPT's positions: not called with the ids that peft looks up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,11 +29,13 @@ from igrpo.learner.packing import Bin, Limits, PrefixGroup, pack, pad
 from igrpo.learner.placements import Placement, launched
 from igrpo.learner.policy import Policy
 from igrpo.machine import peak_resident
+from igrpo.models.four_bits import plain
 from igrpo.models.rotary import pin_rotary
 from igrpo.models.saved_format import SavedFormat, tensors_of
 from igrpo.settings import ConfigError
 from igrpo_kernels.losses import LOSSES
 
+TEXT_ROWS = 32
 OnProgress = Callable[[int, int], None]
 """Told after each micro-batch how many of the step's are done."""
 
@@ -127,6 +129,21 @@ class Learner:
         finally:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+
+    def show_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
+        """To the trackers that show tables, all rows with the same columns; to TensorBoard ``TEXT_ROWS`` as text."""
+        for tracker in self.accelerator.trackers if rows else ():
+            if tracker.name == "tensorboard":
+                lines = ([*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows[:TEXT_ROWS]))
+                cells = [[str(one).replace("|", "\\|").replace("\n", " ⏎ ") for one in line] for line in lines]
+                tracker.tracker.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
+            elif tracker.name == "trackio":
+                import pandas
+                import trackio
+
+                tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
+            elif hasattr(tracker, "log_table"):
+                tracker.log_table(name, columns=[*rows[0]], data=[[*row.values()] for row in rows], step=step)
 
     def train_on(
         self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
@@ -280,6 +297,7 @@ class Learner:
         self._settle()
         for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name or self.saved_format.keeps(name.replace(".base_layer", "")):
+                tensor = plain(tensor)
                 dtype = None if compute is None else self.saved_format.dtype(name, tensor, compute)
                 yield name, self.placement.whole(tensor, dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from igrpo.settings import ConfigError
 from igrpo.settings.kinds import NamedPath
@@ -22,6 +23,10 @@ class ModelConfig(WeightsConfig):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     activation_offloading: bool = False
     """Keep activations in the computer's memory between forward and backward: for GPUs too small for the context."""
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    """Format of `load_in_4bit`."""
+    use_bnb_nested_quant: bool = False
+    """Round the scales of `load_in_4bit` as well: 0.4 bits less per weight."""
 
     def check(self) -> None:
         if self.activation_offloading and not self.gradient_checkpointing:

@@ -20,6 +20,7 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.utils import logging as transformers_logging
 
 from igrpo.models.config import ModelConfig
+from igrpo.models.four_bits import as_own, loading_options
 from igrpo.models.names import PACKAGED, looks_local
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import text_config
@@ -63,9 +64,10 @@ def load_policy(
         divide: makes DTensors of the parameters of a model on the meta device; then each process reads its part only.
     """
     dtype = torch.bfloat16 if config.use_peft and config.bf16 else torch.float32
-    options = {"dtype": dtype, "attn_implementation": attn_implementation}
+    options = {"dtype": dtype, "attn_implementation": attn_implementation, **loading_options(config, dtype)}
     model = None if divide is None else _read_in_parts(path, config, divide, options)
-    return prepared(_load(AutoModelForCausalLM, path, config, **options) if model is None else model, config)
+    model = _load(AutoModelForCausalLM, path, config, **options) if model is None else model
+    return prepared(as_own(model) if config.load_in_4bit else model, config)
 
 
 def _read_in_parts(path: str, config: ModelConfig, divide: Callable[[Any], None], options: dict[str, Any]) -> Any:

@@ -166,8 +166,13 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     parts = machine.processes if sharded else 1
     split = f", in {parts} shards" if parts > 1 else ""
     if config.use_peft:
-        base = (2 if config.bf16 else 4) * shape.parameters
-        items = [Item("base weights", base // parts, True, f"{'bf16' if config.bf16 else 'fp32'}, frozen{split}")]
+        kind, bytes_each = ("bf16", 2) if config.bf16 else ("fp32", 4)
+        base = bytes_each * shape.parameters
+        if config.load_in_4bit:  # and a scale for each block of 64; embedding and head stay
+            outside = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+            base = bytes_each * outside + round(0.5625 * (shape.parameters - outside))
+            kind = "4 bits"
+        items = [Item("base weights", base // parts, True, f"{kind}, frozen{split}")]
         items.append(Item("adapters", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters"))
     else:
         items = [Item("master weights", 4 * trained // parts, True, f"fp32, {trained / 1e6:.1f} M parameters{split}")]

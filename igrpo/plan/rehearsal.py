@@ -27,6 +27,7 @@ from igrpo.data_types import TrainingSample
 from igrpo.plan.device_trace import DeviceTrace, Phase
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
 from igrpo.plan.memory import ASLEEP
+from igrpo.settings import ConfigError
 
 GIB = 2**30
 LOAD, TRY, BATCHES, STEP, PUSH = "loading", "trying kernels", "micro-batches", "clip and optimiser", "weight push"
@@ -119,6 +120,8 @@ def rehearse(
     Raises:
         ConfigError: what the learner refuses, or no C++ compiler.
     """
+    if config.load_in_4bit:
+        raise ConfigError("load_in_4bit: weights in 4 bits are not rehearsed; leave --rehearse out, or write false")
     config = replace(config, use_cpu=False, report_to="none")
     everyone = full_micro_batches(config, devices, prompt, completion, context)
     trace = DeviceTrace()

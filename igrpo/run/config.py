@@ -24,6 +24,12 @@ class RunConfig(OutputConfig):
     """Also evaluate every so many steps, or below 1 every such share of all steps."""
     log_completions: bool = True
     """Write every draft and refinement to `completions.jsonl`."""
+    push_to_hub: bool = False
+    """Upload the trained model with its card to the Hugging Face Hub at the end; the token is `HF_TOKEN` or a login."""
+    hub_model_id: str | None = None
+    """Repository of `push_to_hub`, as `OWNER/NAME`; null: one of yours with the folder's name."""
+    hub_private_repo: bool | None = None
+    """Make that repository private, if it is new; null: as your account makes them."""
 
     def check(self) -> None:
         if self.logging_steps == 0 or self.eval_steps == 0:

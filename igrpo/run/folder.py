@@ -277,3 +277,14 @@ def scored_record(scored: Scored) -> dict[str, Any]:
         "finish_reason": completion.finish_reason,
         **({key: getattr(trajectory, key) for key in ("calls", "failures", "ended")} if trajectory is not None else {}),
     }
+
+
+def table_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group's completions as rows of one table, whose columns are TRL's and the stage; of ``group_record``."""
+    told = {"step": record["step"], "prompt": record["prompt"]}
+    return [
+        {**told, "stage": stage, "completion": one["text"], **one["rewards"], "reward": one["reward"],
+         "advantage": one.get("advantage"), "tokens": one["tokens"]}
+        for stage, all_of_them in (("draft", record["drafts"]), ("refinement", record["refinements"]))
+        for one in all_of_them
+    ]  # fmt: skip

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_INTERRUPTED = 2, 3, 4, 5, 130
+EXIT_BAD_CONFIG, EXIT_ENGINE, EXIT_DISK_FULL, EXIT_REWARD, EXIT_UPLOAD, EXIT_INTERRUPTED = 2, 3, 4, 5, 6, 130
 """Exit codes that mean the same in every command; each command's ``main`` says which it has."""
 LONGEST_MESSAGE = 1500
 

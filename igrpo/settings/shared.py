@@ -41,6 +41,8 @@ class WeightsConfig(Section):
     """Stay on the CPU even where a GPU is present."""
     use_peft: bool = False
     """Train LoRA adapters beside frozen weights; the KL reference is then the model without them."""
+    load_in_4bit: Annotated[bool, Mark.ONLY_IF_ASKED] = False
+    """With `use_peft`: keep the frozen weights of linear layers in 4 bits (QLoRA, through bitsandbytes)."""
 
 
 @dataclass(frozen=True, kw_only=True)

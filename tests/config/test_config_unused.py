@@ -62,6 +62,8 @@ CASES = {
     "vllm_importance_sampling_correction is false": ({"vllm_importance_sampling_correction": False}, "cpu", {}, "cpu"),
     "no refinement is held against its sampler, which saw the draft": (
         {"refinement_context": "bare"}, "cpu", {"refinement_context": "bare", "train_on_drafts": True}, "cpu"),
+    "load_in_4bit is false": ({}, "cpu", {"use_peft": True, "load_in_4bit": True}, "cpu"),
+    "push_to_hub is false": ({}, "cpu", {"push_to_hub": True}, "cpu"),
     "use_peft is false": ({}, "cpu", {"use_peft": True}, "cpu"),
     "this optim has no such number": ({"optim": "sgd"}, "cpu", {}, "cpu"),
     "max_steps is set": ({"max_steps": 3}, "cpu", {}, "cpu"),
@@ -81,7 +83,7 @@ PARTICULAR = {
     "vllm_gpu_memory_utilization": 0.85, "vllm_mode": "server", "vllm_server_host": "127.0.0.2", "kl_estimator": "k1",
     "draft_selection_score": "accuracy_first", "early_stop_drafts": True, "draft_policy_lag": 1, "adam_beta1": 0.5,
     "adam_beta2": 0.5, "loss_impl": "cuda", "scale_rewards": "batch", "grader": "math_verify",
-    "lora_sync": "adapter",
+    "lora_sync": "adapter", "bnb_4bit_quant_type": "fp4", "hub_private_repo": True,
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5, "rollout_rs": "token_k2",
 }  # fmt: skip

@@ -42,7 +42,7 @@ def test_an_evaluation_samples_and_scores_as_its_run_did():
             with pytest.raises(ConfigError, match="sets this itself"):
                 seen(overrides={key: changed})
             continue
-        default, run = seen(), replace(plain, **{key: changed})
+        default, run = seen(), replace(plain, **{"use_peft": key == "load_in_4bit", key: changed})
         beside = {"reward_funcs": ["accuracy", "format"]} if key == "reward_weights" else {}
         assert seen(overrides=beside | {key: changed}) == changed, key
         # A run's folder may be somebody else's: it must not say where this machine's keys go, or which code runs.
@@ -63,7 +63,7 @@ NOT_THE_RECIPES = {
     "weight_sync_tolerance", "vllm_num_servers", "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer",
     "vllm_weight_dir", "vllm_group_port", "vllm_server_base_url", "vllm_server_urls", "vllm_server_host",
     "vllm_server_port", "vllm_server_allow_public", "vllm_server_devices", "vllm_server_timeout",
-    "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args", "lora_sync",
+    "vllm_enable_sleep_mode", "vllm_quantization", "vllm_engine_args", "lora_sync", "load_in_4bit",
 }  # fmt: skip
 NOT_THE_RUNS = NOT_THE_RECIPES | {
     "judge_base_url", "judge_api_key_env", "judge_cache", "reward_env", "environment_factory", "tools",

@@ -32,7 +32,7 @@ from igrpo.models.loading import skeleton
 from igrpo.settings import ConfigError
 from tests.learner.test_learner import fresh_accelerate, learner, some_samples  # noqa: F401
 from tests.support.tiny import tiny_tokenizer
-from tests.support.training import run, same_weights, steps, untimed, words
+from tests.support.training import kill, run, same_weights, steps, untimed, words
 
 SIZES = {
     "vocab_size": 288, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -243,21 +243,23 @@ def test_the_engine_gets_an_adapted_head_and_embedding_merged(questions, tmp_pat
     assert {name for name in after if torch.equal(after[name], before[name])} == {n for n in after if "norm" in n}
 
 
-def test_adapters_that_travel_alone_or_merged_count_once_after_a_resume(model, questions, tmp_path):
-    """A run with adapters beside one base ends as it does when it is resumed, whichever way they travel then."""
-    lora, others = {"use_vllm": False, "use_peft": True, "lora_dropout": 0.0, "learning_rate": 0.03}, {}
-    run(words(model, questions, tmp_path / "whole", lora_sync="adapter", **lora))
-    for way in ("adapter", "merged"):
-        again = tmp_path / way
-        shutil.copytree(tmp_path / "whole", again)
-        shutil.rmtree(again / "checkpoint-3")
-        run(words(model, questions, again, lora_sync=way, resume_from_checkpoint="last", **lora))
-        last = steps(again)[-1]
-        assert last["step"] == 3 and last["sync/probe_logp_gap"] < 1e-4
-        assert last["sampling/sampling_logp_difference/max"] < 1e-3
-        others[way] = load_file(again / "checkpoint-3" / "adapter" / "adapter_model.safetensors")
-    factors = others["adapter"]
-    same_weights(tmp_path / "whole" / "checkpoint-3", tmp_path / "adapter" / "checkpoint-3")
-    assert untimed(steps(tmp_path / "adapter")[-1]) == untimed(steps(tmp_path / "whole")[-1])
-    assert max(float((factors[name] - others["merged"][name]).abs().max()) for name in factors) < 1e-3
+def test_adapters_that_travel_alone_or_merged_count_once_after_a_kill(model, questions, tmp_path):
+    """A run with adapters beside vLLM's base ends as it does when it is killed and resumed, and counts them once
+    where they travel merged from then on, and alone again."""
+    lora = {"use_peft": True, "lora_dropout": 0.0, "learning_rate": 0.03, "save_steps": 1, "max_steps": 6}
+    whole, again, other = (tmp_path / name for name in ("whole", "adapter", "merged"))
+    run(words(model, questions, whole, lora_sync="adapter", **lora))
+    kill(words(model, questions, again, lora_sync="adapter", **lora), again, after=2)
+    shutil.copytree(again, other)
+    run(words(model, questions, again, lora_sync="adapter", resume_from_checkpoint="last", **lora))
+    assert [untimed(step) for step in steps(again)] == [untimed(step) for step in steps(whole)]
+    same_weights(whole / "checkpoint-6", again / "checkpoint-6")
+    assert (again / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+
+    lora |= {"use_vllm": False, "resume_from_checkpoint": "last"}  # another engine as well, with a base of its own
+    run(words(model, questions, other, lora_sync="merged", **lora))
+    run(words(model, questions, other, lora_sync="adapter", **lora | {"max_steps": 7}))
+    for step in steps(other):  # engine and learner, by the probe and by what was sampled
+        assert step["sync/probe_logp_gap"] < 1e-4 and step["sampling/sampling_logp_difference/max"] < 1e-3
+    factors = load_file(other / "checkpoint-7" / "adapter" / "adapter_model.safetensors")
     assert max(float(t.abs().max()) for name, t in factors.items() if "lora_B" in name) > 0.02

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -37,6 +39,18 @@ def run(arguments: list[str], code: int = 0, launcher: tuple[str, ...] = ("-m", 
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def kill(arguments: list[str], folder: Path, after: int) -> None:
+    """Starts a run and ends it with SIGKILL when it has written so many steps."""
+    command = [sys.executable, "-m", "igrpo.train", *arguments]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.DEVNULL)
+    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= after):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
 
 
 def records(folder: Path, name: str = "metrics.jsonl") -> list[dict]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 
 from igrpo.learner import state as learner_state
@@ -26,6 +26,8 @@ class Whole(Placement):
     def __init__(self, policy: Policy, config: LearnerConfig, accelerator: Any, trains: bool = True):
         self.module = self._policy = policy.to(accelerator.device)
         self._accelerator = accelerator
+        self._reread = config.load_in_4bit
+        """The base is not saved: it comes from the model's folder, in 4 bits, which never change."""
         if trains:
             self.optimizer = build_optimizer(policy, config)
             if accelerator.num_processes > 1:  # gradients as views: no second copy of them
@@ -41,9 +43,13 @@ class Whole(Placement):
 
     def save(self, state: Path) -> None:
         if self._accelerator.is_main_process:
-            save_model(self._policy, str(state / WEIGHTS))
+            if self._reread:
+                trained = {name: p.detach() for name, p in self._policy.named_parameters() if p.requires_grad}
+                save_file(trained, state / WEIGHTS)
+            else:
+                save_model(self._policy, str(state / WEIGHTS))
             torch.save(self.optimizer.state_dict(), state / OPTIMIZER)
 
     def load(self, state: Path, trust: bool) -> None:
-        load_model(self._policy, str(state / WEIGHTS))
+        load_model(self._policy, str(state / WEIGHTS), strict=not self._reread)
         self.optimizer.load_state_dict(learner_state.read(state / OPTIMIZER, trust))
