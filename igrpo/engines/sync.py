@@ -39,7 +39,16 @@ class WeightSync:
         """Whether only adapters ever change."""
         self.unlike = config.load_in_4bit and not self.alone
         """Whether the folder's weights are others than the learner's: it rounded them, and sends them so."""
-        self.source = learner.adapter_tensors if self.alone else learner.named_tensors
+        self._tensors = learner.adapter_tensors if self.alone else learner.named_tensors
+        self._bytes = 0
+
+    def source(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What a push brings (see ``WeightSource``)."""
+        sent = 0
+        for name, tensor in self._tensors():
+            sent += tensor.nbytes
+            yield name, tensor
+        self._bytes = sent
 
     def push(self, version: int) -> dict[str, float]:
         """Pushes and compares. An engine that does not hold what it was sent is replaced and sent it again, once.
@@ -61,6 +70,7 @@ class WeightSync:
                 f"after pushing version {version}, engine and learner differ by {gap:.3f} nats per token on the probe "
                 f"(weight_sync_tolerance: {self.tolerance:g}); the engine does not hold these weights"
             )
+        figures["sync/mib"] = self._bytes / 2**20
         return {**figures, "sync/version": float(version), "sync/probe_logp_gap": gap}
 
     def prove(self, version: int) -> None:

@@ -37,6 +37,9 @@ def resources(arms: Sequence[Arm]) -> Table:
         "tokens/s": _each(lambda run: middle(run.series("rollout/tokens_per_second")), "{:,.0f}"),
         "step time": _each(lambda run: middle(run.series("step_time")), "{:.2f} s"),
         "rollout share": _each(rollout_share, "{:.0%}"),
+        "adapters": _adapters,
+        "weight push": _each(lambda run: middle(run.series("sync/seconds")), "{:.2f} s"),
+        "sent by it": _each(lambda run: middle(run.series("sync/mib")), "{:,.1f} MiB"),
         "tokens sampled": _each(lambda run: _sum(run, *sampled), "{:,.0f}"),
         "learner tokens": _each(lambda run: _sum(run, "learner/unique_tokens"), "{:,.0f}"),
         "hours": _hours,
@@ -99,6 +102,16 @@ def _hours(arm: Arm) -> Cell:
             form = "{:.1f} " if spent >= 10 else "{:.3f} " if spent >= 0.1 else "{:.4f} "
             return _over(arm, lambda run, key=key: total_hours(run.series(key)), form + unit)
     return NOTHING
+
+
+def _adapters(arm: Arm) -> Cell:
+    """Their rank, and how they travel."""
+    kinds = {
+        f"rank {run.config.get('lora_r')}, {'alone' if run.config.get('lora_sync') == 'adapter' else 'merged'}"
+        for run in arm.runs
+        if run.config.get("use_peft")
+    }
+    return " / ".join(sorted(kinds)) or NOTHING
 
 
 def _sum(run: Run, *metrics: str) -> float | None:

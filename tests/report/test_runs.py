@@ -71,9 +71,11 @@ def seeds(tmp_path):
     for algorithm, rewards in (("grpo", (0.2, 0.4)), ("igrpo", (0.5,))):
         for seed, reward in enumerate(rewards):
             records = [{"step": s, "reward": reward * s, "step_time": 4.0, "core_hours": s / 10,
-                        "rollout/samples_per_second": 32.0, "rollout/seconds": 2.0, "rollout/rollouts_per_prompt": 8.0}
+                        "rollout/samples_per_second": 32.0, "rollout/seconds": 2.0, "rollout/rollouts_per_prompt": 8.0,
+                        "sync/seconds": 0.5, "sync/mib": 3.0}
                        for s in (1, 2)]  # fmt: skip
             config = {"algorithm": algorithm, "seed": seed, "output_dir": f"{algorithm}-{seed}", "max_steps": 2}
+            config |= {"use_peft": algorithm == "igrpo", "lora_r": 8, "lora_sync": "adapter"}
             runs.append(read_run(folder(tmp_path / f"{algorithm}-{seed}", records, config)))
     return group_runs(runs)
 
@@ -98,6 +100,7 @@ def test_tables_by_hand(tmp_path):
     assert results(arms)[1][0][:5] == ["grpo", "2", "2", "–", "0.600 ± 0.283"]
     row = dict(zip(resources(arms)[0], resources(arms)[1][1], strict=True))
     assert (row["samples/s"], row["step time"], row["hours"]) == ("2.00", "4.00 s", "0.200 core-h")
+    assert (row["adapters"], row["weight push"], row["sent by it"]) == ("rank 8, alone", "0.50 s", "3.0 MiB")
 
 
 def test_long_runs_keep_their_spikes_and_few_points():

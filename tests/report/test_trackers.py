@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
+from accelerate import Accelerator
 
 from igrpo.config.train_config import TrainConfig
+from igrpo.learner.learner import Learner
 from igrpo.settings import ConfigError
 from igrpo.train import main
 
@@ -23,6 +28,35 @@ def test_tensorboard_files_hold_the_metrics(runs):
         expected = [(r["step"], r[name]) for r in logged if name in r]
         seen = [(event.step, event.value) for event in events.Scalars(name)]
         assert seen == [(step, pytest.approx(value, rel=1e-6)) for step, value in expected] and len(seen) >= 2
+
+    texts = events.Tensors("completions/text_summary")
+    assert [event.step for event in texts] == [1, 2, 3]
+    table = texts[0].tensor_proto.string_val[0].decode().splitlines()
+    assert table[0] == "| step | prompt | stage | completion | low_bytes | format | reward | advantage | tokens |"
+    assert len(table) == 2 + 7 and {line.count(" | ") for line in table} == {8}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.needs_package(n)) for n in ("wandb", "trackio")])
+def test_a_tracker_with_tables_gets_the_completions(name, tmp_path, monkeypatch):
+    """The real one, offline."""
+    for key, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", tmp_path), ("TRACKIO_DIR", tmp_path / "trackio")):
+        monkeypatch.setenv(key, str(value))
+    accelerator = Accelerator(cpu=True, log_with=name)
+    accelerator.init_trackers("igrpo", init_kwargs={name: {"name": "n"}})
+    row = {"step": 1, "prompt": "a|b", "stage": "draft", "completion": "c\nd", "reward": 0.5, "advantage": None}
+    Learner.show_table(SimpleNamespace(accelerator=accelerator), "completions", [row, {**row, "advantage": 0.25}], 1)
+    accelerator.end_training()
+    if name == "wandb":
+        (file,) = tmp_path.rglob("completions*.table.json")
+        rows = [[*row.values()], [*row.values()]]
+        rows[1][-1] = 0.25
+        assert json.loads(file.read_text()) == {"columns": [*row], "data": rows}
+    else:
+        (file,) = (tmp_path / "trackio").glob("*.db")
+        with closing(sqlite3.connect(file)) as database:
+            ((text,),) = database.execute("select metrics from metrics where step = 1")
+        table = json.loads(text)["completions"]
+        assert table["_type"] == "trackio.table" and [one["completion"] for one in table["_value"]] == ["c\nd"] * 2
 
 
 def test_an_unknown_tracker_is_a_mistake_in_the_settings():
