@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igrpo.config.train_config import TrainConfig
@@ -21,7 +20,7 @@ from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.engines.masks import why_not
 from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
-from igrpo.model_card import check_hub
+from igrpo.model_card import check_hub, upload, write_card
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
@@ -187,19 +186,9 @@ class TrainingRun:
         last = saved[-1] if saved else self.config.resume_from_checkpoint  # resumed elsewhere with no step to go
         self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
         if saved and self.learner.accelerator.is_main_process:
-            self._publish(saved[-1])
-
-    def _publish(self, model: Path) -> None:
-        """The model's card, and both on the hub where they are wanted there.
-
-        Raises:
-            UploadError: the hub did not take them.
-        """
-        from igrpo.model_card import upload, write_card
-
-        write_card(self.config, self.folder.path, model)
-        if self.config.push_to_hub:
-            self.view.say(f"uploaded to {upload(self.config, model)}")
+            write_card(self.config, self.folder.path, saved[-1])
+            if self.config.push_to_hub:
+                self.view.say(f"uploaded to {upload(self.config, saved[-1])}")
 
 
 @contextmanager

