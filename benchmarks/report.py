@@ -101,12 +101,18 @@ def launches() -> Iterable[str]:
     yield (
         "`grpo_loss` with Triton in bf16, forward and backward together, metrics included, at any number of tokens: "
         "operators that PyTorch dispatches and Triton's grids, counted without a GPU by `python -m "
-        "tests.kernels.launches`. Packed batches take as many. None waits for the device. What the kernels do not know "
-        "(docs/kernels.md) is computed by `objective.py`, operator by operator.\n"
+        "tests.kernels.launches`. Packed batches take as many. None waits for the device.\n"
     )
     yield "| | launches |\n|---|---|"
     yield from (f"| {name} | {count} |" for name, count in counts.items() if not name.endswith("packed"))
-    yield ""
+    yield (
+        "\nOne program of eight warps walks a sequence in steps of 256 rows, one to four times, so few long sequences "
+        "leave a GPU idle. By count, 8 × 32,768 tokens on an H200: 128 steps a walk, at most 165 instructions of a "
+        "warp in a step (sm_90), 330 cycles of issue. If every step waits 1,000 cycles for memory, that is 0.07 ms a "
+        "walk and 0.3 ms for four, on 8 of 132 multiprocessors, beside 56 ms of the loss kernel (V = 151,936). The one "
+        "program that ranks all rows (top-entropy quantile, Clip-Cov, KL-Cov) goes over them 7 to 10 times, 2,048 rows "
+        "a step: 0.7 ms by the same count.\n"
+    )
 
 
 def machine_section(record: dict) -> Iterable[str]:

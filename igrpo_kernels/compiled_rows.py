@@ -95,22 +95,34 @@ class CompiledRows:
         """index, mask, advantages, loss weights, old, ref, policy factor, dloss/dentropy, what kl_tau pulls to, NLL
         weights, temperatures; each (n,) or None.
         """
-        old = batch.old_per_token_logps
-        sampler = None if old is None else policy_factor(old, batch, config)
-        slope = entropy_slope(batch, config)
+        weights, sampler, slope = self._row_weights(batch, config, num_items_in_batch)
         return (
             batch.index,
             batch.mask,
             batch.advantages.contiguous(),
-            reduction_weights(batch, config, num_items_in_batch).contiguous(),
-            old,
+            weights,
+            batch.old_per_token_logps,
             batch.ref_per_token_logps if config.beta != 0.0 else None,
             sampler,
-            None if slope is None else torch.where(batch.mask, slope, 0.0),
+            slope,
             pulled_to(batch, config),
             batch.nll_weights,
             batch.temperatures,
         )
+
+    def _row_weights(
+        self, batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Loss weights, policy factor and dloss/dentropy, (n,) each; as `tables`."""
+        if batch.mask.is_cuda:
+            from igrpo_kernels import triton_objective
+
+            if triton_objective.covers(batch, config):
+                return triton_objective.row_weights(batch, config, num_items_in_batch, of_tokens=True)
+        old, slope = batch.old_per_token_logps, entropy_slope(batch, config)
+        weights = reduction_weights(batch, config, num_items_in_batch).contiguous()
+        slope = None if slope is None else torch.where(batch.mask, slope, 0.0)
+        return weights, None if old is None else policy_factor(old, batch, config), slope
 
     def token_loss(
         self, logits: Tensor, out: Tensor | None, inputs: tuple[Tensor | None, ...], config: GRPOLossConfig

@@ -22,7 +22,7 @@ from igrpo_kernels.losses import ROLLOUT_RS
 Config = Any  # GRPOLossConfig, whose checks read this file
 Batch = Any  # TokenBatch
 
-_LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0
 
 
 class Criterion(NamedTuple):
@@ -91,7 +91,7 @@ def accepts(old: Tensor, batch: Batch, config: Config) -> Tensor | None:
     """Bool (n,): rows that every criterion keeps; None where nothing is rejected. Unscored tokens (NaN) have u = 0."""
     if config.rollout_rs is None or batch.sampling_per_token_logps is None:
         return None
-    u = torch.nan_to_num(old - batch.sampling_per_token_logps, nan=0.0).clamp(-_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+    u = torch.nan_to_num(old - batch.sampling_per_token_logps, nan=0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     kept = torch.ones_like(batch.mask)
     for statistic, over, low, high in criteria(config.rollout_rs, config.rollout_rs_threshold):
         k = -u if statistic == "k1" else 0.5 * u * u if statistic == "k2" else u.exp() - 1.0 - u

@@ -301,7 +301,7 @@ def policy_slopes(
     """dL/dw, the part of the slope that goes through the ratio, and the part of dL/dlogp that does not."""
     through_w = tl.zeros_like(w)
     direct = tl.zeros_like(w)
-    if TERM == "clipped":
+    if TERM == "clipped" or TERM == "clip_cov":
         through_w = -surrogate_slope(w, advantage, clip_low, clip_high, delta, dual_clip)
     elif TERM == "cispo":
         direct = -tl.minimum(tl.maximum(w, clip_low), clip_high) * advantage
@@ -314,6 +314,8 @@ def policy_slopes(
         direct = -tl.where(advantage > 0.0, 1.0, tl.minimum(w, 1.0)) * advantage
     elif TERM == "dro":  # its squared log-ratio: token_coefficient
         direct = -advantage
+    elif TERM == "kl_cov":  # its penalty: triton_objective_terms.py
+        through_w = -advantage
     elif TERM == "vespo" or TERM == "gmpo":  # through the whole sequence: triton_objective_terms.py
         pass
     else:

@@ -1,11 +1,12 @@
-"""The (n,)- and (S,)-sized work of a loss call in three small launches: what `objective.py` and `loss_metrics.py` say.
+"""The (n,)- and (S,)-sized work of a loss call in small launches: what `objective.py` and `loss_metrics.py` say.
 
     row_weights_kernel   what the one-pass kernel multiplies a token's slope with
     objective_kernel     per sequence: its share of loss and metrics, and for losses in two passes dloss/dlogp
     finish_kernel        loss and metrics from those shares
+    triton_selection.py  before these two, which rows the top-entropy quantile keeps, clip_cov and kl_cov draw
 
-`covers` says for which losses; all else, a setting or a tensor of the batch that this file does not name included, is
-computed by `objective.py`, which stays the definition and which the tests compare these kernels with.
+`covers` says for which losses: all that there are. What comes later, a setting or a tensor of the batch that this file
+does not name, is computed by `objective.py`, which stays the definition and which the tests compare these kernels with.
 """
 
 from dataclasses import fields
@@ -17,12 +18,14 @@ from igrpo_kernels.batch import TokenBatch, kernels_run
 from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.losses import (
     CISPO,
+    CLIP_COV,
     CLIPPED,
     CONSTANT_LENGTH,
     DPPO_KL,
     DPPO_TV,
     DRO,
     GMPO,
+    KL_COV,
     NUM_ITEMS,
     PROMPT_MEAN,
     SAPO,
@@ -35,11 +38,14 @@ from igrpo_kernels.losses import (
 )
 from igrpo_kernels.triton_grpo_loss import MASK, NO_SAMPLER, TRUNCATE, LossKind, LossScalars
 from igrpo_kernels.triton_launch import on_device
-from igrpo_kernels.triton_objective_kernels import COLUMNS, finish_kernel, objective_kernel, row_weights_kernel
-from igrpo_kernels.triton_objective_terms import SCALARS, SEQ_MASK
+from igrpo_kernels.triton_objective_kernels import COLUMNS, finish_kernel, objective_kernel
+from igrpo_kernels.triton_objective_terms import SCALARS
+from igrpo_kernels.triton_row_weights import row_weights_kernel
+from igrpo_kernels.triton_sampler import SEQ_MASK, rejection_bounds
+from igrpo_kernels.triton_selection import drawn_rows, high_entropy_rows
 from igrpo_kernels.types import GRPOLossConfig
 
-_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO, TOPR, DRO)
+_TERMS = (CLIPPED, CISPO, SAPO, DPPO_TV, DPPO_KL, VESPO, GMPO, TOPR, DRO, CLIP_COV, KL_COV)
 _CORRECTIONS = {"": NO_SAMPLER, "truncate": TRUNCATE, "mask": MASK, "seq-mask-tis": SEQ_MASK}  # by a mode's end
 _REDUCTIONS = {
     "sequence_mean": SEQUENCE_MEAN,
@@ -55,7 +61,8 @@ _SETTINGS = {  # every value of which the kernels know; any other key keeps its 
     "use_bias_correction_kl", "temperature", "entropy_coef", "importance_sampling_mode", "importance_sampling_clip_min",
     "importance_sampling_clip_max", "max_completion_length", "sapo_temperature_neg", "sapo_temperature_pos",
     "logit_scale", "final_logit_softcapping", "off_policy_mask_threshold", "vespo_k_pos", "vespo_k_neg",
-    "vespo_lambda_pos", "vespo_lambda_neg", "kl_tau", "dro_beta",
+    "vespo_lambda_pos", "vespo_lambda_neg", "kl_tau", "dro_beta", "rollout_rs", "rollout_rs_threshold",
+    "top_entropy_quantile", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef",
 }  # fmt: skip
 _TENSORS = {
     "index", "mask", "seq_id", "num_sequences", "advantages", "sequence_advantages", "lengths", "cu_seqlens", "shape",
@@ -78,8 +85,11 @@ RESULTS = (
     "sampling/importance_sampling_ratio/min",
     "sampling/importance_sampling_ratio/mean",
     "sampling/importance_sampling_ratio/max",
+    "sampling/rollout_rs_masked_fraction",
 )
 _BLOCK = 256
+# No loss takes 96 registers, but without a bound of ours ptxas spills to fit one block more.
+_OPTIONS = {"BLOCK": _BLOCK, "num_warps": 8, "maxnreg": 96, "enable_fp_fusion": True}
 
 
 def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
@@ -98,14 +108,23 @@ def covers(batch: TokenBatch, config: GRPOLossConfig) -> bool:
 
 
 def row_weights(
-    batch: TokenBatch, config: GRPOLossConfig, num_items_in_batch: Tensor | float | None
+    batch: TokenBatch,
+    config: GRPOLossConfig,
+    num_items_in_batch: Tensor | float | None,
+    *,
+    of_tokens: bool,  # the sampler's ratio of token_* modes is wanted, too, and dloss/dentropy of each row
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dloss/d(token loss) (n,), sampler ratio that is no token's own (n,) or None, dloss/dentropy () or None."""
+    """dloss/d(token loss) (n,); the policy term's factor (n,) or None: the sampler's ratio, 0 where a row is rejected;
+    dloss/dentropy () or (n,), or None.
+    """
     like, mode = batch.lengths, config.importance_sampling_mode or ""
     weights = torch.empty(batch.mask.shape, dtype=like.dtype, device=like.device)
-    of_sequence = mode.startswith("seq") and batch.old_per_token_logps is not None
-    policy_weights = torch.empty_like(weights) if of_sequence else None
-    entropy_slope = torch.empty((), dtype=like.dtype, device=like.device) if config.needs_entropy_gradient else None
+    sampled = batch.old_per_token_logps is not None and batch.sampling_per_token_logps is not None
+    corrects, rejects = sampled and mode.startswith(("seq", "token" if of_tokens else "seq")), _rejects(batch, config)
+    policy_weights = torch.empty_like(weights) if corrects or (sampled and rejects) else None
+    entropy_slope = None
+    if config.needs_entropy_gradient:
+        entropy_slope = weights.new_empty(weights.shape if of_tokens else ())
     scalars, (reduction, items, number) = LossScalars.of(config), _denominator(config, num_items_in_batch, like)
     with on_device(like):
         row_weights_kernel[(batch.num_sequences,)](
@@ -115,8 +134,8 @@ def row_weights(
             _contiguous(batch.loss_weights),
             _contiguous(batch.cu_seqlens),
             items,
-            batch.old_per_token_logps if of_sequence else None,
-            batch.sampling_per_token_logps if of_sequence else None,
+            batch.old_per_token_logps if sampled else None,
+            batch.sampling_per_token_logps if sampled else None,
             weights,
             policy_weights,
             entropy_slope,
@@ -128,13 +147,20 @@ def row_weights(
             float(config.entropy_coef),
             scalars.sampler_low,
             scalars.sampler_high,
+            *rejection_bounds(config).values(),
             REDUCTION=reduction,
-            MASKS=mode.endswith("mask"),
-            OF_TOKENS=mode == "seq-mask-tis",
+            SAMPLER=_CORRECTIONS[mode.split("_")[-1] if corrects else ""].value,
+            SAMPLER_OF_SEQUENCE=corrects and mode.startswith("sequence"),
+            REJECTS=sampled and rejects,
+            SLOPE_OF_ROWS=of_tokens,
             BLOCK=_BLOCK,
             enable_fp_fusion=True,
         )
     return weights, policy_weights, entropy_slope
+
+
+def _rejects(batch: TokenBatch, config: GRPOLossConfig) -> bool:
+    return config.rollout_rs is not None and batch.sampling_per_token_logps is not None
 
 
 def grpo_objective(
@@ -144,7 +170,7 @@ def grpo_objective(
     config: GRPOLossConfig,
     num_items_in_batch: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`objective.grpo_objective` of a loss that `covers` names, in two launches; differentiable once."""
+    """`objective.grpo_objective` of a loss that `covers` names, in two to four launches; differentiable once."""
     leaves = (per_token_logps, entropy if config.needs_entropy_gradient else None)
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in leaves)
     loss, results = _Objective.apply(per_token_logps, entropy, batch, config, num_items_in_batch, differentiable)
@@ -157,13 +183,12 @@ class _Objective(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logps, entropy, batch, config, num_items_in_batch, differentiable):
-        n, like = batch.mask.numel(), batch.lengths
-        grads = [None, None]
+        slopes, grads = None, [None, None]
         if differentiable:
-            count = 2 if config.needs_entropy_gradient else 1
-            grads = [torch.empty(n, dtype=like.dtype, device=like.device) for _ in range(count)] + [None] * (2 - count)
+            slopes = batch.lengths.new_empty((2 if config.needs_entropy_gradient else 1, batch.mask.numel()))
+            grads = [*slopes, None][:2]
         loss, results = _launch(logps, entropy, grads, batch, config, num_items_in_batch)
-        ctx.save_for_backward(*grads)
+        ctx.save_for_backward(slopes)
         ctx.mark_non_differentiable(results)
         ctx.set_materialize_grads(False)
         return loss, results
@@ -173,7 +198,8 @@ class _Objective(torch.autograd.Function):
     def backward(ctx, upstream: Tensor | None, _):
         if upstream is None:
             return None, None, None, None, None, None
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None, None
+        slopes = ctx.saved_tensors[0] * upstream
+        return *[*slopes, None][:2], None, None, None, None
 
 
 def _launch(
@@ -191,10 +217,12 @@ def _launch(
     results = torch.empty(len(RESULTS), dtype=like.dtype, device=like.device)
     of_sequences = config.importance_sampling_level == "sequence" or config.loss.term is VESPO
     reduction, items, number = _denominator(config, num_items_in_batch, like)
+    logps, entropy = logps.detach(), None if entropy is None else entropy.detach()
+    chosen = high_entropy_rows(entropy, batch, config) if config.top_entropy_quantile < 1.0 else (None, None)
     with on_device(like):
         objective_kernel[(S,)](
-            logps.detach(),
-            None if entropy is None else entropy.detach(),
+            logps,
+            entropy,
             batch.mask.view(torch.uint8),
             batch.advantages.contiguous(),
             _contiguous(batch.sequence_advantages),
@@ -207,6 +235,8 @@ def _launch(
             _of_prompts(batch, config),
             _contiguous(batch.cu_seqlens),
             items,
+            *chosen,
+            drawn_rows(logps, batch, config) if config.loss.term.couples == "batch" else None,
             shares,
             *grads,
             n,
@@ -218,11 +248,11 @@ def _launch(
             *_scalars(config),
             **_equations(batch, config),
             REDUCTION=reduction,
-            BLOCK=_BLOCK,
-            enable_fp_fusion=True,
+            **_OPTIONS,
         )
         finish_kernel[(1,)](
             shares,
+            chosen[1],
             loss,
             results,
             S,
@@ -235,15 +265,16 @@ def _launch(
 
 
 def _scalars(config: GRPOLossConfig) -> list[float]:
-    """SCALARS, absent ones as numbers that do nothing."""
+    """SCALARS and BOUNDS, absent ones as numbers that do nothing."""
     numbers = LossScalars.of(config)._asdict() | {
         "off_policy_threshold": float(config.off_policy_mask_threshold or 0.0),
         "vespo_k_pos": float(config.vespo_k_pos),
         "vespo_k_neg": float(config.vespo_k_neg),
         "vespo_lambda_pos": max(float(config.vespo_lambda_pos), VESPO_LAMBDA_MIN),
         "vespo_lambda_neg": max(float(config.vespo_lambda_neg), VESPO_LAMBDA_MIN),
+        "ppo_kl_coef": float(config.ppo_kl_coef),
     }
-    return [numbers[name] for name in SCALARS]
+    return [*(numbers[name] for name in SCALARS), *rejection_bounds(config).values()]
 
 
 def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int | bool]:
@@ -259,6 +290,7 @@ def _equations(batch: TokenBatch, config: GRPOLossConfig) -> dict[str, str | int
         "LEVEL": config.importance_sampling_level,
         "PULLS": (2 if batch.sampling_per_token_logps is None else 1) if kind.pulls else 0,
         "OPSM": config.off_policy_mask_threshold is not None,
+        "REJECTS": _rejects(batch, config),
     }
 
 
@@ -293,14 +325,17 @@ def _metric_names(batch: TokenBatch, config: GRPOLossConfig, with_entropy: bool)
     if term is CLIPPED:
         names += [f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")]
         names += ["clip_ratio/dual_mean"] if config.dual_clip is not None else []
-    elif term in (DPPO_TV, DPPO_KL, GMPO):
+    elif term.leaves is not None:
         names += [f"clip_ratio/{name}" for name in ("low_mean", "high_mean", "region_mean")]
     pairs = [(name, name) for name in names]
+    if term is CLIP_COV:  # its drawn tokens, those of advantage 0 included, are counted where dual-clip's are
+        pairs[-1] = (pairs[-1][0], "clip_ratio/dual_mean")
     if term is CISPO:
         pairs.append(("cispo_clip_ratio", "clip_ratio/high_mean"))
     elif term is VESPO:
         pairs.append(("vespo/phi_seq_mean", "clip_ratio/low_mean"))
     if batch.sampling_per_token_logps is not None:
         wanted = "sampling/" if config.importance_sampling_mode is not None else "sampling/sampling_logp"
-        pairs += [(name, name) for name in RESULTS if name.startswith(wanted)]
+        pairs += [(name, name) for name in RESULTS[:-1] if name.startswith(wanted)]
+        pairs += [(RESULTS[-1], RESULTS[-1])] if config.rollout_rs is not None else []
     return pairs

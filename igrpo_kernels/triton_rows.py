@@ -73,7 +73,7 @@ class TritonRows:
         config: GRPOLossConfig,
         num_items_in_batch: Tensor | float | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Two launches for the losses that they know."""
+        """Two to four launches for the losses that they know."""
         fused = triton_objective.covers(batch, config)
         function = triton_objective.grpo_objective if fused else grpo_objective
         return function(logps, entropy, batch, config, num_items_in_batch)
@@ -84,11 +84,12 @@ class TritonRows:
         """The kernel's per-row inputs: everything the coefficients need and the logits do not decide."""
         old, in_kernel = batch.old_per_token_logps, (config.importance_sampling_mode or "").startswith("token")
         if triton_objective.covers(batch, config):
-            weights, policy_weight, slope = triton_objective.row_weights(batch, config, num_items_in_batch)
+            factors = triton_objective.row_weights(batch, config, num_items_in_batch, of_tokens=False)
         else:
             known = replace(config, importance_sampling_mode=None) if in_kernel else config
-            policy_weight = None if old is None else policy_factor(old, batch, known)
-            weights, slope = reduction_weights(batch, config, num_items_in_batch), entropy_slope(batch, config)
+            weights = reduction_weights(batch, config, num_items_in_batch)
+            factors = weights, None if old is None else policy_factor(old, batch, known), entropy_slope(batch, config)
+        weights, policy_weight, slope = factors
         return CoefficientInputs(
             batch.index,
             batch.mask,

@@ -46,6 +46,19 @@ CASES = {
     "loss and NLL weights": {"weighted": True},
     "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis"},
     "prompt mean": {"loss_type": "prompt_mean"},
+    "rejection": {"rollout_rs": "token_k2,seq_mean_k1", "rollout_rs_threshold": 2.0},
+    "rejection, GSPO and a token correction": {
+        "rollout_rs": "seq_max_k3", "rollout_rs_threshold": 2.0, "importance_sampling_level": "sequence",
+        "importance_sampling_mode": "token_mask",
+    },
+    "top-entropy quantile": {"top_entropy_quantile": 0.2},
+    "top-entropy quantile with all of it": {
+        "loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.1, "importance_sampling_mode": "token_mask",
+        "top_entropy_quantile": 0.2,
+    },
+    "Clip-Cov": {"loss_type": "clip_cov"},
+    "KL-Cov": {"loss_type": "kl_cov"},
+    "KL-Cov of the top entropies": {"loss_type": "kl_cov", "top_entropy_quantile": 0.2},
 }  # fmt: skip
 
 
@@ -75,7 +88,8 @@ def loss_call(options: dict, packed: bool) -> Callable[[], None]:
     rows = torch.zeros(B, T)
     ids, mask, advantages = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64), torch.ones(B)
     offsets = torch.arange(0, B * T + 1, T, dtype=torch.int32)
-    sampling = rows if config.importance_sampling_mode or config.off_policy_mask_threshold or config.kl_tau else None
+    asks = (config.importance_sampling_mode, config.off_policy_mask_threshold, config.kl_tau, config.rollout_rs)
+    sampling = rows if any(asks) else None
     weights = rows if "weighted" in options else None
     given = {
         "completion_mask": mask, "old_per_token_logps": rows, "sampling_per_token_logps": sampling,

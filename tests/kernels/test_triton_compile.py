@@ -53,6 +53,8 @@ def test_no_kernel_spills(reports, capability, record_property):
         "row_weights_kernel",
         "objective_kernel",
         "finish_kernel",
+        "top_entropy_kernel",
+        "covariance_kernel",
     }
     for kernel in kernels:
         print(kernel)

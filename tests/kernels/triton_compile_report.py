@@ -36,6 +36,9 @@ VARIANTS = {  # every kernel and every compile-time choice that changes its inne
     "gmpo": {"loss_type": "gmpo", "beta": 0.1, "importance_sampling_mode": "seq-mask-tis"},
     "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis"},
     "weights": {"loss_type": "dro", "dro_beta": 0.1, "kl_tau": 0.1, "entropy_coef": 0.1},
+    "rejects": {"rollout_rs": "token_k2,seq_mean_k1", "rollout_rs_threshold": 2.0, "entropy_coef": 0.1, "beta": 0.1},
+    "clip_cov": {"loss_type": "clip_cov", "beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.2},
+    "kl_cov": {"loss_type": "kl_cov", "importance_sampling_mode": "token_mask"},
     "sequence": {"importance_sampling_level": "sequence", "entropy_coef": 0.1},
     "sequence softcap": {"importance_sampling_level": "sequence", "final_logit_softcapping": 30.0, "entropy_coef": 0.1},
 }
@@ -122,7 +125,15 @@ def main() -> None:
         vary_what_changes_between_steps()
         call(GRPOLossConfig(), B=1, T=70_000, V=1024)
     kernels = []
-    from igrpo_kernels import triton_batch, triton_grpo_loss, triton_logprobs, triton_objective_kernels, triton_ops
+    from igrpo_kernels import (
+        triton_batch,
+        triton_grpo_loss,
+        triton_logprobs,
+        triton_objective_kernels,
+        triton_ops,
+        triton_row_weights,
+        triton_selection,
+    )
 
     for function in (
         triton_logprobs.row_statistics_kernel,
@@ -130,9 +141,11 @@ def main() -> None:
         triton_grpo_loss.token_loss_kernel,
         triton_ops.scale_kernel,
         triton_batch.batch_kernel,
-        triton_objective_kernels.row_weights_kernel,
+        triton_row_weights.row_weights_kernel,
         triton_objective_kernels.objective_kernel,
         triton_objective_kernels.finish_kernel,
+        triton_selection.top_entropy_kernel,
+        triton_selection.covariance_kernel,
     ):
         for kernel in function.device_caches[0][0].values():
             ptx = kernel.asm["ptx"]

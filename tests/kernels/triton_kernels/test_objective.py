@@ -1,26 +1,29 @@
 """The objective's kernels against `objective.py` on rows of log-probabilities, and the batch's against `batch.py`."""
 
+import math
 from dataclasses import fields, make_dataclass
 from itertools import product
 
 import pytest
 import torch
 
-from igrpo_kernels import GRPOLossConfig, triton_batch, triton_objective
+from igrpo_kernels import GRPOLossConfig, triton_batch, triton_objective, triton_selection
 from igrpo_kernels import batch as batch_module
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.losses import LOSSES
-from igrpo_kernels.objective import entropy_slope, grpo_objective, reduction_weights, rows, sampler_ratio
+from igrpo_kernels.compiled_rows import CompiledRows
+from igrpo_kernels.losses import LOSSES, ROLLOUT_RS, TermInputs, _covariance, _first, clip_cov_leaves
+from igrpo_kernels.objective import (
+    entropy_slope,
+    grpo_objective,
+    reduction_weights,
+    rows,
+    sampler_ratio,
+    top_entropy_keep,
+)
+from igrpo_kernels.rejection import accepts
 from tests.kernels.oracle import LOSS_LEVELS, REQUIRED
 
-COVERED = [
-    (name, level)
-    for name, level in LOSS_LEVELS
-    if LOSSES[name].term in triton_objective._TERMS and LOSSES[name].reduction in triton_objective._REDUCTIONS.values()
-]
-ONE_OF_A_TERM = [
-    x for x in COVERED if x[0] in ("grpo", "cispo", "sapo", "dppo_tv", "dppo_kl", "vespo", "gmpo", "topr", "dro")
-]
+ONE_OF_A_TERM = [x for x in LOSS_LEVELS if x[0] == next(n for n, y in LOSSES.items() if y.term is LOSSES[x[0]].term)]
 CLIPS = {"importance_sampling_clip_min": 0.8, "importance_sampling_clip_max": 1.2}
 OPTIONS = {
     "plain": {},
@@ -33,6 +36,14 @@ OPTIONS = {
     "seq-mask-tis": {"importance_sampling_mode": "seq-mask-tis", **CLIPS, "importance_sampling_clip_max": 1.01},
     "sequence_mask": {"importance_sampling_mode": "sequence_mask", "importance_sampling_clip_min": 0.5},
     "weights": {"kl_tau": 0.2, "entropy_coef": 0.1, "importance_sampling_mode": "token_truncate", **CLIPS},
+    "rejects": {
+        "rollout_rs": "token_k2,seq_mean_k1,seq_max_k3",
+        "rollout_rs_threshold": "0.008,0.9_1.04,0.05",
+        "entropy_coef": 0.1,
+        "importance_sampling_mode": "token_truncate",
+        **CLIPS,
+    },
+    "top_entropy": {"top_entropy_quantile": 0.37, "entropy_coef": 0.1, "beta": 0.1, "off_policy_mask_threshold": 0.0},
     "opsm": {"off_policy_mask_threshold": 0.0, "beta": 0.1, "importance_sampling_mode": "token_mask", **CLIPS},
 }
 LENGTHS = (0, 300, 7, 1)  # an empty sequence, and one of several blocks
@@ -46,11 +57,13 @@ def applies(loss_type, level, name):
     return settings <= set(LOSSES[loss_type].term.settings) and ((loss_type, level) in ONE_OF_A_TERM or name == "k1")
 
 
-CASES = [(*case, name) for case, name in product(COVERED, OPTIONS) if applies(*case, name)]
+CASES = [(*case, name) for case, name in product(LOSS_LEVELS, OPTIONS) if applies(*case, name)]
+SHARES = {"clip_cov": {"clip_cov_ratio": 0.2, "clip_cov_lb": 0.01, "clip_cov_ub": 0.3}, "kl_cov": {"kl_cov_ratio": 0.2}}
 
 
 def config_of(loss_type, level="token", **options):
-    return GRPOLossConfig(loss_type, level, max_completion_length=9, **REQUIRED.get(loss_type, {}), **options)
+    options |= {**REQUIRED, **SHARES}.get(loss_type, {})
+    return GRPOLossConfig(loss_type, level, max_completion_length=9, **options)
 
 
 def batch_of(layout, device, dtype=torch.float64, *, per_token=False, without=(), masked=True, weighted=False):
@@ -165,7 +178,7 @@ def test_offsets_that_no_host_checked_leave_rows_out(device, monkeypatch):
     )
     for name in ("index", "mask", "seq_id", "advantages", "lengths"):
         assert torch.equal(getattr(plain, name), getattr(launched, name)), name
-    weights, *_ = triton_objective.row_weights(launched, GRPOLossConfig(), None)
+    weights, *_ = triton_objective.row_weights(launched, GRPOLossConfig(), None, of_tokens=False)
     assert torch.equal(weights, reduction_weights(plain, GRPOLossConfig(), None))
 
 
@@ -178,13 +191,99 @@ def test_row_weights(device, loss_type, layout, mode):
     )
     _, batch = batch_of(layout, device, weighted=mode is None)
     for num_items in (None, 17.5, 0.25, torch.tensor([23], device=device)):
-        weights, ratio, slope = triton_objective.row_weights(batch, config, num_items)
+        weights, ratio, slope = triton_objective.row_weights(batch, config, num_items, of_tokens=False)
         torch.testing.assert_close(weights, reduction_weights(batch, config, num_items), rtol=1e-14, atol=0)
         torch.testing.assert_close(slope, entropy_slope(batch, config), rtol=1e-14, atol=0)
         assert (ratio is not None) == (mode or "").startswith("seq")
         if ratio is not None:
             true = rows(sampler_ratio(batch.old_per_token_logps, batch, config), batch, config)
             torch.testing.assert_close(ratio, batch.masked(true), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", ["sequence_mask", "token_mask", "weights", "rejects", "plain"])
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_rows_of_the_cuda_kernels(device, layout, options):
+    """Every row's own ratio and entropy slope, with which `impl="cuda"` saves its operators."""
+    config = GRPOLossConfig("dapo", **{"entropy_coef": 0.1, **OPTIONS[options]})
+    _, batch = batch_of(layout, device, weighted=options == "weights")
+    ours = triton_objective.row_weights(batch, config, 23.0, of_tokens=True)
+    true = CompiledRows("cpu")._row_weights(batch, config, 23.0)
+    for x, y in zip(ours, true, strict=True):
+        assert (x is None) == (y is None)
+        if y is not None:
+            torch.testing.assert_close(x, batch.masked(y), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [*ROLLOUT_RS, ", ".join(ROLLOUT_RS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rejection_at_its_thresholds(device, options, dtype):
+    """u of exactly ln 2 and 2, which are the bounds of k1 and k2; none, infinite ones and such as end at 20."""
+    u = torch.tensor([math.log(2.0), -math.log(2.0), 2.0, -2.0, math.nan, math.inf, -math.inf, 30.0, 0.0], dtype=dtype)
+    u = torch.stack([u, *(x.expand(9) for x in u), torch.tensor([-2.0, 2.0] + [0.0] * 7, dtype=dtype)]).to(device)
+    mask = torch.ones_like(u, dtype=torch.bool)
+    mask[1:8:2, 1:], mask[2:8:2, 4:], mask[9:] = False, False, False
+    zeros = torch.zeros_like(u)
+    batch = TokenBatch.build(
+        zeros.long(), zeros[:, 0] + 1.0, dtype=dtype, completion_mask=mask,
+        old_per_token_logps=zeros, sampling_per_token_logps=-u,
+    )  # fmt: skip
+    config = GRPOLossConfig(rollout_rs=options, rollout_rs_threshold=2.0)
+    accepted = accepts(batch.old_per_token_logps, batch, config)
+    _, kept, _ = triton_objective.row_weights(batch, config, None, of_tokens=False)
+    assert torch.equal(kept != 0, accepted & batch.mask) and 0 < int((kept != 0).sum()) < int(batch.mask.sum())
+    _, metrics = triton_objective.grpo_objective(batch.old_per_token_logps, None, batch, config)
+    _, true = grpo_objective(batch.old_per_token_logps, None, batch, config)
+    name = "sampling/rollout_rs_masked_fraction"
+    torch.testing.assert_close(metrics[name], true[name], rtol=1e-6, atol=0)
+
+
+def rows_with_ties(device, dtype, n):
+    """Log-probs, advantages and entropies of few values, whose sums are exact; a third of the rows is masked."""
+    generator = torch.Generator().manual_seed(n)
+    draw = lambda high: torch.randint(high, (1, n), generator=generator).to(dtype) / 4  # noqa: E731
+    mask = torch.rand(1, n, generator=generator) > 0.3
+    batch = TokenBatch.build(
+        torch.randint(9, (1, n), generator=generator).to(device), (draw(8) - 1.0).to(device), dtype=dtype,
+        completion_mask=mask.to(device), old_per_token_logps=(-draw(8)).to(device),
+    )  # fmt: skip
+    return (-draw(8)[0]).to(device), draw(12)[0].to(device), batch
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 7, 2500])  # the last in several blocks
+def test_the_quantile_at_ties(device, dtype, n):
+    _, entropy, batch = rows_with_ties(device, dtype, n)
+    for poison in (None, 0.0, math.nan):
+        if poison is not None:
+            entropy[::5] = poison
+            entropy[::10] *= -1.0
+        for share in (0.0, 0.25, 1 / 3, 0.9):
+            config = GRPOLossConfig(top_entropy_quantile=share)
+            keep, count = triton_selection.high_entropy_rows(entropy, batch, config)
+            true = top_entropy_keep(entropy, batch, share)
+            assert torch.equal(keep.bool(), true) and int(count) == int(true.sum()), (poison, share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n", [1, 7, 2500])
+@pytest.mark.parametrize("loss_type", ["clip_cov", "kl_cov"])
+def test_draws_at_ties(device, dtype, n, loss_type):
+    """As many of the equal rows at the border as fit, the first ones."""
+    logps, _, batch = rows_with_ties(device, dtype, n)
+    for poison in (None, -math.inf, math.nan):
+        if poison is not None:
+            logps[::9] = poison
+        for share in (1e-4, 0.3, 1.0):
+            key = {f"{loss_type}_ratio": share} | ({"clip_cov_lb": 0.0} if loss_type == "clip_cov" else {})
+            config, old = GRPOLossConfig(loss_type, **key), batch.old_per_token_logps
+            own = batch.masked(logps)
+            terms = TermInputs(own, old, own - old, (own - old).exp(), batch.advantages, None, batch)
+            if loss_type == "clip_cov":
+                true = clip_cov_leaves(terms, config)
+            else:
+                covariance = _covariance(terms).masked_fill(~batch.mask, -math.inf)
+                true = batch.mask & _first(-covariance, share, batch)
+            assert torch.equal(triton_selection.drawn_rows(own, batch, config).bool(), true), (poison, share)
 
 
 @pytest.mark.parametrize("mode", triton_objective._MODES)
@@ -258,12 +357,6 @@ def test_a_sampler_without_bound_and_an_infinite_reference(device, loss_type, le
 def test_what_the_kernels_do_not_know_is_left_to_the_objective(device):
     _, batch = batch_of("padded", device)
     assert triton_objective.covers(batch, GRPOLossConfig())
-    for other in (
-        {"rollout_rs": "token_k2", "rollout_rs_threshold": 2.0},
-        {"top_entropy_quantile": 0.5},
-        {"loss_type": "clip_cov"},
-    ):
-        assert not triton_objective.covers(batch, GRPOLossConfig(**other))
     named = {f.name for f in fields(TokenBatch)}
     assert named >= triton_objective._TENSORS and {f.name for f in fields(GRPOLossConfig)} >= triton_objective._SETTINGS
     new = make_dataclass("New", [("another", torch.Tensor | None, None)], bases=(TokenBatch,), frozen=True)
