@@ -185,16 +185,22 @@ def upload_command(config: TrainConfig, model: Path) -> str:
 
 
 def _recipe(config: TrainConfig) -> Mapping[str, Any]:
-    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    changed = {f.name: changed[f.name] for f in dataclasses.fields(config) if changed[f.name] != default_of(f)}
+    values = {f.name: (getattr(config, f.name), default_of(f)) for f in dataclasses.fields(config)}
     return {
-        key: _public(value) if isinstance(value, str) else value
-        for key, value in changed.items()
-        if key not in OWN_BUSINESS and not key.startswith(OWN_FAMILIES)
+        key: _public(value)
+        for key, (value, default) in values.items()
+        if value != default and key not in OWN_BUSINESS and not key.startswith(OWN_FAMILIES)
     }
 
 
-def _public(text: str) -> str:
-    """A name, where it is a path of this machine."""
-    path = Path(text).expanduser()
-    return path.name if path.is_absolute() or text.startswith((".", "~")) or path.exists() else text
+def _public(value: Any) -> Any:
+    """Without the folders of this machine: of a path, its name."""
+    if isinstance(value, list):
+        return [_public(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _public(one) for key, one in value.items()}
+    if not isinstance(value, str):
+        return value
+    path = os.path.expanduser(value)
+    of_here = os.path.exists(path) or (not any(map(str.isspace, value)) and value.startswith(("/", "~", "./", "../")))
+    return os.path.basename(path.rstrip("/")) if of_here else value

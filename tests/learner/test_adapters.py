@@ -26,7 +26,7 @@ from transformers import (
 
 from igrpo.config.recipe import build_config
 from igrpo.config.train_config import TrainConfig
-from igrpo.learner.adapters import Adapters
+from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.placements import Zero3
 from igrpo.models.loading import skeleton
 from igrpo.settings import ConfigError
@@ -208,6 +208,16 @@ def test_a_layer_that_is_never_called_is_said_and_a_router_gets_no_adapter(capsy
         made.train_on(samples)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "no gradient" in line]
     assert "adapters of model.layers.0.mamba.dt_proj:" in line
+
+
+def test_what_travels_alone_is_in_the_engines_dtype_and_what_trains_is_not():
+    """The engine would compute an adapter in another dtype than its layers, or refuse it."""
+    made = adapted("llama", ["q_proj"], bf16=True)
+    trained = {sent_name(name): p for name, p in made.unwrapped.named_parameters() if p.requires_grad}
+    sent = dict(made.adapter_tensors())
+    assert sent.keys() == trained.keys() and {p.dtype for p in trained.values()} == {torch.float32}
+    for name, tensor in sent.items():
+        assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, trained[name].to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("written", ["all-linear", ["all-linear"], "ALL-LINEAR", None])

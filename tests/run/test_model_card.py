@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard, constants
 
 from igrpo.config.recipe import build_config, parse_args
@@ -114,8 +115,15 @@ def test_a_run_writes_its_card_and_an_upload_that_fails_loses_nothing(model, que
 
 
 def test_a_card_of_a_run_without_evaluation_or_steps_is_one_too(model, tmp_path):
-    config = build_config({"model_name_or_path": model, "dataset_name": "o/d", "algorithm": "grpo", "output_dir": "r"})
+    funcs, prompt = [f"{tmp_path}/mine.py:score", "accuracy"], "/think. ~ {{ name }} " + "of it at length, " * 300
+    config = build_config({
+        "model_name_or_path": model, "dataset_name": "o/d", "algorithm": "grpo", "output_dir": "r",
+        "reward_funcs": funcs, "system_prompt": prompt, "vllm_engine_args": {"download_dir": f"{tmp_path}/weights/"},
+    })  # fmt: skip
     card = write_card(config, tmp_path, tmp_path)
+    said = yaml.safe_load(card.text.partition("```yaml")[2].partition("```")[0])
+    assert said["reward_funcs"] == ["mine.py:score", "accuracy"] and said["system_prompt"] == prompt
+    assert said["vllm_engine_args"] == {"download_dir": "weights"} and str(tmp_path) not in str(card)
     assert "None: no problems were held out" in card.text and card.data.datasets == ["o/d"]
 
 
