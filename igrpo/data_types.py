@@ -189,6 +189,10 @@ class RolloutGroup:
     """All drafts in the refinement prompt, in its order; ``chosen`` is one of them."""
     copies: tuple[bool, ...] = ()
     """[G] whether a refinement repeats a draft too much to be trained on under the question alone; empty: none."""
+    demonstrations: tuple[int, ...] = ()
+    """Right drafts that a teacher sees: one for every other completion and another for that one; fewer if not right."""
+    teacher_prompts: tuple[tuple[int, ...], ...] = ()
+    """The prompts with them."""
 
     def __post_init__(self) -> None:
         if len(self.refinements) != len(self.advantages):
@@ -228,6 +232,8 @@ class TrainingSample:
     """As in ``Completion``."""
     spans: tuple[int, ...] = ()
     """As in ``Trajectory``: only what the policy wrote is trained on. Empty: all."""
+    teacher_prompt_ids: tuple[int, ...] = ()
+    """What a teacher reads before ``completion_ids``; empty: there is none."""
 
     @property
     def trained_tokens(self) -> int:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch, values_may_be_read
+from igrpo_kernels.loss_metrics import teacher_metrics
 from igrpo_kernels.losses import times
 from igrpo_kernels.objective import reduction_weights
 from igrpo_kernels.types import GRPOLossConfig
@@ -111,8 +112,7 @@ class Teacher(NamedTuple):
         weights = reduction_weights(batch, config, num_items_in_batch)
         drawn = w * times(weights, divergence).sum(dtype=torch.float64).to(loss.dtype)
         taught = (self.logps != -torch.inf).any(-1)  # NaN is an entry
-        mean = divergence.detach().sum(dtype=torch.float64) / taught.sum().clamp(min=1)
-        metrics = metrics | {"self_distillation/distillation_loss": mean.to(loss.dtype)}
+        metrics = metrics | teacher_metrics(divergence, taught)
         return drawn if w == 1.0 else (1.0 - w) * loss + drawn, metrics
 
 

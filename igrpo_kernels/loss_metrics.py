@@ -5,7 +5,7 @@ Each value covers this call's tokens only. Means over several micro-batches or r
 
 from collections.abc import Callable
 
-from torch import Tensor, inf, where
+from torch import Tensor, float64, inf, where
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.losses import CISPO, CLIPPED, VESPO, TermInputs, vespo_phi
@@ -51,6 +51,12 @@ def objective_metrics(
 def kept_metrics(sizes: Tensor, batch: TokenBatch) -> dict[str, Tensor]:
     """From the size of each token's kept set (n,)."""
     return {"sampling/kept_tokens/mean": _token_mean(sizes.to(batch.lengths.dtype), batch)}
+
+
+def teacher_metrics(divergence: Tensor, taught: Tensor) -> dict[str, Tensor]:
+    """From D (n,) and whether a token has a teacher (n,)."""
+    total = divergence.detach().sum(dtype=float64) / taught.sum().clamp(min=1)
+    return {"self_distillation/distillation_loss": total.to(divergence.dtype)}
 
 
 def _clip_metrics(weight: Tensor, batch: TokenBatch, config: GRPOLossConfig) -> dict[str, Tensor]:

@@ -91,7 +91,15 @@ def test_a_held_out_question_that_is_too_long_is_left_out_and_anyone_can_load_th
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = {"eval_samples": 4, "vllm_max_model_length": 100, "max_steps": 1, "use_vllm": False}
+    settings |= {
+        "reward_funcs": "[tests.support.reward_functions:starts_low]",
+        "train_on_drafts": True,
+        "refine_only": "dead",
+    }
+    settings |= {"distillation_weight": 0.5, "distillation_topk": 20}
     output = run(words(model, str(data), tmp_path / "run", **settings))
+    (step,) = steps(tmp_path / "run")
+    assert step["self_distillation/success_group_fraction"] > 0 < step["self_distillation/distillation_loss"]
     assert "warning: 1 of 4 held-out questions are too long for a context of 100 tokens and are left out" in output
     assert "(3 held-out problems)" in output
     folder = tmp_path / "run" / "checkpoint-1"

@@ -39,6 +39,12 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             )
         if self.policy_lag:
             self._check_stale()
+        if self.distillation_weight and self.replays_sampling:
+            (key, value), *_ = self.truncates.items()
+            raise ConfigError(
+                f"distillation_weight: a teacher is compared over the whole vocabulary, and {key}: {value} leaves a "
+                f"part of it; write {key}: {1.0 if key == 'top_p' else 0}, or distillation_weight: 0"
+            )
         if self.eval_steps is not None and self.eval_samples == 0:
             raise ConfigError(
                 "eval_steps is set but eval_samples is 0; set eval_samples to the number of prompts to use"

@@ -121,6 +121,8 @@ TABLE = (
     Row("loss_type is not vespo", lambda c, _: not takes(c.loss_type, "vespo_k_pos"), family("vespo_")),
     Row("this loss_type does not clip", lambda c, _: not takes(c.loss_type, "epsilon"),
         ("epsilon", "epsilon_high")),
+    Row("distillation_weight is 0", lambda c, _: c.distillation_weight == 0, ("distillation_alpha",
+        "distillation_topk")),
     Row("beta is 0", lambda c, _: c.beta == 0, ("kl_estimator", "use_bias_correction_kl")),
     Row("vllm_importance_sampling_correction is false", lambda c, _: not c.vllm_importance_sampling_correction,
         ("vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max", "vllm_importance_sampling_clip_min")),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from igrpo.data_types import RolloutGroup, Scored, TrainingSample, written
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
-from igrpo.learner.packing import Bin
+from igrpo.learner.packing import Bin, PrefixGroup, prefix_groups
 from igrpo_kernels import SamplingMask
 from igrpo_kernels.losses import LOSSES
 
@@ -71,6 +72,12 @@ class MicroBatch:
     """Tokens, for the host, whose sampler's log-probability the loss knows."""
     own_tokens: int = 0
     """Tokens, for the host, that were sampled behind this prompt."""
+    taught: torch.Tensor | None = None
+    """(n,) bool: tokens with a teacher; None: none has."""
+    taught_tokens: int = 0
+    """So many, for the host."""
+    teacher: MicroBatch | None = None
+    """Those tokens behind the teacher's prompt."""
 
     @property
     def num_sequences(self) -> int:
@@ -92,17 +99,32 @@ def training_samples(groups: Sequence[RolloutGroup], config: LearnerConfig) -> l
     for group in groups:
         if group.chosen is None or config.refinement_context != "bare":
             share = 1.0 if group.chosen is None else weight
-            made += _group_samples(group.prompt_ids, group.refinements, group.advantages, config, share)
+            # The answers to a question with a right draft that was not shown: `refine_only: dead`.
+            teachers = _teachers(group, group.refinements) if group.chosen is None else ()
+            made += _group_samples(
+                group.prompt_ids, group.refinements, group.advantages, config, share, teachers=teachers
+            )
     if config.refinement_context in ("bare", "both"):
         for group in refined:
             under_question = _group_samples(
-                group.draft_prompt_ids, group.refinements, group.advantages, config, weight, group.copies
-            )
+                group.draft_prompt_ids, group.refinements, group.advantages, config, weight, group.copies,
+                _teachers(group, group.refinements),
+            )  # fmt: skip
             made += [_bare(one, config) for one in under_question]
     if config.train_on_drafts:
         for group in groups:
-            made += _group_samples(group.draft_prompt_ids, group.drafts, group.draft_advantages, config)
+            teachers = _teachers(group, group.drafts)
+            made += _group_samples(
+                group.draft_prompt_ids, group.drafts, group.draft_advantages, config, teachers=teachers
+            )
     return made
+
+
+def _teachers(group: RolloutGroup, completions: Sequence[Scored]) -> list[tuple[int, ...]]:
+    """Of each completion the prompt of its teacher, who never sees that completion itself."""
+    first, other, *_ = (*group.teacher_prompts, (), ())
+    shown = group.drafts[group.demonstrations[0]] if group.demonstrations else None
+    return [other if scored is shown else first for scored in completions]
 
 
 def _group_samples(
@@ -112,8 +134,9 @@ def _group_samples(
     config: LearnerConfig,
     weight: float = 1.0,
     left_out: Sequence[bool] = (),
+    teachers: Sequence[tuple[int, ...]] = (),
 ) -> list[TrainingSample]:
-    if not any(advantages) and config.zero_variance != "keep":
+    if not any(advantages) and not any(teachers) and config.zero_variance != "keep":
         return []
     masked = [config.mask_truncated_completions and scored.completion.truncated for scored in completions]
     masked = [cut or copy for cut, copy in zip(masked, left_out or [False] * len(masked), strict=True)]
@@ -131,8 +154,11 @@ def _group_samples(
             weight=weight,
             kept=scored.completion.kept,
             spans=scored.completion.spans,
+            teacher_prompt_ids=teacher,
         )
-        for scored, advantage, out in zip(completions, advantages, masked, strict=True)
+        for scored, advantage, out, teacher in zip(
+            completions, advantages, masked, teachers or [()] * len(masked), strict=True
+        )
     ]
 
 
@@ -159,7 +185,8 @@ def contributing(samples: Sequence[TrainingSample], config: LearnerConfig) -> li
     """Samples with a gradient.
 
     Without the terms around it, nearly every loss here is a multiple of the advantage: A = 0 has no gradient and no
-    loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others.
+    loss, and leaving it out changes nothing but the work; unless its tokens help to rank the others, or it has a
+    teacher.
     """
     term = LOSSES[config.loss_type].term
     every_token_counts = (
@@ -171,11 +198,27 @@ def contributing(samples: Sequence[TrainingSample], config: LearnerConfig) -> li
         or not term.of_advantage
     )
     likely = config.positive_example_nll_weight > 0
-    return [
-        s
-        for s in samples
-        if s.completion_ids and not s.masked and (every_token_counts or s.advantage != 0.0 or (likely and s.positive))
+
+    def moves(s: TrainingSample) -> bool:
+        if s.teacher_prompt_ids or config.distillation_weight == 1:
+            return bool(s.teacher_prompt_ids)
+        return every_token_counts or s.advantage != 0.0 or (likely and s.positive)
+
+    return [s for s in samples if s.completion_ids and not s.masked and moves(s)]
+
+
+def behind_teachers(contents: Bin, shared: bool) -> Bin:
+    """The samples that have a teacher, behind its prompt, in their order in the micro-batch: so a prompt is shared by
+    neighbours alone."""
+    taught = [
+        replace(s, prompt_ids=s.teacher_prompt_ids, teacher_prompt_ids=())
+        for group in contents
+        for s in group.samples
+        if s.teacher_prompt_ids
     ]
+    if not shared:
+        return tuple(prefix_groups(taught, shared=False))
+    return tuple(PrefixGroup(ids, tuple(run)) for ids, run in groupby(taught, key=lambda s: s.prompt_ids))
 
 
 def micro_batch(
@@ -216,8 +259,16 @@ def micro_batch(
         corrected_tokens=sum(not math.isnan(x) for x in sampled),
         own_tokens=sum(s.trained_tokens for s in samples if s.behaviour_logprobs is None),
         sampling_mask=_sampling_mask(samples),
+        taught_tokens=sum(s.trained_tokens for s in samples if s.teacher_prompt_ids),
+        taught=_taught(samples),
         **inputs,
     )
+
+
+def _taught(samples: Sequence[TrainingSample]) -> torch.Tensor | None:
+    if not any(s.teacher_prompt_ids for s in samples):
+        return None
+    return torch.tensor([bool(s.teacher_prompt_ids) for s in samples for _ in range(s.trained_tokens)])
 
 
 def _behaviour(samples: Sequence[TrainingSample]) -> torch.Tensor | None:

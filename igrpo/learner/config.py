@@ -59,6 +59,10 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Weight of a likelihood term, the mean of -log-prob over the tokens of all completions with a reward above 0."""
     entropy_coef: Finite = 0.0
     """Entropy bonus."""
+    distillation_alpha: Share = 1.0
+    """`distillation_weight`: 0 is the forward KL(teacher || policy), 1 the reverse one, between them Jensen-Shannon."""
+    distillation_topk: Count = 100
+    """`distillation_weight`: so many of the teacher's likeliest tokens; all others are one."""
     top_entropy_quantile: Share = 1.0
     """Train only on the tokens with the highest entropy: this share of them."""
     off_policy_mask_threshold: Finite | None = None

@@ -179,6 +179,7 @@ class Learner:
         metrics: Accumulator,
         on_progress: OnProgress,
     ) -> None:
+        teachers = self._teachers(micros)
         self.placement.settle()
         self.placement.drop_gradients()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
@@ -193,6 +194,7 @@ class Learner:
                     ref_per_token_logps=reference[i] if reference is not None else None,
                     num_items_in_batch=getattr(totals, LOSSES[self.config.loss_type].reduction.items),
                     expert_load=load,
+                    **{name: x.to(self.accelerator.device) for name, x in teachers[i].items()},
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
@@ -225,7 +227,11 @@ class Learner:
     def _micro_batch(self, contents: Bin, totals: Denominators, packed: bool) -> MicroBatch:
         pad = None if packed else self.pad_token_id
         nll = self.config.positive_example_nll_weight
-        return batching.micro_batch(contents, totals, self.config.loss_type, pad, nll).to(self.accelerator.device)
+        made = batching.micro_batch(contents, totals, self.config.loss_type, pad, nll).to(self.accelerator.device)
+        if not made.taught_tokens:
+            return made
+        behind = batching.behind_teachers(contents, packed and self.config.shared_prefix)
+        return replace(made, teacher=self._micro_batch(behind, totals, packed))
 
     def _filler(self) -> MicroBatch:
         """Counts for nothing: collectives in the backward pass need the same number of micro-batches everywhere."""
@@ -250,6 +256,24 @@ class Learner:
             loads = [self.placement(micro, load_only=True) for micro in micros]
         load = self.accelerator.reduce(torch.stack(loads).sum(0), reduction="sum")
         return load if load.numel() else None
+
+    def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+        """Of each micro-batch the teacher's top k (n, k), by the weights as they are; on the host, which has room for
+        those of a whole step. Every process reads as often as the others do."""
+        if not self.config.distillation_weight:
+            return [{} for _ in micros]
+        alone, found = self.accelerator.num_processes == 1, []
+        for micro in micros:
+            shape = (len(micro.completion_ids), 1)
+            ids, logps = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape)
+            if micro.teacher is not None or not alone:
+                top = self._log_probs(micro.teacher or self._filler(), top_k=self.config.distillation_topk)
+                if micro.teacher is not None:
+                    taught = micro.taught.cpu()
+                    ids, logps = (x.expand(-1, top[0].shape[1]).clone() for x in (ids, logps))
+                    ids[taught], logps[taught] = top[0].int().cpu(), top[1].float().cpu()
+            found.append({"teacher_topk_ids": ids, "teacher_topk_logps": logps})
+        return found
 
     def _reference_log_probs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
         with self.adapters.disabled() if self.adapters is not None else nullcontext():

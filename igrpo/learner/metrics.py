@@ -26,6 +26,7 @@ SUMMED = re.compile(
 """Counts and rates of a process's own share, which are the run's when added up."""
 GAP = "sampling/sampling_logp_difference"
 AUX = "aux_loss"
+DISTILLED = "self_distillation/distillation_loss"
 _EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
 
 
@@ -44,6 +45,8 @@ class Accumulator:
         n = micro.completion_ids.numel()
         figures = {k: v for k, v in out.metrics.items() if micro.corrected_tokens or not k.startswith("sampling/")}
         figures = {k: v for k, v in figures.items() if not k.startswith(GAP)}  # of all tokens, whatever they saw
+        if (drawn := figures.pop(DISTILLED, None)) is not None and micro.taught_tokens:
+            self._add(DISTILLED, drawn.detach() * micro.taught_tokens, micro.taught_tokens)
         if AUX in figures:
             self._add(AUX, figures.pop(AUX), 0)  # a share of its step's, no mean
         for name, values in _differences(micro, out).items():

@@ -20,7 +20,13 @@ from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import Offloaded
 from igrpo.learner.experts import aux_coefficient, aux_loss, follow_autocast, load_of
 from igrpo.settings import ConfigError
-from igrpo_kernels import GRPOLossConfig, GRPOLossOutput, linear_grpo_loss, linear_selective_log_softmax
+from igrpo_kernels import (
+    GRPOLossConfig,
+    GRPOLossOutput,
+    linear_grpo_loss,
+    linear_selective_log_softmax,
+    linear_topk_log_softmax,
+)
 from igrpo_kernels.model_logits import language_model, logit_transform_of, text_config
 
 
@@ -69,7 +75,9 @@ class Policy(nn.Module):
         own: bool = False,
         expert_load: torch.Tensor | None = None,  # (layers, E)
         load_only: bool = False,
-    ) -> GRPOLossOutput | torch.Tensor:
+        top_k: int | None = None,
+        **teacher: torch.Tensor,  # teacher_topk_ids and teacher_topk_logps (n, k)
+    ) -> GRPOLossOutput | torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The loss of ``batch``; instead of it, with ``logps_only`` the (n,) log-probabilities, with ``load_only`` the
         (layers, E) load of the experts.
 
@@ -77,6 +85,8 @@ class Policy(nn.Module):
             temperature: of those log-probabilities; None: the sampling temperature, over what the sampler kept.
             own: those of the model's whole logits, of sequences that are not padded: what all others must agree with.
             expert_load: of the whole step; with it the loss balances the experts.
+            top_k: with ``logps_only`` the ids (n, k) of the likeliest tokens and their log-probabilities, instead of
+                those of the batch's own.
         """
         if own:
             logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)[batch.rows]
@@ -88,17 +98,12 @@ class Policy(nn.Module):
         hidden = out.last_hidden_state.flatten(0, 1)[batch.rows]
         hidden, weight, bias = head_product(self.model.get_output_embeddings(), hidden)
         if logps_only:
-            settings = self.loss_config
+            transform = {"lm_head_bias": bias} | self._transform(temperature)
+            if top_k is not None:
+                return linear_topk_log_softmax(hidden, weight, min(top_k, len(weight)), **transform)
+            mask = batch.sampling_mask if temperature is None else None
             return linear_selective_log_softmax(
-                hidden,
-                weight,
-                batch.completion_ids,
-                lm_head_bias=bias,
-                temperature=settings.temperature if temperature is None else temperature,
-                logit_scale=settings.logit_scale,
-                final_logit_softcapping=settings.final_logit_softcapping,
-                sampling_mask=batch.sampling_mask if temperature is None else None,
-                impl=self.impl,
+                hidden, weight, batch.completion_ids, sampling_mask=mask, impl=self.impl, **transform
             )
         loss = linear_grpo_loss(
             hidden,
@@ -118,6 +123,7 @@ class Policy(nn.Module):
             num_items_in_batch=num_items_in_batch,
             config=self._settings(batch),
             impl=self.impl,
+            **teacher,
         )
         if expert_load is None:
             return loss
@@ -125,6 +131,15 @@ class Policy(nn.Module):
         # What the loss is multiplied with is no matter of the experts'; a filler counts for nothing anyway.
         weighted = loss.loss + self.aux_coef * aux / (batch.scale or 1.0)
         return replace(loss, loss=weighted, metrics=loss.metrics | {"aux_loss": aux.detach()})
+
+    def _transform(self, temperature: float | None) -> dict[str, Any]:
+        """From the head's product to logits."""
+        settings = self.loss_config
+        return {
+            "temperature": settings.temperature if temperature is None else temperature,
+            "logit_scale": settings.logit_scale,
+            "final_logit_softcapping": settings.final_logit_softcapping,
+        }
 
     @property
     def _experts_per_token(self) -> int:

@@ -85,12 +85,16 @@ STAGES = (
         ), "per_arm"),), wide=True),
     Figure("extensions", "Extensions of the second stage", "Where they are on: groups without a right draft, which "
            "alone are refined, and how often that gives a right answer; drafts in sight that are right; refinements "
-           "left out as copies; log-probability of refinements under the question alone less that behind the draft.", (
+           "left out as copies; log-probability of refinements under the question alone less that behind the draft; "
+           "groups with a right draft, which a teacher sees, and how far the policy is from it.", (
         Panel("groups refined", "%", (Line("refinement/refined"),), zero=True),
         Panel("of these right", "%", (Line("refinement/rescued"),), zero=True),
         Panel("shown drafts right", "%", (Line("draft/shown_accuracy"),), zero=True),
         Panel("left out as copies", "%", (Line("refinement/left_out_as_copies"),), zero=True),
-        Panel("question less draft", "nats", (Line("bare/logp_gap"),))), wide=True, extra=True),
+        Panel("question less draft", "nats", (Line("bare/logp_gap"),)),
+        Panel("groups with a teacher", "%", (Line("self_distillation/success_group_fraction"),), zero=True),
+        Panel("divergence to it", "nats", (Line("self_distillation/distillation_loss"),), zero=True)),
+        wide=True, extra=True),
     Figure("zero_variance", "Groups without a gradient", "Groups whose rewards are all equal have zero advantage: all "
            "right, all wrong, or equal in some other way. What is left above the areas trains.", (
         Panel("", "%", (Line("frac_all_right", "all right"), Line("frac_all_wrong", "all wrong"),

@@ -52,14 +52,27 @@ async def two_stage(problem: Problem, step: int, prompts: PromptBuilder, config:
         ids, spans = (one.token_ids for one in some), [one.spans for one in some]
         prompt_ids, trimmed = prompts.with_draft(question, *ids, spans=spans)
     refinements = await Sample("refinement", question, prompt_ids, config.num_generations)
-    unknown = (0.0,) * len(refinements)
-    return RolloutGroup(problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare, shown=shown)
+    unknown, right = (0.0,) * len(refinements), ()
+    if config.distillation_weight:
+        right = demonstrations(drafts, select_draft(drafts, config, step, problem.index), config)
+    shows = [drafts[i].completion for i in right]
+    taught = tuple(prompts.with_draft(question, one.token_ids, spans=[one.spans])[0] for one in shows)
+    return RolloutGroup(
+        problem, drafts, best, prompt_ids, refinements, unknown, trimmed, question.bare, shown=shown,
+        demonstrations=right, teacher_prompts=taught,
+    )  # fmt: skip
 
 
 def solved(drafts: Sequence[Scored], config: RolloutConfig) -> bool:
     """Whether any draft is right."""
+    return bool(demonstrations(drafts, None, config))
+
+
+def demonstrations(drafts: Sequence[Scored], chosen: int | None, config: RolloutConfig) -> tuple[int, ...]:
+    """Two right drafts at most, the chosen one before others, which come in sampling order."""
     name = correctness_reward(config)
-    return any((draft.rewards.get(name) or 0.0) >= 1 for draft in drafts)
+    right = [i for i, draft in enumerate(drafts) if (draft.rewards.get(name) or 0.0) >= 1]
+    return tuple(sorted(right, key=lambda i: i != chosen)[:2])
 
 
 def select_draft(drafts: Sequence[Scored], config: RolloutConfig, step: int, row: int) -> int | None:

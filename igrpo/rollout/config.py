@@ -169,6 +169,17 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
                 "refine_only: dead shows a draft of the other problems; write algorithm: igrpo and a draft_selection "
                 "other than none"
             )
+        if self.distillation_weight and not self.shows_draft:
+            raise ConfigError(
+                "distillation_weight: the teacher is the policy that sees a right draft; write algorithm: igrpo and a "
+                "draft_selection other than none, or distillation_weight: 0"
+            )
+        behind_drafts = self.refinement_context == "draft" and self.refine_only == "all" and not self.train_on_drafts
+        if self.distillation_weight and behind_drafts:
+            raise ConfigError(
+                "distillation_weight: nothing is trained behind the question alone, which a teacher is for; write "
+                "train_on_drafts: true, refine_only: dead or refinement_context: bare, or distillation_weight: 0"
+            )
         if self.refinement_baseline == "refinements":
             return
         if not self.drafts_per_prompt:

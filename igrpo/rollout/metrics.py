@@ -96,6 +96,8 @@ def _draft_metrics(groups: Sequence[RolloutGroup], drafts: Sequence[Scored], con
         rescued = [_mean_score(g.refinements, name) for g in shown]
         metrics["refinement/refined"] = len(shown) / len(groups)
         metrics |= {"refinement/rescued": fmean(rescued)} if rescued else {}
+    if config.distillation_weight:
+        metrics["self_distillation/success_group_fraction"] = fmean(bool(g.demonstrations) for g in groups)
     if any(g.copies for g in shown):
         metrics["refinement/left_out_as_copies"] = fmean(copy for g in shown for copy in g.copies)
     return metrics

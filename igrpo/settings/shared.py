@@ -95,6 +95,9 @@ class BatchConfig(Section):
     """Drafts get a GRPO update too, as a group of their own under the bare prompt (an extension of the algorithm)."""
     refinement_context: Literal["draft", "bare", "both"] = "draft"
     """What refinements are trained behind: the prompt with the draft, the question alone, or both, half of each."""
+    distillation_weight: Share = 0.0
+    """SDPO: (1 - this) x loss + this x divergence to the policy that sees a right draft, of what is trained behind the
+    question alone."""
 
     def check(self) -> None:
         if self.num_generations < 2:

@@ -164,6 +164,22 @@ def test_values_on_the_command_line(words, key, value):
         (("--show_drafts", "3", "--num_drafts", "2"), ("show_drafts", "num_drafts = 2")),
         (("--refine_only", "dead", "--draft_selection", "none"), ("refine_only: dead", "draft_selection")),
         (("--refine_only", "dead", "--algorithm", "grpo"), ("refine_only: dead", "algorithm: igrpo")),
+        (("--distillation_weight", "0.5"), ("distillation_weight", "behind the question alone", "train_on_drafts")),
+        (("--distillation_weight", "0.5", "--algorithm", "grpo"), ("distillation_weight", "algorithm: igrpo")),
+        (
+            ("--distillation_weight", "0.5", "--refine_only", "dead", "--draft_selection", "none"),
+            ("refine_only: dead", "draft_selection"),
+        ),
+        (
+            ("--distillation_weight", "1", "--train_on_drafts", "--draft_selection", "none"),
+            ("distillation_weight", "draft_selection other than none"),
+        ),
+        (
+            ("--distillation_weight", "1", "--train_on_drafts", "--top_k", "20"),
+            ("distillation_weight", "top_k: 20", "write top_k: 0"),
+        ),
+        (("--distillation_weight", "1.1"), ("distillation_weight", "1.0 or less")),
+        (("--distillation_topk", "0"), ("distillation_topk",)),
         (("--refinement_baseline", "drafts"), ("refinement_baseline", "scale_rewards: none or batch")),
         (
             ("--refinement_baseline", "drafts", "--scale_rewards", "none", "--algorithm", "grpo"),

@@ -97,6 +97,9 @@ def test_copies_of_the_draft_are_left_out_from_a_limit_on():
     m = rollout_metrics([replace(made, copies=limits[0.5])], STATS, CONFIG)
     assert m["refinement/left_out_as_copies"] == pytest.approx(2 / 3)
     assert "refinement/left_out_as_copies" not in rollout_metrics([made], STATS, CONFIG)
+    taught = replace(CONFIG, train_on_drafts=True, distillation_weight=0.5)
+    m = rollout_metrics([made, replace(made, demonstrations=(1,))], STATS, taught)
+    assert m["self_distillation/success_group_fraction"] == 0.5
 
 
 def test_figures_of_several_processes_become_the_runs():

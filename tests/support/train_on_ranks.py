@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, untied, checkpointing": {
         "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
     },
+    "sharded, taught": {"fsdp": True, "train_on_drafts": True, "distillation_weight": 0.5, "num_iterations": 2},
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
@@ -125,7 +126,10 @@ def build(
 def train(learner: Learner, advantage: float = 1.0) -> dict[str, float]:
     """One step; with ``advantage`` 0 nothing has a gradient and only Adam's momentum moves the weights."""
     accelerator = learner.accelerator
-    own = samples()[accelerator.process_index :: accelerator.num_processes]
+    everyone = samples()
+    if learner.config.distillation_weight:  # of one prompt's completions, which are not spread evenly
+        everyone[:4] = [replace(s, teacher_prompt_ids=(*s.prompt_ids, 7, 9)) for s in everyone[:4]]
+    own = everyone[accelerator.process_index :: accelerator.num_processes]
     metrics = learner.train_on([replace(s, advantage=s.advantage * advantage) for s in own])
     names = ("loss", "grad_norm", "learner/sequences", "learner/groups_skipped", "aux_loss", "experts/busiest_share")
     return {name: value for name, value in learner.over_processes(metrics).items() if name in names}
