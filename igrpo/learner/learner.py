@@ -135,7 +135,7 @@ class Learner:
         for tracker in self.accelerator.trackers if rows else ():
             if tracker.name == "tensorboard":
                 lines = ([*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows[:TEXT_ROWS]))
-                cells = [[str(one).replace("|", "\\|").replace("\n", " ⏎ ") for one in line] for line in lines]
+                cells = [[" ⏎ ".join(str(one).replace("|", "\\|").splitlines()) for one in line] for line in lines]
                 tracker.tracker.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
             elif tracker.name == "trackio":
                 import pandas
