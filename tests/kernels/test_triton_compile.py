@@ -65,7 +65,8 @@ def test_no_kernel_spills(reports, capability, record_property):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_wide_rows_move_sixteen_bytes_at_a_time(reports, capability):
     """V = 16,384 and 1,024 are multiples of 8; V = 1,021 is not and must still compile."""
-    full = [kernel for kernel in reports(capability)["kernels"] if kernel["warps"] == 8]
+    narrow = ("objective_kernel", "top_entropy_kernel", "covariance_kernel")  # a number per row, not its logits
+    full = [x for x in reports(capability)["kernels"] if x["warps"] == 8 and x["name"] not in narrow]
     assert full and all(kernel["wide_loads"] for kernel in full)
 
 
