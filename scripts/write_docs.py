@@ -73,7 +73,8 @@ def api() -> str:
         "Shapes stand beside each argument. " + cell(inspect.getdoc(igrpo_kernels).split("\n\n", 1)[1]),
         "Log-probabilities and entropies are in nats.", "",
     ]  # fmt: skip
-    for name in ("grpo_loss", "linear_grpo_loss", "selective_log_softmax", "linear_selective_log_softmax"):
+    functions = ("grpo_loss", "linear_grpo_loss", "selective_log_softmax", "linear_selective_log_softmax")
+    for name in (*functions, "linear_topk_log_softmax"):
         lines += function(getattr(igrpo_kernels, name))
     lines += function(igrpo_kernels.available_impls)
     for cls in (GRPOLossConfig, GRPOLossOutput):

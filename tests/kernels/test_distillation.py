@@ -98,6 +98,18 @@ def test_the_loss_and_its_gradient_are_trls(config, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_beside_a_temperature_of_each_token(impl):
+    inputs, config = boundary_inputs(), replace(CONFIGS[0], final_logit_softcapping=3.0)
+    teacher, dtype = teacher_of(inputs), torch.float64 if impl == "torch" else torch.float32
+    own = torch.linspace(0.5, 1.5, inputs.completion_ids.numel()).view_as(inputs.completion_ids)
+    bent = 3.0 * torch.tanh(inputs.logits / 3.0)
+    loss, grad, _ = truth_of(replace(inputs, logits=bent / own[..., None]), CONFIGS[0], teacher)
+    out, found = loss_and_grad(typed(inputs, dtype), config, impl=impl, temperatures=own, **teacher)
+    assert_close_to_truth("loss", out.loss, loss, rtol=2e-5)
+    assert_close_to_truth("gradient", found, grad * (1 - (bent / 3.0) ** 2) / own[..., None], rtol=2e-5)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sixteen_bits_round_the_gradient_once(dtype, impl):
     inputs, config = boundary_inputs(), CONFIGS[0]
