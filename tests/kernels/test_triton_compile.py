@@ -93,4 +93,6 @@ def test_launches_of_a_call():
     launches = json.loads(run.stdout)
     record = Path(__file__).parents[2] / "benchmarks" / "launches.json"
     assert launches == json.loads(record.read_text(encoding="utf-8")), "python -m tests.kernels.launches, and keep it"
-    assert len(launches) > 30 and max(launches.values()) <= 8 and min(launches.values()) >= 3
+    two_ranks = "KL-Cov of the top entropies"  # the one case of nine
+    assert {name for name, count in launches.items() if count > 8} == {two_ranks, f"{two_ranks}, packed"}
+    assert len(launches) > 30 and max(launches.values()) <= 9 and min(launches.values()) >= 3
