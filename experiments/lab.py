@@ -146,9 +146,9 @@ def train(recipe: Recipe, folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.lab", description=__doc__)
     parser.add_argument("--output", type=Path, default=LAB, help="folder for the model and its problems")
-    parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--seed", type=int, default=Recipe.seed)
     args = parser.parse_args(argv)
-    train(Recipe(steps=args.steps), args.output)
+    train(Recipe(seed=args.seed), args.output)
     print(f"wrote {args.output}")
     return 0
 

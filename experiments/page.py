@@ -50,7 +50,8 @@ would be deployed.
 
 `±` is the 95 % interval of the mean over seeds (Student's t). For accuracy, format and reward it is never narrower
 than the error that so few answers have by chance. A figure without an interval comes from one seed and shows nothing.
-Differences are taken seed by seed, over the seeds that both arms have. This page judges dozens of differences, so
+Differences are taken seed by seed, over the seeds that both arms have; the ± of a difference that is not shown is the
+smallest that these seeds could have seen. This page judges dozens of differences, so
 expect one or two to look real by chance.
 
 Runs repeat: seeds 0 and 1 of iGRPO were trained again half a day of commits later, and every figure but times and
@@ -101,6 +102,8 @@ CHOICES = (
     ("the same", "`refinement_context: both`, not GRPO", "lab-control", "both"),
     ("the same", "`train_on_drafts: true`, not GRPO", "lab-control", "train_on_drafts"),
     ("the same", "RLTF-SD (docs/algorithm.md), not GRPO", "lab-control", "rltf_sd"),
+    ("the same, but the bare prompt is right often enough to learn from", "iGRPO, not GRPO", "lab-fed", "igrpo"),
+    ("the same", "`refinement_context: bare`, not GRPO", "lab-fed", "bare"),
     ("iGRPO on drafts that are mostly right", "`train_on_drafts: true`", "train-on-drafts", "train_on_drafts"),
     ("four times the rollouts are affordable", "16 drafts + 16 refinements, not 4 + 4", "budget", "total_32"),
 )
@@ -119,6 +122,7 @@ def page(results: Path = RESULTS) -> str:
         *_choices(results),
         INTRO,
         *reading(results, LAB),
+        *lab_start(results),
         *reading(results),
         *_headlines(results),
         *tasks(results),
@@ -222,6 +226,14 @@ def tasks(results: Path) -> list[str]:
     return [f"{text}\n", *starting_points.table(record), ""]
 
 
+def lab_start(results: Path) -> list[str]:
+    path = results / "starting-points-lab.json"
+    if not path.is_file():
+        return []
+    record = read_json(path)
+    return [f"Before training (`{record['command']}`):\n", *starting_points.table(record), ""]
+
+
 def judged(gap: dict[str, Any] | None) -> str:
     """What an interval of paired differences supports."""
     if gap is None or gap["half_width"] is None:
@@ -276,6 +288,8 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
     lines.append(verdict(summary))
     if at_test := test_time.table(results / name / "test-time", list(plan.arms)):
         lines += ["", *at_test]
+    if passes := test_time.pass_table(results / name / test_time.PASS_AT_K, plan):
+        lines += ["", *passes]
     for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
         if (results / name / f"{picture}.svg").is_file():
             lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]

@@ -1,7 +1,11 @@
 """``python -m experiments.starting_points``: what the untrained model gets right from the bare prompt, task by task.
 
 A task can show something where it starts between 10 % and 60 %: above, little is left to learn; below, most groups hold
-no right answer and give no gradient. ``--data_dir`` adds GSM8K itself, from ``DIR/gsm8k/test.jsonl``.
+no right answer and give no gradient. ``--data_dir`` adds GSM8K itself, from ``DIR/gsm8k/test.jsonl``. ``--with_draft``
+adds what it gets right beside one of its own answers: where that is no more, a second stage has nothing to begin with.
+
+    python -m experiments.starting_points --with_draft --model runs/lab --base experiments/base-lab.yaml --n 16 \
+        --tasks experiments/tasks-lab.yaml --problems 500 --output experiments/results/starting-points-lab.json
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from experiments.record import provenance, read_json, write_json
 
 TASKS = FOLDER / "tasks.yaml"
 RECORD = RESULTS / "starting-points.json"
+MODEL = "smollm2-135m"
 USEFUL = (0.1, 0.6)
 GSM8K = "gsm8k"
 GSM8K_TOKENS = 128
@@ -33,7 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit code: that of the evaluations."""
     args = parse(argv)
     base, tasks = load_base(args.base), yaml.safe_load(args.tasks.read_text(encoding="utf-8"))
-    words = [f"--problems {args.problems}"] + (["--data_dir DIR"] if args.data_dir else [])
+    words = ["--with_draft"] if args.with_draft else []
+    words += [f"--n {args.n}"] if args.n > 1 else []
+    named = {key: str(getattr(args, key)) for key in ("model", "base", "tasks")}
+    words += [f"--{key} {name}" for key, name in named.items() if name != MODEL and not Path(name).is_absolute()]
+    words += [f"--problems {args.problems}"] + (["--data_dir DIR"] if args.data_dir else [])
     record: dict[str, Any] = {
         "command": " ".join(["python -m experiments.starting_points", *words]),
         **provenance(),
@@ -57,10 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m experiments.starting_points", description=__doc__)
-    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--model", default=MODEL)
     parser.add_argument("--base", type=Path, default=BASE_CPU, help="recipe whose prompts and engine are taken")
     parser.add_argument("--tasks", type=Path, default=TASKS)
     parser.add_argument("--problems", type=int, default=200, help="per task")
+    parser.add_argument("--n", type=int, default=1, help="answers per problem")
+    parser.add_argument("--with_draft", action="store_true", help="also beside a draft, each answer with its own")
     parser.add_argument("--data_dir", type=Path, help="folder with gsm8k/test.jsonl")
     parser.add_argument("--output", type=Path, default=RECORD)
     return parser.parse_args(argv)
@@ -70,12 +81,15 @@ def write_problems(path: Path, task: dict[str, Any], count: int) -> Path:
     """The task's first problems, as `igrpo eval` reads them from a file."""
     from igrpo.data.sources import load_problems
 
-    problems = load_problems(
-        task["dataset_name"],
-        dataset_prompt_column="question",
-        dataset_solution_column="answer",
-        dataset_kwargs={"size": count, "seed": 7, **task.get("dataset_kwargs", {})},
-    )
+    if Path(task["dataset_name"]).is_file():
+        problems = load_problems(task["dataset_name"], max_samples=count)
+    else:
+        problems = load_problems(
+            task["dataset_name"],
+            dataset_prompt_column="question",
+            dataset_solution_column="answer",
+            dataset_kwargs={"size": count, "seed": 7, **task.get("dataset_kwargs", {})},
+        )
     lines = [json.dumps({"prompt": p.prompt, "solution": p.solution}) for p in problems]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -84,29 +98,44 @@ def write_problems(path: Path, task: dict[str, Any], count: int) -> Path:
 def evaluate(
     output: Path, benchmarks: Sequence[str], args: argparse.Namespace, tokens: int, extra: Sequence[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Benchmark -> accuracy with its interval over problems, one answer to each, sampled as the experiments do."""
+    """Benchmark -> accuracy with its interval over problems, also ``with_draft``; at the temperature of the base's
+    evaluation, with top_p 0.95 unless that is 1."""
+    temperature = load_base(args.base).get("eval_temperature", 0.6)
+    extra = [*extra, "--temperature", str(temperature), *(["--top_p", "1.0"] if temperature == 1 else [])]
+    if args.with_draft:
+        extra += ["--two_stage", "first", "--num_drafts", "1"]
     command = [
-        sys.executable, "-m", "igrpo", "eval", "--model", args.model, "--config", str(args.base), "--n", "1",
+        sys.executable, "-m", "igrpo", "eval", "--model", args.model, "--config", str(args.base), "--n", str(args.n),
         "--max_samples", str(args.problems), "--max_completion_length", str(tokens), "--output_dir", str(output),
         "--benchmarks", *benchmarks, *extra,
     ]  # fmt: skip
     if code := subprocess.run(command).returncode:
         raise SystemExit(f"exit code {code} of {shlex.join(command)}")
-    (row,) = read_json(output / "summary.json")["rows"]
-    return {
-        name: {key: round(b["accuracy"][key], 4) for key in ("value", "low", "high")} | {"problems": b["problems"]}
-        for name, b in row["benchmarks"].items()
-    }
+    bare, *staged = ({name: _figures(b) for name, b in row["benchmarks"].items()}
+                     for row in read_json(output / "summary.json")["rows"])  # fmt: skip
+    return {name: f | ({"with_draft": staged[0][name]} if staged else {}) for name, f in bare.items()}
+
+
+def _figures(benchmark: dict[str, Any]) -> dict[str, Any]:
+    accuracy = {key: round(benchmark["accuracy"][key], 5) for key in ("value", "low", "high")}
+    return accuracy | {"problems": benchmark["problems"]}
 
 
 def table(record: dict[str, Any]) -> list[str]:
     """Markdown lines; in bold the tasks that start in the useful range."""
-    lines = ["| task | reasoning-gym or hub name | right, % | 95 % interval | problems |", "|---|---|---|---|---|"]
+    drafts = any("with_draft" in f for f in record["tasks"].values())
+    heads = ["task", "reasoning-gym or hub name", "right, %", "95 % interval", *(["with a draft, %"] if drafts else [])]
+    lines = [f"| {' | '.join([*heads, 'problems'])} |", "|---" * (len(heads) + 1) + "|"]
     for task, f in record["tasks"].items():
         name = f"**{task}**" if USEFUL[0] <= f["value"] <= USEFUL[1] else task
-        interval = f"{100 * f['low']:.1f}–{100 * f['high']:.1f}"
-        lines.append(f"| {name} | `{f['dataset_name']}` | {100 * f['value']:.1f} | {interval} | {f['problems']} |")
+        cells = [name, f"`{f['dataset_name']}`", f"{100 * f['value']:.1f}", _interval(f)]
+        cells += [f"{100 * f['with_draft']['value']:.2f} ({_interval(f['with_draft'])})"] if drafts else []
+        lines.append(f"| {' | '.join(cells)} | {f['problems']} |")
     return lines
+
+
+def _interval(figures: dict[str, Any]) -> str:
+    return f"{100 * figures['low']:.1f}–{100 * figures['high']:.1f}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 The deployed model answers once, from the bare prompt. Here the same checkpoints also draft N times and refine one
 draft, chosen by a rule that needs no reference answer, or by the oracle that does. Takes the finished runs of a plan
-and writes one record per run into the plan's ``test-time`` folder; what is there is not repeated.
+and writes one record per run into the plan's ``test-time`` folder; what is there is not repeated. ``--single_shot``
+leaves the drafts out and asks for pass@k (folder ``pass-at-k``), sampled as the training run was judged.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.plan import RESULTS, fingerprint, load_base, load_plan
+from experiments.plan import RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import provenance, read_json, write_json
 from experiments.summary import interval, sampling_error, show
 from igrpo.settings import ConfigError
 
+SHOWN_K, PASS_AT_K = (1, 4, 16), "pass-at-k"
 SAMPLES = 4
 """Single shots per problem; they serve the second stage as drafts."""
 
@@ -36,8 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run = args.runs / fingerprint(settings)
                 if not (run / "done").is_file():
                     raise ConfigError(f"no finished run of {arm}, seed {seed}: python -m experiments {plan.name} first")
-                target = args.results / plan.name / "test-time" / f"{arm}-seed{seed}.json"
-                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed, args.problems)):
+                kind = PASS_AT_K if args.single_shot else "test-time"
+                target = args.results / plan.name / kind / f"{arm}-seed{seed}.json"
+                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed, base, args)):
                     return code
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -50,6 +53,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("plan")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
+    parser.add_argument("--single_shot", action="store_true", help="no second stage: pass@k")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"answers per problem (default {SAMPLES})")
     parser.add_argument("--problems", type=int, help="only the first of the held-out problems (default: all)")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
@@ -57,13 +62,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: int | None) -> int:
+def evaluate(
+    run: Path, target: Path, plan: str, arm: str, seed: int, base: dict[str, Any], args: argparse.Namespace
+) -> int:
     """`igrpo eval` of one run on its held-out problems; returns its exit code."""
     output = run.with_name(f"{run.name}-test-time")
     command = [
-        "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(SAMPLES),
-        "--two_stage", "first,majority,oracle", "--output_dir", str(output),
+        "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(args.samples), "--output_dir", str(output),
     ]  # fmt: skip
+    if args.single_shot:
+        command += ["--temperature", str(base["eval_temperature"]), "--top_p", "1.0"]
+    else:
+        command += ["--two_stage", "first,majority,oracle"]
+    problems = args.problems
     command += [] if problems is None else ["--max_samples", str(problems)]
     code = subprocess.run([sys.executable, "-m", "igrpo", *command]).returncode
     if code:
@@ -74,9 +85,10 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: 
         "arm": arm,
         "seed": seed,
         "command": f"python -m experiments.test_time {plan} --arms {arm} --seeds {seed}"
+        + (f" --single_shot --samples {args.samples}" if args.single_shot else "")
         + ("" if problems is None else f" --problems {problems}"),
         **provenance(),
-        "samples": SAMPLES,
+        "samples": args.samples,
         "modes": {row["mode"]: mode_figures(row) for row in rows},
     }
     write_json(target, record)
@@ -85,7 +97,8 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, seed: int, problems: 
 
 def mode_figures(row: dict[str, Any]) -> dict[str, Any]:
     found = row["benchmarks"]["held_out"]
-    return {"accuracy": round(found["accuracy"]["value"], 6), "problems": found["problems"]}
+    passes = {str(p["k"]): round(p["value"], 6) for p in found["pass_at_k"] if p["k"] in SHOWN_K}
+    return {"accuracy": round(found["accuracy"]["value"], 6), "problems": found["problems"], "pass_at_k": passes}
 
 
 def table(folder: Path, arms: Sequence[str]) -> list[str]:
@@ -106,6 +119,26 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
             cells = [show(interval([p for p, _ in s], error), 100) for s, error in zip(found, noise, strict=True)]
             problems = own[0]["modes"][modes[0]]["problems"]
             lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join(cells)} |")
+    return lines
+
+
+def pass_table(folder: Path, plan: Plan) -> list[str]:
+    """The same for pass@k, with the largest k's difference from the baseline, paired by seed."""
+    records = [read_json(p) for p in sorted(folder.glob("*-seed*.json"))]
+    if not records:
+        return []
+    by_arm = {arm: {r["seed"]: r["modes"]["single shot"] for r in records if r["arm"] == arm} for arm in plan.arms}
+    ks = list(next(iter(records[0]["modes"].values()))["pass_at_k"])
+    command = re.sub(r" --arms \S+ --seeds \S+", "", records[0]["command"])
+    heads = ["arm", "seeds", "problems", *(f"pass@{k}" for k in ks), f"pass@{ks[-1]} minus baseline"]
+    lines = [f"pass@k from the bare prompt (`{command}`):", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for arm, own in by_arm.items():
+        if own:
+            base = by_arm[plan.baseline_of(arm)]
+            gaps = [own[s]["pass_at_k"][ks[-1]] - base[s]["pass_at_k"][ks[-1]] for s in own if s in base]
+            cells = [show(interval([seed["pass_at_k"][k] for seed in own.values()]), 100) for k in ks]
+            problems = next(iter(own.values()))["problems"]
+            lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join([*cells, show(interval(gaps), 100)])} |")
     return lines
 
 

@@ -274,6 +274,17 @@ def test_checkpoints_of_a_plan_are_evaluated_with_a_second_stage(tiny_base, tmp_
     assert "| igrpo | 1 | 3 |" in written and "ORACLE best of 4 drafts" in written
 
 
+def test_pass_at_k_stands_beside_its_baseline_seed_by_seed(tmp_path):
+    for arm, seed, passes in (("a", 0, 0.5), ("a", 1, 0.7), ("b", 0, 0.6), ("b", 1, 0.9), ("b", 2, 0.9)):
+        mode = {"accuracy": 0.1, "problems": 3, "pass_at_k": {"1": 0.1, "16": passes}}
+        record = {"arm": arm, "seed": seed, "command": f"x --arms {arm} --seeds {seed} --single_shot"}
+        write_json(tmp_path / f"{arm}-seed{seed}.json", record | {"modes": {"single shot": mode}})
+    lines = test_time.pass_table(tmp_path, Plan("x", "?", "a", {"a": {}, "b": {}, "c": {}}))
+    assert "(`x --single_shot`)" in lines[0] and lines[2].endswith("| pass@1 | pass@16 | pass@16 minus baseline |")
+    assert lines[-1].startswith("| b | 3 | 3 | 10.0 ± 0.0 | 80.0 ±") and " | 15.0 ± 63.5 |" in lines[-1]
+    assert test_time.pass_table(tmp_path / "nowhere", Plan("x", "?", "a", {"a": {}})) == []
+
+
 def test_tasks_are_measured_before_anything_is_trained(tiny_base, tmp_path):
     (tmp_path / "tasks.yaml").write_text(
         "sums: {dataset_name: reasoning_gym:chain_sum, dataset_kwargs: {max_terms: 2}}\n"
@@ -284,12 +295,12 @@ def test_tasks_are_measured_before_anything_is_trained(tiny_base, tmp_path):
     model = yaml.safe_load(tiny_base.read_text())["model_name_or_path"]
     where = ["--model", model, "--base", tiny_base, "--tasks", tmp_path / "tasks.yaml", "--data_dir", tmp_path]
     output = tmp_path / "results" / starting_points.RECORD.name
-    assert starting_points.main([*map(str, where), "--problems", "3", "--output", str(output)]) == 0
+    assert starting_points.main([*map(str, where), "--with_draft", "--problems", "3", "--output", str(output)]) == 0
     record = json.loads(output.read_text())
-    assert record["command"] == "python -m experiments.starting_points --problems 3 --data_dir DIR"
+    assert record["command"] == "python -m experiments.starting_points --with_draft --problems 3 --data_dir DIR"
     assert list(record["tasks"]) == ["sums", "GSM8K"] and str(tmp_path) not in record["command"]
     assert all(found["problems"] == 3 and found["value"] == 0.0 for found in record["tasks"].values())
-    assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–0.0 | 3 |" in page(output.parent)
+    assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–0.0 | 0.00 (0.0–0.0) | 3 |" in page(output.parent)
     record["tasks"]["sums"]["value"] = 0.3
     assert "| **sums** |" in starting_points.table(record)[2]
 
