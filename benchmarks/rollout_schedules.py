@@ -16,7 +16,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -54,6 +54,10 @@ class GivenLengths:
             sampling = replace(request.sampling, max_tokens=tokens)
             self.engine.submit(replace(request, request_id=f"{request.request_id}#{j}", n=1, sampling=sampling))
 
+    def abort(self, request_ids: Collection[str]) -> None:
+        parts = {name: len(self.parts.pop(name, ())) for name in request_ids}
+        self.engine.abort([f"{name}#{j}" for name, n in parts.items() for j in range(n)])
+
     def poll(self) -> list[Any]:
         whole = []
         for result in self.engine.poll():
@@ -73,6 +77,8 @@ def _joined(name: str, parts: list[Any]) -> Any:
         logprobs=tuple(p.logprobs[0] for p in parts),
         finish_reasons=tuple(p.finish_reasons[0] for p in parts),
         cached_tokens=sum(p.cached_tokens for p in parts),
+        version=max(p.version for p in parts),
+        versions=tuple(p.versions[0] if p.versions else ((p.version, len(p.token_ids[0])),) for p in parts),
     )
 
 

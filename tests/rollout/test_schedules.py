@@ -53,8 +53,8 @@ def test_whole_groups_of_later_steps_are_sampled_by_vllm_while_the_learner_works
     """L = 2, and slots for so few that requests run through pushes."""
     folder = tmp_path / "run"
     run(words(
-        model, questions, folder, policy_lag=2, full_determinism=False, max_steps=6, max_completion_length=60,
-        vllm_max_num_seqs=8, num_iterations=4, temperature=0.7, eval_samples=4, eval_steps=3, save_steps=3,
+        model, questions, folder, policy_lag=2, full_determinism=False, max_steps=4, max_completion_length=60,
+        vllm_max_num_seqs=8, num_iterations=4, temperature=0.7, eval_samples=4, save_steps=0,
     ))  # fmt: skip
     spans = read_spans(folder / "timeline.jsonl")
     learner = [span for span in spans if span.stage == "learner"]
@@ -68,7 +68,7 @@ def test_whole_groups_of_later_steps_are_sampled_by_vllm_while_the_learner_works
         assert sum(count for _, count in runs) == one["tokens"] and runs[-1][0] == one["version"]
         assert step - 1 - 2 <= runs[0][0] <= one["version"] <= step - 1
     assert any("versions" in one for _, one in trained)
-    assert rows(folder) == Counter({row: 1 for row in rows(folder)}) and len(groups) == 12
+    assert rows(folder) == Counter({row: 1 for row in rows(folder)}) and len(groups) == 8
 
 
 @pytest.mark.parametrize("key", ["draft_policy_lag", "policy_lag"])
