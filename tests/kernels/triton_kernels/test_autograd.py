@@ -42,17 +42,17 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 def test_opcheck(row_arguments, name, monkeypatch):
     monkeypatch.undo()  # the poison is NaN, and opcheck compares two runs
     logits, index, mask, (a, b, c, d, e) = row_arguments
-    transform = (1.0, None, 0.7)
+    temperatures, transform = e.abs() + 0.5, (1.0, None, 1.0)
     row_max, log_sum = logits.amax(-1), torch.zeros_like(a)
     loss_inputs = (
-        [index, mask, a, b, c, None, None, None, d[0], None],
+        [index, mask, a, b, c, None, None, None, d[0], None, temperatures],
         *transform,
         [1.0] * len(triton_ops.LossScalars._fields),
     )
     arguments = {
-        "row_statistics": (logits, index, mask, *transform, True),
-        "row_gradient": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
-        "row_gradient_": (logits, index, mask, row_max, log_sum, c, d, e, *transform),
+        "row_statistics": (logits, index, mask, *transform, temperatures, True),
+        "row_gradient": (logits, index, mask, row_max, log_sum, c, d, e, *transform, temperatures),
+        "row_gradient_": (logits, index, mask, row_max, log_sum, c, d, e, *transform, temperatures),
         "token_loss": (logits, *loss_inputs, "clipped", [0, 0, 1, 0]),
         "token_loss_": (logits, *loss_inputs, "clipped", [0, 0, 1, 0]),
         "scale_": (logits, a[0]),
