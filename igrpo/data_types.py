@@ -94,6 +94,17 @@ class Trajectory:
 
 
 @dataclass(frozen=True, slots=True)
+class Routes:
+    """Which experts an engine sent tokens to: one row for each token that it read, the prompt's first."""
+
+    ids: bytes
+    """[tokens][layers][k] int16."""
+    layers: int
+    k: int
+    """Experts of a token."""
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """What the engine sampled: token ids as sampled, never re-tokenised.
 
@@ -114,6 +125,8 @@ class Completion:
     kept: Kept | None = None
     """[T] what was left to choose from, but for the tools' tokens; None where the loss does not ask, or nothing was
     left out."""
+    routes: Routes | None = None
+    """[P + T - 1] of prompt and completion but its last token; of engines that were asked."""
     trajectory: Trajectory | None = None
     """None: one turn, and no environment had a part in it."""
     versions: Runs = ()
@@ -230,6 +243,8 @@ class TrainingSample:
     """[T] as sampled, where that was behind another prompt than ``prompt_ids``; for the figures alone."""
     kept: Kept | None = None
     """As in ``Completion``."""
+    routes: Routes | None = None
+    """As in ``Completion``; None where they are not those of this prompt."""
     spans: tuple[int, ...] = ()
     """As in ``Trajectory``: only what the policy wrote is trained on. Empty: all."""
     teacher_prompt_ids: tuple[int, ...] = ()

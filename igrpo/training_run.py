@@ -15,9 +15,9 @@ from igrpo.config.unused import say_unused
 from igrpo.data.feed import ProblemFeed, steps_of
 from igrpo.data.sources import ProblemSampler, load_data
 from igrpo.data_types import Problem, RolloutGroup
+from igrpo.engines import masks, routes
 from igrpo.engines.base import UNKNOWN_VERSION
 from igrpo.engines.layout import beside_the_learner, visible_gpus
-from igrpo.engines.masks import why_not
 from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
 from igrpo.model_card import check_hub, upload, write_card
@@ -231,8 +231,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)
         adapter = learner.adapters.described(config.use_vllm) if config.sends_adapter else None
-        seed, masks = config.seed + learner.accelerator.process_index, config.replays_sampling
-        engine = start_engine(path, placed, length, stop_ids, seed, masks, adapter)
+        seed, kept = config.seed + learner.accelerator.process_index, config.replays_sampling
+        engine = start_engine(path, placed, length, stop_ids, seed, kept, adapter, config.router_replay)
         stack.callback(engine.close)
         if resume_from:
             engine.sleep()
@@ -267,7 +267,8 @@ def _placed(config: TrainConfig) -> TrainConfig:
     """
     rank, processes = place()
     on_cpu = this_machine(config.use_cpu).device == "cpu"
-    config.check_sampler(why_not(config, config.top_k, on_cpu))
+    config.check_sampler(masks.why_not(config, config.top_k, on_cpu))
+    config.check_replay(routes.why_not(config, on_cpu))
     say_unused(config, on_cpu, rank)
     kind = config.vllm_quantization if config.use_vllm else None
     kind = "other weights than load_in_4bit's" if config.rounds_base else kind and f"{kind} weights"

@@ -223,7 +223,8 @@ def imported() -> dict[str, set[str]]:
 def engine_options() -> set[str]:
     """What ``VLLMEngine`` starts vLLM with, on a CPU and on GPUs."""
     from igrpo.engines.arguments import adapter_arguments
-    from igrpo.engines.vllm_engine import VLLMEngine, launched_with_others
+    from igrpo.engines.layout import launched_with_others
+    from igrpo.engines.vllm_engine import VLLMEngine
 
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.config, engine.path, engine.max_model_length, engine._rank_seed = _config(), "m", 64, 0

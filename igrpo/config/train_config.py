@@ -112,3 +112,22 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             f"compare log-probabilities of what was kept with those of the whole vocabulary; write {whole}, or "
             f"{off}, or {way}"
         )
+
+    def check_replay(self, why_not: str | None) -> None:
+        """
+        Args:
+            why_not: the engine cannot say which experts it chose; None: it can.
+
+        Raises:
+            ConfigError: the learner would choose other ones in silence.
+        """
+        if self.has_environment:
+            why_not = "what an environment says between turns is read by no sampler's routers"
+        if self.refinement_context == "bare" and not self.train_on_drafts:
+            why_not = "refinements are trained behind another prompt than sampled"
+        if self.router_replay and why_not is not None:
+            raise ConfigError(
+                f"router_replay: the engine's experts are not to be had here: {why_not}; write false "
+                "(sampling/sampling_logp_difference/mean then shows what other experts do to log-probabilities), or "
+                "take use_vllm: false, or vLLM 0.32 on a GPU in the trainer's process"
+            )

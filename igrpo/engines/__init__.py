@@ -18,12 +18,14 @@ def start_engine(
     seed: int,
     masks: bool = False,
     adapter: Mapping[str, Any] | None = None,
+    routes: bool = False,
 ) -> Engine:
     """The engine the config asks for; imports only the library it needs.
 
     Args:
         masks: say what top-p, top-k and min-p kept (``Result.kept``); ``masks.why_not`` tells whether it can.
         adapter: peft's description of the adapter that pushes will bring, in place of weights.
+        routes: say which experts tokens were sent to (``Result.routes``); ``routes.why_not`` tells whether it can.
     """
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
@@ -36,7 +38,7 @@ def start_engine(
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 
-        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks)
+        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks, routes)
     from igrpo.engines.hf_engine import HFEngine
 
-    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter)
+    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter, routes)

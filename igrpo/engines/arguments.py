@@ -13,7 +13,7 @@ KEYS = {
     "dtype": "bf16", "quantization": "vllm_quantization", "max_model_len": "vllm_max_model_length",
     "max_num_seqs": "vllm_max_num_seqs", "gpu_memory_utilization": "vllm_gpu_memory_utilization",
     "tensor_parallel_size": "vllm_tensor_parallel_size", "enable_sleep_mode": "vllm_enable_sleep_mode", "seed": "seed",
-    "host": "vllm_server_host", "port": "vllm_server_port",
+    "enable_return_routed_experts": "router_replay", "host": "vllm_server_host", "port": "vllm_server_port",
 }  # fmt: skip
 """Arguments that have a key here."""
 _IDS, _WEIGHTS, _POLICY = (

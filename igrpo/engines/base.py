@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from igrpo.data_types import Kept, Runs
+from igrpo.data_types import Kept, Routes, Runs
 
 if TYPE_CHECKING:  # a server's supervisor imports this package and needs no torch
     import torch
@@ -95,6 +95,8 @@ class Result:
     versions: tuple[Runs, ...] = ()
     """[n] weights of each token, where weights were pushed while it ran; where an engine cannot tell them apart, those
     of the first for all. Empty: ``version``."""
+    routes: tuple[Routes, ...] | None = None
+    """[n] experts of prompt and completion; of engines that were started with ``routes``."""
 
 
 class Engine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from igrpo.data_types import Kept
+from igrpo.data_types import Kept, Routes
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
 from igrpo.engines.config import EngineConfig
 from igrpo.models.rotary import pin_rotary
+from igrpo.models.routers import Routers
 
 NOTHING_ELSE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 """generate's own truncation, switched off."""
@@ -82,10 +84,12 @@ class HFEngine:
         seed: int,
         masks: bool = False,
         adapter: Mapping[str, Any] | None = None,
+        routes: bool = False,
     ):
         self.path, self.config, self.masks, self.adapter = path, config, masks, adapter
         self.max_model_length = max_model_length
         self.stop_token_ids = list(stop_token_ids)
+        self.routes = routes
         self._waiting: list[Request] = []
         self.restart()
         self.seed(seed)
@@ -100,6 +104,7 @@ class HFEngine:
         self.model.generation_config = GenerationConfig()
         pin_rotary(self.model, self.max_model_length)
         self.model.to("cpu" if config.use_cpu or not torch.cuda.is_available() else "cuda")
+        self._routers = Routers(self.model) if self.routes else None
         self.version = 0
 
     def submit(self, request: Request) -> None:
@@ -120,6 +125,8 @@ class HFEngine:
         self._waiting = [r for r in self._waiting if r not in batch]
         ids, mask = self._left_padded([r.prompt_ids for r in batch for _ in range(r.n)])
         recorder = _Recorder(masks=self.masks and first.sampling.truncates)
+        if self._routers is not None:
+            self._routers.note()
         whole = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -134,8 +141,22 @@ class HFEngine:
         tokens = whole[:, ids.shape[1] :]  # [R, T]
         chosen = recorder.logprobs(whole)
         kept = list(zip(*recorder.kept, strict=True))  # [R][T]
-        return [self._result(r, *(x[i * r.n : (i + 1) * r.n] for x in (tokens, chosen, kept)))
-                for i, r in enumerate(batch)]  # fmt: skip
+        results = [self._result(r, *(x[i * r.n : (i + 1) * r.n] for x in (tokens, chosen, kept)))
+                   for i, r in enumerate(batch)]  # fmt: skip
+        return results if self._routers is None else self._with_routes(results, len(ids), ids.shape[1])
+
+    def _with_routes(self, results: list[Result], rows: int, longest: int) -> list[Result]:
+        """What the routers have noted of ``rows`` sequences, whose prompts were padded to ``longest`` tokens."""
+        experts = self._routers.of_rows(rows)  # (R, tokens, layers, k)
+        made, row = [], 0
+        for result in results:
+            first, own = longest - len(result.prompt_ids), []
+            for ids in result.token_ids:
+                read = experts[row, first : longest + len(ids) - 1]
+                own.append(Routes(read.numpy().tobytes(), *read.shape[1:]))
+                row += 1
+            made.append(replace(result, routes=tuple(own)))
+        return made
 
     def _result(
         self, request: Request, tokens: torch.Tensor, logprobs: torch.Tensor, kept: Sequence[Sequence[list[int]]]
@@ -190,6 +211,7 @@ class HFEngine:
             raise EngineError(f"the push of version {version}: {kind.replace('_', ' ')} {names[:3]}")
         self.model = model.eval().to(old.device)
         self.model.generation_config = GenerationConfig()
+        self._routers = Routers(self.model) if self.routes else None
         self.version = version
         return {}
 

@@ -29,6 +29,7 @@ from igrpo.engines.base import (
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.layout import among_others, launched_with_others
 from igrpo.engines.masks import logprobs_to_ask, read_kept, why_no_option
+from igrpo.engines.routes import read_routes, second_runner
 from igrpo.engines.weights import Sent, differing, forget_packed_experts, recorded, repack_tied_head, runs_of
 from igrpo.settings import ConfigError
 
@@ -48,6 +49,7 @@ class VLLMEngine:
         max_model_length: tokens of prompt + completion.
         stop_token_ids: ids that end a completion.
         masks: say what top-p, top-k and min-p kept.
+        routes: say which experts tokens were sent to.
 
     Raises:
         ConfigError: vllm is not installed, or cannot say it.
@@ -55,6 +57,7 @@ class VLLMEngine:
     """
 
     reads_masks = False  # from log-probabilities
+    routes = False
     sleep_level = 2
     """Of vLLM: the next push brings all weights."""
     lora_request: Any = None
@@ -68,11 +71,13 @@ class VLLMEngine:
         stop_token_ids: Sequence[int],
         seed: int,
         masks: bool = False,
+        routes: bool = False,
     ):
         self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.masks = masks and why_no_option(self.on_cpu) is None
         self.reads_masks = masks and not self.masks
+        self.routes = routes
         self.stop_token_ids = list(stop_token_ids)
         self._rank_seed = self._seed = seed
         self.llm: Any = None
@@ -115,11 +120,8 @@ class VLLMEngine:
                 raise
             raise ConfigError(f"vllm_engine_args: {error}; write what this vLLM's EngineArgs takes") from error
         except (RuntimeError, ValueError, OSError, AssertionError) as error:
-            if self.masks and "Model Runner V2" in str(error):
-                raise ConfigError(
-                    "top_p, top_k, min_p: vLLM says what they keep with its second model runner alone, and takes its "
-                    "first; export VLLM_USE_V2_MODEL_RUNNER=1, or write top_p: 1.0, top_k: 0 and min_p: 0"
-                ) from error
+            if (self.masks or self.routes) and "Model Runner V2" in str(error):
+                raise ConfigError(second_runner(self.routes)) from error
             raise EngineError(f"vLLM did not start: {error}") from error
         if not self.on_cpu and "LOCAL_RANK" in os.environ:  # starting an engine may leave another GPU current
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -144,6 +146,7 @@ class VLLMEngine:
             "seed": self._rank_seed,
             "quantization": config.vllm_quantization,
             **({"return_sampling_mask": True} if self.masks else {"max_logprobs": -1}),
+            **({"enable_return_routed_experts": True} if self.routes else {}),
         }
         if self.on_cpu:
             return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE} | config.vllm_engine_args
@@ -243,6 +246,7 @@ class VLLMEngine:
             cached_tokens=output.num_cached_tokens or 0,
             kept=kept,
             versions=() if sent_at == self.version else tuple(runs_of(s, sent_at) for s in samples),
+            routes=tuple(read_routes(s.routed_experts) for s in samples) if self.routes else None,
         )
 
     def seed(self, seed: int) -> None:

@@ -20,12 +20,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
-from igrpo.data_types import RolloutGroup, Scored, TrainingSample, written
+from igrpo.data_types import RolloutGroup, Routes, Scored, TrainingSample, written
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
 from igrpo.learner.packed_attention import Layout
 from igrpo.learner.packing import Bin, PrefixGroup, prefix_groups
+from igrpo.models.routers import OWN
 from igrpo_kernels import SamplingMask
 from igrpo_kernels.losses import LOSSES
 
@@ -63,6 +65,8 @@ class MicroBatch:
     nll_weights: torch.Tensor | None = None  # (n,) fp32
     sampling_mask: SamplingMask | None = None  # n sets
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
+    routes: torch.Tensor | None = None
+    """(L, layers, k) or (S·L, layers, k) int16: experts of each token; ``models.routers.OWN`` where nobody said."""
     layout: Layout | None = None
     """What reads what in a packed row."""
     attention_mask: torch.Tensor | None = None  # (S, L) int64 padded
@@ -153,6 +157,7 @@ def _group_samples(
             opens_prompt=scored is completions[0],
             weight=weight,
             kept=scored.completion.kept,
+            routes=scored.completion.routes,
             spans=scored.completion.spans,
             teacher_prompt_ids=teacher,
         )
@@ -167,7 +172,7 @@ def _bare(sample: TrainingSample, config: LearnerConfig) -> TrainingSample:
     held against it (NaN is "no correction" for every implementation of the loss)."""
     sampled = sample.sampling_logprobs
     known = sampled if config.bare_importance_ratio == "behaviour" else (math.nan,) * len(sampled)
-    return replace(sample, sampling_logprobs=known, behaviour_logprobs=sampled)
+    return replace(sample, sampling_logprobs=known, behaviour_logprobs=sampled, routes=None)
 
 
 def count(samples: Sequence[TrainingSample]) -> Denominators:
@@ -241,6 +246,8 @@ def micro_batch(
     (weight,) = {s.weight for s in samples}
     inputs = _packed(contents) if pad_token_id is None else _padded(samples, pad_token_id)
     inputs["readers"] *= weight
+    if known := next((s.routes for s in samples if s.routes is not None), None):
+        inputs["routes"] = _routes(contents, known, None if pad_token_id is None else inputs["input_ids"].shape[1])
     reduction = LOSSES[loss_type].reduction
     scale = reduction.share(len(samples), sum(sizes), totals.sequences, totals.tokens)
     prompt_lengths = [float(s.prompt_length) for s in samples]
@@ -324,6 +331,27 @@ def _packed(contents: Bin) -> dict[str, Any]:
         "rows": torch.tensor(rows),
         "readers": torch.tensor(readers, dtype=torch.float32).repeat_interleave(torch.tensor(lengths)),
     }
+
+
+def _routes(contents: Bin, like: Routes, padded_to: int | None) -> torch.Tensor:
+    """(tokens, layers, k) in the order of ``_packed``, or of ``_padded`` rows of ``padded_to`` tokens."""
+
+    def rows(s: TrainingSample) -> torch.Tensor:
+        count = len(s.prompt_ids) + len(s.completion_ids) - 1
+        # Of a completion that went on under new weights an engine may say less.
+        if s.routes is None or len(s.routes.ids) != 2 * count * like.layers * like.k:
+            return torch.full((count, like.layers, like.k), OWN, dtype=torch.int16)
+        return torch.frombuffer(bytearray(s.routes.ids), dtype=torch.int16).view(count, like.layers, like.k)
+
+    parts = []
+    for group in contents:
+        each = [rows(s) for s in group.samples]
+        prompt = len(group.prompt_ids)
+        if padded_to is None:
+            parts += [each[0][:prompt], *(one[prompt:] for one in each)]
+        else:
+            parts += [F.pad(one, (0, 0, 0, 0, 0, padded_to - len(one)), value=OWN) for one in each]
+    return torch.cat(parts)
 
 
 def _padded(samples: Sequence[TrainingSample], pad_token_id: int) -> dict[str, Any]:

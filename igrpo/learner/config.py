@@ -112,6 +112,8 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """KL-Cov: weight of that penalty, |log-ratio to the old policy|."""
     router_aux_loss_coef: NotNegative | None = None
     """Weight of the load-balancing loss of mixtures of experts; null: what the model's config says, 0: none."""
+    router_replay: bool = False
+    """The learner sends each token to the experts that the engine chose for it, where the engine can say which."""
     mask_truncated_completions: bool = False
     """Leave completions cut at the length limit out of the loss."""
     loss_impl: Literal["auto", "torch", "triton", "cuda", "cpu"] = "auto"

@@ -105,8 +105,9 @@ def aux_loss(router_logits: Sequence[torch.Tensor], weights: torch.Tensor, load:
         load: (layers, E) of the whole step.
     """
     tokens = (load.sum() / k).clamp(min=1.0)  # N
-    probs = torch.stack([weights @ logits.float().softmax(-1) for logits in router_logits]).sum(0)
-    return load.shape[-1] * (load.sum(0) / tokens) @ (probs / tokens)
+    # No matrix products, which autocast would round.
+    probs = torch.stack([(weights[:, None] * logits.float().softmax(-1)).sum(0) for logits in router_logits]).sum(0)
+    return load.shape[-1] * (load.sum(0) / tokens * probs / tokens).sum()
 
 
 def load_figures(load: torch.Tensor) -> dict[str, torch.Tensor]:

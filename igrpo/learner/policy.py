@@ -19,6 +19,7 @@ from igrpo.learner.batching import MicroBatch
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import Offloaded
 from igrpo.learner.experts import aux_coefficient, aux_loss, follow_autocast, load_of
+from igrpo.models.routers import Routers
 from igrpo.settings import ConfigError
 from igrpo_kernels import (
     GRPOLossConfig,
@@ -63,6 +64,7 @@ class Policy(nn.Module):
         self.offloads = config.activation_offloading
         self.aux_coef = aux_coefficient(model.config, config)
         follow_autocast(model)
+        self.routers = Routers(model) if config.router_replay else None
 
     def forward(
         self,
@@ -162,6 +164,8 @@ class Policy(nn.Module):
             inputs = {"attention_mask": batch.attention_mask}
         else:
             inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
+        if self.routers is not None:  # until the next call, for layers that are computed again
+            self.routers.given = batch.routes
         if routers:
             inputs["output_router_logits"] = True
         # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.

@@ -163,10 +163,11 @@ class Pump:
     def _completions(self, result: Result) -> list[Completion]:
         texts = [self.tokenizer.decode(ids, skip_special_tokens=True) for ids in result.token_ids]
         kept, versions = result.kept or [None] * len(texts), result.versions or [()] * len(texts)
-        outputs = zip(result.token_ids, result.logprobs, texts, result.finish_reasons, kept, versions, strict=True)
+        said = (result.finish_reasons, kept, result.routes or [None] * len(texts), versions)
+        outputs = zip(result.token_ids, result.logprobs, texts, *said, strict=True)
         return [
-            Completion(ids, probs, text, why, runs[-1][0] if runs else result.version, sets, versions=runs)
-            for ids, probs, text, why, sets, runs in outputs
+            Completion(ids, probs, text, why, runs[-1][0] if runs else result.version, sets, read, versions=runs)
+            for ids, probs, text, why, sets, read, runs in outputs
         ]
 
 

@@ -20,7 +20,7 @@ from itertools import count
 from threading import Thread
 from typing import Any, TypeVar
 
-from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Scored, Trajectory
+from igrpo.data_types import Completion, Kept, Problem, RolloutGroup, Routes, Scored, Trajectory
 from igrpo.engines import Engine, Request, Sampling
 from igrpo.rewards.functions import highest_reward
 from igrpo.rewards.workers.pool import RewardPool
@@ -307,14 +307,14 @@ class Rollout:
 
 
 def _plain(scored: Scored, trained: bool) -> dict[str, Any]:
-    """What was left to choose from is kept of what is trained on."""
-    completion = scored.completion if trained else replace(scored.completion, kept=None)
+    """What was left to choose from, and the experts, are kept of what is trained on."""
+    completion = scored.completion if trained else replace(scored.completion, kept=None, routes=None)
     return dataclasses.asdict(replace(scored, completion=completion))
 
 
 def _scored(plain: dict[str, Any]) -> Scored:
     completion = dict(plain["completion"])
-    for name, kind in (("kept", Kept), ("trajectory", Trajectory)):
-        if completion[name] is not None:
+    for name, kind in (("kept", Kept), ("routes", Routes), ("trajectory", Trajectory)):
+        if completion.get(name) is not None:
             completion[name] = kind(**completion[name])
     return Scored(Completion(**completion), plain["rewards"], plain["reward"])

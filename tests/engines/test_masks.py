@@ -142,7 +142,7 @@ def test_what_vllm_says_it_kept():
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.masks, engine.version = True, 3
     request = Request("a", (5, 6), 2, Sampling(0.7, 8, top_p=0.9))
-    engine._running = {"0": (request, None), "1": (replace(request, sampling=Sampling(0.7, 8)), None)}
+    engine._running = {"0": (request, None, 3), "1": (replace(request, sampling=Sampling(0.7, 8)), None, 3)}
 
     def output(name):
         outputs = [

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from igrpo.config.train_config import TrainConfig
+from igrpo.data_types import TrainingSample
+from igrpo.engines import Request, Sampling, start_engine
+from igrpo.engines.routes import read_routes, why_not
 from igrpo.learner import batching
 from igrpo.learner.experts import aux_coefficient
 from igrpo.learner.packing import Limits, pack, pad
+from igrpo.models.saved_format import saved_tensors
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import language_model
 from tests.learner.test_architectures import samples, tiny
@@ -100,7 +108,7 @@ def test_adapters_of_router_and_experts_are_balanced_too(bf16):
     quiet = [batching.replace(s, advantage=0.0) for s in samples()]
     metrics = made.train_on(quiet)
     reached = {n for n, p in made.unwrapped.named_parameters() if p.grad is not None and p.grad.abs().max() > 1e-5}
-    assert metrics["aux_loss"] > 1.9
+    assert metrics["aux_loss"] > 1.9 and float(torch.tensor(metrics["aux_loss"]).bfloat16()) != metrics["aux_loss"]
     assert reached and all(".lora_B." in name for name in reached)
     assert {part for part in ("gate.", "experts.", "q_proj.") for name in reached if part in name} == {
         "gate.", "experts.", "q_proj.",
@@ -119,3 +127,80 @@ def test_experts_compute_in_bf16_as_the_engine_does():
     assert scores[0] == scores[1]
     exact = [learner(one).score(ids) for one in (model, rounded)]
     assert exact[0] != exact[1]
+
+
+def sampled(folder, kind: str, **settings) -> tuple[Any, list[TrainingSample], Any]:
+    """A model, what Hugging Face's engine sampled from its folder in bf16, and the engine."""
+    model = tiny(kind)
+    model.save_pretrained(folder)
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", use_vllm=False, use_cpu=True, bf16=True, **settings)
+    engine = start_engine(str(folder), config, 64, (2,), 0, routes=True)
+    for i, n in enumerate((5, 17)):
+        prompt = tuple(range(20 + i, 20 + i + n))
+        engine.submit(Request(str(i), prompt, 4, Sampling(temperature=1.0, max_tokens=12)))
+    results, made = engine.poll(), []
+    for r in results:
+        for i, (ids, logps, routes) in enumerate(zip(r.token_ids, r.logprobs, r.routes, strict=True)):
+            made.append(TrainingSample(r.prompt_ids, ids, logps, (-1.0) ** i, routes=routes))
+    return model, made, engine
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss", "glm4_moe"])
+def test_the_engines_experts_are_the_learners(kind, tmp_path):
+    """In bf16 another one is chosen now and then; the learner in float32, packed or padded, goes with the engine."""
+    model, batch, engine = sampled(tmp_path, kind)
+    pushed = engine.model
+    engine.push_weights(lambda: saved_tensors(model, torch.bfloat16), 1)
+    assert engine.model is not pushed and engine._routers is not None  # the new model's are noted too
+    gaps, gradients = {}, {}
+    for replay in (True, False):
+        made = learner(
+            model, router_replay=replay, temperature=1.0, max_grad_norm=0.0, gradient_checkpointing=True,
+            token_budget=10_000,
+        )  # fmt: skip
+        made.unwrapped.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        gaps[replay] = made.train_on(batch)["sampling/sampling_logp_difference/mean"]
+        gradients[replay] = {n: p.grad for n, p in made.unwrapped.named_parameters() if p.grad is not None}
+    assert 0 < gaps[True] <= gaps[False] * 1.05
+    routers = [n for n in gradients[True] if n.endswith((".gate.weight", ".router.weight"))]
+    assert routers and all(gradients[True][n].abs().max() > 0 for n in routers)
+    with torch.no_grad():  # routers that would choose the others
+        for name, p in model.named_parameters():
+            if name in routers:
+                p.neg_()
+    made = learner(model, router_replay=True, token_budget=10_000)
+    micro = made._micro_batch(made._plan(batch)[0], batching.count(batch), made.packs)
+    made.policy.routers.note()
+    made._log_probs(micro)
+    said = micro.readers > 0
+    for layer, (chosen,) in made.policy.routers.noted.items():
+        assert torch.equal(chosen[said], micro.routes[said, layer].long())
+
+
+def test_what_was_noted_is_what_the_model_chooses(tmp_path):
+    """Prompts of several lengths, padded in the engine; a sequence read at once is sent to the same experts."""
+    _, batch, engine = sampled(tmp_path, "qwen3_moe")
+    for s in batch:
+        engine._routers.note()
+        engine.model(input_ids=torch.tensor([[*s.prompt_ids, *s.completion_ids[:-1]]]))
+        own = engine._routers.of_rows(1)[0]
+        found = torch.frombuffer(bytearray(s.routes.ids), dtype=torch.int16).view(own.shape)
+        assert (found.sort(-1).values == own.sort(-1).values).float().mean() > 0.95
+    with pytest.raises(ConfigError, match=r"router_replay: no router of LlamaForCausalLM.*write false"):
+        learner(router_replay=True)
+    asked = TrainConfig(model_name_or_path="m", dataset_name="d", router_replay=True)
+    with pytest.raises(ConfigError, match=r"router_replay: .*never tried on a CPU.*use_vllm: false"):
+        asked.check_replay(why_not(asked, on_cpu=True))
+    asked.check_replay(why_not(asked, on_cpu=False))
+
+
+def test_vllms_experts_are_read_row_by_row():
+    """It has a row for each token but the last, of bytes or of 16 bits where there are more than 256 experts."""
+    said = np.arange(5 * 2 * 3).reshape(5, 2, 3)
+    for dtype in (np.uint8, np.uint16):
+        routes = read_routes(said.astype(dtype))
+        assert (routes.layers, routes.k) == (2, 3)
+        assert np.frombuffer(routes.ids, np.int16).tolist() == said.flatten().tolist()
+    vllm = Path(find_spec("vllm").origin).parent
+    assert "routed_experts: np.ndarray | None = None  # [seq_len,layer_num,topk]" in (vllm / "outputs.py").read_text()
+    assert "enable_return_routed_experts: bool" in (vllm / "engine" / "arg_utils.py").read_text()
