@@ -139,7 +139,7 @@ def _choices(results: Path) -> list[str]:
     for task, what, name, arm in CHOICES:
         summary = _summary(name, results)
         figures = summary["arms"].get(arm) if summary else None
-        if figures is not None and figures["minus_baseline"] is not None:
+        if figures is not None and judged(figures["minus_baseline"]) != NO_CLAIM:
             found.append((task, what, name, arm, figures))
     corrected = holm([p_value(figures["minus_baseline"]) for *_, figures in found])
     rows = []

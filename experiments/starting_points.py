@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base, tasks = load_base(args.base), yaml.safe_load(args.tasks.read_text(encoding="utf-8"))
     words = ["--with_draft"] if args.with_draft else []
     words += [f"--n {args.n}"] if args.n > 1 else []
-    named = {key: str(getattr(args, key)) for key in ("model", "base", "tasks")}
+    named = {key: str(getattr(args, key)) for key in ("model", "base", "tasks", "output")}
     words += [f"--{key} {name}" for key, name in named.items() if name != MODEL and not Path(name).is_absolute()]
     words += [f"--problems {args.problems}"] + (["--data_dir DIR"] if args.data_dir else [])
     record: dict[str, Any] = {
