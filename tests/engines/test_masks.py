@@ -159,10 +159,10 @@ def test_what_vllm_says_it_kept():
     assert engine._chosen(Sampling(0.7, 8, top_k=20))["top_k"] == 20
     assert engine._chosen(Sampling(0.0, 8)) == {"temperature": 1.0, "top_k": 1}
     call = SimpleNamespace(problem=Problem(4, "q", "1"), stage="draft", sent_at=3)
-    _check(result, request, call)
+    _check(result, request, call, mixes=False)
     for kept in (Kept.of([[7, 9], [9]]), Kept.of([[7]])):
         with pytest.raises(EngineError, match=r"row 4: the engine kept . sets of tokens for the 2 .* position 1"):
-            _check(replace(result, kept=(kept, result.kept[1])), request, call)
+            _check(replace(result, kept=(kept, result.kept[1])), request, call, mixes=False)
 
 
 def test_a_vllm_without_the_second_runner_is_told_so(tmp_path, monkeypatch):
