@@ -102,7 +102,7 @@ CHOICES = (
     ("the same", "`refinement_context: both`, not GRPO", "lab-control", "both"),
     ("the same", "`train_on_drafts: true`, not GRPO", "lab-control", "train_on_drafts"),
     ("the same", "RLTF-SD (docs/algorithm.md), not GRPO", "lab-control", "rltf_sd"),
-    ("the same, but the bare prompt is right often enough to learn from", "iGRPO, not GRPO", "lab-fed", "igrpo"),
+    ("the same, but the bare prompt is right once in 400", "`algorithm: grpo`, not iGRPO", "lab-fed", "igrpo"),
     ("the same", "`refinement_context: bare`, not GRPO", "lab-fed", "bare"),
     ("iGRPO on drafts that are mostly right", "`train_on_drafts: true`", "train-on-drafts", "train_on_drafts"),
     ("four times the rollouts are affordable", "16 drafts + 16 refinements, not 4 + 4", "budget", "total_32"),
