@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.log_lines import read_records
+from igrpo.log_lines import number_of, read_records, step_of
+from igrpo.models.names import PACKAGED, looks_local
+from igrpo.report.tables import total_hours
 from igrpo.run.checkpoints import MANIFEST
 from igrpo.settings import ConfigError
 from igrpo.settings.section import default_of
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 CARD = "README.md"
-NOT_UPLOADED = ("state/*", MANIFEST)
-"""What only a run that goes on needs."""
+NOT_UPLOADED = ("state/*", MANIFEST, "adapter/README.md")
+"""What only a run that goes on needs, and peft's own empty card, which names folders of this machine."""
 OWN_BUSINESS = ("output_dir", "resume_from_checkpoint", "reward_env", "run_name", "report_to")
 OWN_FAMILIES = ("vllm_server_", "vllm_weight_dir", "judge_base_url", "judge_api_key_env", "hub_", "push_to_hub")
 """Settings that say something of this machine and nothing of the model."""
@@ -37,7 +39,7 @@ TEMPLATE = """---
 
 # {{ name }}
 
-[{{ base }}]({{ base }}) trained by reinforcement learning with {{ how }}. Written by the run, from its logs.
+{{ link }} trained by reinforcement learning with {{ how }}. Written by the run, from its logs.
 
 ## Evaluation
 
@@ -51,7 +53,7 @@ TEMPLATE = """---
 {% endif %}
 ## Training
 
-| figure | first step | last step |
+| figure | first | last, or all hours |
 |---|---|---|
 {% for label, first, last in figures -%}
 | {{ label }} | {{ "%.4g" | format(first) }} | {{ "%.4g" | format(last) }} |
@@ -70,6 +72,7 @@ What differs from the defaults of `igrpo train`:
 ```yaml
 {{ recipe }}```
 """
+EVALUATION = ("eval/accuracy", "eval/reward")
 FIGURES = (
     "reward",
     "refinement/accuracy",
@@ -85,15 +88,17 @@ class UploadError(RuntimeError):
     """The model is whole on this machine and not on the hub."""
 
 
-def write_card(config: TrainConfig, run: Path, model: Path) -> ModelCard:
-    """Into the folder ``model``, from the logs of the folder ``run``."""
+def write_card(config: TrainConfig, run: Path, model: Path, held_out: int) -> ModelCard:
+    """Into the folder ``model``, from the logs of the folder ``run``; ``held_out`` problems were evaluated on."""
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    records = list(read_records(run / "metrics.jsonl", []))
+    records = [record for record in read_records(run / "metrics.jsonl", []) if step_of(record) is not None]
     steps = [record for record in records if "reward" in record]
-    evaluations = [record for record in records if "eval/accuracy" in record]
+    judged = [record for record in records if None not in map(number_of, map(record.get, EVALUATION))]
+    evaluations = [*{record["step"]: record for record in judged}.values()]  # a resume at the end makes one again
+    series = {key: [(s["step"], v) for s in steps if (v := number_of(s.get(key))) is not None] for key in FIGURES}
     base, data, licence = _public(config.model_name_or_path), _public(config.dataset_name), licence_of(config)
-    name = (config.hub_model_id or Path(config.output_dir).resolve().name).rpartition("/")[2]
+    name, on_hub = repository(config).rpartition("/")[2], _on_hub(config.model_name_or_path)
     results = [
         EvalResult(
             task_type="text-generation", dataset_type=data, dataset_name=data, dataset_split="held out",
@@ -103,13 +108,18 @@ def write_card(config: TrainConfig, run: Path, model: Path) -> ModelCard:
     ]  # fmt: skip
     card = ModelCard.from_template(
         ModelCardData(
-            model_name=name, base_model=base, license=licence, library_name="transformers", datasets=[data],
+            model_name=name, base_model=base if on_hub else None, license=licence, library_name="transformers",
+            datasets=[data] if _on_hub(config.dataset_name) else None,
             pipeline_tag="text-generation", tags=["igrpo", config.algorithm, config.loss_type], eval_results=results,
         ),
-        template_str=TEMPLATE, name=name, base=base, data=data, licence=licence, how=HOW[config.algorithm],
-        evaluations=evaluations, held_out=config.eval_samples, temperature=config.eval_temperature,
+        template_str=TEMPLATE, name=name, data=data, licence=licence, how=HOW[config.algorithm],
+        link=f"[{base}](https://huggingface.co/{base})" if on_hub else base,
+        evaluations=evaluations, held_out=held_out, temperature=config.eval_temperature,
         steps=steps[-1]["step"] if steps else 0, rank=config.lora_r if config.use_peft else 0,
-        figures=[(key, steps[0][key], steps[-1][key]) for key in FIGURES if steps and key in steps[0]],
+        figures=[
+            (key, points[0][1], total_hours(points) if key.endswith("_hours") else points[-1][1])
+            for key, points in series.items() if points
+        ],
         recipe=yaml.safe_dump(_recipe(config), sort_keys=False, allow_unicode=True),
     )  # fmt: skip
     card.save(model / CARD)
@@ -123,11 +133,11 @@ def licence_of(config: TrainConfig) -> str | None:
 
     path = Path(config.model_name_or_path).expanduser()
     here = path / CARD
-    if path.is_dir() and not here.is_file():
+    if not here.is_file() and not _on_hub(config.model_name_or_path):
         return None
     try:
         return ModelCard.load(here if here.is_file() else config.model_name_or_path).data.license
-    except (OSError, ValueError, HTTPError):  # no such card, no such hub, or a card that is none
+    except (OSError, ValueError, TypeError, HTTPError, yaml.YAMLError):  # no such card or hub, or a card that is none
         return None
 
 
@@ -171,8 +181,9 @@ def upload(config: TrainConfig, model: Path) -> str:
         hub.upload_folder(
             repo_id=made.repo_id, folder_path=model, ignore_patterns=list(NOT_UPLOADED), commit_message=model.name
         )
-    except (OSError, ValueError, HTTPError) as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        why = filter(None, (error, error.__cause__))  # of a weight file the first one tells only which
+        reason = "; ".join(str(one).strip().partition("\n")[0] or type(one).__name__ for one in why)
         raise UploadError(f"push_to_hub: {model} was not uploaded ({reason})") from error
     return str(made)
 
@@ -191,6 +202,20 @@ def _recipe(config: TrainConfig) -> Mapping[str, Any]:
         for key, (value, default) in values.items()
         if value != default and key not in OWN_BUSINESS and not key.startswith(OWN_FAMILIES)
     }
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a model or data set is one of the hub's, by its name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if name in PACKAGED or looks_local(name) or Path(name).expanduser().exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _public(value: Any) -> Any:

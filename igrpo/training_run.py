@@ -20,7 +20,7 @@ from igrpo.engines.base import UNKNOWN_VERSION
 from igrpo.engines.layout import beside_the_learner, visible_gpus
 from igrpo.environments.setup import start_environment
 from igrpo.machine import local_processes, this_machine
-from igrpo.model_card import check_hub, upload, write_card
+from igrpo.model_card import check_hub, upload, upload_command, write_card
 from igrpo.rewards.columns import check_columns
 from igrpo.rewards.setup import start_rewards
 from igrpo.rewards.workers.pool import RewardPool
@@ -146,10 +146,8 @@ class TrainingRun:
             metrics |= self.rewards.stats() | {"rewards/workers_replaced": float(self.rewards.replaced())}
             metrics["warnings"] = float(len(warnings))
             messages = [message for some in self.learner.gather(warnings) for message in some]
-        metrics = self.learner.over_processes(metrics | {"peak_memory_gib": self.learner.peak_memory_gib()}) | {
-            "epoch": self.feed.epoch,
-            **self.learner.hours(time.monotonic() - self.started),
-        }
+        metrics = self.learner.over_processes(metrics | {"peak_memory_gib": self.learner.peak_memory_gib()})
+        metrics |= {"epoch": self.feed.epoch, **self.learner.hours(time.monotonic() - self.started)}
         self.view.end_step(self.step, metrics)
         if accelerator.is_main_process and written:
             self.folder.log_metrics(self.step, metrics, messages)
@@ -167,9 +165,8 @@ class TrainingRun:
     def save(self) -> None:
         self.view.stage("checkpoint")
         # Each process has as many, and gets its own again where there are as many processes.
-        begun = [
-            record for some in zip(*self.learner.gather(self.rollout.state_dict()), strict=True) for record in some
-        ]
+        parts = zip(*self.learner.gather(self.rollout.state_dict()), strict=True)
+        begun = [record for part in parts for record in part]
         sampler = self.feed.state_dict([record["row"] for record in begun])
         state = {"step": self.step, "sampler": sampler, "drafts": begun}
         self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
@@ -186,9 +183,11 @@ class TrainingRun:
         last = saved[-1] if saved else self.config.resume_from_checkpoint  # resumed elsewhere with no step to go
         self.view.say(f"igrpo report {self.folder.path} shows metrics and completions; the trained model is {last}")
         if saved and self.learner.accelerator.is_main_process:
-            write_card(self.config, self.folder.path, saved[-1])
+            write_card(self.config, self.folder.path, saved[-1], len(self.held_out))
             if self.config.push_to_hub:
                 self.view.say(f"uploaded to {upload(self.config, saved[-1])}")
+        elif not saved and self.config.push_to_hub:
+            self.view.say(f"nothing was trained nor uploaded: {upload_command(self.config, last)} does it")
 
 
 @contextmanager
@@ -232,7 +231,8 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner.set_schedule(total_steps * config.num_iterations)
         adapter = learner.adapters.described(config.use_vllm) if config.sends_adapter else None
         seed, kept = config.seed + learner.accelerator.process_index, config.replays_sampling
-        engine = start_engine(path, placed, length, stop_ids, seed, kept, adapter, config.router_replay)
+        more = (adapter, config.router_replay, config.top_k)
+        engine = start_engine(path, placed, length, stop_ids, seed, kept, *more)
         stack.callback(engine.close)
         if resume_from:
             engine.sleep()

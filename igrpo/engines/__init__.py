@@ -19,6 +19,7 @@ def start_engine(
     masks: bool = False,
     adapter: Mapping[str, Any] | None = None,
     routes: bool = False,
+    top_k: int = 0,
 ) -> Engine:
     """The engine the config asks for; imports only the library it needs.
 
@@ -26,6 +27,7 @@ def start_engine(
         masks: say what top-p, top-k and min-p kept (``Result.kept``); ``masks.why_not`` tells whether it can.
         adapter: peft's description of the adapter that pushes will bring, in place of weights.
         routes: say which experts tokens were sent to (``Result.routes``); ``routes.why_not`` tells whether it can.
+        top_k: of training, whose log-probabilities tell what was kept.
     """
     if config.use_vllm and config.vllm_mode == "server":
         from igrpo.engines.servers.engine import ServerEngine
@@ -34,11 +36,11 @@ def start_engine(
     if config.use_vllm and adapter is not None:
         from igrpo.engines.vllm_adapters import AdapterVLLMEngine
 
-        return AdapterVLLMEngine(path, config, max_model_length, stop_token_ids, seed, adapter, masks)
+        return AdapterVLLMEngine(path, config, max_model_length, stop_token_ids, seed, adapter, masks, top_k)
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 
-        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks, routes)
+        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks, routes, top_k)
     from igrpo.engines.hf_engine import HFEngine
 
     return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter, routes)

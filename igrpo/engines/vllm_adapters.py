@@ -38,9 +38,10 @@ class AdapterVLLMEngine(VLLMEngine):
         seed: int,
         adapter: Mapping[str, Any],
         masks: bool = False,
+        top_k: int = 0,
     ):
         self._adapter = adapter
-        super().__init__(path, config, max_model_length, stop_token_ids, seed, masks)
+        super().__init__(path, config, max_model_length, stop_token_ids, seed, masks, top_k=top_k)
 
     def _start(self) -> None:
         self._folder = weight_folder(self.config.vllm_weight_dir)

@@ -48,7 +48,7 @@ class VLLMEngine:
         path: folder or hub id of the model.
         max_model_length: tokens of prompt + completion.
         stop_token_ids: ids that end a completion.
-        masks: say what top-p, top-k and min-p kept.
+        masks: say what top-p, top-k and min-p kept; of training's ``top_k`` log-probabilities tell it.
         routes: say which experts tokens were sent to.
 
     Raises:
@@ -72,10 +72,11 @@ class VLLMEngine:
         seed: int,
         masks: bool = False,
         routes: bool = False,
+        top_k: int = 0,
     ):
         self.path, self.config, self.max_model_length = path, config, max_model_length
         self.on_cpu = config.use_cpu or not torch.cuda.is_available()
-        self.masks = masks and why_no_option(self.on_cpu) is None
+        self.masks = masks and not top_k and why_no_option(self.on_cpu) is None
         self.reads_masks = masks and not self.masks
         self.routes = routes
         self.stop_token_ids = list(stop_token_ids)
@@ -211,8 +212,6 @@ class VLLMEngine:
         if not finished and self._running:
             try:
                 finished = [self._result(output) for output in self.engine.step() if output.finished]
-            except EngineError:
-                raise
             except Exception as error:  # after any of them vLLM's engine is lost
                 self._mend(error)
         if finished:
@@ -277,6 +276,8 @@ class VLLMEngine:
 
     def _mend(self, error: Exception) -> None:
         """After the engine died: a new one with the weights of ``version``; unfinished requests start over."""
+        if isinstance(error, EngineError):  # it did not die
+            raise error
         version, before = self.version, self._sent
         self._restarts += 1
         if self._restarts > MAX_RESTARTS:

@@ -60,6 +60,8 @@ class Adapters:
             for name, module in self.wrapper.named_modules()
             if hasattr(module, "lora_A") and hasattr(module, "base_layer")
         }
+        named, local = config.model_name_or_path, Path(config.model_name_or_path).expanduser()
+        self.base = local.resolve().name if local.is_dir() else named
         self._reached: set[str] = set()
         _check(model, self.layers)
 
@@ -130,8 +132,9 @@ class Adapters:
         }  # fmt: skip
 
     def save(self, folder: Path, full_tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """The adapter alone, as peft writes it."""
+        """The adapter alone, as peft writes it; a base that is a folder of this machine is called by its name."""
         state = {f"{_WRAPPED}{name}": tensor for name, tensor in full_tensors if ".lora_" in name}
+        self.wrapper.peft_config[_ADAPTER].base_model_name_or_path = self.base
         # The base model's embedding is no part of it, though peft would add it beside an adapted one.
         self.wrapper.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
 

@@ -165,6 +165,29 @@ def test_what_vllm_says_it_kept():
             _check(replace(result, kept=(kept, result.kept[1])), request, call, mixes=False)
 
 
+def test_too_many_ties_end_the_run_though_they_came_while_the_engine_scored():
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.masks, engine.reads_masks, engine.on_cpu, engine.version = False, True, True, 3
+    engine._asleep, engine._finished, engine._restarts = [], [], 0
+    engine._running = {"0": (Request("a", (5, 6), 1, Sampling(1.0, 8, top_k=2)), None, 3)}
+    step = {7: Logprob(math.log(0.5)), 3: Logprob(math.log(0.25))}
+    outputs = [CompletionOutput(0, "", [7], 0.0, [step], finish_reason="stop")]
+    done = [RequestOutput("0", None, [5, 6], None, outputs, finished=True)]
+    engine.engine = SimpleNamespace(add_request=lambda *_, **__: None, step=lambda: done)
+    with pytest.raises(EngineError, match="too many equal the last of top_k"):
+        engine.score((5, 6))
+    assert engine._restarts == 0
+
+
+def test_of_training_with_top_k_log_probabilities_tell_what_was_kept(monkeypatch):
+    monkeypatch.setattr(vllm_engine_module, "why_no_option", lambda on_cpu: None)
+    monkeypatch.setattr(VLLMEngine, "_start", lambda self: None)
+    for top_k in (0, 20):
+        made = VLLMEngine("m", config(use_vllm=True), 64, (1,), 0, masks=True, top_k=top_k)
+        assert (made.masks, made.reads_masks) == (not top_k, bool(top_k))
+        assert "return_sampling_mask" in made._options() or made._options()["max_logprobs"] == -1
+
+
 def test_a_vllm_without_the_second_runner_is_told_so(tmp_path, monkeypatch):
     """The real CPU build, past the check before the run."""
     path = save_tiny(tmp_path)
