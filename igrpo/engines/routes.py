@@ -16,7 +16,7 @@ def why_not(config: EngineConfig, on_cpu: bool) -> str | None:
         return "vLLM's servers send them with other requests than the loop's"
     if on_cpu:
         return "vLLM says it with its second model runner alone, which was never tried on a CPU (it takes Triton there)"
-    if config.lora_sync == "adapter":
+    if config.sends_adapter:
         return "it was never tried beside lora_sync: adapter"
     return None
 

@@ -44,3 +44,10 @@ def test_a_server_on_a_cpu_gets_it(monkeypatch: pytest.MonkeyPatch):
     config = TrainConfig(model_name_or_path="m", dataset_name="d")
     assert server_environment(config, "secret", on_cpu=True).items() >= shared_cores({}).items()
     assert "GOMP_SPINCOUNT" not in server_environment(config, "secret", on_cpu=False)
+
+
+@pytest.mark.parametrize(("sync", "opens"), [("merged", "0"), ("adapter", "1")])
+def test_what_the_shell_says_of_adapters_does_not_reach_a_server(monkeypatch, sync, opens):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+    config = TrainConfig(model_name_or_path="m", dataset_name="d", use_peft=True, lora_sync=sync)
+    assert server_environment(config, "secret", on_cpu=True)["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == opens

@@ -36,7 +36,7 @@ def started(model):
         if not engines or any(server.given_up for server in engines[-1].servers):
             close(engines)
             settings = config(model, vllm_num_servers=2)
-            engines.append(start_engine(model, settings, max_model_length=256, stop_token_ids=[1], seed=0))
+            engines.append(start_engine(model, settings, max_model_length=256, stop_token_ids=[1], seed=0, masks=True))
         return engines[-1]
 
     yield both
@@ -87,14 +87,14 @@ def test_servers_share_the_requests_and_sample_from_what_was_pushed(engine):
     assert len(set(samples[0].values())) == 8
 
 
-def test_servers_say_what_a_bounded_top_k_kept(engine, monkeypatch):
+def test_servers_say_what_a_bounded_top_k_kept(engine):
     push(engine)
     sampling = dataclasses.replace(SAMPLING, top_k=20, top_p=0.9)
-    monkeypatch.setattr(engine, "masks", True)
-    engine.submit(Request("r", PROMPT, 2, sampling))
-    result = drain(engine, 1)["r"]
-    assert logprob_gap(engine.version, result) < 1e-4
-    assert all(1 <= len(own) <= 20 for kept in result.kept for own in kept.sets())
+    for top_k in (20, 280):  # of the second one, all of the vocabulary's 288
+        engine.submit(Request("r", PROMPT, 2, dataclasses.replace(sampling, top_k=top_k)))
+        result = drain(engine, 1)["r"]
+        assert logprob_gap(engine.version, result) < 1e-4
+        assert all(1 <= len(own) <= top_k for kept in result.kept for own in kept.sets())
     engine.submit(Request("r", PROMPT, 1, dataclasses.replace(sampling, top_k=0)))
     assert drain(engine, 1)["r"].kept is None
 

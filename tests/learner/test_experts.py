@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ def test_what_was_noted_is_what_the_model_chooses(tmp_path):
     asked = TrainConfig(model_name_or_path="m", dataset_name="d", router_replay=True)
     with pytest.raises(ConfigError, match=r"router_replay: .*never tried on a CPU.*use_vllm: false"):
         asked.check_replay(why_not(asked, on_cpu=True))
-    asked.check_replay(why_not(asked, on_cpu=False))
+    asked.check_replay(why_not(replace(asked, lora_sync="adapter"), on_cpu=False))  # of no adapter
+    assert "lora_sync: adapter" in why_not(replace(asked, lora_sync="adapter", use_peft=True), on_cpu=False)
 
 
 def test_vllms_experts_are_read_row_by_row():

@@ -28,12 +28,12 @@ from igrpo.engines.servers.push import Published, publish, push_directly, push_f
 from igrpo.engines.servers.server import Server, start_servers
 from igrpo.engines.weight_folder import weight_folder
 from igrpo.engines.weights import FILE_BACKEND
+from igrpo.models.loading import vocabulary
 
 T = TypeVar("T")
 
 POLL_SECONDS, WATCH_SECONDS = 0.05, 0.5
-HEALTH_SECONDS, RENEW_SECONDS = 10.0, LEASE_SECONDS / 5
-RETRY_SECONDS = 1.0
+HEALTH_SECONDS, RENEW_SECONDS, RETRY_SECONDS = 10.0, LEASE_SECONDS / 5, 1.0
 MAX_FAILURES = 3
 """Failures of one server in a row, without a finished request between them, before it is given up."""
 MAX_ATTEMPTS = 3
@@ -67,11 +67,11 @@ class ServerEngine:
         adapter: Mapping[str, Any] | None = None,
     ):
         self.config, self.max_model_length, self.stop_token_ids = config, max_model_length, list(stop_ids)
-        self.masks, self.on_cpu = masks, config.use_cpu or not torch.cuda.is_available()
+        self.on_cpu = config.use_cpu or not torch.cuda.is_available()
         self.servers, self.leads = start_servers(config, path, max_model_length, self.on_cpu, adapter)
         self.version = UNKNOWN_VERSION if config.server_urls else 0
         self._rank_seed = self._seed = seed
-        self._adapter = adapter
+        self._adapter, self._most = adapter, (vocabulary(path, config) or sys.maxsize) if masks else 0
         self._weights: Published | None = None
         self._source: WeightSource | None = None
         backend = config.weight_backend(self.on_cpu)
@@ -218,7 +218,7 @@ class ServerEngine:
 
     async def _run(self, request: Request, seed: int) -> None:
         hung = lost = 0
-        timeout, asked = self.config.vllm_request_timeout, self.masks * logprobs_to_ask(request.sampling)
+        timeout, asked = self.config.vllm_request_timeout, min(logprobs_to_ask(request.sampling), self._most)
         while True:
             try:
                 await self._until_usable()

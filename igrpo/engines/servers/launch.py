@@ -91,12 +91,11 @@ def server_environment(config: EngineConfig, secret: str, on_cpu: bool, devices:
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
         "VLLM_SERVER_DEV_MODE": "1",  # the endpoints for weights, pausing and aborting; closed by our middleware
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0" if on_cpu else "1",
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1" if config.sends_adapter else "0",  # one endpoint more
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(KEEP_ALIVE_SECONDS),
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
     }
-    if config.sends_adapter:
-        environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"  # one endpoint more, closed as all of them are
     if config.weight_backend(on_cpu) == "ipc":
         # CUDA handles travel pickled; only who knows the secret can send one.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
