@@ -231,8 +231,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         learner.set_schedule(total_steps * config.num_iterations)
         adapter = learner.adapters.described(config.use_vllm) if config.sends_adapter else None
         seed, kept = config.seed + learner.accelerator.process_index, config.replays_sampling
-        more = (adapter, config.router_replay, config.top_k)
-        engine = start_engine(path, placed, length, stop_ids, seed, kept, *more)
+        engine = start_engine(path, placed, length, stop_ids, seed, kept, adapter, config.router_replay, config.top_k)
         stack.callback(engine.close)
         if resume_from:
             engine.sleep()
