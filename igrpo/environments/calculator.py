@@ -42,7 +42,7 @@ class Calculator:
         Args:
             answer: the answer alone
         """
-        self.tries += 1
+        self.tries += not self.right  # what follows the right answer takes nothing back
         reference = read_reference(self.solution)
         if len(str(answer)) <= LONGEST and grade(reference, str(answer)):
             self.right = True

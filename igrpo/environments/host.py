@@ -41,6 +41,8 @@ ORDER = struct.Struct(">cQ")
 """A trajectory's number, to begin it (its channel comes along) or to end it."""
 SIZE = struct.Struct(">I")
 """Bytes of a request (pickled) or of a reply (JSON), which follow."""
+BEGUN = b"+"
+"""What a trajectory says once it is there, before any reply: it may have waited for others to be forked."""
 LONGEST = 100_000
 """Characters that the tools of one turn may say, or a ``reset``."""
 OWN = ("reset", "get_reward")
@@ -122,14 +124,14 @@ class Trajectory:
         return {"reward": reward, "environment": state}
 
     def serve(self, channel: socket.socket) -> None:
+        channel.sendall(BEGUN)
         while (header := receive(channel, SIZE.size)) is not None:
             method, arguments = pickle.loads(receive(channel, SIZE.unpack(header)[0]) or b"")
             try:
                 reply = {"ok": getattr(self, method)(*arguments)}
             except BaseException as error:
                 reply = {"failed": _described(error)}
-            data = json.dumps(reply).encode()
-            channel.sendall(SIZE.pack(len(data)) + data)
+            _reply(channel, reply)
 
 
 class Host:
@@ -143,8 +145,9 @@ class Host:
 
     def run(self, factory: str | None, functions: Sequence[str], limit: int, seed: str) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, self._left)
         process_control(SET_CHILD_SUBREAPER, 1)
-        process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         wrong = ""
         try:
             _seed(seed)
@@ -152,7 +155,8 @@ class Host:
             trajectory = Trajectory(environment, tools_of(environment, [load(path) for path in functions]))
         except BaseException as error:
             wrong = _described(error)
-        self.control.send(wrong.encode() or b"ready")
+        with contextlib.suppress(OSError):  # the trainer is gone
+            self.control.send(wrong.encode() or b"ready")
         gc.collect()
         gc.freeze()  # pages that no collection writes to stay shared with every copy
         while not wrong and os.getppid() == self.trainer:
@@ -169,14 +173,27 @@ class Host:
             self._reap()
         end_descendants()
 
+    def _left(self, *_: object) -> None:
+        """The trainer has ended."""
+        if os.getppid() != self.trainer:
+            end_descendants()
+            os._exit(0)
+
     def _begin(self, number: int, channel: socket.socket, trajectory: Trajectory, limit: int) -> None:
         host = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError as error:  # no room for another process: the others live on
+            with channel, contextlib.suppress(OSError):
+                channel.sendall(BEGUN)
+                _reply(channel, {"failed": _described(error)})
+            return
         if pid:
             self.alive[number] = pid
             channel.close()
             return
         try:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self.control.close()
             process_control(SET_CHILD_SUBREAPER, 1)
             process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
@@ -199,6 +216,11 @@ class Host:
             del self.alive[number]
         if ended and _children() - set(self.alive.values()):
             end_descendants(keep=list(self.alive.values()))
+
+
+def _reply(channel: socket.socket, reply: dict[str, Any]) -> None:
+    data = json.dumps(reply).encode()
+    channel.sendall(SIZE.pack(len(data)) + data)
 
 
 def _children() -> set[int]:

@@ -13,10 +13,12 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from igrpo.environments.host import END, NEW, ORDER, SIZE
+from igrpo.environments.host import BEGUN, END, NEW, ORDER, SIZE
+from igrpo.rewards.workers.process import MARK, kill_marked
 from igrpo.settings import ConfigError
 from igrpo.terminal import printable
 
@@ -38,7 +40,7 @@ class Session:
 
     def __init__(self, number: int, channel: socket.socket | None, wrong: str = ""):
         self.number, self.channel, self.wrong = number, channel, wrong
-        self.asked, self.deadline = "", math.inf
+        self.asked, self.deadline, self.begun = "", math.inf, False
         self.data = bytearray()
         self.reply: dict[str, Any] | None = None
 
@@ -80,7 +82,7 @@ class Environments:
         seed: int,
         environment: Mapping[str, str],
     ):
-        self.timeout, self.environment = timeout, dict(environment)
+        self.timeout, self.environment = timeout, {**environment, MARK: uuid.uuid4().hex}
         self._setup = pickle.dumps((factory, tuple(functions), memory, str(seed), sys.argv)).hex()
         self._sessions: dict[int, Session] = {}
         self._count, self._started = 0, 0
@@ -93,9 +95,12 @@ class Environments:
             raise ConfigError(f"environment_factory: {factory or ', '.join(functions)}: {wrong}")
 
     def open(self) -> Session:
-        """A copy of the environment in a process of its own."""
+        """A copy of the environment in a process of its own; where there is no room for one, its requests fail."""
         self._count += 1
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            return Session(self._count, None, f"start: {error}")
         session = Session(self._count, ours)
         with theirs:
             for _ in range(2):  # once more where the host has died
@@ -120,7 +125,9 @@ class Environments:
     def ask(self, session: Session, method: str, *arguments: Any) -> None:
         if session.channel is None:
             return
-        session.asked, session.deadline = method, time.monotonic() + self.timeout
+        # A process is given its time once it is there: the host forks one after the other.
+        seconds = self.timeout if session.begun else START_SECONDS
+        session.asked, session.deadline = method, time.monotonic() + seconds
         data = pickle.dumps((method, arguments))
         try:
             session.channel.settimeout(self.timeout)
@@ -140,6 +147,10 @@ class Environments:
                 self._lost(session, f"{session.asked or 'start'}: its process ended")
                 continue
             session.data += part
+            if not session.begun:
+                session.begun = session.data.startswith(BEGUN)
+                del session.data[: len(BEGUN)]
+                session.deadline = min(session.deadline, time.monotonic() + self.timeout)
             self._read(session)
         now = time.monotonic()
         for session in list(self._channels.values()):
@@ -186,13 +197,17 @@ class Environments:
 
     def _start(self) -> str:
         """What is wrong; empty where nothing is."""
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(os.getpid()), self._setup]
-        with theirs:
-            self._host = subprocess.Popen(
-                [*command, *(path or os.getcwd() for path in sys.path)], stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()], env=self.environment,
-            )  # fmt: skip
+        try:
+            self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            command = [sys.executable, "-P", "-c", START, str(theirs.fileno()), str(os.getpid()), self._setup]
+            with theirs:
+                self._host = subprocess.Popen(
+                    [*command, *(path or os.getcwd() for path in sys.path)], stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()], env=self.environment,
+                )  # fmt: skip
+        except OSError as error:  # no room for another process
+            self._stop()
+            return str(error)
         self._control.settimeout(START_SECONDS)
         try:
             said = self._control.recv(2**16).decode(errors="replace")
@@ -218,4 +233,6 @@ class Environments:
             except subprocess.TimeoutExpired:
                 self._host.kill()
                 self._host.wait()
+            if self._host.returncode:  # it has not ended what it started
+                kill_marked(self.environment[MARK])
             self._host = None

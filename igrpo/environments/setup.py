@@ -44,6 +44,8 @@ class Environment:
         if len({f.__name__ for f in functions}) < len(functions):
             raise ConfigError("tools: two have one name; rename one of them")
         self.has_reward = hasattr(one, "get_reward")
+        if both := sorted({f.__name__ for f in functions} & tools_of(one, ()).keys()):
+            raise ConfigError(f"tools: {both[0]} is a method of environment_factory, too; rename one of them")
         self.schemas = [_schema(name, tool) for name, tool in tools_of(one, functions).items()]
         self._is_silent = one is None or inspect.signature(one.reset).return_annotation in (None, "None")
         self.sessions = Environments(
@@ -51,16 +53,16 @@ class Environment:
         )
 
     def observed(self, problems: Sequence[Problem]) -> list[Problem]:
-        """The problems, each with what ``reset`` says of it: asked once, before anything is sampled.
+        """The problems, each with what ``reset`` says of it: asked once, before anything is sampled; one that says
+        nothing is tried with the first.
 
         Raises:
             ConfigError: it fails on one of them.
         """
-        if self._is_silent:
-            return list(problems)
+        asked_of = problems[:1] if self._is_silent else problems
         found: list[Problem] = []
-        for start in range(0, len(problems), AT_ONCE):
-            part = problems[start : start + AT_ONCE]
+        for start in range(0, len(asked_of), AT_ONCE):
+            part = asked_of[start : start + AT_ONCE]
             asked = [(problem, self.sessions.open()) for problem in part]
             for problem, session in asked:
                 self.sessions.ask(session, "reset", row_of(problem), reset_seed(problem, self.seed), "")
@@ -73,7 +75,7 @@ class Environment:
                     where = problem.where or f"row {problem.index}"
                     raise ConfigError(f"environment_factory: {where}: {error}") from None
                 self.sessions.end(session)
-        return found
+        return [*found, *problems[len(found) :]]
 
     def __enter__(self) -> Environment:
         return self

@@ -92,20 +92,25 @@ class ToolTemplate:
         return ids
 
     def _between(self, calls: Sequence[ToolCall], said: Sequence[str], last_id: int) -> tuple[int, ...]:
+        one = self._written("A", calls, said)
+        begun = _parting(one, self._written("B", calls, said))
+        if begun is None:
+            raise ValueError("the chat template leaves out what the policy wrote beside its calls")
+        fillers = (self._written("A", calls, [filler] * len(said)) for filler in "01")
+        end = one[begun + 1 : _parting(*fillers)]  # to where answers begin: the same token may stand behind them
+        if last_id in end:
+            return tuple(one[begun + 2 + end.index(last_id) :])
+        # It ended its turn otherwise than the template does, whose own end is still to come.
+        return tuple(one[begun + 1 + next((i for i, token in enumerate(end) if token in self._special), 0) :])
+
+    def _written(self, content: str, calls: Sequence[ToolCall], said: Sequence[str]) -> list[int]:
+        """Ids of a conversation in which tools have answered a turn."""
         answers = [_said(call.name, text, i) for i, (call, text) in enumerate(zip(calls, said, strict=True))]
         if not (self.has_tool_turn or self.wants_calls):
             texts = (f"<tool_response>\n{text}\n</tool_response>" for text in said)
             answers = [{"role": "user", "content": "\n".join(texts)}]
-        turns = (self._turn(content, calls, self.wants_calls) for content in ("A", "B"))
-        one, two = (self._encode(self._rendered([_ASKED, turn, *answers], tools=self._given)) for turn in turns)
-        begun = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
-        if begun is None:
-            raise ValueError("the chat template leaves out what the policy wrote beside its calls")
-        behind = one[begun + 1 :]
-        if last_id in behind:
-            return tuple(behind[behind.index(last_id) + 1 :])
-        # It ended its turn otherwise than the template does, whose own end is still to come.
-        return tuple(behind[next((i for i, token in enumerate(behind) if token in self._special), 0) :])
+        turn = self._turn(content, calls, self.wants_calls)
+        return self._encode(self._rendered([_ASKED, turn, *answers], tools=self._given))
 
     @property
     def _given(self) -> list[dict[str, Any]] | None:
@@ -159,6 +164,11 @@ class ToolTemplate:
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+def _parting(one: Sequence[int], two: Sequence[int]) -> int | None:
+    """Where they first differ."""
+    return next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
 
 
 def _squeezed(text: str) -> str:

@@ -11,7 +11,7 @@ from igrpo.settings import ConfigError, did_you_mean
 
 ALWAYS = ("prompts", "completions", "completion_ids", "solution", "prompt_suffix")
 """What every reward function can name, whatever the data set's columns."""
-OF_ENVIRONMENTS = ("environments", "environment_rewards")
+OF_ENVIRONMENTS = ("environments",)
 """What they can name besides where there is an environment."""
 
 
@@ -25,7 +25,7 @@ def check_columns(
     """
     always = ALWAYS + OF_ENVIRONMENTS * has_environment
     for function in functions:
-        if function.path == BUILTIN["judge"]:
+        if function.path in (BUILTIN["judge"], BUILTIN["environment"]):
             continue
         for name, parameter in _parameters(function):
             if parameter.kind is parameter.POSITIONAL_ONLY:

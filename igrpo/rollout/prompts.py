@@ -149,7 +149,7 @@ class PromptBuilder:
             kept = draft
             if room is not None and len(draft) > room:
                 starts = self._turns_of(draft_ids, spans[number] if spans else ())
-                kept = draft[next((start for start in starts if len(draft) - start <= room), len(draft) - room) :]
+                kept = draft[next((start for start in starts if 0 < len(draft) - start <= room), len(draft) - room) :]
             inside += (parts.between_drafts if number else ()) + kept
             trimmed |= len(kept) < len(draft)
         return parts.before_draft + inside + parts.after_draft, trimmed

@@ -29,6 +29,8 @@ from igrpo.terminal import printable
 Call = Any
 """``pump.Call``, of which only the problem is read."""
 MAX_LOGGED = 20
+MOST_SESSIONS = 256
+"""Environments at once: each is a process, and one of the 1024 files that a program may commonly open."""
 logger = logging.getLogger(__name__)
 
 
@@ -89,6 +91,8 @@ class Turns:
         self.wants_state = any(map(_sees_environments, functions))
         self._paths: dict[Call, list[_Path]] = {}
         self._waiting: dict[_Path, None] = {}
+        self._open: set[_Path] = set()
+        self._queue: dict[_Path, None] = {}  # for one of MOST_SESSIONS; those that have one need nothing from these
         self._going_on: dict[str, _Path] = {}
         self._requests: list[tuple[_Path, Request]] = []
         self._count = 0
@@ -137,6 +141,7 @@ class Turns:
         return [(call, [self._completion(path) for path in self._paths.pop(call)]) for call in whole]
 
     def abort(self, calls: Collection[Call]) -> None:
+        self._queue = {path: None for path in self._queue if path.call not in calls}
         for call in calls:
             for path in self._paths.pop(call, ()):
                 self._waiting.pop(path, None)
@@ -177,6 +182,10 @@ class Turns:
             if path.asked and all(call.wrong for call in path.asked):
                 self._said(path, [])  # nobody has to be asked
                 return
+            if len(self._open) >= MOST_SESSIONS:
+                self._queue[path] = None
+                return
+            self._open.add(path)
             path.session = self.environments.open()
             row, seed = row_of(path.call.problem), reset_seed(path.call.problem, self.seed)
             self.environments.ask(path.session, "reset", row, seed, f"{self.seed}/{path.name}")
@@ -194,9 +203,9 @@ class Turns:
         try:
             answer = path.session.take()  # type: ignore[union-attr]
             if not path.ready:
-                path.ready = True
                 if (answer or "") != path.call.problem.observation:
                     raise EnvironmentFailed("reset: it said something else of this row when the run began")
+                path.ready = True
                 self._ask(path)
             elif path.asked:
                 self._said(path, answer)
@@ -209,7 +218,6 @@ class Turns:
         """Tools have answered: the policy goes on, where there is room."""
         calls, answers = path.asked, list(answers)
         said = [(f"Error: {call.wrong}", True) if call.wrong else answers.pop(0) for call in calls]
-        path.failures += sum(failed for _, failed in said)
         texts = [text for text, _ in said]
         try:
             between = self.template.between(calls, texts, path.ids[-1])  # type: ignore[union-attr]
@@ -218,6 +226,7 @@ class Turns:
         except (ConfigError, ValueError) as error:
             self._failed(path, f"call: {error}")
             return
+        path.failures += sum(failed for _, failed in said)
         left = path.request.sampling.max_tokens - len(path.ids) - len(between)
         if left <= 0:
             self._cut(path, "tokens")
@@ -277,6 +286,11 @@ class Turns:
     def _end_session(self, path: _Path) -> None:
         if path.session is not None:
             self.environments.end(path.session)
+            self._open.discard(path)
+        while self._queue and len(self._open) < MOST_SESSIONS:
+            following = next(iter(self._queue))
+            del self._queue[following]
+            self._ask(following)
 
     def _completion(self, path: _Path) -> Completion:
         if path.session is None and len(path.spans) == 1 and not path.calls and not path.ended:

@@ -52,27 +52,27 @@ ONE = there.call("add", '{"n": 1}')
 DEEP = there.call("add", '{"n": ' + "[" * 10**5 + "]" * 10**5 + "}")
 
 
-@pytest.mark.parametrize(
-    "text, names, wrong",
-    [
-        ("no call", [], ""),
-        (f"<think>{ONE}</think>7", [], ""),  # what it only thought of
-        (f"{ONE} and {ONE}", ["add", "add"], ""),
-        (there.call("add", '"{\\"n\\": 1}"'), ["add"], ""),  # arguments as text
-        ('<tool_call>{"name": "add"}</tool_call>', ["add"], ""),
-        ("<tool_call>", ["unknown"], "no </tool_call>"),
-        ("<tool_call>{}</tool_call>", ["unknown"], "a call is"),
-        ("<tool_call>[1]</tool_call>", ["unknown"], "a call is"),
-        ("<tool_call>{,}</tool_call>", ["unknown"], "no JSON"),
-        (there.call("add", "[]"), ["add"], "must be an object"),
-        (there.call("add", '"x"'), ["unknown"], "no JSON"),
-        (there.call("add", '{"n": ' + "9" * 5000 + "}"), ["unknown"], "no JSON"),
-        (there.call("add", '{"n": ' + "[" * 50 + "]" * 50 + "}"), ["add"], "nested"),
-        (DEEP, None, "nested"),
-        ("<tool_call>" * 10**5, ["unknown"], "no </tool_call>"),
-        (ONE * 10**4, ["add"] * (MOST_CALLS + 1), ""),
-    ],
-)
+CASES = [
+    ("no call", [], ""),
+    (f"<think>{ONE}</think>7", [], ""),  # what it only thought of
+    (f"{ONE} and {ONE}", ["add", "add"], ""),
+    (there.call("add", '"{\\"n\\": 1}"'), ["add"], ""),  # arguments as text
+    ('<tool_call>{"name": "add"}</tool_call>', ["add"], ""),
+    ("<tool_call>", ["unknown"], "no </tool_call>"),
+    ("<tool_call>{}</tool_call>", ["unknown"], "a call is"),
+    ("<tool_call>[1]</tool_call>", ["unknown"], "a call is"),
+    ("<tool_call>{,}</tool_call>", ["unknown"], "no JSON"),
+    (there.call("add", "[]"), ["add"], "must be an object"),
+    (there.call("add", '"x"'), ["unknown"], "no JSON"),
+    (there.call("add", '{"n": ' + "9" * 5000 + "}"), ["unknown"], "no JSON"),
+    (there.call("add", '{"n": ' + "[" * 50 + "]" * 50 + "}"), ["add"], "nested"),
+    (DEEP, None, "nested"),
+    ("<tool_call>" * 10**5, ["unknown"], "no </tool_call>"),
+    (ONE * 10**4, ["add"] * (MOST_CALLS + 1), ""),
+]
+
+
+@pytest.mark.parametrize("text, names, wrong", CASES)
 def test_calls_are_read_in_linear_time_whatever_stands_there(text, names, wrong):
     start = time.perf_counter()
     found = calls_in(text)
@@ -284,6 +284,7 @@ def test_a_draft_of_several_turns_loses_whole_turns():
     assert shown(ids, (1, 2, 9)) == (ids[5:], True)  # not even that: its end
     assert shown(ids[:7], (3, 3, 1)) == (ids[:7], False)
     assert shown((1, *ids[:6], 1), (2, 3, 3)) == (ids[:6], False)  # special tokens take no room
+    assert shown((*ids, 1), (3, 9, 1)) == (ids[5:], True)  # nor are they a turn to show
 
 
 # --- the whole, with real vLLM

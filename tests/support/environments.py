@@ -94,6 +94,17 @@ def totals(completions, environments, **_):
     return [0.0 if one is None else one.total / 10 for one in environments]
 
 
+def paid(environment_rewards): ...
+
+
+def add(n: int) -> None:
+    """Adds.
+
+    Args:
+        n: what
+    """
+
+
 async def double(n: int) -> int:
     """Doubles.
 
@@ -124,6 +135,11 @@ class Undescribed:
     def reset(self): ...
 
     def undescribed(self, n): ...
+
+
+class SilentlyBroken:
+    def reset(self) -> None:
+        raise LookupError("no such level")
 
 
 class Broken:

@@ -349,19 +349,12 @@ class RewardProcess:
             keeper.wait()  # type: ignore[union-attr]
             in_order = False
         if not in_order:
-            self._kill_marked()
+            kill_marked(self._mark)
         self._drain()
         if self._output >= 0:
             self._poll.unregister(self._output)
             os.close(self._output)
             self._output = -1
-
-    def _kill_marked(self) -> None:
-        """What the keeper has not seen to the end, as far as it kept its environment."""
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark:
-                    process.kill()
 
     def _drain(self) -> None:
         """Reads what the worker has printed; keeps its beginning."""
@@ -385,6 +378,14 @@ class RewardProcess:
             text += f"\n… and {self._unread} bytes more"
         self._printed, self._unread = bytearray(), 0
         self.tell(name, text)
+
+
+def kill_marked(mark: str) -> None:
+    """What a keeper has not seen to the end, as far as it kept its environment."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                process.kill()
 
 
 class _TooMuch(Exception):

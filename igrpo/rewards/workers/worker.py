@@ -69,11 +69,13 @@ def end_descendants(keep: Sequence[int] = ()) -> bool:
     """
     found_any = False
     while has_children():
-        kept = set(keep)
-        for pid in keep:
+        kept, found = set(keep), []
+        for child in psutil.Process().children(recursive=True):  # one look, which lists parents first
             with contextlib.suppress(psutil.Error):
-                kept |= {child.pid for child in psutil.Process(pid).children(recursive=True)}
-        found = [child for child in psutil.Process().children(recursive=True) if child.pid not in kept]
+                if child.pid in kept or child.ppid() in kept:
+                    kept.add(child.pid)
+                else:
+                    found.append(child)
         if not found:
             break
         found_any = True
