@@ -2,7 +2,8 @@
 
 The interval of a mean over seeds is Student's t at 95 % (few seeds: wide, and honest about it). Three seeds can agree
 by luck, so the interval of a share p of n answers is never narrower than the sampling error of the answers alone:
-1.96 · sqrt(sum over seeds of p (1 - p) / n) / seeds, for a difference with the terms of both arms. For the reward, the
+1.96 · sqrt(sum over seeds of p (1 - p) / n) / seeds, for a difference with the terms of both arms. A p of 0 or 1 counts
+as one of half an answer, since none right of a few hundred does not mean never. For the reward, the
 sum of two such shares, the deviations are added before they are squared: the widest, whatever their correlation. A
 difference from the baseline arm is paired by seed: both arms saw the same problems in the same order and are judged on
 the same held-out ones.
@@ -77,6 +78,8 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
             [at_equal_tokens(r, base[r["seed"]]) for r in shared], gap_noise("accuracy")
         ),
         "zero_variance_groups": interval([mean_of(r, "frac_reward_zero_std") for r in records]),
+        "refinement_accuracy_last": interval([lately(r, "refinement/accuracy") for r in records]),
+        "chosen_accuracy_last": interval([lately(r, "draft/chosen_accuracy") for r in records]),
         "copy_rate": interval([mean_of(r, "refinement/copy_rate") for r in records]),
         "copy_rate_first": interval([at_end(r, "refinement/copy_rate", 0) for r in records]),
         "copy_rate_last": interval([at_end(r, "refinement/copy_rate", -1) for r in records]),
@@ -97,6 +100,12 @@ def known(record: dict, name: str) -> list[float]:
 
 def mean_of(record: dict, name: str) -> float | None:
     values = known(record, name)
+    return fmean(values) if values else None
+
+
+def lately(record: dict, name: str) -> float | None:
+    """Mean of the last three steps that have the figure."""
+    values = known(record, name)[-3:]
     return fmean(values) if values else None
 
 
@@ -129,8 +138,16 @@ def accuracy_at(record: dict, tokens: float) -> float:
 def answer_variance(record: dict, key: str, end: int = -1) -> float:
     """Variance that a figure of the first (0) or last (-1) evaluation has from the choice of its answers alone."""
     evaluation = record["evaluations"][end]
+    samples = evaluation["samples"]
     shares = [p for name in SHARES[key] if (p := evaluation[name]) is not None]
-    return sum(math.sqrt(p * (1 - p)) for p in shares) ** 2 / evaluation["samples"]
+    return sum(math.sqrt(share_variance(p, samples)) for p in shares) ** 2
+
+
+def share_variance(p: float, answers: int) -> float:
+    """Variance of a share of so many answers; of none or all of them, as if half an answer more were the other way."""
+    least = 0.5 / (answers + 1)
+    p = min(max(p, least), 1 - least)
+    return p * (1 - p) / answers
 
 
 def sampling_error(*arms: Sequence[float]) -> float:

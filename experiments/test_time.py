@@ -18,7 +18,7 @@ from typing import Any
 
 from experiments.plan import RESULTS, Plan, fingerprint, load_base, load_plan
 from experiments.record import provenance, read_json, write_json
-from experiments.summary import interval, sampling_error, show
+from experiments.summary import interval, sampling_error, share_variance, show
 from igrpo.settings import ConfigError
 
 SHOWN_K, PASS_AT_K = (1, 4, 16), "pass-at-k"
@@ -36,11 +36,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             for arm in args.arms or plan.arms:
                 settings = plan.settings(arm, base) | {"seed": seed}
                 run = args.runs / fingerprint(settings)
-                if not (run / "done").is_file():
-                    raise ConfigError(f"no finished run of {arm}, seed {seed}: python -m experiments {plan.name} first")
                 kind = PASS_AT_K if args.single_shot else "test-time"
                 target = args.results / plan.name / kind / f"{arm}-seed{seed}.json"
-                if not target.is_file() and (code := evaluate(run, target, plan.name, arm, seed, base, args)):
+                if target.is_file():
+                    continue
+                if not (run / "done").is_file():
+                    raise ConfigError(
+                        f"no finished run of {arm}, seed {seed}: python -m experiments {plan.name} first (another "
+                        "--results for both commands where its record is there and its run is not)"
+                    )
+                if code := evaluate(run, target, plan.name, arm, settings, args):
                     return code
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,20 +67,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def evaluate(
-    run: Path, target: Path, plan: str, arm: str, seed: int, base: dict[str, Any], args: argparse.Namespace
-) -> int:
-    """`igrpo eval` of one run on its held-out problems; returns its exit code."""
-    output = run.with_name(f"{run.name}-test-time")
+def evaluation(run: Path, output: Path, settings: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """Arguments of `igrpo eval` for a run that was trained with ``settings``, its arm's."""
     command = [
         "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(args.samples), "--output_dir", str(output),
     ]  # fmt: skip
     if args.single_shot:
-        command += ["--temperature", str(base["eval_temperature"]), "--top_p", "1.0"]
+        command += ["--temperature", str(settings["eval_temperature"]), "--top_p", "1.0"]
     else:
         command += ["--two_stage", "first,majority,oracle"]
-    problems = args.problems
-    command += [] if problems is None else ["--max_samples", str(problems)]
+    return command if args.problems is None else [*command, "--max_samples", str(args.problems)]
+
+
+def evaluate(run: Path, target: Path, plan: str, arm: str, settings: dict[str, Any], args: argparse.Namespace) -> int:
+    """`igrpo eval` of one run on its held-out problems; returns its exit code."""
+    output, seed, problems = run.with_name(f"{run.name}-{target.parent.name}"), settings["seed"], args.problems
+    command = evaluation(run, output, settings, args)
     code = subprocess.run([sys.executable, "-m", "igrpo", *command]).returncode
     if code:
         return code
@@ -115,7 +122,7 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
         own = [r for r in records if r["arm"] == arm]
         if own:
             found = [[(r["modes"][mode]["accuracy"], r["modes"][mode]["problems"]) for r in own] for mode in modes]
-            noise = [sampling_error([p * (1 - p) / n for p, n in seeds]) for seeds in found]
+            noise = [sampling_error([share_variance(p, n) for p, n in seeds]) for seeds in found]
             cells = [show(interval([p for p, _ in s], error), 100) for s, error in zip(found, noise, strict=True)]
             problems = own[0]["modes"][modes[0]]["problems"]
             lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join(cells)} |")
@@ -123,7 +130,14 @@ def table(folder: Path, arms: Sequence[str]) -> list[str]:
 
 
 def pass_table(folder: Path, plan: Plan) -> list[str]:
-    """The same for pass@k, with the largest k's difference from the baseline, paired by seed."""
+    """The same for pass@k, with the largest k's difference from the baseline, paired by seed.
+
+    A problem counts once, however often it was sampled: the least that the interval allows for errs on the wide side.
+    """
+
+    def noise(k: str, *arms: Sequence[dict[str, Any]]) -> float:
+        return sampling_error(*([share_variance(s["pass_at_k"][k], s["problems"]) for s in arm] for arm in arms))
+
     records = [read_json(p) for p in sorted(folder.glob("*-seed*.json"))]
     if not records:
         return []
@@ -135,10 +149,13 @@ def pass_table(folder: Path, plan: Plan) -> list[str]:
     for arm, own in by_arm.items():
         if own:
             base = by_arm[plan.baseline_of(arm)]
-            gaps = [own[s]["pass_at_k"][ks[-1]] - base[s]["pass_at_k"][ks[-1]] for s in own if s in base]
-            cells = [show(interval([seed["pass_at_k"][k] for seed in own.values()]), 100) for k in ks]
-            problems = next(iter(own.values()))["problems"]
-            lines.append(f"| {arm} | {len(own)} | {problems} | {' | '.join([*cells, show(interval(gaps), 100)])} |")
+            found = list(own.values())
+            cells = [show(interval([seed["pass_at_k"][k] for seed in found], noise(k, found)), 100) for k in ks]
+            pairs = [(own[s], base[s]) for s in own if s in base]
+            gaps = [a["pass_at_k"][ks[-1]] - b["pass_at_k"][ks[-1]] for a, b in pairs]
+            least = noise(ks[-1], *zip(*pairs, strict=True)) if pairs and own is not base else 0.0
+            cells.append(show(interval(gaps, least), 100))
+            lines.append(f"| {arm} | {len(own)} | {found[0]['problems']} | {' | '.join(cells)} |")
     return lines
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 import yaml
 from transformers import AutoTokenizer
 
 from experiments.lab import DIGITS, Recipe, ask, attempt, document, learnt, make_tokenizer, solution, train
+from experiments.lab import main as lab_main
 from experiments.plan import FOLDER
 from igrpo.data.sources import load_problems
 from igrpo.rollout.config import PromptsConfig
@@ -46,6 +48,8 @@ def test_documents_are_learnt_behind_their_prompt():
 def test_the_recipe_writes_a_folder_that_trains(tmp_path):
     folder = tmp_path / "lab"
     train(Recipe(steps=2, batch=4, hidden=32, problems=20, held_out=4), folder)
+    with pytest.raises(SystemExit, match="2"):
+        lab_main(["--output", str(folder)])  # runs may stand on what is there
     (problem, *_) = load_problems(str(folder), dataset_split="test")
     assert problem.solution == solution(problem.prompt) and len(problem.prompt) == DIGITS
     base = yaml.safe_load((FOLDER / "base-lab.yaml").read_text())

@@ -1,0 +1,87 @@
+"""The page of results says what the summaries say: its advice, its verdicts, its intervals."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from experiments.page import PAGE, READING, page, reading, verdict
+from experiments.plan import RESULTS
+from experiments.record import read_json, write_json
+from experiments.summary import holm, p_value, show, student_t95
+
+
+def test_the_page_of_results_is_what_the_records_say():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m experiments.page"
+
+
+def test_a_paragraph_of_the_reading_stands_on_figures_or_is_left_out(tmp_path):
+    """Its figures and verdicts are the summaries', so that no number on the page is typed by hand."""
+    figures = {"accuracy": {"mean": 0.5, "half_width": None, "n": 1}, **gap(-0.123, 0.04)}
+    (tmp_path / "matched-budget").mkdir()
+    summary = {"baseline": "grpo", "arms": {"grpo": figures, "igrpo": figures}, "missing_arms": []}
+    (text,) = reading(tmp_path)
+    assert "## What it comes to" in text and "points" not in text
+    (tmp_path / "matched-budget" / "summary.json").write_text(json.dumps(summary))
+    source = tmp_path / "reading.md"
+    source.write_text("A.\n\n{matched-budget/igrpo/minus_baseline} {matched-budget/igrpo/minus_baseline?}.\n\n"
+                      "{matched-budget/other/accuracy}\n\nB, {controls/best/accuracy}.")  # fmt: skip
+    assert reading(tmp_path, source) == ["A.\n\n-12.3 ± 4.0 worse.\n"]
+    of_two = {"grpo": figures, "igrpo": {**figures, **gap(-0.1, 0.099)}, "other": {**figures, **gap(0.0, 0.4)}}
+    (tmp_path / "matched-budget" / "summary.json").write_text(json.dumps({**summary, "arms": of_two}))
+    assert "worse alone, not after Holm's correction." in reading(tmp_path, source)[0]
+    written = re.findall(r"\d+\.\d", READING.read_text(encoding="utf-8"))
+    assert not written, f"figures typed by hand: {written}"
+
+
+def test_the_advice_follows_the_sign_of_its_figure(tmp_path):
+    """The first table once advised iGRPO whatever its figure said."""
+    (tmp_path / "lab-control").mkdir()
+    summary = read_json(RESULTS / "lab-control" / "summary.json")
+    for mean, half_width, said in (
+        (0.064, 0.009, "iGRPO as published, not GRPO"),
+        (-0.064, 0.009, "GRPO, not iGRPO as published"),
+        (-0.064, 0.1, "iGRPO as published or GRPO: no difference shown"),
+    ):
+        summary["arms"]["igrpo"]["minus_baseline"] = {"mean": mean, "half_width": half_width, "n": 6}
+        write_json(tmp_path / "lab-control" / "summary.json", summary)
+        assert f"far likelier | {said} |" in page(tmp_path)
+
+
+def gap(mean: float, half_width: float | None) -> dict:
+    figure = {"mean": mean, "half_width": half_width, "n": 3}
+    return {"against": "base", "minus_baseline": figure, "reward_minus_baseline": {**figure, "mean": -mean}}
+
+
+def test_only_an_interval_without_zero_is_called_a_difference():
+    arms = {
+        "base": gap(0.0, 0.0),
+        "up": gap(0.1, 0.05),
+        "down": gap(-0.1, 0.05),
+        "even": gap(0.1, 0.2),
+        "one": gap(0.5, None),
+        "paired": gap(0.1, 0.05) | {"against": "up"},
+    }
+    said = verdict({"baseline": "base", "arms": arms})
+    assert "against `base`" in said and "`up`, accuracy: better" in said and "`up`, reward: worse" in said
+    assert "`down`, accuracy: worse" in said and "`base`," not in said
+    assert "`even`, accuracy: no difference" in said and "`one`, accuracy: one seed, no claim" in said
+    assert "`paired` against `up`, accuracy: better" in said
+
+
+def test_p_values_belong_to_the_intervals_and_are_corrected_together():
+    for n, at_1_percent in ((2, 63.657), (3, 9.925), (6, 4.032), (7, 3.707), (11, 3.169)):
+        half_width = student_t95(n - 1) / at_1_percent
+        assert p_value({"mean": 1.0, "half_width": half_width, "n": n}) == pytest.approx(0.01, rel=2e-3)
+        assert p_value({"mean": -1.0, "half_width": 1.0, "n": n}) == pytest.approx(0.05, rel=2e-3)
+    assert (
+        p_value({"mean": 1.0, "half_width": None, "n": 1}) == p_value({"mean": 0.0, "half_width": 0.0, "n": 3}) == 1.0
+    )
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06]) and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_figures_are_shown_with_their_interval():
+    assert show({"mean": 0.7341, "half_width": 0.0212, "n": 3}, 100) == "73.4 ± 2.1"
+    assert show({"mean": 2.5, "half_width": None, "n": 1}, 1) == "2.50" and show(None, 1) == "–"
