@@ -84,7 +84,8 @@ def grpo_loss(
             everything else is the same on every rank, ids included, which stay global. Every rank gets the loss,
             metrics, log-probs and entropies of the whole rows, to the last bit the same, and its own columns'
             gradient. Cut padding columns off with a view. None = nothing is communicated; otherwise two gathers:
-            the shards' sizes (a host sync), and four numbers per row. The torch implementation gathers the logits.
+            the shards' sizes (a host sync), and four numbers per row; with a teacher two sums more, of about k numbers
+            per row. The torch implementation gathers the logits.
         config: the loss; none of its values triggers a recompilation.
         impl: "auto" or a name from `available_impls()`; the environment variable IGRPO_KERNELS_IMPL replaces "auto".
         inplace: allow the gradient to overwrite the storage of `logits`. The torch implementation ignores it.

@@ -63,11 +63,12 @@ _SETTINGS = {  # every value of which the kernels know; any other key keeps its 
     "logit_scale", "final_logit_softcapping", "off_policy_mask_threshold", "vespo_k_pos", "vespo_k_neg",
     "vespo_lambda_pos", "vespo_lambda_neg", "kl_tau", "dro_beta", "rollout_rs", "rollout_rs_threshold",
     "top_entropy_quantile", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef",
+    "distillation_weight", "distillation_alpha",  # distilled_rows.py adds it
 }  # fmt: skip
 _TENSORS = {
     "index", "mask", "seq_id", "num_sequences", "advantages", "sequence_advantages", "lengths", "cu_seqlens", "shape",
     "lengths_on_host", "whole", "old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps",
-    "loss_weights", "nll_weights", "prompt_lengths",
+    "loss_weights", "nll_weights", "prompt_lengths", "temperatures",  # the logits' kernels have divided by them
 }  # fmt: skip
 
 RESULTS = (

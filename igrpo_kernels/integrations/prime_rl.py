@@ -5,7 +5,12 @@ type = "custom"
 import_path = "igrpo_kernels.integrations.prime_rl.policy_loss"
 kwargs = { loss_type = "dppo_tv", epsilon = 0.2, kl_tau = 1e-3 }
 
-and `FusedOutputLinear` takes the place of the lm_head of that name.
+and `FusedOutputLinear` takes the place of the lm_head of that name, before the model is made:
+
+import prime_rl.trainer.models.layers.lm_head as lm_head
+lm_head.FusedOutputLinear = FusedOutputLinear
+
+prime-rl looks the name up where it puts in its lm_head: only if its chunk size is a number, not for a soft-capped head.
 """
 
 from typing import Any

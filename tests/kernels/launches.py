@@ -7,6 +7,7 @@ Views and uninitialised memory launch nothing. Copies to the host, which would w
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import triton
@@ -14,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.sass_kernels import CompileOnlyDriver
-from igrpo_kernels import GRPOLossConfig, batch, fused_loss
+from igrpo_kernels import GRPOLossConfig, batch, distillation, fused_loss, temperatures
+from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.triton_rows import TRITON
 from igrpo_kernels.types import LogitTransform
 
@@ -51,6 +53,8 @@ CASES = {
         "rollout_rs": "seq_max_k3", "rollout_rs_threshold": 2.0, "importance_sampling_level": "sequence",
         "importance_sampling_mode": "token_mask",
     },
+    "temperatures": {"temperatures": True},
+    "teacher and temperatures": {"distillation_weight": 0.5, "temperatures": True},
     "top-entropy quantile": {"top_entropy_quantile": 0.2},
     "top-entropy quantile with all of it": {
         "loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.1, "importance_sampling_mode": "token_mask",
@@ -83,7 +87,8 @@ class Launches(TorchDispatchMode):
 
 def loss_call(options: dict, packed: bool) -> Callable[[], None]:
     """A loss and its backward, whose inputs exist."""
-    config = GRPOLossConfig(**{name: value for name, value in options.items() if name != "weighted"})
+    given = ("weighted", "temperatures")
+    config = GRPOLossConfig(**{name: value for name, value in options.items() if name not in given})
     logits = torch.zeros(B, T, V, dtype=torch.bfloat16, requires_grad=True)
     rows = torch.zeros(B, T)
     ids, mask, advantages = torch.zeros(B, T, dtype=torch.int64), torch.ones(B, T, dtype=torch.int64), torch.ones(B)
@@ -98,13 +103,21 @@ def loss_call(options: dict, packed: bool) -> Callable[[], None]:
     if packed:
         given = {name: None if x is None else x.view(-1) for name, x in given.items()} | {"cu_seqlens": offsets}
 
+    completion_ids = ids.view(-1) if packed else ids
+    own = torch.ones(completion_ids.shape) if "temperatures" in options else None
+    best = torch.zeros(*completion_ids.shape, 1, dtype=torch.int64), torch.zeros(*completion_ids.shape, 1)
+
     def call() -> None:
         made = batch.TokenBatch.build(
-            ids.view(-1) if packed else ids, advantages, dtype=torch.float32, tables=TRITON.tables(logits.device),
+            completion_ids, advantages, dtype=torch.float32, tables=TRITON.tables(logits.device),
             **given, prompt_lengths=advantages if config.loss_type == "prompt_mean" else None,
         )  # fmt: skip
+        made = temperatures.with_temperatures(made, own, config, completion_ids)
+        taught = distillation.Teacher.of(*best, made, config, V)
+        kernels, index = kernels_for(TRITON, made.index, None, None, taught)
         x = logits.view(-1, V) if packed else logits
-        fused_loss.grpo_loss(TRITON, x, made, config, None, inplace=False)[0].backward()
+        made = replace(made, index=index, seq_id=ids.view(-1))  # the launch that writes seq_id was dropped
+        fused_loss.grpo_loss(kernels, x, made, config, None, inplace=False)[0].backward()
 
     return call
 
@@ -119,7 +132,8 @@ def log_probs_call() -> None:
 def main() -> None:
     driver = CompileOnlyDriver(90)
     triton.runtime.driver.set_active(driver)
-    batch.values_may_be_read = lambda x: False  # as on a GPU
+    for module in (batch, distillation, temperatures):
+        module.values_may_be_read = lambda x: False  # as on a GPU
     found = {}
     calls = {name: loss_call(options, False) for name, options in CASES.items()}
     calls |= {f"{name}, packed": loss_call(options, True) for name, options in CASES.items()}

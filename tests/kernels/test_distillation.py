@@ -1,5 +1,6 @@
 """`distillation_weight`: the divergence to a teacher's top k, against TRL's own functions on whole fp64 log-probs."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -136,16 +137,13 @@ def test_the_linear_loss_is_that_of_its_logits(config, impl, monkeypatch):
     for chunk in (None, 4096):
         if chunk is not None:
             monkeypatch.setitem(lm_head.CHUNK_BYTES, "cpu", chunk)
-        for (some, its), back in (((inputs, teacher), lambda x: x), (as_packed(inputs, teacher), "rows")):
-            hidden = head[0] if back != "rows" else head[0][inputs.completion_mask]
-            leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, *head[1:])]
+        for (some, its), rows in (((inputs, teacher), ...), (as_packed(inputs, teacher), inputs.completion_mask)):
+            leaves = [x.detach().to(dtype).requires_grad_() for x in (head[0][rows], *head[1:])]
             for metrics in (True, False):
-                out, grads = linear_loss_and_grads(
-                    *leaves, some, config, impl=impl, **its, compute_metrics=metrics
-                )  # fmt: skip
+                keywords = {**its, "impl": impl, "compute_metrics": metrics}
+                out, grads = linear_loss_and_grads(*leaves, some, config, **keywords)
                 assert_close_to_truth("loss", out.loss, loss, **close)
-                expected = head[0].grad if back != "rows" else head[0].grad[inputs.completion_mask]
-                for x, y in zip(grads, (expected, head[1].grad, head[2].grad), strict=True):
+                for x, y in zip(grads, (head[0].grad[rows], head[1].grad, head[2].grad), strict=True):
                     assert_close_to_truth("gradient", x, y, **close)
 
 
@@ -190,6 +188,27 @@ def test_edges(alpha, impl):
     assert got.loss.isinf() if alpha == 0.0 else got.loss.isfinite()
     assert alpha == 0.0 or grad.isfinite().all()
 
+    padded = typed(inputs, dtype)  # columns without mass on either side, with finite logits, among the entries
+    padded.logits[..., 5:] = -1e4
+    padded.completion_ids.clamp_(max=4)
+    got, grad = loss_and_grad(padded, config, impl=impl, **teacher_of(padded, k=7))
+    assert got.loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_teacher_in_sixteen_bits_is_one(impl):
+    """Its sum is off by more than its numbers are."""
+    inputs, config = boundary_inputs(), GRPOLossConfig("dapo", distillation_weight=1.0)
+    ids = torch.arange(37).expand(inputs.logits.shape)
+    even = torch.full(ids.shape, -math.log(37))
+    assert even.bfloat16().double().exp().sum(-1).min() > 1.001
+    losses = [
+        loss_and_grad(typed(inputs, torch.float32), config, impl=impl, teacher_topk_ids=ids, teacher_topk_logps=logps)
+        for logps in (even, even.bfloat16())
+    ]
+    (wanted, _), (found, _) = losses
+    assert_close_to_truth("loss", found.loss, wanted.loss, rtol=5e-3)
+
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
 @pytest.mark.slow
@@ -206,9 +225,9 @@ def test_finite_differences(alpha):
 
 
 def test_a_divergence_is_none_where_both_are_equal_and_never_below_zero():
-    z = torch.randn(64, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    z, noise = torch.randn(2, 64, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     logps, ids = z.log_softmax(-1).topk(4)
-    other = (z + torch.randn(z.shape, dtype=torch.float64)).log_softmax(-1).gather(-1, ids)
+    other = (z + noise).log_softmax(-1).gather(-1, ids)
     for alpha in (0.0, 0.2, 1.0):
         teacher = distillation.Teacher(ids, logps, alpha)
         assert teacher.divergence(logps).abs().max() < 1e-14

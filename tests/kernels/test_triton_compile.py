@@ -85,7 +85,7 @@ def test_rows_are_on_grid_x(reports, capability):
 
 
 def test_launches_of_a_call():
-    """Eight, forward and backward together, metrics included."""
+    """Eight, metrics included; more where PyTorch checks temperatures or reads a teacher."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.kernels.launches"]
     run = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
@@ -93,6 +93,7 @@ def test_launches_of_a_call():
     launches = json.loads(run.stdout)
     record = Path(__file__).parents[2] / "benchmarks" / "launches.json"
     assert launches == json.loads(record.read_text(encoding="utf-8")), "python -m tests.kernels.launches, and keep it"
+    launches = {name: count for name, count in launches.items() if "temperatures" not in name}
     two_ranks = "KL-Cov of the top entropies"  # the one case of nine
     assert {name for name, count in launches.items() if count > 8} == {two_ranks, f"{two_ranks}, packed"}
     assert len(launches) > 30 and max(launches.values()) <= 9 and min(launches.values()) >= 3
