@@ -289,6 +289,7 @@ def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tup
     from igrpo.learner.policy import loss_config
     from igrpo.models.four_bits import check_four_bits
     from igrpo.models.loading import load_tokenizer, model_config, resolve_model, skeleton, stop_token_ids, vocabulary
+    from igrpo.models.routers import Routers
     from igrpo.rollout.prompts import PromptBuilder
 
     loss_config(config)  # refuses impossible combinations
@@ -298,6 +299,8 @@ def _load_prompts(config: TrainConfig, schemas: Sequence[dict[str, Any]]) -> tup
     settings, placement = model_config(path, config), launched(place()[1])
     aux_coefficient(settings, config)
     check_four_bits(settings, config, placement.divides and place()[1] > 1)
+    if config.router_replay:
+        Routers(skeleton(path, config))  # refuses a model without any
     prompts = PromptBuilder(tokenizer, config, vocab_size=vocabulary(path, config), schemas=schemas)
     if config.use_peft:
         adapters = Adapters(skeleton(path, config), config)  # refuses layers before any weight is loaded

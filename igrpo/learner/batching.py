@@ -78,10 +78,12 @@ class MicroBatch:
     """Tokens, for the host, that were sampled behind this prompt."""
     taught: torch.Tensor | None = None
     """(n,) bool: tokens with a teacher; None: none has."""
-    taught_tokens: int = 0
-    """So many, for the host."""
     teacher: MicroBatch | None = None
     """Those tokens behind the teacher's prompt."""
+
+    @property
+    def taught_tokens(self) -> int:
+        return 0 if self.teacher is None else len(self.teacher.completion_ids)
 
     @property
     def num_sequences(self) -> int:
@@ -216,7 +218,7 @@ def behind_teachers(contents: Bin, shared: bool) -> Bin:
     """The samples that have a teacher, behind its prompt, in their order in the micro-batch: so a prompt is shared by
     neighbours alone."""
     taught = [
-        replace(s, prompt_ids=s.teacher_prompt_ids, teacher_prompt_ids=())
+        replace(s, prompt_ids=s.teacher_prompt_ids, teacher_prompt_ids=(), routes=None)  # those of another prompt
         for group in contents
         for s in group.samples
         if s.teacher_prompt_ids
@@ -266,7 +268,6 @@ def micro_batch(
         corrected_tokens=sum(not math.isnan(x) for x in sampled),
         own_tokens=sum(s.trained_tokens for s in samples if s.behaviour_logprobs is None),
         sampling_mask=_sampling_mask(samples),
-        taught_tokens=sum(s.trained_tokens for s in samples if s.teacher_prompt_ids),
         taught=_taught(samples),
         **inputs,
     )

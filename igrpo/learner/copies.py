@@ -13,7 +13,7 @@ ALIGNMENT = 16
 
 def sent(tensors: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The tensors on ``device``; on a GPU they share one storage."""
-    if device.type == "cpu":
+    if device.type == "cpu" or not tensors:
         return dict(tensors)
     return parted(joined(tensors, pinned=device.type == "cuda").to(device, non_blocking=True), tensors)
 

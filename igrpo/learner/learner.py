@@ -21,6 +21,7 @@ from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
+from igrpo.learner.copies import sent
 from igrpo.learner.experts import without_routers
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
 from igrpo.learner.optimizer import build_schedule
@@ -103,6 +104,11 @@ class Learner:
         self.packs, self.pads = form is Form.PACKED, form is not Form.ALONE
         if self.policy.aux_coef and self._expert_load([self._filler()]) is None:  # its config spoke of experts
             self.policy.aux_coef = without_routers(models[0].config, config)
+        if (routers := self.policy.routers) is not None:
+            routers.note()
+            self._log_probs(self._filler())
+            routers.of_rows(1)  # refuses those that cannot be told what to choose
+            routers.noted = None
         self.placement.settle()  # before an engine looks for what is free
 
     def _say(self, line: str) -> None:
@@ -194,7 +200,7 @@ class Learner:
                     ref_per_token_logps=reference[i] if reference is not None else None,
                     num_items_in_batch=getattr(totals, LOSSES[self.config.loss_type].reduction.items),
                     expert_load=load,
-                    **{name: x.to(self.accelerator.device) for name, x in teachers[i].items()},
+                    **sent(teachers[i], self.accelerator.device),
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
@@ -228,7 +234,7 @@ class Learner:
         pad = None if packed else self.pad_token_id
         nll = self.config.positive_example_nll_weight
         made = batching.micro_batch(contents, totals, self.config.loss_type, pad, nll).to(self.accelerator.device)
-        if not made.taught_tokens:
+        if made.taught is None:
             return made
         behind = batching.behind_teachers(contents, packed and self.config.shared_prefix)
         return replace(made, teacher=self._micro_batch(behind, totals, packed))

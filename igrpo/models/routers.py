@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import language_model, text_config
 
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call their number."""
 OWN = -1
 """Instead of an expert: the router chooses itself."""
 
@@ -31,11 +33,17 @@ class Routers:
     def __init__(self, model: Any):
         part = language_model(model)
         kind = getattr((getattr(part, "_can_record_outputs", None) or {}).get("router_logits"), "target_class", None)
-        self.k: int = getattr(text_config(model.config), "num_experts_per_tok", None) or 0
-        found = [(name, m) for name, m in part.named_modules() if kind is not None and isinstance(m, kind)]
+        settings = text_config(model.config)
+        self.k: int = getattr(settings, "num_experts_per_tok", None) or 0
+        self.experts: int = max(getattr(settings, name, None) or 0 for name in EXPERTS)
+        """At least so many stand to choose from: LongCat's routers also have experts that do nothing."""
+        self._unknown = f"router_replay: no router of {type(model).__name__} is known to choose; write false"
+        # Of a plain layer (Jamba's) the choice is made outside.
+        known = kind is not None and kind is not torch.nn.Linear
+        found = [(name, m) for name, m in part.named_modules() if known and isinstance(m, kind)]
         if not found or not self.k:
-            raise ConfigError(f"router_replay: no router of {type(model).__name__} is known to choose; write false")
-        self.layers: int = text_config(model.config).num_hidden_layers
+            raise ConfigError(self._unknown)
+        self.layers: int = settings.num_hidden_layers
         self.given: torch.Tensor | None = None
         """(tokens, layers, k) for the next forward pass, and while it is computed again; ``OWN`` where none is."""
         self.noted: dict[int, list[torch.Tensor]] | None = None
@@ -51,8 +59,14 @@ class Routers:
         self.noted = defaultdict(list)
 
     def of_rows(self, rows: int) -> torch.Tensor:
-        """(rows, tokens, layers, k) int16 on the CPU: what was noted of ``rows`` sequences of one length."""
-        noted = {i: torch.cat([x.view(rows, -1, self.k) for x in some], 1) for i, some in (self.noted or {}).items()}
+        """(rows, tokens, layers, k) int16 on the CPU: what was noted of ``rows`` sequences of one length.
+
+        Raises:
+            ConfigError: nothing was: the routers choose in a way of their own (PhiMoE's).
+        """
+        if not self.noted:
+            raise ConfigError(self._unknown)
+        noted = {i: torch.cat([x.view(rows, -1, self.k) for x in some], 1) for i, some in self.noted.items()}
         experts = torch.full((*next(iter(noted.values())).shape[:2], self.layers, self.k), OWN, dtype=torch.int16)
         for layer, chosen in noted.items():
             experts[:, :, layer] = chosen.to("cpu", torch.int16)
@@ -76,12 +90,11 @@ class _Choice(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # DeepSeek's also ranks groups of experts, in tensors of another form.
-        if (
-            func not in (torch.topk, torch.Tensor.topk)
-            or out.indices.ndim != 2
-            or out.indices.shape[1] != self._routers.k
-        ):
+        if func not in (torch.topk, torch.Tensor.topk):
+            return out
+        # DeepSeek's also ranks groups of experts, and the best of each group.
+        ranked, k = args[0], self._routers.k
+        if ranked.ndim != 2 or ranked.shape[1] < self._routers.experts or out.indices.shape[1] != k:
             return out
         chosen, given = out.indices, self._routers.given
         if given is not None:

@@ -104,13 +104,13 @@ NOISY = {"hrm_text": 2e-3}
 """Sixteen passes through the same layers multiply the rounding."""
 
 
-def tiny(kind: str) -> Any:
+def tiny(kind: str, **others: Any) -> Any:
     config = CONFIG_MAPPING[kind]
     known = set(config.attribute_map)
     for base in config.__mro__:
         known |= set(vars(base).get("__annotations__", {}))
         known |= set(inspect.signature(base.__init__).parameters) if "__init__" in vars(base) else set()
-    own = OWN.get(kind, {})
+    own = OWN.get(kind, {}) | others
     torch.manual_seed(0)
     settings = config(**{key: value for key, value in (SMALL | own).items() if key in known or key in own})
     model = AutoModelForCausalLM.from_config(settings).eval()

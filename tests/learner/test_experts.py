@@ -20,6 +20,7 @@ from igrpo.engines.routes import read_routes, why_not
 from igrpo.learner import batching
 from igrpo.learner.experts import aux_coefficient
 from igrpo.learner.packing import Limits, pack, pad
+from igrpo.models.routers import Routers
 from igrpo.models.saved_format import saved_tensors
 from igrpo.settings import ConfigError
 from igrpo_kernels.model_logits import language_model
@@ -189,11 +190,29 @@ def test_what_was_noted_is_what_the_model_chooses(tmp_path):
         assert (found.sort(-1).values == own.sort(-1).values).float().mean() > 0.95
     with pytest.raises(ConfigError, match=r"router_replay: no router of LlamaForCausalLM.*write false"):
         learner(router_replay=True)
+    for kind in ("jamba", "phimoe"):  # the first chooses outside of its router, the second without topk
+        with pytest.raises(ConfigError, match=r"router_replay: no router of .*write false"):
+            learner(tiny(kind), router_replay=True)
     asked = TrainConfig(model_name_or_path="m", dataset_name="d", router_replay=True)
     with pytest.raises(ConfigError, match=r"router_replay: .*never tried on a CPU.*use_vllm: false"):
         asked.check_replay(why_not(asked, on_cpu=True))
     asked.check_replay(why_not(replace(asked, lora_sync="adapter"), on_cpu=False))  # of no adapter
     assert "lora_sync: adapter" in why_not(replace(asked, lora_sync="adapter", use_peft=True), on_cpu=False)
+
+
+def test_a_ranking_of_groups_is_no_choice_of_experts():
+    """DeepSeek's takes as many of its groups as a token takes experts."""
+    model = tiny(
+        "deepseek_v3", n_group=4, topk_group=2, n_routed_experts=8, num_local_experts=8, first_k_dense_replace=0
+    )
+    routers = Routers(model)
+    routers.note()
+    model(input_ids=torch.tensor([[5, 9, 33]]))
+    assert routers.noted and all(len(chosen) == 1 for chosen in routers.noted.values())
+    routers.given = torch.tensor([6, 7]).expand(3, routers.layers, 2)
+    routers.note()
+    model(input_ids=torch.tensor([[5, 9, 33]]))
+    assert all((torch.cat(chosen) == torch.tensor([6, 7])).all() for chosen in routers.noted.values())
 
 
 def test_vllms_experts_are_read_row_by_row():

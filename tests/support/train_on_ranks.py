@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, untied, checkpointing": {
         "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
     },
-    "sharded, taught": {"fsdp": True, "train_on_drafts": True, "distillation_weight": 0.5, "num_iterations": 2},
+    "sharded, taught": {"fsdp": True, "train_on_drafts": True, "distillation_weight": 1.0, "num_iterations": 2},
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
