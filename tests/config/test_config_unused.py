@@ -58,6 +58,9 @@ CASES = {
     "loss_type is not sapo": ({}, "cpu", {"loss_type": "sapo"}, "cpu"),
     "loss_type is not vespo": ({}, "cpu", {"loss_type": "vespo"}, "cpu"),
     "this loss_type does not clip": ({"loss_type": "sapo"}, "cpu", {}, "cpu"),
+    "distillation_weight is 1: the divergence is the whole loss": (
+        {"distillation_weight": 1.0, "train_on_drafts": True}, "cpu",
+        {"distillation_weight": 0.9, "train_on_drafts": True}, "cpu"),
     "distillation_weight is 0": ({}, "cpu", {"distillation_weight": 0.1, "train_on_drafts": True}, "cpu"),
     "beta is 0": ({}, "cpu", {"beta": 0.1}, "cpu"),
     "vllm_importance_sampling_correction is false": ({"vllm_importance_sampling_correction": False}, "cpu", {}, "cpu"),
@@ -88,6 +91,7 @@ PARTICULAR = {
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5, "rollout_rs": "token_k2",
     "distillation_alpha": 0.0,
+    "top_entropy_quantile": 0.5,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 
