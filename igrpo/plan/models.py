@@ -91,12 +91,13 @@ def _shape(config: dict[str, Any], name: str) -> ModelShape:
 
 
 def counted(config: dict[str, Any]) -> Counted | None:
-    """Of the model that transformers builds from the config; None where it knows no such model."""
+    """Of the model that transformers builds from the config; None where it knows no such causal language model."""
     from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     from igrpo.models.loading import blank, count_parameters
 
-    if config.get("model_type") not in CONFIG_MAPPING:
+    if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     return Counted(*count_parameters(blank(CONFIG_MAPPING[config["model_type"]].from_dict(config))))
 

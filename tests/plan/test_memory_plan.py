@@ -95,6 +95,12 @@ def test_experts_are_counted_once_for_memory_and_by_choice_for_a_token(kind):
     assert memory_plan(shape, config(), A100, context=64).certain > 16 * shape.parameters
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe_text", "mistral4"])
+def test_the_text_half_of_another_model_is_counted_by_its_config_alone(kind):
+    sizes = tiny_config(kind).to_dict()
+    assert counted(sizes) is None and model_shape(sizes).experts == 4
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("sizes", [(128, 256, 4, 2), (192, 640, 6, 2), (128, 384, 4, 4)])
 def test_activations_are_what_autograd_keeps_of_a_layer(sizes, bf16):
