@@ -358,16 +358,13 @@ def _plan_memory(config: TrainConfig, path: str, context: int) -> None:
         ConfigError: it cannot fit.
     """
     from igrpo.learner.placements import launched
-    from igrpo.models.loading import count_parameters, model_config, model_sizes, skeleton
     from igrpo.plan.memory import GIB, memory_plan
-    from igrpo.plan.shapes import Counted, has_experts, model_shape
+    from igrpo.plan.models import loaded_shape
 
     rank, processes = place()
     sharded = launched(processes).divides and processes > 1
     try:
-        sizes = model_sizes(model_config(path, config))
-        counted = Counted(*count_parameters(skeleton(path, config))) if has_experts(sizes) else None
-        shape = model_shape(sizes, counted)
+        shape = loaded_shape(path, config)
     except KeyError as error:
         if rank == 0:
             print(f"no memory plan: the model's config has no {error}", flush=True)

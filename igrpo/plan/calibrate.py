@@ -14,7 +14,7 @@ from igrpo.data_types import Problem
 from igrpo.log_lines import read_records
 from igrpo.plan.generation import Lengths
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
-from igrpo.plan.models import find_shape
+from igrpo.plan.models import run_shape
 from igrpo.plan.workload import StepTime, Workload
 from igrpo.settings import ConfigError
 
@@ -87,7 +87,7 @@ def _lengths(path: Path, config: TrainConfig) -> Lengths:
 def predict(measured: Measured, hardware: Hardware, rates: Rates) -> StepTime:
     """The measured run's own step, as the plan sees it: what the scales are taken from, and what errors are against."""
     config = measured.config
-    shape, _ = find_shape(config.model_name_or_path)
+    shape, _ = run_shape(config)
     work = Workload(shape, config, hardware, measured.lengths, rates, trained_share=measured.trained_share)
     if config.algorithm == "grpo":
         return work.step("GRPO", "barrier", 0, config.num_generations)

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     from igrpo.plan.calibrate import calibrate, predict, read_run
     from igrpo.plan.generation import Lengths
-    from igrpo.plan.models import find_shape, known_rows
+    from igrpo.plan.models import known_rows, run_shape
     from igrpo.plan.workload import Workload
 
     if arguments.rehearse:
@@ -83,7 +83,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
         )
     if config.use_vllm and hardware.device.kind == "cuda" and not hardware.generation:
         config.check_in_process()
-    shape, source = find_shape(config.model_name_or_path)
+    shape, source = run_shape(config)
     mean = arguments.mean_length or min(MEAN_LENGTH, config.max_completion_length / 3)
     lengths = Lengths(arguments.question_tokens or 200, mean, config.max_completion_length)
     rates, share, notes = GUESSED, 1.0, []

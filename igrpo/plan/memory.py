@@ -140,21 +140,18 @@ def largest_context(shape: ModelShape, config: TrainConfig, machine: Machine, *,
 
 
 def trained_parameters(shape: ModelShape, config: TrainConfig) -> int:
-    """All, or with LoRA the two factors of rank r beside every linear layer of the decoder."""
+    """All, or with LoRA the two factors of rank r beside every linear layer of the decoder; of models with experts, of
+    which peft adapts some and leaves others, as they were counted (``models.with_adapters``)."""
     if not config.use_peft:
         return shape.parameters
+    if shape.adapter_parameters is not None:
+        return shape.adapter_parameters
     h, i, q, kv = shape.hidden_size, shape.intermediate_size, shape.attention_size, shape.kv_size
     sides = {
         "q_proj": h + q, "k_proj": h + kv, "v_proj": h + kv, "o_proj": q + h,
         "gate_proj": h + i, "up_proj": h + i, "down_proj": i + h,
     }  # fmt: skip
     named = {name.rpartition(".")[2] for name in config.lora_target_modules or ["all-linear"]}
-    if E := shape.experts:  # gate and up are one tensor of all experts, whatever an entry calls them
-        sides = {name: sides[name] for name in ("q_proj", "k_proj", "v_proj", "o_proj")} | {
-            "gate_up_proj": E * (h + 2 * shape.expert_size), "down_proj": E * (shape.expert_size + h), "gate": h + E,
-        }  # fmt: skip
-        same = dict.fromkeys(("gate_proj", "up_proj", "w1", "w3"), "gate_up_proj") | {"w2": "down_proj"}
-        named = {same.get(name, name) for name in named}
     every = not all(name.replace("_", "").isalnum() for name in named)  # all-linear, or an expression
     decoder = sum(side for name, side in sides.items() if every or name in named)
     outside = len(named & {"lm_head", "embed_tokens"}) * (h + shape.vocab_size)
@@ -168,8 +165,9 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     if config.use_peft:
         kind, bytes_each = ("bf16", 2) if config.bf16 else ("fp32", 4)
         base = bytes_each * shape.parameters
-        if config.load_in_4bit:  # and a scale for each block of 64; embedding and head stay
-            outside = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2)
+        if config.load_in_4bit:  # and a scale for each block of 64; embedding, head and experts stay
+            # Experts in one tensor are no linear layer.
+            outside = shape.vocab_size * shape.hidden_size * (1 if shape.tied else 2) + shape.expert_parameters
             base = bytes_each * outside + round(0.5625 * (shape.parameters - outside))
             kind = "4 bits"
         items = [Item("base weights", base // parts, True, f"{kind}, frozen{split}")]
@@ -250,11 +248,13 @@ def _copies(shape: ModelShape, config: TrainConfig, sharded: bool, in_loss: bool
     layers as they come: one gathered; in the backward pass also the next one, and this one's float32 gradient on its
     way to its shards. Autocast keeps what it has cast to the end of the forward pass."""
     width = _width(config)
+    # peft adds an adapter to all experts of a layer before they are read.
+    sums = width * shape.adapted_experts // (shape.num_layers if config.gradient_checkpointing else 1)
     if sharded:
         layers = 1 if in_loss else 2 if config.use_peft else 4
-        return width * (shape.vocab_size * shape.hidden_size + layers * shape.layer_parameters)
+        return width * (shape.vocab_size * shape.hidden_size + layers * shape.layer_parameters) + sums
     if config.use_peft or not config.bf16:
-        return 0
+        return sums
     return 2 * (shape.decoder_parameters + shape.vocab_size * shape.hidden_size) if in_loss else (
         2 * shape.layer_parameters
     )  # fmt: skip

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import socket
 import urllib.parse
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from igrpo.config.train_config import TrainConfig
 from igrpo.plan.shapes import Counted, ModelShape, has_experts, model_shape
 from igrpo.settings import ConfigError, did_you_mean
 
@@ -92,14 +94,60 @@ def _shape(config: dict[str, Any], name: str) -> ModelShape:
 
 def counted(config: dict[str, Any]) -> Counted | None:
     """Of the model that transformers builds from the config; None where it knows no such causal language model."""
+    from igrpo.models.loading import count_parameters
+
+    model = _built(config)
+    return None if model is None else Counted(*count_parameters(model))
+
+
+def _built(config: dict[str, Any]) -> Any:
     from transformers import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    from igrpo.models.loading import blank, count_parameters
+    from igrpo.models.loading import blank
 
     if config.get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
-    return Counted(*count_parameters(blank(CONFIG_MAPPING[config["model_type"]].from_dict(config))))
+    return blank(CONFIG_MAPPING[config["model_type"]].from_dict(config))
+
+
+def run_shape(config: TrainConfig) -> tuple[ModelShape, str]:
+    """``find_shape`` of a run's model, with its adapters. Raises as it, and for layers that can have none."""
+    shape, source = find_shape(config.model_name_or_path)
+    model = _built(_with_defaults(find_config(config.model_name_or_path)[0])) if shape.experts else None
+    return shape if model is None else with_adapters(shape, model, config), source
+
+
+def loaded_shape(path: str, config: TrainConfig) -> ModelShape:
+    """Of the model that a run is about to load. Raises KeyError for a config that lacks a size."""
+    from igrpo.models.loading import count_parameters, model_config, model_sizes, skeleton
+
+    sizes = model_sizes(model_config(path, config))
+    if not has_experts(sizes):
+        return model_shape(sizes)
+    model = skeleton(path, config)
+    return with_adapters(model_shape(sizes, Counted(*count_parameters(model))), model, config)
+
+
+def with_adapters(shape: ModelShape, model: Any, config: TrainConfig) -> ModelShape:
+    """What peft adapts of experts depends on how a model keeps them, so it is asked.
+
+    Args:
+        model: without its weights; it gets the adapters.
+
+    Raises:
+        ConfigError: a layer that can have none.
+    """
+    if not config.use_peft:
+        return shape
+    from igrpo.learner.adapters import Adapters
+
+    layers = Adapters(model, config).layers.values()
+    return replace(
+        shape,
+        adapter_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        adapted_experts=sum(layer.get_param().numel() for layer in layers if hasattr(layer, "parameter_name")),
+    )
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

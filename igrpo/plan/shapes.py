@@ -31,6 +31,12 @@ class ModelShape:
     experts_per_token: int = 0
     expert_size: int = 0
     """Width of one expert."""
+    expert_parameters: int = 0
+    """Of all experts that a token may be sent to, of all layers."""
+    adapter_parameters: int | None = None
+    """Of the run's adapters, where they were counted."""
+    adapted_experts: int = 0
+    """Parameters of experts that have one, of all layers."""
 
     @property
     def decoder_parameters(self) -> int:
@@ -117,4 +123,5 @@ def model_shape(config: Mapping[str, Any], counted: Counted | None = None) -> Mo
         experts=experts,
         experts_per_token=chosen if experts else 0,
         expert_size=width if experts else 0,
+        expert_parameters=counted.experts if experts else 0,
     )

@@ -28,7 +28,7 @@ from transformers import (
 from igrpo.config.train_config import TrainConfig
 from igrpo.learner.experts import follow_autocast
 from igrpo.machine import Machine, this_machine
-from igrpo.models.loading import model_sizes
+from igrpo.models.loading import blank, model_sizes
 from igrpo.plan.memory import (
     CHUNK_BYTES,
     GIB,
@@ -37,7 +37,7 @@ from igrpo.plan.memory import (
     memory_plan,
     trained_parameters,
 )
-from igrpo.plan.models import counted
+from igrpo.plan.models import counted, with_adapters
 from igrpo.plan.shapes import has_experts, model_shape
 from igrpo_kernels import lm_head
 from tests.support.architectures import tiny_config
@@ -90,8 +90,24 @@ def test_experts_are_counted_once_for_memory_and_by_choice_for_a_token(kind):
     assert (shape.parameters, shape.layer_parameters) == (sum(real.values()), max(layers))
     assert has_experts(sizes) and shape.active_parameters == shape.parameters - routed // 2 and routed
     assert (shape.experts, shape.experts_per_token) == (4, 2)
-    trained = trained_parameters(shape, config(use_peft=True, lora_r=2, lora_target_modules=["gate_up_proj"]))
-    assert trained == 2 * 3 * 4 * (32 + 2 * shape.expert_size)
+    for chosen in (["all-linear"], ["q_a_proj" if kind == "deepseek_v3" else "q_proj"], ["gate_up_proj"]):
+        made_so = config(
+            use_peft=True,
+            lora_r=2,
+            lora_dropout=0.0,
+            lora_target_modules=chosen,
+            bf16=True,
+            gradient_checkpointing=False,
+        )
+        adapted = with_adapters(shape, model, made_so)
+        assert trained_parameters(adapted, made_so) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        copies = [i.bytes for i in memory_plan(adapted, made_so, A100, context=64).learning if i.name == "compute copy"]
+        assert copies == ([2 * adapted.adapted_experts] if adapted.adapted_experts else []) and (
+            (chosen == ["gate_up_proj"]) <= (0 < adapted.adapted_experts < routed)
+        )
+        model = blank(made)
+    rounded = memory_plan(shape, config(use_peft=True, load_in_4bit=True, bf16=True), A100, context=64)
+    assert next(i.bytes for i in rounded.items if i.name == "base weights") > 2 * routed
     assert memory_plan(shape, config(), A100, context=64).certain > 16 * shape.parameters
 
 
