@@ -150,7 +150,8 @@ class Environments:
             if not session.begun:
                 session.begun = session.data.startswith(BEGUN)
                 del session.data[: len(BEGUN)]
-                session.deadline = min(session.deadline, time.monotonic() + self.timeout)
+                if session.asked:
+                    session.deadline = time.monotonic() + self.timeout
             self._read(session)
         now = time.monotonic()
         for session in list(self._channels.values()):

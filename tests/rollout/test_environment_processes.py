@@ -120,6 +120,12 @@ def test_one_trajectory_alone_fails_where_there_is_no_room_for_its_process(monke
         with pytest.raises(EnvironmentFailed, match="Too many open files"):
             session.take()
         assert ask(made, RESET) == [{"ok": None}]
+        session = made.sessions.open()
+        made.sessions.timeout = 500.0
+        made.sessions.ask(session, *RESET)
+        while not session.answered:
+            made.sessions.poll(0.05)
+        assert session.deadline > time.monotonic() + 400  # counted from when its process was there
 
         def full() -> int:
             raise BlockingIOError("no more processes")
@@ -200,6 +206,15 @@ def test_a_reward_function_cannot_demand_what_get_reward_said():
     check_columns(load_reward_functions(["environment"]), PROBLEMS, has_environment=True)
     with pytest.raises(ConfigError, match="paid needs 'environment_rewards'"):  # not there where nobody called
         check_columns(load_reward_functions([HERE + "paid"]), PROBLEMS, has_environment=True)
+
+
+def test_a_draft_without_its_answer_may_end_before_its_last_turn():
+    tokenizer = tiny_tokenizer()
+    prompts = PromptBuilder(tokenizer, config(draft_max_tokens=4, draft_hide_answer=True))
+    parts = prompts.parts(PROBLEMS[0])
+    draft = tokenizer.encode("abcdefgh \\boxed{7} and so on", add_special_tokens=False)
+    made, _ = prompts.with_draft(parts, draft, spans=[(2, 18, len(draft) - 20)])
+    assert tokenizer.decode(made[len(parts.before_draft) : len(made) - len(parts.after_draft)]) == "xed{"
 
 
 def test_a_calculator_takes_nothing_back():
