@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from igrpo.learner.learner import Learner
@@ -186,3 +187,18 @@ def test_a_model_folder_runs_no_code_of_its_own(tmp_path):
     with pytest.raises(ConfigError, match="model_name_or_path: cannot load"):
         load_policy(str(folder), settings)
     assert not mark.exists()
+
+
+def test_adapters_beside_another_base_in_four_bits_or_in_other_places_are_refused(tmp_path):
+    lora = {"use_peft": True, "lora_dropout": 0.0, "load_in_4bit": True, "lora_target_modules": ["q_proj"]}
+    made = build(**lora)
+    made.save(tmp_path, tiny_tokenizer(), EXTRA)
+    assert build(**lora).load(tmp_path) == EXTRA
+    for other, words in {
+        "bnb_4bit_quant_type: fp4": "beside a base in nf4, and this one is in fp4",
+        "use_bnb_nested_quant: true": "this one is in nf4 with nested scales; write the bnb_4bit_quant_type",
+        "lora_target_modules: [q_proj, v_proj]": r"other adapters than this run \(.*v_proj.*; write the lora_target",
+        "lora_target_modules: [v_proj]": r"other adapters than this run \(",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            build(**lora | yaml.safe_load(other)).load(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +16,7 @@ from igrpo.learner.config import LearnerConfig
 from igrpo.learner.optimizer import build_optimizer
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
+from igrpo.settings import ConfigError
 from igrpo_kernels import GRPOLossOutput
 
 WEIGHTS, OPTIMIZER = "model.safetensors", "optimizer.bin"
@@ -28,6 +30,7 @@ class Whole(Placement):
         self._accelerator = accelerator
         self._reread = config.load_in_4bit
         """The base is not saved: it comes from the model's folder, in 4 bits, which never change."""
+        self._base = config.bnb_4bit_quant_type + (" with nested scales" if config.use_bnb_nested_quant else "")
         if trains:
             self.optimizer = build_optimizer(policy, config)
             if accelerator.num_processes > 1:  # gradients as views: no second copy of them
@@ -44,12 +47,27 @@ class Whole(Placement):
     def save(self, state: Path) -> None:
         if self._accelerator.is_main_process:
             if self._reread:
-                trained = {name: p.detach() for name, p in self._policy.named_parameters() if p.requires_grad}
-                save_file(trained, state / WEIGHTS)
+                save_file(self._trained(), state / WEIGHTS, metadata={"base": self._base})
             else:
                 save_model(self._policy, str(state / WEIGHTS))
             torch.save(self.optimizer.state_dict(), state / OPTIMIZER)
 
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach() for name, p in self._policy.named_parameters() if p.requires_grad}
+
     def load(self, state: Path, trust: bool) -> None:
-        load_model(self._policy, str(state / WEIGHTS), strict=not self._reread)
+        missing, unexpected = load_model(self._policy, str(state / WEIGHTS), strict=not self._reread)
+        if self._reread:
+            if wrong := sorted({*unexpected, *self._trained().keys() & missing}):
+                raise ConfigError(
+                    f"resume_from_checkpoint: {state} has other adapters than this run ({wrong[0]}); write the "
+                    "lora_target_modules that it was saved with"
+                )
+            with safe_open(state / WEIGHTS, framework="pt") as file:
+                base = (file.metadata() or {}).get("base", self._base)
+            if base != self._base:
+                raise ConfigError(
+                    f"resume_from_checkpoint: {state} was trained beside a base in {base}, and this one is in "
+                    f"{self._base}; write the bnb_4bit_quant_type and use_bnb_nested_quant that it was saved with"
+                )
         self.optimizer.load_state_dict(learner_state.read(state / OPTIMIZER, trust))
