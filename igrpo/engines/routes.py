@@ -31,7 +31,7 @@ def read_routes(experts: Any) -> Routes:
 
 def second_runner(routes: bool) -> str:
     """What to say where vLLM does not take the model runner that says what it kept, or with ``routes`` its experts."""
-    keys, off = "top_p, top_k, min_p: vLLM says what they keep", "top_p: 1.0, top_k: 0 and min_p: 0"
+    keys, off = "top_p, min_p: vLLM says what they keep", "a top_k, such as 64, beside them"
     if routes:
         keys, off = "router_replay: vLLM says which experts it chose", "router_replay: false"
     return (
