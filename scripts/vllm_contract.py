@@ -79,12 +79,25 @@ MASKS = {
     "vllm.config.model.ModelConfig": ("return_sampling_mask",), "vllm.outputs.CompletionOutput": ("sampling_mask",),
     "vllm.engine.arg_utils.EngineArgs": ("return_sampling_mask",), "vllm.outputs.SamplingMask": ("token_ids",),
 }  # fmt: skip
-"""The same, for training with top_p, top_k or min_p only: vLLM before 0.32 is refused there (``engines/masks.py``)."""
+"""The same, for training with top_p or min_p and no top_k: vLLM before 0.32 is refused there (``engines/masks.py``)."""
+VERSIONS = {
+    "vllm.LLM": ("update_weight_version new_version",), "vllm.outputs.CompletionOutput": ("weight_versions",),
+    "vllm.outputs.WeightVersionSpan": ("version", "start", "end"),
+}  # fmt: skip
+"""Which weights tokens are of; without it they count as of those that their request was sent under."""
+EXPERTS = {
+    "vllm.engine.arg_utils.EngineArgs": ("enable_return_routed_experts",),
+    "vllm.outputs.CompletionOutput": ("routed_experts",),
+}
+"""For `router_replay` only."""
 FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
 }
-GROUPS = {"members": MEMBERS, "sleep": SLEEP, "adapters": ADAPTERS}
+GROUPS = {
+    "members": MEMBERS, "sleep": SLEEP, "adapters": ADAPTERS, "sampling masks": MASKS, "weight versions": VERSIONS,
+    "chosen experts": EXPERTS,
+}  # fmt: skip
 WORDS = {
     "sleep": ("vllm/v1/worker/gpu_worker.py", ('tag="weights"', 'tag="kv_cache"')),
     "members": (
@@ -111,6 +124,8 @@ ANSWERS = {
 }  # fmt: skip
 NOTICED_BY = {
     "sampling masks": "tests/engines/test_masks.py::test_what_vllm_says_it_kept",
+    "weight versions": "tests/engines/test_engines.py::test_requests_that_run_go_on_under_new_weights",
+    "chosen experts": "tests/learner/test_experts.py::test_vllms_experts_are_read_row_by_row",
     "imported names": "tests/engines/test_engines.py::test_several_servers_form_one_group_for_a_direct_transfer",
     "arguments of calls": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
     "members": "tests/engines/test_engines.py::test_a_push_replaces_every_weight_and_version",
@@ -275,8 +290,6 @@ def missing(sources: Sources) -> Iterator[tuple[str, str]]:
 
 
 def _missing_members(sources: Sources) -> Iterator[tuple[str, str]]:
-    for owner, wanted in MASKS.items():
-        yield from (("sampling masks", f"{owner}.{name}") for name in wanted if name not in sources.members(owner))
     for kind, owner, wanted in ((kind, *entry) for kind, group in GROUPS.items() for entry in group.items()):
         members = sources.members(owner)
         for text in wanted:

@@ -49,6 +49,8 @@ def test_each_kind_of_drift_is_missed_by_name():
         'tag="kv_cache"': 'tag="cache"',
         "def add_lora": "def load_lora",
         "class NCCLTrainerInitInfo": "class TrainerInfo",
+        "def update_weight_version": "def set_version",
+        "routed_experts": "experts",
     }
     found = set(vllm_contract.missing(Drifted(changes)))
     assert {
@@ -58,6 +60,8 @@ def test_each_kind_of_drift_is_missed_by_name():
         ("arguments of calls", "LLM(enable_sleep_mode=)"),
         ("sleep", 'vllm/v1/worker/gpu_worker.py: tag="kv_cache"'),
         ("adapters", "vllm.v1.engine.llm_engine.LLMEngine.add_lora"),
+        ("weight versions", "vllm.LLM.update_weight_version"),
+        ("chosen experts", "vllm.outputs.CompletionOutput.routed_experts"),
         ("flags", "--skip-tokenizer-init"),
         ("members", "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights(weights_iterator=)"),
         ("members", "vllm.LLM.reset_prefix_cache(reset_running_requests=)"),
