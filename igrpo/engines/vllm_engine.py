@@ -196,8 +196,8 @@ class VLLMEngine:
 
     def _asked(self, sampling: Sampling) -> int:
         """Log-probabilities per token; 0: the sampled token's and no other."""
-        vocabulary = self.engine.model_config.get_vocab_size()
-        return min(logprobs_to_ask(sampling), vocabulary) if self.reads_masks else 0
+        asked = logprobs_to_ask(sampling) if self.reads_masks else 0
+        return asked and min(asked, self.engine.model_config.get_vocab_size())
 
     def _chosen(self, sampling: Sampling) -> dict[str, Any]:
         """Temperature and top-k. An engine that says what it kept takes no request without a top-k, and none greedy."""
@@ -255,9 +255,10 @@ class VLLMEngine:
             torch.manual_seed(seed)
         self._seed = seed
 
-    def restart(self) -> None:
-        """A new engine. On a GPU this works where the old one's memory can be freed; a lost CUDA context cannot be
-        mended inside its process, and starting fails with EngineError."""
+    def restart(self, source: WeightSource | None = None, version: int = 0) -> int:
+        """A new engine with these weights; returns how many tensors ``_push`` compared. On a GPU this works where the
+        old one's memory can be freed; a lost CUDA context cannot be mended inside its process, and starting fails with
+        EngineError."""
         begun = list(self._running.values())
         self._wake(*self._asleep)  # vLLM gives back only what is there
         self.close()
@@ -271,8 +272,10 @@ class VLLMEngine:
 
             CuMemAllocator.get_instance().release_pools()
         self._start()
-        for request, seed, _ in begun:  # they start over at the next poll
+        compared = 0 if source is None else self._push(source, version)
+        for request, seed, _ in begun:  # they start over at the next poll, and are of these weights
             self._submit(request, seed)
+        return compared
 
     def _mend(self, error: Exception) -> None:
         """After the engine died: a new one with the weights of ``version``; unfinished requests start over."""
@@ -284,13 +287,11 @@ class VLLMEngine:
             raise EngineError(f"vLLM died {self._restarts} times without finishing a request: {error}") from error
         if among_others():
             raise EngineError(f"vLLM died beside other learner processes, which cannot wait: {error}") from error
-        self.restart()
-        if self._source is not None:
-            self._push(self._source, version)
-            if any(not torch.equal(before[name].fingerprint, now.fingerprint) for name, now in self._sent.items()):
-                raise EngineError(
-                    f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone"
-                ) from error
+        self.restart(self._source, version)
+        if any(not torch.equal(before[name].fingerprint, now.fingerprint) for name, now in self._sent.items()):
+            raise EngineError(
+                f"vLLM died ({error}) while the learner was past version {version}, whose weights are gone"
+            ) from error
 
     def sleep(self) -> bool:
         if self._asleep:
@@ -328,10 +329,9 @@ class VLLMEngine:
                 raise
             restarts = 1
             try:
-                self.restart()
+                compared = self.restart(source, version)
             except NoRoomError as room:
                 raise NoRoomError(f"{error}; for another try {room}") from error
-            compared = self._push(source, version)
         self._wake("kv_cache")  # last: what the learner gathered for the push is gone
         return {
             "sync/seconds": time.perf_counter() - start,

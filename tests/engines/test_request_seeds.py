@@ -21,6 +21,7 @@ class Asked(VLLMEngine):
     def __init__(self, on_gpu: bool, seed: int = 42):
         self.device = on_gpu
         super().__init__("m", CONFIG, 64, [2], seed)
+        self._source = lambda: ()
 
     def _start(self) -> None:
         self.on_cpu = not self.device
@@ -33,6 +34,10 @@ class Asked(VLLMEngine):
 
     def _set_environment(self) -> None:
         pass
+
+    def _push(self, source, version: int) -> int:
+        self.version = version
+        return 1
 
     def ask(self, name: str, n: int = 4) -> None:
         self.submit(Request(name, (5, 6), n, Sampling(1.0, 8)))
@@ -68,8 +73,10 @@ def test_requests_that_start_over_keep_their_seeds():
     before = engine.seeds()
     engine.seed(8)  # drafts of the next step were asked for under the seed before
     torch.cuda.empty_cache()
-    engine.restart()
+    engine.version = 3
+    engine._mend(RuntimeError("died"))
     assert engine.seeds() == before
+    assert [sent_at for *_, sent_at in engine._running.values()] == [3] == [engine.version]
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
