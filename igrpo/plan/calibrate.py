@@ -55,6 +55,11 @@ def _read_run(folder: str) -> Measured:
     if not steps:
         raise ConfigError(f"calibrate: {folder} has fewer than two steps; a first step alone says little")
     config = build_config(read_yaml(str(path / "config.yaml")))
+    if config.policy_lag:
+        raise ConfigError(
+            f"calibrate: {folder} sampled beside its learner (policy_lag: {config.policy_lag}), so its seconds are not "
+            "those of one stage; give a run with policy_lag: 0"
+        )
     generation = median(r["rollout/seconds"] for r in steps)
     sync = median(r.get("sync/seconds", 0.0) for r in steps)
     learner = median(r["step_time"] - r["rollout/seconds"] - r.get("sync/seconds", 0.0) for r in steps)

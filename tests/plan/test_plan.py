@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from igrpo.plan.generation import EngineCost, Lengths, Sequence_, decode, genera
 from igrpo.plan.hardware import DEVICES, GUESSED, Hardware, parse_hardware
 from igrpo.plan.models import TABLE, find_shape, table_shape
 from igrpo.plan.workload import Workload
+from igrpo.settings import ConfigError
 from igrpo.settings.yaml_text import dump_yaml
 from tests.support.tiny import save_tiny
 
@@ -187,6 +189,14 @@ def run(tmp_path_factory) -> Path:
              "drafts": [{"tokens": 10}, {"tokens": 12}], "refinements": [{"tokens": 6}, {"tokens": 8}]}  # fmt: skip
     (folder / "completions.jsonl").write_text(json.dumps(group) + "\n")
     return folder
+
+
+def test_a_run_with_stages_beside_each_other_calibrates_nothing(run, tmp_path):
+    shutil.copytree(run, lagging := tmp_path / "run")
+    with (lagging / "config.yaml").open("a") as file:
+        file.write("policy_lag: 1\n")
+    with pytest.raises(ConfigError, match=r"calibrate: .*policy_lag: 1.*give a run with policy_lag: 0$"):
+        read_run(str(lagging))
 
 
 def test_calibration_reproduces_the_run_and_carries_over(run, capsys):
