@@ -40,14 +40,16 @@ class GivenLengths:
 
     def __init__(self, engine: Any):
         self.engine = engine
+        self.num_generations = 0  # of the arm that runs
         self.parts: dict[str, list[Any]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
     def submit(self, request: Any) -> None:
-        _, step, position, *draft = request.request_id.split("/")
-        first = int(draft[0]) if draft else BUDGET - request.n
+        stage, step, position, *number = request.request_id.split("/")
+        first = int(number[0]) if number else 0
+        first += BUDGET - self.num_generations if stage == "refinement" else 0
         self.parts[request.request_id] = [None] * request.n
         for j in range(request.n):
             tokens = length(int(step), int(position), first + j)
@@ -137,7 +139,7 @@ class Bench:
         from igrpo.rollout.rollout import Rollout
         from igrpo.run.timeline import Timeline
 
-        generations = settings["num_generations"]
+        generations = self.engine.num_generations = settings["num_generations"]
         config = replace(self.base, **settings, per_device_train_batch_size=PROMPTS * generations)
         rollout = Rollout(self.engine, self.rewards, self.prompts, self.tokenizer, config, Timeline(timeline))
         problems = [Problem(i, f"What is {i} + {i}?", "0") for i in range(PROMPTS)]

@@ -121,7 +121,8 @@ class Completion:
     finish_reason: str
     """``"stop"`` (ended by itself) or ``"length"`` (cut at the limit)."""
     version: int
-    """Version of the weights that sampled it (its last token): the number of optimiser steps done."""
+    """Version of the weights that sampled its last token, or of those it was sent to where the engine cannot tell: the
+    number of optimiser steps done."""
     kept: Kept | None = None
     """[T] what was left to choose from, but for the tools' tokens; None where the loss does not ask, or nothing was
     left out."""

@@ -245,7 +245,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         turns = turns_of(environment, prompts, rewards.functions)
         rollout = Rollout(engine, rewards, prompts, tokenizer, config, timeline, feed.rank, learner.gather, turns)
         if state:
-            rollout.load_state_dict(state.get("drafts", []))
+            rollout.load_state_dict(state.get("drafts", []), feed.processes)
         run = TrainingRun(
             config=config, problems=problems, held_out=held_out, feed=feed, tokenizer=tokenizer, prompts=prompts,
             rewards=rewards, engine=engine, rollout=rollout, learner=learner, sync=sync, folder=folder,

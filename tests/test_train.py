@@ -253,8 +253,8 @@ def alone(model, questions, tmp_path_factory) -> dict:
 @pytest.mark.parametrize("sharded", [False, True])
 def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monkeypatch, sharded):
     settings = SHARED.copy()
-    if not sharded:  # the learner's collectives then run in a thread, beside the drafts of the next step
-        settings |= {"draft_policy_lag": 1}
+    if not sharded:  # the learner's collectives then run in a thread, beside the groups of the next step
+        settings |= {"policy_lag": 1}
     if sharded:
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` does
         monkeypatch.setenv("FSDP_VERSION", "2")
@@ -273,7 +273,7 @@ def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monk
     assert logged[0]["rollout/refinement_tokens"] == tokens
     assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 and len({g["row"] for g in groups}) == 8
     assert all(r["sync/probe_logp_gap"] < 1e-4 and r["learner/unique_tokens"] > 0 for r in logged)
-    assert logged[1]["draft/policy_lag"] == float(not sharded)
+    assert [r.get("staleness/max", 0.0) for r in logged] == [0.0, float(not sharded)]
     assert (tmp_path / "run" / "checkpoint-2" / "state" / "shards").is_dir() == sharded  # the launch was what it says
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
     start = AutoModelForCausalLM.from_pretrained(model).state_dict()

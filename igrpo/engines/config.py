@@ -123,6 +123,12 @@ class EngineConfig(SeedConfig, WeightsConfig):
         """Servers that run already; empty: the trainer starts its own."""
         return [*filter(None, [self.vllm_server_base_url]), *self.vllm_server_urls]
 
+    @property
+    def slots(self) -> int:
+        """Sequences that all engines of a process decode at once."""
+        servers = len(self.server_urls) or self.vllm_num_servers
+        return self.vllm_max_num_seqs * (servers if self.use_vllm and self.vllm_mode == "server" else 1)
+
     def check_in_process(self) -> None:
         """
         Raises:

@@ -190,9 +190,10 @@ class Rollout:
             for flow in self._flows
         ]
 
-    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Takes saved answers, of any process, for the problems of the next ``run``; one that has none begins anew."""
-        for record in state:
+    def load_state_dict(self, state: Sequence[dict[str, Any]], processes: int = 1) -> None:
+        """Takes this process's share of what all have saved, dealt as the feed deals their rows: answers for problems
+        of the next ``run``; one that has none begins anew."""
+        for record in state[self.rank :: processes]:
             self._restored.setdefault(record["row"], []).append(record)
 
     # --- one flow
@@ -211,7 +212,8 @@ class Rollout:
         return flow
 
     def _wait_for(self, flow: Flow, wanted: Sample) -> None:
-        """A draft is a request of its own, scored as it arrives; the refinements are one, with one shared prompt."""
+        """A draft is a request of its own, scored as it arrives. The refinements are one, with one shared prompt; with
+        ``policy_lag`` one each, so that each frees its slot when it ends."""
         flow.asked, flow.scored = wanted, {}
         if flow.replay and wanted.n:
             stage, prompt_ids, scored = flow.replay.pop(0)
@@ -220,10 +222,11 @@ class Rollout:
                 return
         flow.replay.clear()  # another algorithm, or another prompt: nothing after this fits
         name = f"{wanted.stage}/{flow.name}"
-        named = [(f"{name}/{i}", 1) for i in range(wanted.n)] if wanted.stage == "draft" else [(name, wanted.n)]
-        for i, (name, n) in enumerate(named):
-            request = Request(name, wanted.prompt_ids, n, self.sampling)
-            flow.open[Call(flow.problem, wanted.question, (request,), wanted.stage, flow.step, flow)] = i
+        alone, drafts = [(f"{name}/{i}", 1) for i in range(wanted.n)], wanted.stage == "draft"
+        named = alone if drafts or self.config.policy_lag else [(name, wanted.n)]
+        requests = [Request(name, wanted.prompt_ids, n, self.sampling) for name, n in named]
+        for i, some in enumerate([(one,) for one in requests] if drafts else [tuple(requests)]):
+            flow.open[Call(flow.problem, wanted.question, some, wanted.stage, flow.step, flow)] = i
 
     def _resume(self, flow: Flow) -> None:
         """Gives the coroutine what it waited for; it asks for more, or returns its group."""
@@ -242,7 +245,7 @@ class Rollout:
         if not lag and [flow.problem.index for flow in self._flows] != [p.index for p in problems[:known]]:
             raise ValueError(f"step {step} was given other problems than those whose drafts were sampled ahead")
         self._flows += [self._begin(problems[i], step + i // n, i % n) for i in range(known, len(problems))]
-        self._restored.clear()  # what is left is other processes'; when such a row comes here, the weights are others
+        self._restored.clear()  # what is left was further ahead; when such a row comes, the weights are others
         self._step, self._spare = 0 if lag else n, count(n)
         self._submit(unsent(self._flows[: self._step]))
         self._go_on()
@@ -282,7 +285,8 @@ class Rollout:
 
     def _submit(self, calls: Iterator[Call]) -> None:
         for call in calls:
-            self.pump.submit(call, *call.requests)
+            for request in call.requests:
+                self.pump.submit(call, request)
 
     def _resample(self, substitutes: Iterator[Problem], discarded: list[RolloutGroup], step: int) -> None:
         """Gives the places of uninformative groups to other problems, as long as there are any."""

@@ -64,7 +64,7 @@ def in_free_slots(coming: Sequence[Flow], flows: Sequence[Flow], running: int, c
     used = running + sum(config.num_generations for flow in flows if flow.stage == "draft")
     for call in unsent(coming):
         n = sum(request.n for request in call.requests)
-        if used + n > config.vllm_max_num_seqs and running:
+        if used + n > config.slots and running:
             return
         yield call
         used, running = used + n, running + n

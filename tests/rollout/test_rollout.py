@@ -48,7 +48,8 @@ class ShuffledEngine:
 
     def poll(self) -> list[Result]:
         self.random.shuffle(self.waiting)
-        stuck = [r for r in self.waiting if self.stuck and r.n > 1 and self.stuck in TOKENIZER.decode(r.prompt_ids)]
+        refining = [r for r in self.waiting if r.request_id.startswith("refinement")]
+        stuck = [r for r in refining if self.stuck and self.stuck in TOKENIZER.decode(r.prompt_ids)]
         able = [r for r in self.waiting if r not in stuck]
         finished = [able.pop() for _ in range(self.random.randint(0, min(2, len(able))))]
         self.waiting = able + stuck

@@ -49,7 +49,7 @@ class RestlessEngine:
         assert request.request_id not in self.waiting
         self.waiting[request.request_id], self.begun[request.request_id] = request, self.version
         self.until[request.request_id] = self.version + (self.rng.randint(1, 5) if self.rng.random() < 0.2 else 0)
-        assert self.slots is None or sum(r.n for r in self.waiting.values()) <= max(self.slots, request.n)
+        assert self.slots is None or sum(r.n for r in self.waiting.values()) <= self.slots
 
     def abort(self, request_ids) -> None:
         for name in request_ids:
@@ -114,7 +114,8 @@ class Run:
     def __init__(self, config: TrainConfig, rng: random.Random, steps: int, dies_after: int | None, state=None):
         self.config, self.rng, self.steps = config, rng, steps
         self.step = state["step"] if state else 0
-        slots = config.vllm_max_num_seqs if config.policy_lag else None
+        # An idle engine gets a whole group.
+        slots = max(config.vllm_max_num_seqs, config.num_generations) if config.policy_lag else None
         self.engine = RestlessEngine(rng, self.step, dies_after, slots)
         self.rollout = Rollout(self.engine, RandomPool(rng), PromptBuilder(TOKENIZER, config), TOKENIZER, config)
         self.feed = ProblemFeed(PROBLEMS, ProblemSampler(ROWS, config.seed, True), config)

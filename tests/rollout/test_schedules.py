@@ -8,6 +8,8 @@ from collections import Counter
 
 import pytest
 
+from igrpo.data.feed import ProblemFeed
+from igrpo.data.sources import ProblemSampler
 from igrpo.report import timeline
 from igrpo.run.timeline import read_spans
 from tests.rollout.test_rollout import PROBLEMS, make
@@ -114,3 +116,48 @@ def test_a_group_that_became_too_old_begins_again_and_no_step_waits_for_it(monke
     assert 1 in trained[2] and sorted(row for some in trained for row in some) == list(range(6))
     assert dropped == [0, 0, 1] and any(name.startswith("refinement/1/1") for name in engine.aborted)
     assert not engine.waiting and not rollout._flows
+
+
+def test_slots_of_siblings_that_have_ended_and_of_every_server_are_filled():
+    settings = {"num_drafts": 1, "num_generations": 4, "policy_lag": 1, "vllm_max_num_seqs": 4}
+    rollout, engine = make(**settings, per_device_train_batch_size=8)
+    rollout.run(PROBLEMS[:2], 1, ahead=PROBLEMS[2:4])
+    assert {request.n for request in engine.sent} == {1} and engine.most_sequences == 4
+    rollout, engine = make(
+        **settings, per_device_train_batch_size=8, vllm_mode="server", vllm_num_servers=3, vllm_enable_sleep_mode=False
+    )
+    assert rollout.config.slots == 12
+    groups, _ = rollout.run(PROBLEMS[:2], 1, ahead=PROBLEMS[2:])
+    assert engine.most_sequences > 4 and all(len(group.refinements) == 4 for group in groups)
+
+
+def test_no_completion_that_two_processes_saved_is_trained_on_twice():
+    """Five rows and a window of twelve: both processes have the same row ahead."""
+    problems, settings = PROBLEMS[:5], {"num_drafts": 2, "num_generations": 2, "policy_lag": 2}
+
+    def start(seed: int) -> list:
+        made = []
+        for rank in range(2):
+            rollout, engine = make(seed + rank, **settings, per_device_train_batch_size=4)
+            rollout.rank, engine.version, engine.next_id = rank, seed, 10_000 * (seed + rank)
+            made.append((rollout, ProblemFeed(problems, ProblemSampler(5, 0, False), rollout.config, 2, rank)))
+        return made
+
+    first = start(0)
+    for rollout, feed in first:
+        batch = feed.take(left=9)
+        rollout.run(batch.problems, 1, ahead=batch.ahead)
+        rollout.pump.engine.version = 1
+    begun = [one for some in zip(*(rollout.state_dict() for rollout, _ in first), strict=True) for one in some]
+    saved = {s["completion"]["text"] for one in begun for *_, some in one["answers"] for s in some}
+    taken = []
+    for rollout, feed in start(2):
+        rollout.pump.engine.version = 1
+        feed.load_state_dict(first[0][1].state_dict([one["row"] for one in begun]))
+        rollout.load_state_dict(begun, feed.processes)
+        batch = feed.take(left=8)
+        groups, _ = rollout.run(batch.problems, 2, ahead=batch.ahead)
+        rollout.finish()
+        groups += [flow.group for flow in rollout._flows]
+        taken += [s.completion.text for group in groups for s in (*group.drafts, *group.refinements)]
+    assert len(begun) == 8 and saved <= set(taken) and len(taken) == len(set(taken))
