@@ -1,4 +1,5 @@
-"""Wall-clock of a whole step under each rollout schedule: GRPO, two stages with a barrier, streamed, one step ahead.
+"""Wall-clock of a whole step under each rollout schedule: GRPO, two stages with a barrier, streamed, drafts one step
+ahead, whole groups one and two steps ahead.
 
     python -m benchmarks.rollout_schedules [--rounds 5] [--output record.json] [--timelines FOLDER]
 

@@ -30,6 +30,7 @@ class CompiledRows:
     """`RowKernels` on `torch.ops.igrpo`."""
 
     name: str
+    teaches = False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True

@@ -19,10 +19,8 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.row_kernels import RowKernels
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
+from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard, columns_at, gather_logits
-
-_LOG_P_FLOOR = -1e4  # p = 0 there, and 0·inf must not appear
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class DistilledRows:
     index: Tensor
     """(n,) token ids."""
     shard: VocabShard | None
+    teaches = True
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -75,7 +74,7 @@ class DistilledRows:
         p = log_p.exp()
         value = added - p * (g + total)[:, None]
         if grad_entropy is not None:
-            level = log_p.clamp(min=_LOG_P_FLOOR) + stats.entropy[:, None]
+            level = log_p.clamp(min=LOG_P_FLOOR) + stats.entropy[:, None]
             value = value - grad_entropy[:, None] * p * level
         value = value * slope if mask is None else torch.where(mask[:, None], value * slope, 0.0)
         of_all = (g + total).to(stats.logps.dtype)

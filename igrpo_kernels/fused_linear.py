@@ -36,7 +36,6 @@ import torch
 from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
-from igrpo_kernels.distilled_rows import DistilledRows
 from igrpo_kernels.lm_head import KEPT_BYTES, Half, HeadPlan, LmHead, UsedRows
 from igrpo_kernels.objective import coupling, objective_and_row_gradients
 from igrpo_kernels.row_kernels import RowKernels
@@ -265,10 +264,7 @@ def log_probs_backward(
         head.expect(*needs)
         index, grads = used.take(index), [used.take(grad) for grad in grads]
         transform = transform._replace(temperatures=used.take(transform.temperatures))
-        mask, stats = (
-            None if used.masked is None else active,
-            RowStats(*map(used.take, stats.known)),
-        )
+        mask, stats = None if used.masked is None else active, RowStats(*map(used.take, stats.known))
 
         def turn(half: Half, logits: Tensor) -> None:
             some = [None if x is None else x[half.rows] for x in (index, mask)]
@@ -325,7 +321,7 @@ def _statistics(
 
 
 def _no_statistics(kernels: RowKernels, head: LmHead, n: int) -> RowStats:
-    return RowStats.zeros(n, head.dtype, head.device, divergence=isinstance(kernels, DistilledRows))
+    return RowStats.zeros(n, head.dtype, head.device, divergence=kernels.teaches)
 
 
 def _joined(found: list[Sequence[Tensor]], head: LmHead) -> list[Tensor]:

@@ -210,9 +210,7 @@ def linear_log_probs(
     plan = HeadPlan(matmul_dtype, logits_dtype, chunk_rows)
     rows = (hidden, weight, bias, index, row_mask)
     stats, _ = fused_linear.log_probs(IMPLS[kernels].kernels(), *rows, transform, with_entropy, plan)
-    return tuple(
-        x.clone() for x in stats.known
-    )  # an operator's results share no memory, and two may be views of one tensor
+    return tuple(x.clone() for x in stats.known)  # results share no memory, and two may be views of one tensor
 
 
 @linear_log_probs.register_fake

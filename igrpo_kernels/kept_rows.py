@@ -17,10 +17,8 @@ from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.distilled_rows import DistilledRows
 from igrpo_kernels.row_kernels import RowKernels
 from igrpo_kernels.sampling_mask import KeptSets
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
+from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard, columns_at, gather_logits
-
-_LOG_P_FLOOR = -1e4  # p = 0 there, and 0·inf must not appear
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,7 @@ class KeptRows:
     kernels: RowKernels
     kept: KeptSets
     shard: VocabShard | None
+    teaches = False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -45,7 +44,7 @@ class KeptRows:
         weight = shifted.exp()
         total = _sums(weight, counts)
         log_sum = total.log()
-        mean = _sums(weight * shifted.clamp(min=_LOG_P_FLOOR), counts) / total
+        mean = _sums(weight * shifted.clamp(min=LOG_P_FLOOR), counts) / total
         place = self.kept.places[index]
         first = counts.cumsum(0) - counts - self.kept.mask.offsets[index]
         chosen = (place + first).clamp(0, max(len(z) - 1, 0))
@@ -73,7 +72,7 @@ class KeptRows:
             g = torch.where(place < 0, torch.nan, grad_logps)[at]
             grad = torch.where(entry == place[at], g, 0.0) - p * g
         if grad_entropy is not None:
-            grad = grad - grad_entropy[at] * p * (log_p.clamp(min=_LOG_P_FLOOR) + stats.entropy[at])
+            grad = grad - grad_entropy[at] * p * (log_p.clamp(min=LOG_P_FLOOR) + stats.entropy[at])
         grad, ids = grad * slope, self.kept.mask.ids[entry]
         if self.shard is not None:
             mine, local = self.shard.owned(ids)

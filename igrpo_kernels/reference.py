@@ -19,14 +19,11 @@ from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.first_order import first_order_only
 from igrpo_kernels.objective import grpo_objective, shapes_the_loss
 from igrpo_kernels.sampling_mask import KeptSets
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform
+from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform
 from igrpo_kernels.vocab_parallel import VocabShard, whole_vocabulary
 
 # Logits per chunk of the fused linear operation: 2^25 = 128 MiB in fp32, e.g. 220 tokens at V = 152k.
 CHUNK_LOGITS = 2**25
-
-# Smaller than log p of every p > 0 (fp32: -104, fp64: -746), so 0·(-inf) becomes an exact 0 and nothing else changes.
-_LOG_P_FLOOR = -1e4
 
 LossRows = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
 
@@ -230,7 +227,7 @@ class LinearSelectiveLogSoftmax(torch.autograd.Function):
                 at_columns[chunk] = z.gather(-1, columns[chunk]) - log_z[:, None]
             if return_entropy:
                 log_p = z.sub_(log_z[:, None])
-                entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=_LOG_P_FLOOR)).sum(-1)
+                entropy[chunk] = -log_p.exp().mul_(log_p.clamp_(min=LOG_P_FLOOR)).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, index, row_mask, temperatures, log_norm, entropy, columns)
         return (logps, entropy) if columns is None else (logps, entropy, at_columns)
 
@@ -317,7 +314,7 @@ def _grad_logits(
         grad = p.neg_()
     else:
         weight = grad_entropy[chunk][:, None] * slope
-        grad = log_p.clamp_(min=_LOG_P_FLOOR).add_(entropy[chunk][:, None]).mul_(-weight).mul_(p)
+        grad = log_p.clamp_(min=LOG_P_FLOOR).add_(entropy[chunk][:, None]).mul_(-weight).mul_(p)
     if grad_logps is not None:
         target = index[chunk]
         in_vocab = target.clamp(0, p.shape[1] - 1)

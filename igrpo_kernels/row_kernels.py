@@ -21,6 +21,9 @@ class RowKernels(Protocol):
     name: str
     """Its row in the table of `impls.py`: operators cannot take an object."""
 
+    teaches: bool
+    """Whether statistics hold a divergence to a teacher."""
+
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
     ) -> RowStats:

@@ -25,7 +25,7 @@ from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
 class TritonRows:
     """`RowKernels` on Triton."""
 
-    name = "triton"
+    name, teaches = "triton", False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True

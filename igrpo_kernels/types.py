@@ -37,6 +37,10 @@ class LogitTransform(NamedTuple):
         return bent * cap / temperature, (1.0 - bent * bent) * (scale / temperature)
 
 
+LOG_P_FLOOR = -1e4
+"""Smaller than log p of every p > 0 (fp32: -104, fp64: -746): 0·(-inf) becomes an exact 0 and nothing else changes."""
+
+
 class RowStats(NamedTuple):
     """What a walk over n rows of logits z leaves, in the compute dtype."""
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch, compute_dtype
 from igrpo_kernels.row_kernels import RowKernels
-from igrpo_kernels.types import GRPOLossConfig, LogitTransform, RowStats
+from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,7 @@ class ShardedRows:
 
     kernels: RowKernels
     shard: VocabShard
+    teaches = False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -204,7 +205,7 @@ def _first_column(
 ) -> Tensor:
     """-p·(g_l + g_H·(log p + H))·dz/dx of column 0 (n,)."""
     z, slope = transform.with_slope(logits[..., 0].reshape(-1).to(stats.logps.dtype))
-    log_p = (z - stats.row_max - stats.log_sum).clamp(min=-1e4)  # p = 0 there, and 0·inf must not appear
+    log_p = (z - stats.row_max - stats.log_sum).clamp(min=LOG_P_FLOOR)
     weight = 0.0 if grad_logps is None else grad_logps
     if grad_entropy is not None:
         weight = weight + grad_entropy * (log_p + stats.entropy)
