@@ -66,7 +66,8 @@ class MicroBatch:
     sampling_mask: SamplingMask | None = None  # n sets
     position_ids: torch.Tensor | None = None  # (1, L) int64 packed
     routes: torch.Tensor | None = None
-    """(L, layers, k) or (S·L, layers, k) int16: experts of each token; ``models.routers.OWN`` where nobody said."""
+    """(L, layers, k) or (S·L, layers, k) int16: experts of each token; ``models.routers.OWN`` where nobody said. They
+    stay in the computer's memory until they are read: of a whole step they are much."""
     layout: Layout | None = None
     """What reads what in a packed row."""
     attention_mask: torch.Tensor | None = None  # (S, L) int64 padded
@@ -92,7 +93,7 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         values = {name: getattr(self, name) for name in self.__slots__}
         mask = None if self.sampling_mask is None else self.sampling_mask.to(device)
-        tensors = sent({k: v for k, v in values.items() if isinstance(v, torch.Tensor)}, device)
+        tensors = sent({k: v for k, v in values.items() if isinstance(v, torch.Tensor) and k != "routes"}, device)
         return replace(self, **tensors, sampling_mask=mask)
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from igrpo.learner.adapters import head_product
 from igrpo.learner.batching import MicroBatch
 from igrpo.learner.config import LearnerConfig
-from igrpo.learner.copies import Offloaded
+from igrpo.learner.copies import Offloaded, sent
 from igrpo.learner.experts import aux_coefficient, aux_loss, follow_autocast, load_of
 from igrpo.models.routers import Routers
 from igrpo.settings import ConfigError
@@ -165,7 +165,8 @@ class Policy(nn.Module):
         else:
             inputs = {"position_ids": batch.position_ids, "packed_layout": batch.layout}
         if self.routers is not None:  # until the next call, for layers that are computed again
-            self.routers.given = batch.routes
+            routes = {} if batch.routes is None else {"given": batch.routes}
+            self.routers.given = sent(routes, batch.input_ids.device).get("given")
         if routers:
             inputs["output_router_logits"] = True
         # What the checkpointed layers keep waits in the computer's memory; the loss behind them keeps no activations.
