@@ -212,6 +212,9 @@ def test_calibration_reproduces_the_run_and_carries_over(run, capsys):
     planned = json.loads(capsys.readouterr().out)
     assert planned["steps"][2]["learner"] == pytest.approx(10.0)
     assert "rates are those of" in planned["assumptions"][0]
+    taught = ["--distillation_weight", "0.5", "--train_on_drafts", "true", "--json"]
+    assert main([str(run / "config.yaml"), "--hardware", "cpu", *taught]) == 0
+    assert "not counted: the teacher's forward passes" in json.loads(capsys.readouterr().out)["assumptions"]
 
 
 def test_a_model_with_state_space_layers_is_refused(tmp_path, capsys):
