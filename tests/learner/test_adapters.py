@@ -86,7 +86,8 @@ def tiny(name: str) -> Any:
 
 def adapted(name: str, chosen: list[str], **settings: Any) -> Any:
     """A learner whose adapters have left their start, where they add nothing."""
-    options = {"use_peft": True, "lora_r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "max_grad_norm": 0.0, **settings}
+    options = {"use_peft": True, "lora_r": 3, "lora_alpha": 6, "lora_dropout": 0.0, "max_grad_norm": 0.0,
+               "router_aux_loss_coef": 0.0, **settings}  # fmt: skip
     made = learner(tiny(name), lora_target_modules=chosen, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
