@@ -1,5 +1,7 @@
 """The sampler in the objective's kernels: `objective.sampler_ratio` and `rejection.py`."""
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 
@@ -17,7 +19,7 @@ OF_TOKEN, OF_SUM, OF_MEAN, OF_MAX = (tl.constexpr(4 * i) for i in range(4))  # w
 _LIMIT = tl.constexpr(LOG_RATIO_LIMIT)
 
 
-def rejection_bounds(config: GRPOLossConfig) -> dict[str, float]:
+def rejection_bounds(config: GRPOLossConfig) -> Mapping[str, float]:
     """BOUNDS by name; infinite where nothing is rejected by it."""
     bounds = {name: float("-inf" if name.endswith("low") else "inf") for name in BOUNDS}
     if config.rollout_rs is not None:
