@@ -18,19 +18,18 @@ from torch import Tensor
 
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.distillation import Teacher
-from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.row_kernels import AroundRows
 from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import VocabShard, columns_at, gather_logits
 
 
 @dataclass(frozen=True)
-class DistilledRows:
+class DistilledRows(AroundRows):
     """`RowKernels` whose `index` holds row numbers, so that a chunk of rows says which of the teacher's are its own.
 
     With a shard, `kernels` are its `ShardedRows`; one sum more tells every rank the logits at the teacher's ids.
     """
 
-    kernels: RowKernels
     teacher: Teacher
     index: Tensor
     """(n,) token ids."""
@@ -82,10 +81,6 @@ class DistilledRows:
         self._put(out, ids, value)
         return out
 
-    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
-        """Never: the objective runs on rows."""
-        return False
-
     def objective(
         self,
         logps: Tensor,
@@ -99,10 +94,6 @@ class DistilledRows:
         batch = replace(batch, index=self.index)
         found = self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
         return self.teacher.add(found, divergence, batch, config, num_items_in_batch)
-
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """grad *= factor ()."""
-        self.kernels.scale_(grad, factor)
 
     def _log_probs(
         self, logits: Tensor, ids: Tensor, stats: RowStats, transform: LogitTransform

@@ -15,23 +15,21 @@ from torch import Tensor
 from igrpo_kernels.batch import TokenBatch
 from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.distilled_rows import DistilledRows
-from igrpo_kernels.row_kernels import RowKernels
+from igrpo_kernels.row_kernels import AroundRows, RowKernels
 from igrpo_kernels.sampling_mask import KeptSets
 from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
 from igrpo_kernels.vocab_parallel import ShardedRows, VocabShard, columns_at, gather_logits
 
 
 @dataclass(frozen=True)
-class KeptRows:
+class KeptRows(AroundRows):
     """`RowKernels` whose `index` holds row numbers of the mask: a chunk of rows then says which sets are its own.
 
     With a shard each rank gathers the kept logits that it has, and one sum gives all of them to every rank.
     """
 
-    kernels: RowKernels
     kept: KeptSets
     shard: VocabShard | None
-    teaches = False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -81,10 +79,6 @@ class KeptRows:
         out.index_put_(columns_at(out, at, ids), grad.to(out.dtype))
         return out
 
-    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
-        """Never: the objective runs on rows."""
-        return False
-
     def objective(
         self,
         logps: Tensor,
@@ -96,10 +90,6 @@ class KeptRows:
         """Of rows it is the same; `clip_cov` draws by token ids, not by row numbers."""
         batch = replace(batch, index=self.kept.index)
         return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
-
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """grad *= factor ()."""
-        self.kernels.scale_(grad, factor)
 
     def _zeros(self, logits: Tensor, out: Tensor | None, stats: RowStats) -> Tensor:
         """By the implementation's own kernel, to which all rows are masked: its memory, its way of writing."""

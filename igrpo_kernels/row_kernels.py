@@ -6,6 +6,7 @@ are 0. A transform's temperatures are of the same rows. An index outside the voc
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -70,3 +71,30 @@ class RowKernels(Protocol):
 
     def scale_(self, grad: Tensor, factor: Tensor) -> None:
         """grad *= factor () in place, free where factor is 1."""
+
+
+@dataclass(frozen=True)
+class AroundRows:
+    """What `RowKernels` that work around an implementation's have in common."""
+
+    kernels: RowKernels
+    teaches = False
+
+    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
+        """Never: the objective runs on rows."""
+        return False
+
+    def objective(
+        self,
+        logps: Tensor,
+        entropy: Tensor | None,
+        batch: TokenBatch,
+        config: GRPOLossConfig,
+        num_items_in_batch: Tensor | float | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of rows it is the implementation's."""
+        return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
+
+    def scale_(self, grad: Tensor, factor: Tensor) -> None:
+        """grad *= factor ()."""
+        self.kernels.scale_(grad, factor)

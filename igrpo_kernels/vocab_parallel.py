@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igrpo_kernels.batch import TokenBatch, compute_dtype
-from igrpo_kernels.row_kernels import RowKernels
-from igrpo_kernels.types import LOG_P_FLOOR, GRPOLossConfig, LogitTransform, RowStats
+from igrpo_kernels.batch import compute_dtype
+from igrpo_kernels.row_kernels import AroundRows
+from igrpo_kernels.types import LOG_P_FLOOR, LogitTransform, RowStats
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,10 @@ class _Whole(torch.autograd.Function):
 
 
 @dataclass(frozen=True)
-class ShardedRows:
+class ShardedRows(AroundRows):
     """`RowKernels` that work on this rank's columns and answer for the whole rows."""
 
-    kernels: RowKernels
     shard: VocabShard
-    teaches = False
 
     def statistics(
         self, logits: Tensor, index: Tensor, mask: Tensor | None, transform: LogitTransform, with_entropy: bool = True
@@ -175,25 +173,6 @@ class ShardedRows:
         column = out[..., 0]
         column.copy_(torch.where(keep.view(column.shape), column, first.view(column.shape).to(out.dtype)))
         return out
-
-    def fits_one_pass(self, batch: TokenBatch, config: GRPOLossConfig) -> bool:
-        """Never: a row is spread over the ranks."""
-        return False
-
-    def objective(
-        self,
-        logps: Tensor,
-        entropy: Tensor | None,
-        batch: TokenBatch,
-        config: GRPOLossConfig,
-        num_items_in_batch: Tensor | float | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The same on every rank."""
-        return self.kernels.objective(logps, entropy, batch, config, num_items_in_batch)
-
-    def scale_(self, grad: Tensor, factor: Tensor) -> None:
-        """grad *= factor ()."""
-        self.kernels.scale_(grad, factor)
 
 
 def _first_column(

@@ -62,8 +62,8 @@ def sample(
 
 
 def window(config: EvalConfig) -> int:
-    """Completions to keep in the engine: vLLM queues what it cannot run yet, Hugging Face batches all it is given."""
-    return config.vllm_max_num_seqs * (2 if config.use_vllm else 1)
+    """Completions to keep in the engines: vLLM queues what it cannot run yet, Hugging Face batches all it is given."""
+    return config.slots * (2 if config.use_vllm else 1)
 
 
 def evaluate(
