@@ -99,9 +99,11 @@ def write_card(config: TrainConfig, run: Path, model: Path, held_out: int) -> Mo
     series = {key: [(s["step"], v) for s in steps if (v := number_of(s.get(key))) is not None] for key in FIGURES}
     base, data, licence = _public(config.model_name_or_path), _public(config.dataset_name), licence_of(config)
     name, on_hub = repository(config).rpartition("/")[2], _on_hub(config.model_name_or_path)
+    public = _on_hub(config.dataset_name)
     results = [
         EvalResult(
-            task_type="text-generation", dataset_type=data, dataset_name=data, dataset_split="held out",
+            task_type="text-generation", dataset_type=data if public else "own", dataset_name=data,
+            dataset_split="held out",
             metric_type="accuracy", metric_value=one["eval/accuracy"], metric_name="accuracy from the prompt alone",
         )
         for one in evaluations[-1:]
@@ -109,7 +111,7 @@ def write_card(config: TrainConfig, run: Path, model: Path, held_out: int) -> Mo
     card = ModelCard.from_template(
         ModelCardData(
             model_name=name, base_model=base if on_hub else None, license=licence, library_name="transformers",
-            datasets=[data] if _on_hub(config.dataset_name) else None,
+            datasets=[data] if public else None,
             pipeline_tag="text-generation", tags=["igrpo", config.algorithm, config.loss_type], eval_results=results,
         ),
         template_str=TEMPLATE, name=name, data=data, licence=licence, how=HOW[config.algorithm],

@@ -30,6 +30,7 @@ def results(arms: Sequence[Arm]) -> Table:
 def resources(arms: Sequence[Arm]) -> Table:
     """As the paper's resource table has them, and what makes them up."""
     sampled = ("rollout/draft_tokens", "rollout/refinement_tokens")
+    adapted = any(run.config.get("use_peft") for arm in arms for run in arm.runs)
     return _table(arms, {
         "arm": lambda arm: arm.label,
         "peak memory": _each(lambda run: highest(run.series("peak_memory_gib")), "{:.2f} GiB"),
@@ -37,7 +38,7 @@ def resources(arms: Sequence[Arm]) -> Table:
         "tokens/s": _each(lambda run: middle(run.series("rollout/tokens_per_second")), "{:,.0f}"),
         "step time": _each(lambda run: middle(run.series("step_time")), "{:.2f} s"),
         "rollout share": _each(rollout_share, "{:.0%}"),
-        "adapters": _adapters,
+        **({"adapters": _adapters} if adapted else {}),
         "weight push": _each(lambda run: middle(run.series("sync/seconds")), "{:.2f} s"),
         "sent by it": _each(lambda run: middle(run.series("sync/mib")), "{:,.1f} MiB"),
         "tokens sampled": _each(lambda run: _sum(run, *sampled), "{:,.0f}"),

@@ -101,6 +101,7 @@ def test_tables_by_hand(tmp_path):
     row = dict(zip(resources(arms)[0], resources(arms)[1][1], strict=True))
     assert (row["samples/s"], row["step time"], row["hours"]) == ("2.00", "4.00 s", "0.200 core-h")
     assert (row["adapters"], row["weight push"], row["sent by it"]) == ("rank 8, alone", "0.50 s", "3.0 MiB")
+    assert "adapters" not in resources(arms[:1])[0]
 
 
 def test_long_runs_keep_their_spikes_and_few_points():

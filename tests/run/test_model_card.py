@@ -108,7 +108,7 @@ def test_a_run_writes_its_card_and_an_upload_that_fails_loses_nothing(model, que
     (result,) = card.data.eval_results
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     scores = [r["eval/accuracy"] for r in records if "eval/accuracy" in r]
-    assert result.metric_value == scores[-1] and len(scores) == 2
+    assert result.metric_value == scores[-1] and len(scores) == 2 and result.dataset_type == "own"
     assert f"| 0 | {100 * scores[0]:.1f} % |" in card.text and f"| 2 | {100 * scores[1]:.1f} % |" in card.text
     assert "iterative GRPO" in card.text and "LoRA adapters of rank 16" in card.text
     assert "max_completion_length: 10" in card.text and str(tmp_path) not in str(card)
