@@ -163,10 +163,11 @@ class TrainingRun:
         self.timeline.flush()
 
     def save(self) -> None:
+        from igrpo.learner.dealing import collected
+
         self.view.stage("checkpoint")
         # Each process has as many, and gets its own again where there are as many processes.
-        parts = zip(*self.learner.gather(self.rollout.state_dict()), strict=True)
-        begun = [record for part in parts for record in part]
+        begun = [record for part in zip(*collected(self.rollout.state_dict()), strict=True) for record in part]
         sampler = self.feed.state_dict([record["row"] for record in begun])
         state = {"step": self.step, "sampler": sampler, "drafts": begun}
         self.engine.sleep()  # weights are gathered one by one, for which it may have left no room
@@ -225,7 +226,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         seed_everything(config.seed)
         divide = launched(place()[1]).divider(config)
         load = partial(load_policy, path, config, attention(config), divide)
-        reference = load() if config.beta > 0 and not config.use_peft else None
+        reference = load() if config.has_reference else None
         learner = Learner(load(), reference, config, tokenizer.pad_token_id, length)
         total_steps = steps_of(config, len(problems), learner.accelerator.num_processes)
         learner.set_schedule(total_steps * config.num_iterations)

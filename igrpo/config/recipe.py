@@ -130,7 +130,8 @@ def read_yaml(path: str) -> dict[str, Any]:
     try:
         file = Path(path).expanduser()
         if not file.is_file():
-            raise ConfigError(f"--config {path}: there is no such file{did_you_mean(file.name, _siblings(file))}")
+            there = os.listdir(file.parent) if file.parent.is_dir() else []
+            raise ConfigError(f"--config {path}: there is no such file{did_you_mean(file.name, there)}")
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: it is not UTF-8 text") from None
@@ -249,10 +250,6 @@ def _parse_value(key: str, text: str) -> Any:
     if str in kinds:
         return text
     return load_yaml(text, f"--{key} {shown(text)}")
-
-
-def _siblings(file: Path) -> list[str]:
-    return os.listdir(file.parent) if file.parent.is_dir() else []
 
 
 def _warn(line: str) -> None:

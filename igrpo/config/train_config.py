@@ -98,7 +98,7 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
         """
         way = (
             "bound what is kept (top_k: 64), so that any engine can say it, or take one that can without (use_vllm: "
-            "false, or vLLM 0.32 on a GPU in the trainer's process)"
+            "false, or vLLM on a GPU in the trainer's process)"
         )
         if self.refinement_context != "draft":
             why_not, way = "refinements are trained behind another prompt than sampled", "refinement_context: draft"
@@ -129,5 +129,5 @@ class TrainConfig(RunConfig, EvalConfig, LearnerConfig, RolloutConfig, DataConfi
             raise ConfigError(
                 f"router_replay: the engine's experts are not to be had here: {why_not}; write false "
                 "(sampling/sampling_logp_difference/mean then shows what other experts do to log-probabilities), or "
-                "take use_vllm: false, or vLLM 0.32 on a GPU in the trainer's process"
+                "take use_vllm: false, or vLLM on a GPU in the trainer's process"
             )

@@ -28,8 +28,6 @@ OF_SERVERS = (
     "vllm_request_timeout", "vllm_sync_timeout", "vllm_weight_transfer", "vllm_group_port",
 )  # fmt: skip
 OF_THE_ENGINE = ("vllm_gpu_memory_utilization", "vllm_tensor_parallel_size", "vllm_cpu_kvcache_gib")
-
-
 ON_CPU = (None, "fp8_per_channel", "int8_per_channel_weight_only")
 
 
@@ -49,7 +47,7 @@ def family(prefix: str) -> tuple[str, ...]:
 
 
 def _starts_engine(c: TrainConfig) -> bool:
-    return c.use_vllm and not (c.vllm_mode == "server" and c.server_urls)
+    return c.use_vllm and not (c.uses_servers and c.server_urls)
 
 
 TABLE = (
@@ -58,34 +56,32 @@ TABLE = (
         ("vllm_tensor_parallel_size",), "write 1, or run on a machine with so many GPUs"),
     Row("vLLM's CPU build computes no such weights", lambda c, cpu: cpu and _starts_engine(c)
         and c.vllm_quantization not in ON_CPU, ("vllm_quantization",), f"write {' or '.join(filter(None, ON_CPU))}"),
-    Row("vLLM's CPU build has no sleep mode", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "colocate"
-        and bool(c.vllm_enable_sleep_mode), ("vllm_enable_sleep_mode",), "leave it out"),
-    Row("a machine without a GPU has none to name", lambda c, cpu: cpu and c.vllm_mode == "server"
-        and _starts_engine(c), ("vllm_server_devices",), "write null"),
-    Row("nccl and ipc carry weights between GPUs", lambda c, cpu: cpu and c.use_vllm and c.vllm_mode == "server"
+    Row("vLLM's CPU build has no sleep mode", lambda c, cpu: cpu and c.colocates and bool(c.vllm_enable_sleep_mode),
+        ("vllm_enable_sleep_mode",), "leave it out"),
+    Row("a machine without a GPU has none to name", lambda c, cpu: cpu and c.uses_servers and not c.server_urls,
+        ("vllm_server_devices",), "write null"),
+    Row("nccl and ipc carry weights between GPUs", lambda c, cpu: cpu and c.uses_servers
         and c.vllm_weight_transfer in ("nccl", "ipc"), ("vllm_weight_transfer",), "write auto or file"),
     Row("on the CPU the loss is cpu or torch", lambda c, cpu: cpu and (c.loss_impl == "cuda" or (c.loss_impl == "triton"
         and os.environ.get("TRITON_INTERPRET") != "1")), ("loss_impl",), "write auto"),
     Row("on a GPU the loss is triton, cuda or torch", lambda c, cpu: not cpu and c.loss_impl == "cpu",
         ("loss_impl",), "write auto"),
     Row("there is no GPU", lambda c, cpu: cpu and _starts_engine(c), ("vllm_gpu_memory_utilization",)),
-    Row("an engine sleeps in the trainer's process only", lambda c, _: c.use_vllm and c.vllm_mode == "server",
-        ("vllm_enable_sleep_mode",)),
+    Row("an engine sleeps in the trainer's process only", lambda c, _: c.uses_servers, ("vllm_enable_sleep_mode",)),
     Row("on the CPU activations are in the computer's memory already", lambda c, cpu: cpu, ("activation_offloading",)),
     Row("vLLM runs on the GPU", lambda c, cpu: not cpu and _starts_engine(c), ("vllm_cpu_kvcache_gib",)),
     # --- the engine
     Row("use_vllm is false", lambda c, _: not c.use_vllm, ("vllm_mode", "vllm_enable_sleep_mode", "vllm_quantization",
-        "vllm_engine_args", "vllm_weight_dir",
-        *OF_SERVERS, *OF_THE_ENGINE)),
-    Row("vllm_mode is colocate", lambda c, _: c.use_vllm and c.vllm_mode == "colocate", OF_SERVERS),
-    Row("vllm_mode is colocate and weights do not travel as adapters", lambda c, _: c.use_vllm and
-        c.vllm_mode == "colocate" and not c.sends_adapter, ("vllm_weight_dir",)),
-    Row("the servers run already and were given their own", lambda c, _: c.use_vllm and c.vllm_mode == "server"
-        and bool(c.server_urls), (*OF_STARTED_SERVERS, *OF_THE_ENGINE, "vllm_engine_args")),
-    Row("weights do not travel as files", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"
-        and c.weight_backend(cpu) != "igrpo_file", ("vllm_weight_dir",)),
-    Row("weights do not travel over nccl", lambda c, cpu: c.use_vllm and c.vllm_mode == "server"
-        and c.weight_backend(cpu) != "nccl", ("vllm_group_port",)),
+        "vllm_engine_args", "vllm_weight_dir", *OF_SERVERS, *OF_THE_ENGINE)),
+    Row("vllm_mode is colocate", lambda c, _: c.colocates, OF_SERVERS),
+    Row("vllm_mode is colocate and weights do not travel as adapters", lambda c, _: c.colocates and not c.sends_adapter,
+        ("vllm_weight_dir",)),
+    Row("the servers run already and were given their own", lambda c, _: c.uses_servers and bool(c.server_urls),
+        (*OF_STARTED_SERVERS, *OF_THE_ENGINE, "vllm_engine_args")),
+    Row("weights do not travel as files", lambda c, cpu: c.uses_servers and c.weight_backend(cpu) != "igrpo_file",
+        ("vllm_weight_dir",)),
+    Row("weights do not travel over nccl", lambda c, cpu: c.uses_servers and c.weight_backend(cpu) != "nccl",
+        ("vllm_group_port",)),
     # --- the algorithm
     Row("algorithm is grpo, which has no drafts", lambda c, _: c.algorithm == "grpo", DRAFTS),
     Row("draft_selection: none shows no draft", lambda c, _: c.algorithm == "igrpo" and not c.shows_draft,
@@ -122,7 +118,7 @@ TABLE = (
     Row("this loss_type does not clip", lambda c, _: not takes(c.loss_type, "epsilon"),
         ("epsilon", "epsilon_high")),
     Row("distillation_weight is 0", lambda c, _: c.distillation_weight == 0, ("distillation_alpha",
-        "distillation_topk")),
+        "distillation_topk", "teacher_model_kind")),
     Row("distillation_weight is 1: the divergence is the whole loss", lambda c, _: c.distillation_weight == 1,
         ("beta", "entropy_coef", "kl_tau", "positive_example_nll_weight", "top_entropy_quantile",
          "off_policy_mask_threshold")),

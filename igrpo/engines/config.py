@@ -89,7 +89,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
 
     def check(self) -> None:
         check_arguments(self.vllm_engine_args)
-        direct = self.use_vllm and self.vllm_mode == "server" and self.vllm_weight_transfer in ("nccl", "ipc")
+        direct = self.uses_servers and self.vllm_weight_transfer in ("nccl", "ipc")
         if self.sends_adapter and direct:
             raise ConfigError(
                 f"vllm_weight_transfer: {self.vllm_weight_transfer} carries whole weights, and lora_sync: adapter "
@@ -119,6 +119,16 @@ class EngineConfig(SeedConfig, WeightsConfig):
         return self.weight_sync_tolerance or TOLERANCES[bits if self.use_vllm or self.rounds_base else 0]
 
     @property
+    def uses_servers(self) -> bool:
+        """Whether vLLM samples in servers, outside of the trainer's process."""
+        return self.use_vllm and self.vllm_mode == "server"
+
+    @property
+    def colocates(self) -> bool:
+        """Whether vLLM samples in the trainer's process."""
+        return self.use_vllm and self.vllm_mode == "colocate"
+
+    @property
     def server_urls(self) -> list[str]:
         """Servers that run already; empty: the trainer starts its own."""
         return [*filter(None, [self.vllm_server_base_url]), *self.vllm_server_urls]
@@ -127,7 +137,7 @@ class EngineConfig(SeedConfig, WeightsConfig):
     def slots(self) -> int:
         """Sequences that all engines of a process decode at once."""
         servers = len(self.server_urls) or self.vllm_num_servers
-        return self.vllm_max_num_seqs * (servers if self.use_vllm and self.vllm_mode == "server" else 1)
+        return self.vllm_max_num_seqs * (servers if self.uses_servers else 1)
 
     def check_in_process(self) -> None:
         """

@@ -86,10 +86,6 @@ class MicroBatch:
     def taught_tokens(self) -> int:
         return 0 if self.teacher is None else len(self.teacher.completion_ids)
 
-    @property
-    def num_sequences(self) -> int:
-        return self.advantages.shape[0]
-
     def to(self, device: torch.device) -> MicroBatch:
         values = {name: getattr(self, name) for name in self.__slots__}
         mask = None if self.sampling_mask is None else self.sampling_mask.to(device)

@@ -48,7 +48,7 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     dual_clip: Annotated[float, Interval(1.0, above=True)] | None = None
     """Lower bound of the objective for negative advantages, as a multiple of the advantage (> 1)."""
     beta: NotNegative = 0.0
-    """KL coefficient; 0 loads no reference model."""
+    """KL coefficient; 0 loads no reference model, but for `teacher_model_kind: base`."""
     kl_estimator: KLEstimator = "k3"
     """Estimator of the KL to the reference model."""
     use_bias_correction_kl: bool = True
@@ -63,6 +63,8 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """`distillation_weight`: 0 is the forward KL(teacher || policy), 1 the reverse one, between them Jensen-Shannon."""
     distillation_topk: Count = 100
     """`distillation_weight`: so many of the teacher's likeliest tokens; all others are one."""
+    teacher_model_kind: Literal["live", "base"] = "live"
+    """`distillation_weight`: the teacher's weights are the policy's own of each update, or those the run began with."""
     top_entropy_quantile: Share = 1.0
     """Train only on the tokens with the highest entropy: this share of them."""
     off_policy_mask_threshold: Finite | None = None
@@ -148,6 +150,12 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Optimiser steps per rollout batch."""
     trust_checkpoint: bool = False
     """Unpickle what a checkpoint holds beyond tensors and plain data; its files can then run code on this machine."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the model the run began with is kept beside the policy; with adapters it is there without them."""
+        fixed_teacher = self.distillation_weight > 0 and self.teacher_model_kind == "base"
+        return (self.beta > 0 or fixed_teacher) and not self.use_peft
 
     def check(self) -> None:
         if self.bypass_mode and (self.vllm_importance_sampling_correction or self.rollout_rs is not None):

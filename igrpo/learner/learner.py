@@ -22,6 +22,7 @@ from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.copies import sent
+from igrpo.learner.dealing import deal, light
 from igrpo.learner.experts import without_routers
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
 from igrpo.learner.optimizer import build_schedule
@@ -46,8 +47,7 @@ class Learner:
 
     Args:
         model: causal LM in float32; with ``use_peft`` its weights are frozen and may be bfloat16.
-        reference: frozen causal LM for the KL term, or None; needed when ``beta > 0``, except with ``use_peft``, where
-            the model without its adapters is the reference.
+        reference: frozen causal LM that the run began with; where ``config.has_reference``, else None.
         pad_token_id: fills micro-batches of models that cannot be packed; never seen by a real token.
         context: of the engine in tokens, which decides rotary factors that depend on length; None: not known.
 
@@ -58,7 +58,7 @@ class Learner:
     def __init__(
         self, model: Any, reference: Any, config: LearnerConfig, pad_token_id: int, context: int | None = None
     ):
-        self.config = config
+        self.config, self.dtype = config, torch.bfloat16 if config.bf16 else torch.float32
         # A padding token may have been added to the tokenizer alone; any other fills as well.
         self.pad_token_id = pad_token_id if pad_token_id < len(model.get_input_embeddings().weight) else 0
         self.accelerator = Accelerator(
@@ -157,20 +157,21 @@ class Learner:
         """``num_iterations`` optimiser steps on the samples of all processes, each of which computes an equal share."""
         if self.accelerator.device.type == "cuda":
             torch.cuda.set_device(self.accelerator.device)  # per thread, and this may not be the main one
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
-        everyone = gather_object(list(samples)) if processes > 1 else list(samples)
+        processes = self.accelerator.num_processes
+        everyone = gather_object([*map(light, samples)]) if processes > 1 else list(samples)
         totals = batching.count(everyone)
-        useful = batching.contributing(everyone, self.config)
-        bins = self._plan(useful)
-        micros = [self._micro_batch(contents, totals, self.packs) for contents in bins[rank::processes]]
+        bins = self._plan(useful := batching.contributing(everyone, self.config))
+        micros = [self._micro_batch(one, totals, self.packs) for one in deal(bins, everyone, samples, self.accelerator)]
         share = max(math.ceil(len(bins) / processes), self.placement.least_micro_batches)
         micros += [self._filler()] * (share - len(micros))
-        old = None
+        old = reference = None
         if self.config.bypass_mode:
             old = [m.sampling_per_token_logps for m in micros]
         elif self.config.num_iterations > 1:
             old = [self._log_probs(m) for m in micros]
-        reference = self._reference_log_probs(micros) if self.config.beta > 0 else None
+        if self.config.beta > 0:
+            with self._initial() as initial:
+                reference = [self._log_probs(micro, initial) for micro in micros]
         metrics = Accumulator()
         for _ in range(self.config.num_iterations):
             self._step(micros, old, reference, totals, metrics, on_progress)
@@ -264,29 +265,31 @@ class Learner:
         return load if load.numel() else None
 
     def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
-        """Of each micro-batch the teacher's top k (n, k), by the weights as they are; on the host, which has room for
-        those of a whole step. Every process reads as often as the others do."""
+        """Of each micro-batch the teacher's top k (n, k), on the host, which has room for those of a whole step. Every
+        process reads as often as the others do."""
         if not self.config.distillation_weight:
             return [{} for _ in micros]
         alone, found = self.accelerator.num_processes == 1, []
-        for micro in micros:
-            shape = (len(micro.completion_ids), 1)
-            ids, logps = torch.full(shape, -1, dtype=torch.int32), torch.zeros(shape)
-            if micro.teacher is not None or not alone:
-                top = self._log_probs(micro.teacher or self._filler(), top_k=self.config.distillation_topk)
-                if micro.teacher is not None:
-                    taught = micro.taught.cpu()
-                    ids, logps = (x.expand(-1, top[0].shape[1]).clone() for x in (ids, logps))
-                    ids[taught], logps[taught] = top[0].int().cpu(), top[1].float().cpu()
-            found.append({"teacher_topk_ids": ids, "teacher_topk_logps": logps})
+        with self._initial() if self.config.teacher_model_kind == "base" else nullcontext() as teacher:
+            for micro in micros:
+                n = len(micro.completion_ids)
+                ids, logps = torch.full((n, 1), -1, dtype=torch.int32), torch.zeros(n, 1)
+                if micro.teacher is not None or not alone:
+                    top = self._log_probs(micro.teacher or self._filler(), teacher, top_k=self.config.distillation_topk)
+                    if micro.teacher is not None:
+                        taught = micro.taught.cpu()
+                        ids, logps = (x.expand(-1, top[0].shape[1]).clone() for x in (ids, logps))
+                        ids[taught], logps[taught] = top[0].int().cpu(), top[1].float().cpu()
+                found.append({"teacher_topk_ids": ids, "teacher_topk_logps": logps})
         return found
 
-    def _reference_log_probs(self, micros: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    @contextmanager
+    def _initial(self) -> Iterator[Placement | None]:
+        """The model the run began with; None: the policy, whose adapters are out of it in here."""
         with self.adapters.disabled() if self.adapters is not None else nullcontext():
-            scored = [self._log_probs(micro, self.reference) for micro in micros]
+            yield self.reference
         if self.reference is not None:
             self.reference.settle()  # its head does not stay whole beside the policy's
-        return scored
 
     @torch.no_grad()
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -301,20 +304,18 @@ class Learner:
 
         Adapters come merged into their layers. Every process must take every tensor: shards are gathered one by one.
         """
-        compute = torch.bfloat16 if self.config.bf16 else torch.float32
         saved = self.saved_format
         if self.adapters is None:
-            return saved.convert(self._full_tensors(compute))
+            return saved.convert(self._full_tensors(self.dtype))
         merged = self.adapters.merged(self._full_tensors())
-        return saved.convert((name, tensor.to(saved.dtype(name, tensor, compute))) for name, tensor in merged)
+        return saved.convert((name, tensor.to(saved.dtype(name, tensor, self.dtype))) for name, tensor in merged)
 
     def adapter_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The adapters' factors alone, named as in peft's files, in the engine's dtype."""
         self._settle()
-        compute = torch.bfloat16 if self.config.bf16 else torch.float32
         for name, tensor in tensors_of(self.unwrapped):
             if ".lora_" in name:
-                yield sent_name(name), self.placement.whole(tensor, compute)
+                yield sent_name(name), self.placement.whole(tensor, self.dtype)
 
     def _settle(self) -> None:
         # A scoring pass leaves the head gathered: that is FSDP's own memory, which no one else may come to hold.
@@ -366,7 +367,7 @@ class Learner:
             # Already as they are to be written: the rules must not be applied twice.
             model.save_pretrained(folder, state_dict=weights, save_original_format=False)
             written = copy.deepcopy(model.config)  # which named the dtype of the master weights
-            written.dtype = torch.bfloat16 if self.config.bf16 else torch.float32
+            written.dtype = self.dtype
             written.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             if self.adapters is not None:

@@ -27,7 +27,7 @@ SUMMED = re.compile(
 GAP = "sampling/sampling_logp_difference"
 AUX = "aux_loss"
 DISTILLED = "self_distillation/distillation_loss"
-_EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib)|(min|min_length))")
+_EXTREME = re.compile(r"(?:.*[/_])?(?:(max|max_length|peak_memory_gib|tensors_compared)|(min|min_length))")
 
 
 class Accumulator:

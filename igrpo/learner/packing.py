@@ -75,8 +75,9 @@ def pack(samples: Sequence[TrainingSample], limits: Limits, *, shared: bool = Tr
     count = math.ceil(max(fewest, 1) / processes) * processes
     while (bins := _fill(pieces, count, limits)) is None:
         count += processes
-    merged = [_merged(contents, shared) for contents in bins if contents]
-    return sorted(merged, key=unique_tokens, reverse=True)
+    # Pieces of one group that met again share their prompt again.
+    merged = (prefix_groups([s for piece in contents for s in piece.samples], shared) for contents in bins if contents)
+    return sorted(map(tuple, merged), key=unique_tokens, reverse=True)
 
 
 def pad(samples: Sequence[TrainingSample], limits: Limits) -> list[Bin]:
@@ -150,8 +151,3 @@ def _fill(pieces: Sequence[PrefixGroup], count: int, limits: Limits) -> list[lis
         for state in (*too_full, (tokens + piece.tokens, i)):
             heapq.heappush(emptiest_first, state)
     return bins
-
-
-def _merged(contents: Sequence[PrefixGroup], shared: bool) -> Bin:
-    """Pieces of one group that met again share their prompt again."""
-    return tuple(prefix_groups([s for piece in contents for s in piece.samples], shared))

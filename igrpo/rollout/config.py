@@ -116,8 +116,8 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
     @property
     def engine_sleeps(self) -> bool:
         """Whether an engine beside the learner on a GPU sleeps while that works."""
-        asked, beside = self.vllm_enable_sleep_mode, self.use_vllm and self.vllm_mode == "colocate"
-        return beside and (not self.steps_ahead if asked is None else asked)
+        asked = self.vllm_enable_sleep_mode
+        return self.colocates and (not self.steps_ahead if asked is None else asked)
 
     def check(self) -> None:
         if self.draft_selection_score == "accuracy_first" and "accuracy" not in self.reward_funcs:
@@ -131,7 +131,7 @@ class RolloutConfig(PromptsConfig, RewardConfig, EngineConfig, SamplingConfig, B
             raise ConfigError(
                 f"rollout_schedule: barrier separates the stages that {key}: {self.steps_ahead} overlaps; drop one"
             )
-        if self.steps_ahead and self.vllm_enable_sleep_mode and self.use_vllm and self.vllm_mode == "colocate":
+        if self.steps_ahead and self.vllm_enable_sleep_mode and self.colocates:
             raise ConfigError(
                 f"vllm_enable_sleep_mode: with {key}: {self.steps_ahead} the engine samples while the learner works; "
                 f"write false, or {key}: 0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import isnan
 from statistics import fmean, pstdev
 
 from igrpo.data_types import RolloutGroup, Scored
@@ -34,6 +35,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], stats: RolloutStats, config:
         "rollout/prefix_cache_hit": stats.cached_tokens / max(stats.prompt_tokens, 1),
         "rollout/samples_per_second": (len(drafts) + len(refinements)) / max(stats.seconds, 1e-9),
         "rollout/rollouts_per_prompt": (len(drafts) + len(refinements)) / len(groups),
+        "bare/entropy": _sampled_entropy(drafts or refinements),
     }
     for function in refinements[0].rewards:
         scores = [s.rewards[function] for s in refinements]
@@ -125,6 +127,12 @@ def _staleness(groups: Sequence[RolloutGroup], stats: RolloutStats, config: Roll
         "staleness/spanning": fmean(len(completion.runs) > 1 for completion in trained),
         "staleness/dropped": float(stats.dropped),
     }
+
+
+def _sampled_entropy(scored: Sequence[Scored]) -> float:
+    """Mean of -log p over sampled tokens: unbiased for the entropy of what they were sampled from, in nats."""
+    written = [lp for s in scored for lp in s.completion.logprobs if not isnan(lp)]
+    return -sum(written) / max(len(written), 1)
 
 
 def _lengths(prefix: str, scored: Sequence[Scored]) -> Metrics:

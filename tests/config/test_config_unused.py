@@ -90,7 +90,7 @@ PARTICULAR = {
     "lora_sync": "adapter", "bnb_4bit_quant_type": "fp4", "hub_private_repo": True,
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5, "rollout_rs": "token_k2",
-    "distillation_alpha": 0.0,
+    "distillation_alpha": 0.0, "teacher_model_kind": "base",
     "top_entropy_quantile": 0.5,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""

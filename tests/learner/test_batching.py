@@ -74,7 +74,7 @@ def test_a_shared_prompt_is_there_once_and_positions_go_on_from_it():
     assert batch.rows.tolist() == [2, 3, 4, 2, 2, 5, 7, 8]
     assert batch.completion_ids.tolist() == [100, 101, 102, 100, 100, 101, 100, 101]
     assert batch.cu_seqlens.tolist() == [0, 3, 4, 6, 8] and batch.advantages.tolist() == [1.0, 3.0, 4.0, 2.0]
-    assert batch.attention_mask is None and batch.num_sequences == 4
+    assert batch.attention_mask is None
 
 
 def test_without_sharing_every_sequence_is_one_run():

@@ -66,8 +66,8 @@ def divergence(policy: torch.Tensor, teacher: torch.Tensor, k: int, alpha: float
     return (t * (t / p).log()).sum(-1) if alpha == 0 else (p * (p / t).log()).sum(-1)
 
 
-def by_hand(model, made, loss_type: str, w: float, alpha: float, k: int) -> tuple[torch.Tensor, float]:
-    """The loss, and the mean divergence per token that has a teacher."""
+def by_hand(model, made, loss_type: str, w: float, alpha: float, k: int, teaching=None) -> tuple[torch.Tensor, float]:
+    """The loss, and the mean divergence per token that has a teacher; the model teaches itself unless another does."""
     sequences, tokens = sum(row[4] for row in made), sum(len(row[1]) * row[4] for row in made)
     total, drawn, count = 0.0, 0.0, 0
     for prompt, completion, advantage, teacher, weight in made:
@@ -76,7 +76,7 @@ def by_hand(model, made, loss_type: str, w: float, alpha: float, k: int) -> tupl
         per_token = -(1 - w) * advantage * (own - own.detach()).exp()
         if teacher is not None:
             with torch.no_grad():
-                target = log_p(model, teacher, completion)
+                target = log_p(teaching or model, teacher, completion)
             found = divergence(policy, target, k, alpha)
             per_token = per_token + w * found
             drawn, count = drawn + float(found.detach().sum()), count + len(completion)
@@ -114,17 +114,20 @@ def test_the_gradient_is_that_of_the_loss_written_out(context, drafts, dead, los
     assert metrics["self_distillation/distillation_loss"] == pytest.approx(mean, rel=1e-4)
 
 
-def test_further_iterations_have_the_teacher_that_the_policy_has_become():
+@pytest.mark.parametrize("kind", ["live", "base"])
+def test_further_iterations_have_the_teacher_that_the_policy_has_become_or_the_first_one(kind):
     options = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     made = learner(
         MODEL, train_on_drafts=True, num_iterations=2, num_generations=3, per_device_train_batch_size=12,
-        distillation_weight=1.0, distillation_alpha=0.0, distillation_topk=TOP_K, **options,
+        distillation_weight=1.0, distillation_alpha=0.0, distillation_topk=TOP_K, teacher_model_kind=kind,
+        reference=copy.deepcopy(MODEL) if kind == "base" else None, **options,
     )  # fmt: skip
     made.train_on(training_samples(SOME, made.config))
     exact = copy.deepcopy(MODEL).double()
+    teacher = exact if kind == "live" else copy.deepcopy(exact)
     for _ in range(2):
         exact.zero_grad()
-        by_hand(exact, rows(SOME, "draft", True), "grpo", 1.0, 0.0, TOP_K)[0].backward()
+        by_hand(exact, rows(SOME, "draft", True), "grpo", 1.0, 0.0, TOP_K, teacher)[0].backward()
         with torch.no_grad():
             for p in exact.parameters():
                 p -= 0.3 * p.grad

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import nan
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_two_groups_by_hand():
     assert m["refinement/copies_draft"] == 0.75
     assert (m["rollout/tokens_per_second"], m["rollout/prefix_cache_hit"]) == (20.0, 0.25)
     assert m["rollout/rollouts_per_prompt"] == 4.0
+
+
+def test_entropy_of_the_bare_prompt_is_that_of_drafts_or_else_of_refinements_without_what_tools_said():
+    def made(*logprobs):
+        return replace(scored(1.0), completion=Completion((5,) * len(logprobs), logprobs, "", "stop", 0))
+
+    drafts, refinements = (made(-1.0, nan, -3.0), made(-2.0)), (made(-0.5), made(-0.25))
+    assert rollout_metrics([group(drafts, 0, refinements, (0.0, 0.0))], STATS, CONFIG)["bare/entropy"] == 2.0
+    assert rollout_metrics([group((), None, refinements, (0.0, 0.0))], STATS, CONFIG)["bare/entropy"] == 0.375
 
 
 def test_scores_a_function_could_not_give_are_counted_apart():
@@ -109,18 +119,19 @@ def test_figures_of_several_processes_become_the_runs():
         "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 0.0, "resample/replaced": 2.0,
         "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 10.0, "reward": 1.0,
         "sampling/sampling_logp_difference/max": 0.5, "clip_ratio/low_min": 0.25, "clip_ratio/high_max": 0.5,
+        "sync/tensors_compared": 12.0,
     }  # fmt: skip
     two = {
         "rollout/draft_tokens": 140.0, "rollout/tokens_per_second": 70.0, "rollout/rollouts_per_prompt": 8.0,
         "rewards/my.module:f/timeouts": 0.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 0.0,
         "completions/max_length": 80.0, "completions/min_length": 5.0, "peak_memory_gib": 12.0, "reward": 0.5,
         "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.125,
-        "entropy": 2.0,
+        "entropy": 2.0, "sync/tensors_compared": 0.0,
     }  # fmt: skip
     assert over_processes([one, two]) == {
         "rollout/draft_tokens": 240.0, "rollout/tokens_per_second": 120.0, "rollout/rollouts_per_prompt": 8.0,
         "rewards/my.module:f/timeouts": 1.0, "rewards/accuracy/not_judged": 4.0, "resample/replaced": 2.0,
         "completions/max_length": 90.0, "completions/min_length": 3.0, "peak_memory_gib": 12.0, "reward": 0.75,
         "sampling/sampling_logp_difference/max": 0.7, "clip_ratio/low_min": 0.0, "clip_ratio/high_max": 0.5,
-        "entropy": 2.0,
+        "entropy": 2.0, "sync/tensors_compared": 12.0,
     }  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 
+from tests.support.environments import CALLS
 from tests.support.tiny import tiny_llama, tiny_tokenizer
 
 TEMPLATE = (
@@ -14,9 +15,14 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+HOSTILE = {
+    "environment_factory": "tests.support.environments:Hostile",
+    "reward_funcs": "[environment, tests.support.environments:totals]",
+}
+"""Whose tools it calls."""
 
 
-def save_caller(folder: Path, calls: list[str], seed: int = 0) -> str:
+def save_caller(folder: Path, calls: list[str] = CALLS, seed: int = 0) -> str:
     """A random model that mostly calls; returns the folder as text."""
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in calls])

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.data_types import TrainingSample
+from igrpo.data_types import Kept, Routes, TrainingSample
 from igrpo.learner.learner import Learner
 from igrpo.learner.placements import Fsdp2, Whole, Zero3
 from igrpo.models.loading import load_policy
@@ -45,6 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
     "experts": {"experts": True, "num_iterations": 2},
+    "experts, replayed": {"experts": True, "router_replay": True, "num_iterations": 2},
+    "kept": {"top_k": 20, "num_iterations": 2},
     "experts, sharded, checkpointing": {
         "experts": True, "fsdp": True, "gradient_checkpointing": True, "token_budget": 40,
     },
@@ -80,6 +82,17 @@ def samples() -> list[TrainingSample]:
         advantage = 0.0 if i % 2 and i > 3 else (-1.0) ** (i // 2) * (1.0 + i / 10)
         made.append(TrainingSample(tuple(prompt), tuple(completion), (-5.0,) * len(completion), advantage))
     return made
+
+
+def with_more(sample: TrainingSample, config: TrainConfig) -> TrainingSample:
+    """Experts of a token, and what its sampler kept, where the learner asks for them."""
+    if config.router_replay:
+        read = len(sample.prompt_ids) + len(sample.completion_ids) - 1
+        chosen = torch.rand(read, 2, 4, generator=torch.Generator().manual_seed(read)).topk(2).indices
+        sample = replace(sample, routes=Routes(chosen.to(torch.int16).numpy().tobytes(), 2, 2))
+    if config.top_k:
+        sample = replace(sample, kept=Kept.of([[t, *({5, 9, t + 1} - {t})] for t in sample.completion_ids]))
+    return sample
 
 
 def build(
@@ -126,7 +139,7 @@ def build(
 def train(learner: Learner, advantage: float = 1.0) -> dict[str, float]:
     """One step; with ``advantage`` 0 nothing has a gradient and only Adam's momentum moves the weights."""
     accelerator = learner.accelerator
-    everyone = samples()
+    everyone = [with_more(s, learner.config) for s in samples()]
     if learner.config.distillation_weight:  # of one prompt's completions, which are not spread evenly
         everyone[:4] = [replace(s, teacher_prompt_ids=(*s.prompt_ids, 7, 9)) for s in everyone[:4]]
     own = everyone[accelerator.process_index :: accelerator.num_processes]
