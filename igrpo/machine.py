@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ class Machine:
     """Processes of the run, which share a sharded model."""
     offloads: bool = False
     """Whether they keep its parts in the computer's memory, and bring to the GPU what it computes with."""
+
+
+def package_folder(name: str) -> Path | None:
+    """Of an installed package, which is not imported for that; None where it is not installed."""
+    found = importlib.util.find_spec(name)
+    return None if found is None or found.origin is None else Path(found.origin).parent
 
 
 def process_control(option: int, value: int) -> None:

@@ -79,7 +79,7 @@ MASKS = {
     "vllm.config.model.ModelConfig": ("return_sampling_mask",), "vllm.outputs.CompletionOutput": ("sampling_mask",),
     "vllm.engine.arg_utils.EngineArgs": ("return_sampling_mask",), "vllm.outputs.SamplingMask": ("token_ids",),
 }  # fmt: skip
-"""The same, for training with top_p or min_p and no top_k: vLLM before 0.32 is refused there (``engines/masks.py``)."""
+"""The same, for training with top_p or min_p and no top_k: a vLLM without is refused there (``engines/masks.py``)."""
 VERSIONS = {
     "vllm.LLM": ("update_weight_version new_version",), "vllm.outputs.CompletionOutput": ("weight_versions",),
     "vllm.outputs.WeightVersionSpan": ("version", "start", "end"),
@@ -89,7 +89,7 @@ EXPERTS = {
     "vllm.engine.arg_utils.EngineArgs": ("enable_return_routed_experts",),
     "vllm.outputs.CompletionOutput": ("routed_experts",),
 }
-"""For `router_replay` only."""
+"""For `router_replay` only; `WORDS` has the order of their axes."""
 FUNCTIONS = {
     "vllm.model_executor.model_loader.reload.initialize_layerwise_reload": ("model",),
     "vllm.model_executor.model_loader.reload.finalize_layerwise_reload": ("model", "model_config"),
@@ -103,8 +103,9 @@ WORDS = {
     "members": (
         "vllm/model_executor/layers/quantization/__init__.py", tuple(f'"{name}"' for name in get_args(Quantization))
     ),
+    "chosen experts": ("vllm/outputs.py", ("routed_experts: np.ndarray | None = None  # [seq_len,layer_num,topk]",)),
 }  # fmt: skip
-"""Kind -> a file and what it must hold: the parts in which vLLM's memory wakes; formats of weights."""
+"""Kind -> a file and what it must hold: the parts in which vLLM's memory wakes; formats of weights; axes."""
 ENDPOINTS = {
     "/collective_rpc": ("method", "kwargs", "results"), "/reset_prefix_cache": ("reset_running_requests",),
     "/pause": ("mode", "keep"), "/finish_weight_update": ("weight_version",), "/update_weights": ("update_info",),

@@ -29,18 +29,19 @@ def start_engine(
         routes: say which experts tokens were sent to (``Result.routes``); ``routes.why_not`` tells whether it can.
         top_k: of training, whose log-probabilities tell what was kept.
     """
-    if config.use_vllm and config.vllm_mode == "server":
+    given = (path, config, max_model_length, stop_token_ids, seed)
+    if config.uses_servers:
         from igrpo.engines.servers.engine import ServerEngine
 
-        return ServerEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter)
+        return ServerEngine(*given, masks, adapter)
     if config.use_vllm and adapter is not None:
         from igrpo.engines.vllm_adapters import AdapterVLLMEngine
 
-        return AdapterVLLMEngine(path, config, max_model_length, stop_token_ids, seed, adapter, masks, top_k)
+        return AdapterVLLMEngine(*given, masks, top_k=top_k, adapter=adapter)
     if config.use_vllm:
         from igrpo.engines.vllm_engine import VLLMEngine
 
-        return VLLMEngine(path, config, max_model_length, stop_token_ids, seed, masks, routes, top_k)
+        return VLLMEngine(*given, masks, routes, top_k)
     from igrpo.engines.hf_engine import HFEngine
 
-    return HFEngine(path, config, max_model_length, stop_token_ids, seed, masks, adapter, routes)
+    return HFEngine(*given, masks, adapter, routes)

@@ -19,9 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from igrpo.data_types import Kept, Routes
+from igrpo.data_types import Kept
 from igrpo.engines.base import EngineError, Request, Result, Sampling, WeightSource
 from igrpo.engines.config import EngineConfig
+from igrpo.engines.routes import read_routes
 from igrpo.models.rotary import pin_rotary
 from igrpo.models.routers import Routers
 
@@ -147,15 +148,11 @@ class HFEngine:
 
     def _with_routes(self, results: list[Result], rows: int, longest: int) -> list[Result]:
         """What the routers have noted of ``rows`` sequences, whose prompts were padded to ``longest`` tokens."""
-        experts = self._routers.of_rows(rows)  # (R, tokens, layers, k)
-        made, row = [], 0
+        each, made = iter(self._routers.of_rows(rows).numpy()), []  # (tokens, layers, k)
         for result in results:
-            first, own = longest - len(result.prompt_ids), []
-            for ids in result.token_ids:
-                read = experts[row, first : longest + len(ids) - 1]
-                own.append(Routes(read.numpy().tobytes(), *read.shape[1:]))
-                row += 1
-            made.append(replace(result, routes=tuple(own)))
+            first = longest - len(result.prompt_ids)
+            own = (next(each)[first : longest + len(ids) - 1] for ids in result.token_ids)
+            made.append(replace(result, routes=tuple(map(read_routes, own))))
         return made
 
     def _result(

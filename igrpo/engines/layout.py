@@ -66,8 +66,7 @@ def beside_the_learner(config: C, gpus: Sequence[str], local: int, processes: in
 def with_own_gpus(config: C, free: Sequence[str]) -> C:
     """The config whose started servers have GPUs of ``free``, where none are named and these are enough."""
     needed = config.vllm_num_servers * config.vllm_tensor_parallel_size
-    starts = config.use_vllm and config.vllm_mode == "server" and not config.server_urls
-    if not starts or config.vllm_server_devices is not None or len(free) < needed:
+    if not config.uses_servers or config.server_urls or config.vllm_server_devices is not None or len(free) < needed:
         return config
     return replace(config, vllm_server_devices=",".join(free[:needed]))
 

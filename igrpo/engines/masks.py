@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
-from pathlib import Path
 
 from igrpo.data_types import Kept
 from igrpo.engines.base import EngineError, Sampling
 from igrpo.engines.config import EngineConfig
+from igrpo.machine import package_folder
 
 OPTION = "return_sampling_mask"
 """vLLM's engine then returns it, and wants its second model runner for that."""
@@ -36,12 +35,12 @@ def why_not(config: EngineConfig, top_k: int, on_cpu: bool) -> str | None:
 def why_no_option(on_cpu: bool) -> str | None:
     """Why the vLLM of this process has no ``OPTION`` to switch on (None: it has): by its sources and what lies beside
     them, not by its version."""
-    vllm, triton = (_folder(name) for name in ("vllm", "triton"))
+    vllm, triton = package_folder("vllm"), package_folder("triton")
     if vllm is None:
         return None  # the engine says what is to be installed
     settings = vllm / "config" / "model.py"
     if not settings.is_file() or OPTION not in settings.read_text(encoding="utf-8"):
-        return f"the installed vLLM has no {OPTION}, which came with 0.32"
+        return f"the installed vLLM has no {OPTION}, which 0.28 and later have"
     if on_cpu and (triton is None or not (triton / "backends" / "cpu").is_dir()):
         return "vLLM on a CPU says what it kept with Triton's CPU backend alone, which is not installed"
     return None
@@ -74,8 +73,3 @@ def read_kept(steps: Iterable[Mapping[int, float]]) -> Kept:
             )
         sets.append(kept)
     return Kept.of(sets)
-
-
-def _folder(package: str) -> Path | None:
-    found = find_spec(package)
-    return None if found is None or found.origin is None else Path(found.origin).parent

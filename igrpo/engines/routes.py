@@ -13,7 +13,7 @@ def why_not(config: EngineConfig, on_cpu: bool) -> str | None:
     if not config.use_vllm:
         return None
     if config.vllm_mode == "server":
-        return "vLLM's servers send them with other requests than the loop's"
+        return "they are not read from what vLLM's servers answer"
     if on_cpu:
         return "vLLM says it with its second model runner alone, which was never tried on a CPU (it takes Triton there)"
     if config.sends_adapter:

@@ -6,8 +6,9 @@ room for a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -87,7 +88,8 @@ class WeightSync:
             NoRoomError: the engine found none to wake in.
         """
         noise = self.tolerance / 3
-        same = self.engine.version == version and not self.unlike
+        # Of all: nobody reads a server before the first process has taken it over, which aborts whatever runs there.
+        same = all(self.learner.gather(self.engine.version == version and not self.unlike))
         theirs = self.engine.score(self.probe) if same else None
         self.engine.sleep()
         before = self.learner.score(self.probe)
@@ -134,39 +136,34 @@ class WeightSync:
 def disturbed(learner: Any, adapters: bool = False) -> Iterator[None]:
     """Inside, every weight of the learner is a few percent off, or of the adapters the second factor, which begins as
     zeros, is another; afterwards all are bit for bit what they were."""
-    with _raised(learner) if adapters else _flipped(learner):
-        yield
-
-
-@contextmanager
-def _flipped(learner: Any) -> Iterator[None]:
-    _flip(learner)
+    undo = (_raise_adapters if adapters else _flip)(learner)
     try:
         yield
     finally:
-        _flip(learner)
+        undo()
 
 
 @torch.no_grad()
-def _flip(learner: Any) -> None:
+def _flip(learner: Any) -> Callable[[], object]:
     """Turns over the bit of each element's fraction that is worth 1/8: twice is nothing at all."""
     for tensor in learner.placement.local_parameters():
         bits = {4: torch.int32, 2: torch.int16}[tensor.element_size()]
         tensor.view(bits).bitwise_xor_(round(2**-3 / torch.finfo(tensor.dtype).eps))
+    return partial(_flip, learner)
 
 
-@contextmanager
-def _raised(learner: Any) -> Iterator[None]:
+@torch.no_grad()
+def _raise_adapters(learner: Any) -> Callable[[], object]:
     """Adds 2^-5 to every element, whether it is zero or was trained."""
     names = [name for name, _ in learner.placement.module.named_parameters()]
     named = zip(names, learner.placement.local_parameters(), strict=False)  # ZeRO-3 gives none
     kept = [(t, t.clone()) for name, t in named if ".lora_B." in name or ".lora_embedding_B." in name]
-    with torch.no_grad():
-        for tensor, _ in kept:
-            tensor.add_(2.0**-5)
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, before in kept:
-                tensor.copy_(before)
+    for tensor, _ in kept:
+        tensor.add_(2.0**-5)
+    return partial(_put_back, kept)
+
+
+@torch.no_grad()
+def _put_back(kept: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    for tensor, before in kept:
+        tensor.copy_(before)

@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from igrpo.engines.base import (
     Sampling,
     WeightSource,
     request_seed,
-)  # fmt: skip
+)
 from igrpo.engines.config import EngineConfig
 from igrpo.engines.layout import among_others, launched_with_others
 from igrpo.engines.masks import logprobs_to_ask, read_kept, why_no_option
@@ -39,6 +39,8 @@ WHOLE_VOCABULARY = 2**31 - 1
 """A top-k that leaves nothing out: vLLM takes the vocabulary's size instead."""
 MAX_RESTARTS = 3
 """New engines in a row, without a finished request between them, before giving up."""
+Compare = Callable[[dict[str, Sent]], Iterable[tuple[int, list[str]]]]
+"""Of each worker how many of the tensors that were sent it keeps as they were, and which of them are others."""
 
 
 class VLLMEngine:
@@ -150,17 +152,15 @@ class VLLMEngine:
             **({"enable_return_routed_experts": True} if self.routes else {}),
         }
         if self.on_cpu:
-            return options | {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE} | config.vllm_engine_args
-        return (
-            options
-            | {
+            options |= {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE}
+        else:
+            options |= {
                 "gpu_memory_utilization": config.vllm_gpu_memory_utilization,
                 "tensor_parallel_size": config.vllm_tensor_parallel_size,
                 "enable_sleep_mode": self._sleeps,
+                **launched_with_others(),
             }
-            | launched_with_others()
-            | config.vllm_engine_args
-        )
+        return options | config.vllm_engine_args
 
     def _set_version(self, version: int) -> None:
         self.version = version
@@ -340,8 +340,23 @@ class VLLMEngine:
         }
 
     def _push(self, source: WeightSource, version: int) -> int:
+        """Every tensor the engine keeps under its own name and shape must equal what was sent, bit for bit; ``score``
+        covers the others. Returns how many there are."""
         sent: dict[str, Sent] = {}
-        weights = recorded(source(), sent, torch.bfloat16 if self.config.bf16 else torch.float32)
+        compare = self._load(recorded(source(), sent, torch.bfloat16 if self.config.bf16 else torch.float32), version)
+        # Requests that run lose their blocks too, and read prompt and tokens so far again under the new weights.
+        if not self.llm.reset_prefix_cache(reset_running_requests=True):
+            raise EngineError("the prefix cache still holds blocks of the old weights")
+        compared = 0
+        for count, wrong in compare(sent):
+            if wrong or not count:
+                raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
+            compared += count
+        self._set_version(version)
+        self._source, self._sent = source, sent
+        return compared
+
+    def _load(self, weights: Iterator[tuple[str, torch.Tensor]], version: int) -> Compare:
         if self.on_cpu:
             self.llm.apply_model(forget_packed_experts)
         try:
@@ -350,23 +365,7 @@ class VLLMEngine:
             raise EngineError(f"the weight push of version {version} failed half-way: {error}") from error
         if self.on_cpu:
             self.llm.apply_model(repack_tied_head)
-        # Requests that run lose their blocks too, and read prompt and tokens so far again under the new weights.
-        if not self.llm.reset_prefix_cache(reset_running_requests=True):
-            raise EngineError("the prefix cache still holds blocks of the old weights")
-        compared = self._compare(sent)
-        self._set_version(version)
-        self._source, self._sent = source, sent
-        return compared
-
-    def _compare(self, sent: dict[str, Sent]) -> int:
-        """Every tensor the engine keeps under its own name and shape must equal what was sent, bit for bit; ``score``
-        covers the others."""
-        compared = 0
-        for count, wrong in self.llm.apply_model(lambda model: differing(model, sent)):
-            if wrong or not count:
-                raise EngineError(f"after the push the engine still differs in {wrong or 'every tensor'}")
-            compared += count
-        return compared
+        return lambda sent: self.llm.apply_model(lambda model: differing(model, sent))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         self._check_awake()

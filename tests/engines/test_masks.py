@@ -219,7 +219,7 @@ def test_where_nobody_says_what_was_kept_truncation_is_refused(key, where):
     replace(wanted, use_vllm=False).check_sampler(masks.why_not(replace(wanted, use_vllm=False), 0, on_cpu=True))
     replace(wanted, top_k=20).check_sampler(masks.why_not(wanted, 20, on_cpu=True))
     if not where:
-        wanted.check_sampler(masks.why_not(wanted, 0, on_cpu=False))  # 0.32 and later
+        wanted.check_sampler(masks.why_not(wanted, 0, on_cpu=False))
         with pytest.raises(ConfigError, match=f"^{key} cannot be trained with here"):
             _placed(wanted)
     off = {"vllm_importance_sampling_correction": False, "off_policy_mask_threshold": None, "rollout_rs": None,
@@ -232,6 +232,7 @@ def test_an_older_vllm_is_told_by_what_it_lacks(tmp_path, monkeypatch):
     (tmp_path / "vllm" / "config").mkdir(parents=True)
     (tmp_path / "vllm" / "__init__.py").write_text("")
     (tmp_path / "vllm" / "config" / "model.py").write_text("enforce_eager: bool = False")
-    monkeypatch.setattr(masks, "_folder", lambda name: tmp_path / name)
-    assert "has no return_sampling_mask, which came with 0.32" in masks.why_not(config(use_vllm=True), 0, on_cpu=False)
+    monkeypatch.setattr(masks, "package_folder", lambda name: tmp_path / name)
+    why = masks.why_not(config(use_vllm=True), 0, on_cpu=False)
+    assert "has no return_sampling_mask, which 0.28 and later have" in why
     assert masks.why_not(config(), 0, on_cpu=False) is None

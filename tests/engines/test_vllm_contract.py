@@ -51,6 +51,7 @@ def test_each_kind_of_drift_is_missed_by_name():
         "class NCCLTrainerInitInfo": "class TrainerInfo",
         "def update_weight_version": "def set_version",
         "routed_experts": "experts",
+        "[seq_len,layer_num,topk]": "[layer_num,seq_len,topk]",
     }
     found = set(vllm_contract.missing(Drifted(changes)))
     assert {
@@ -62,6 +63,7 @@ def test_each_kind_of_drift_is_missed_by_name():
         ("adapters", "vllm.v1.engine.llm_engine.LLMEngine.add_lora"),
         ("weight versions", "vllm.LLM.update_weight_version"),
         ("chosen experts", "vllm.outputs.CompletionOutput.routed_experts"),
+        ("chosen experts", f"vllm/outputs.py: {vllm_contract.WORDS['chosen experts'][1][0]}"),
         ("flags", "--skip-tokenizer-init"),
         ("members", "vllm.v1.worker.gpu_model_runner.GPUModelRunner.reload_weights(weights_iterator=)"),
         ("members", "vllm.LLM.reset_prefix_cache(reset_running_requests=)"),

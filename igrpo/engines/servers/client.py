@@ -234,7 +234,10 @@ class Client:
             "cache_salt": salt, "return_token_ids": True, "return_tokens_as_token_ids": True,
         }  # fmt: skip
         answer = await self.call("POST", "/v1/completions", timeout, json=body)
-        entries = answer["choices"][0]["prompt_logprobs"][1:]
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] == "abort":  # before its prompt was read: log-probabilities are missing
+            raise ServerError(f"{self.url} broke the reading of a prompt off")
+        entries = choice["prompt_logprobs"][1:]
         return [entry[str(token)]["logprob"] for token, entry in zip(token_ids[1:], entries, strict=True)]
 
     async def close(self) -> None:

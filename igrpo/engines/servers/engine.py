@@ -148,7 +148,7 @@ class ServerEngine:
             "sync/write_seconds": written,
             "sync/tensors_compared": float(compared),
             "sync/servers": float(sum(server.holds(version) for server in self.servers)),
-            "sync/restarts": float(self._restarts),
+            "sync/restarts": float(self._restarts) * self.leads,  # of the servers that all processes share
         }
 
     def restart(self) -> None:

@@ -274,30 +274,19 @@ def start_servers(
     if distributed:
         torch.distributed.broadcast_object_list(known, src=0)
     ports, secret = known[0]
-    processes = _processes(config, path, length, on_cpu, ports, secret, adapter) if leads else [None] * len(ports)
     host = f"[{config.vllm_server_host}]" if ":" in config.vllm_server_host else config.vllm_server_host
-    clients = [Client(f"http://{host}:{port}", secret, owners[0]) for port in ports]
-    return [Server(client, process) for client, process in zip(clients, processes, strict=True)], leads
-
-
-def _processes(
-    config: EngineConfig,
-    path: str,
-    length: int,
-    on_cpu: bool,
-    ports: list[int],
-    secret: str,
-    adapter: Mapping[str, Any] | None,
-) -> list[ServerProcess]:
-    processes, devices, each = [], named_devices(config), config.vllm_tensor_parallel_size
+    devices, each = named_devices(config), config.vllm_tensor_parallel_size
+    servers = []
     for i, port in enumerate(ports):
-        # One seed for all: a request's own seed decides what it samples, wherever it lands.
-        command = server_command(config, path, length, port, config.seed, on_cpu, adapter)
-        own = None if devices is None else ",".join(devices[i * each : (i + 1) * each])
-        environment = server_environment(config, secret, on_cpu, own)
-        log = Path(tempfile.mkdtemp(prefix="igrpo-servers-"), "server.log")
-        processes.append(ServerProcess(command, environment, log))
-    return processes
+        process = None
+        if leads:
+            # One seed for all: a request's own seed decides what it samples, wherever it lands.
+            command = server_command(config, path, length, port, config.seed, on_cpu, adapter)
+            own = None if devices is None else ",".join(devices[i * each : (i + 1) * each])
+            log = Path(tempfile.mkdtemp(prefix="igrpo-servers-"), "server.log")
+            process = ServerProcess(command, server_environment(config, secret, on_cpu, own), log)
+        servers.append(Server(Client(f"http://{host}:{port}", secret, owners[0]), process))
+    return servers, leads
 
 
 def _check_same_machine(url: str, beside: str) -> None:

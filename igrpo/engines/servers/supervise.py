@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from igrpo.engines.servers.auth import INSTANCE_HEADER
 from igrpo.machine import SET_PARENT_DEATH_SIGNAL, process_control
@@ -54,7 +55,9 @@ def supervise(command: Sequence[str], parent: int | None, health: Health | None 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
     # This process is single-threaded and imports nothing heavy, so code between fork and exec is safe here.
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent)
+    # Should even this process be killed with -9, the kernel takes the server's front end along.
+    dies_along = partial(process_control, SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dies_along)
     ended = threading.Event()
     watcher = threading.Thread(target=health.watch, args=(ended,)) if health is not None else None
     if watcher is not None:
@@ -118,11 +121,6 @@ class Health:
         if answer.status == 200 and answer.headers.get(INSTANCE_HEADER.decode()) is None:
             return "something else answered on its port"
         return "" if answer.status == 200 else f"it answered {answer.status}"
-
-
-def _die_with_parent() -> None:
-    # Should even this process be killed with -9, the kernel takes the server's front end along.
-    process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:

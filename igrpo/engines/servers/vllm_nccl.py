@@ -43,28 +43,26 @@ class FanOut:
         self.servers = [_OneServer(post) for post in posts]
         self.offsets = [1 + sum(world_sizes[:i]) for i in range(len(posts))]
 
-    def _all(self, calls: Sequence[Callable[[], None]]) -> None:
+    def _all(self, call: Callable[[_OneServer, int], None]) -> None:
         # Together, not one after the other: all of them wait for each other inside the same collective.
-        with ThreadPoolExecutor(len(calls)) as pool:
-            for future in [pool.submit(call) for call in calls]:
-                future.result()
+        with ThreadPoolExecutor(len(self.servers)) as pool:
+            list(pool.map(call, self.servers, self.offsets))
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         def call(server: _OneServer, offset: int) -> None:
             moved = {**init_info, "rank_offset": offset} if "rank_offset" in init_info else init_info
             server.init_weight_transfer_engine(moved)
 
-        pairs = zip(self.servers, self.offsets, strict=True)
-        self._all([lambda s=s, o=o: call(s, o) for s, o in pairs])  # type: ignore[misc]
+        self._all(call)
 
     def start_weight_update(self) -> None:
-        self._all([server.start_weight_update for server in self.servers])
+        self._all(lambda server, _: server.start_weight_update())
 
     def update_weights(self, update_info: Any) -> None:
-        self._all([lambda s=s: s.update_weights(update_info) for s in self.servers])  # type: ignore[misc]
+        self._all(lambda server, _: server.update_weights(update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._all([lambda s=s: s.finish_weight_update(weight_version) for s in self.servers])  # type: ignore[misc]
+        self._all(lambda server, _: server.finish_weight_update(weight_version))
 
 
 def vllm_source(source: WeightSource, declared: list[base.ParamMeta]) -> base.WeightSource:
