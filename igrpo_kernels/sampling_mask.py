@@ -74,9 +74,10 @@ class SamplingMask:
             offsets = torch.cat([offsets[:1], counts.cumsum(0)])
         self._set(keys % (high + 1) if high >= 0 else ids, offsets, high)
 
-    def _set(self, ids: Tensor, offsets: Tensor, largest: int) -> None:
+    def _set(self, ids: Tensor, offsets: Tensor, largest: int) -> SamplingMask:
         for name, value in (("ids", ids), ("offsets", offsets), ("largest", largest)):
             object.__setattr__(self, name, value)
+        return self
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"a SamplingMask is immutable; make a new one instead of setting {name}")
@@ -138,21 +139,14 @@ class SamplingMask:
         """The rows of several, one behind the other."""
         ends = torch.tensor([0, *(m.ids.numel() for m in masks)]).cumsum(0).tolist()
         offsets = [m.offsets[1:] + end for m, end in zip(masks, ends, strict=False)]
-        made = object.__new__(cls)
-        made._set(
-            torch.cat([m.ids for m in masks]),
-            torch.cat([masks[0].offsets[:1], *offsets]),
-            max(m.largest for m in masks),
-        )
-        return made
+        ids = torch.cat([m.ids for m in masks])
+        return object.__new__(cls)._set(ids, torch.cat([masks[0].offsets[:1], *offsets]), max(m.largest for m in masks))
 
     def to(self, device: torch.device | str | None) -> SamplingMask:
         """The same on another device."""
         if device is None or torch.device(device) == self.ids.device:
             return self
-        made = object.__new__(SamplingMask)
-        made._set(self.ids.to(device), self.offsets.to(device), self.largest)
-        return made
+        return object.__new__(SamplingMask)._set(self.ids.to(device), self.offsets.to(device), self.largest)
 
     def entries(self, rows: Tensor, wanted: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Ids of some rows, those with wanted (m,) False left out.
@@ -174,9 +168,8 @@ class SamplingMask:
     def select(self, rows: Tensor) -> SamplingMask:
         """Some rows, by their numbers (m,), in that order."""
         _, entry, counts = self.entries(rows)
-        made = object.__new__(SamplingMask)
-        made._set(self.ids[entry], torch.cat([self.offsets[:1], counts.cumsum(0)]), self.largest)
-        return made
+        offsets = torch.cat([self.offsets[:1], counts.cumsum(0)])
+        return object.__new__(SamplingMask)._set(self.ids[entry], offsets, self.largest)
 
     @property
     def counts(self) -> Tensor:

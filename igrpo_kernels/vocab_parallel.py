@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from igrpo_kernels.batch import compute_dtype
+from igrpo_kernels.batch import check_index, compute_dtype
 from igrpo_kernels.row_kernels import AroundRows
 from igrpo_kernels.types import LOG_P_FLOOR, LogitTransform, RowStats
 
@@ -81,6 +81,19 @@ class VocabShard:
         """x summed over the ranks, in place."""
         dist.all_reduce(x, group=self.group)
         return x
+
+
+def vocabulary(
+    group: dist.ProcessGroup | None,
+    columns: int,
+    device: torch.device,
+    index: Tensor,  # (n,)
+) -> tuple[VocabShard | None, int]:
+    """Where this rank's columns lie, and the number of all, which holds every token id."""
+    shard = None if group is None else VocabShard.of(group, columns, device)
+    vocab_size = columns if shard is None else shard.vocab_size
+    check_index(index, device, vocab_size)
+    return shard, vocab_size
 
 
 def columns_at(logits: Tensor, at: Tensor, ids: Tensor) -> tuple[Tensor, ...]:

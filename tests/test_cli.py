@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -53,3 +54,12 @@ def test_a_closed_pipe_is_no_traceback():
     command = f"{sys.executable} -m igrpo train --help | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout.startswith("usage:")
+    # A reader that leaves when all but the end of the buffer is written, and a verb that leaves by SystemExit.
+    program = "import builtins, os, sys, igrpo.cli as cli; sys.argv[1:] = ['train', '--help']; say = print; "
+    program += "read, write = os.pipe(); os.dup2(write, 1); os.close(write); "
+    program += "builtins.print = lambda *a, **k: (say(*a, **k), os.close(read)); sys.exit(cli.main())"
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    gone = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=60, env=env
+    )
+    assert (gone.returncode, gone.stderr) == (141, "")

@@ -125,7 +125,7 @@ def test_the_schedules_table_is_the_record():
     page = (ROOT / "docs/scheduler.md").read_text()
     shown = [line for line in page.splitlines() if re.match(r"\| (GRPO, G|two stages)", line)]
     grpo = median(arms["grpo"]["step"])
-    assert len(shown) == len(arms) == 4
+    assert len(shown) == len(arms) == 6
     for line, arm in zip(shown, arms.values(), strict=True):
         whole, rollout, learner = (median(arm[part]) for part in ("step", "rollout", "learner"))
         spread = f"{min(arm['step']):.2f}–{max(arm['step']):.2f}"

@@ -19,10 +19,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import asleep
+from tests.support.callers import HOSTILE, save_caller
 from tests.support.training import (
     GSM8K,
     LOW_BYTES,
     ROOT,
+    TORCHRUN,
     kill,
     records,
     run,
@@ -172,35 +174,38 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on_and_no_run_comes_b
     assert (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
 
 
-def test_a_file_stops_both_processes_after_the_step(model, questions, tmp_path):
-    """torchrun kills its processes 30 seconds after a signal of its own; a file leaves them the time they need."""
-    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = started([*torchrun, "-m", "igrpo.train", *arguments], tmp_path / "run")
-    (tmp_path / "run" / "stop").touch()
+@pytest.mark.parametrize("how", ["file", "signal"])
+def test_two_processes_stop_after_the_same_step_and_one_goes_on(model, tmp_path, how):
+    """torchrun kills its processes 30 seconds after a signal of its own; a file leaves them the time they need. What
+    both had begun ahead is trained once each, also what has become too old meanwhile."""
+    data = tmp_path / "questions.jsonl"
+    data.write_text('{"question": "What is 1 + 1?", "answer": "2"}\n' * 400)
+    settings = {"use_vllm": False, "save_steps": 0, "policy_lag": 2}
+    process = started(
+        [*TORCHRUN, "-m", "igrpo.train", *words(model, data, tmp_path / "run", max_steps=200, **settings)],
+        tmp_path / "run",
+    )
+    if how == "file":
+        (tmp_path / "run" / "stop").touch()
+    else:
+        second = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
+        second.send_signal(signal.SIGTERM)
     try:
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
     last = steps(tmp_path / "run")[-1]["step"]
+    assert output.count("stopping after this step") == (how == "signal") and last < 200
     assert f"stopped after step {last}; go on with --resume_from_checkpoint last" in output
-    assert last < 200 and (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
     assert not (tmp_path / "run" / "stop").exists()
-
-
-def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(model, questions, tmp_path):
-    arguments = words(model, questions, tmp_path / "run", use_vllm=False, max_steps=200, save_steps=0)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = started([*torchrun, "-m", "igrpo.train", *arguments], tmp_path / "run")
-    second = next(p for p in psutil.Process(process.pid).children() if p.environ().get("RANK") == "1")
-    second.send_signal(signal.SIGTERM)
-    try:
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert output.count("stopping after this step") == 1 and "--resume_from_checkpoint last" in output
-    last = steps(tmp_path / "run")[-1]["step"]
-    assert last < 200 and (tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt").is_file()
+    begun = torch.load(tmp_path / "run" / f"checkpoint-{last}" / "state" / "loop.pt", weights_only=True)["drafts"]
+    if how == "file":
+        return  # the same is saved
+    settings |= {"resume_from_checkpoint": "last", "max_steps": last + 4}
+    run(words(model, data, tmp_path / "run", **settings))
+    rows, logged = [group["row"] for group in records(tmp_path / "run", "completions.jsonl")], steps(tmp_path / "run")
+    assert len(rows) == len(set(rows)) == 4 * last + 2 * 4 and rows[4 * last :] == [one["row"] for one in begun]
+    assert all(0 <= r["staleness/max"] <= 2 for r in logged) and sum(r["staleness/dropped"] for r in logged) > 0
 
 
 def test_a_full_disk_ends_the_run_with_a_sentence(model, questions, small_disk):
@@ -239,19 +244,26 @@ def test_grpo_through_accelerate_launch(model, questions, tmp_path):
 
 SHARED = {
     "use_vllm": False, "max_steps": 2, "save_steps": 0, "token_budget": 200, "eval_samples": 5, "eval_temperature": 0.0,
+    "max_completion_length": 60, **HOSTILE,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def alone(model, questions, tmp_path_factory) -> dict:
+def caller(tmp_path_factory) -> str:
+    return save_caller(tmp_path_factory.mktemp("caller"))
+
+
+@pytest.fixture(scope="module")
+def alone(caller, questions, tmp_path_factory) -> dict:
     """What one process finds on the held-out problems before training."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    assert "(5 held-out problems)" in run(words(model, questions, folder, **{**SHARED, "max_steps": 1}))
+    assert "(5 held-out problems)" in run(words(caller, questions, folder, **{**SHARED, "max_steps": 1}))
     return next(r for r in records(folder) if "eval/reward" in r)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monkeypatch, sharded):
+def test_two_processes_share_the_prompts(caller, questions, alone, tmp_path, monkeypatch, sharded):
+    """With an environment in each, whose tools their completions call."""
     settings = SHARED.copy()
     if not sharded:  # the learner's collectives then run in a thread, beside the groups of the next step
         settings |= {"policy_lag": 1}
@@ -261,7 +273,7 @@ def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monk
         settings |= {"use_peft": True, "beta": 0.01}
     run(
         ["--standalone", "--nproc_per_node", "2", "igrpo/train.py",
-         *words(model, questions, tmp_path / "run", **settings)],
+         *words(caller, questions, tmp_path / "run", **settings)],
         launcher=("-m", "torch.distributed.run"),
     )  # fmt: skip
     logged = steps(tmp_path / "run")
@@ -269,14 +281,17 @@ def test_two_processes_share_the_prompts(model, questions, alone, tmp_path, monk
     # Each process judges its share of the held-out problems; together that is what one process finds.
     assert next(r for r in records(tmp_path / "run") if "eval/reward" in r) == pytest.approx(alone)
     groups = records(tmp_path / "run", "completions.jsonl")
-    tokens = sum(c["tokens"] for g in groups if g["step"] == 1 for c in g["refinements"])
-    assert logged[0]["rollout/refinement_tokens"] == tokens
+    lengths = [c["tokens"] for g in groups if g["step"] == 1 for c in g["refinements"]]  # with what tools said
+    mean = logged[0]["rollout/refinement_tokens"] / len(lengths)
+    assert len(lengths) == 16 and mean == logged[0]["completions/mean_length"] <= sum(lengths) / 16
     assert [g["step"] for g in groups] == [1] * 4 + [2] * 4 and len({g["row"] for g in groups}) == 8
     assert all(r["sync/probe_logp_gap"] < 1e-4 and r["learner/unique_tokens"] > 0 for r in logged)
+    assert any(r["tools/turns"] > 1 for r in logged)
+    assert logged[0]["sampling/sampling_logp_difference/max"] < 1e-3  # of what the policy wrote
     assert [r.get("staleness/max", 0.0) for r in logged] == [0.0, float(not sharded)]
     assert (tmp_path / "run" / "checkpoint-2" / "state" / "shards").is_dir() == sharded  # the launch was what it says
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-2").state_dict()
-    start = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    start = AutoModelForCausalLM.from_pretrained(caller).state_dict()
     assert trained.keys() == start.keys()
     assert not torch.equal(trained[(name := "model.layers.0.mlp.up_proj.weight")], start[name])
 

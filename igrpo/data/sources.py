@@ -25,24 +25,7 @@ from igrpo.settings import ConfigError, did_you_mean
 GYM_PREFIX = "reasoning_gym:"
 
 
-class ProblemSet(Sequence[Problem]):
-    """Problems by row number; procedural ones are made when asked for, the same ones each time."""
-
-    def __init__(self, name: str, length: int, make: Callable[[int], Problem]) -> None:
-        self.name = name
-        self._length = length
-        self._make = make
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> Problem:  # type: ignore[override]
-        if not -self._length <= index < self._length:
-            raise IndexError(f"row {index} of {self._length} in {self.name}")
-        return self._make(index % self._length)
-
-
-def load_data(config: DataConfig) -> tuple[Sequence[Problem], Sequence[Problem]]:
+def load_data(config: DataConfig) -> tuple[list[Problem], list[Problem]]:
     """The problems to train on, and those that are held out.
 
     Raises:
@@ -52,8 +35,7 @@ def load_data(config: DataConfig) -> tuple[Sequence[Problem], Sequence[Problem]]
     def load(split: str, most: int | None) -> list[Problem]:
         keys = ("dataset_name", "dataset_config", "dataset_prompt_column", "dataset_solution_column", "dataset_kwargs")
         options = {key: getattr(config, key) for key in keys}
-        data = load_problems(**options, dataset_split=split, max_samples=most)
-        return [data[i] for i in range(len(data))]
+        return load_problems(**options, dataset_split=split, max_samples=most)
 
     try:
         problems = load(config.dataset_train_split, config.max_train_samples)
@@ -80,7 +62,7 @@ def load_problems(
     dataset_solution_column: str = "solution",
     dataset_kwargs: Mapping[str, Any] | None = None,
     max_samples: int | None = None,
-) -> ProblemSet:
+) -> list[Problem]:
     """Load a data set.
 
     Args:
@@ -117,7 +99,7 @@ def load_problems(
     problems = list(read_rows(rows, dataset_name, dataset_prompt_column, dataset_solution_column, max_samples))
     if not problems:
         raise ValueError(f"dataset_name: '{dataset_name}' has no rows")
-    return ProblemSet(dataset_name, len(problems), problems.__getitem__)
+    return problems
 
 
 def _looks_local(name: str) -> bool:
@@ -252,7 +234,7 @@ _READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
 }
 
 
-def _reasoning_gym(name: str, options: dict[str, Any], split: str, max_samples: int | None) -> ProblemSet:
+def _reasoning_gym(name: str, options: dict[str, Any], split: str, max_samples: int | None) -> list[Problem]:
     tasks = [task.strip() for task in name.removeprefix(GYM_PREFIX).split(",")]
     size, seed = options.pop("size", 500), options.pop("seed", 0)
     if not isinstance(size, int) or size < 1:
@@ -274,8 +256,7 @@ def _reasoning_gym(name: str, options: dict[str, Any], split: str, max_samples: 
         columns["task_options"] = per_task.get(tasks[turn], {})
         return Problem(index, entry["question"], entry["answer"] or "", columns, f"'{name}' row {index}")
 
-    make(0)
-    return ProblemSet(name, size, make)
+    return [make(index) for index in range(size)]
 
 
 def _gym_task(task: str, options: Mapping[str, Any], size: int, seed: int) -> Any:

@@ -10,7 +10,6 @@ nothing that a tool started outlives its trajectory.
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import contextlib
 import functools
@@ -33,8 +32,9 @@ from typing import Any
 
 import psutil
 
+from igrpo.log_lines import whole_characters
 from igrpo.machine import SET_CHILD_SUBREAPER, SET_PARENT_DEATH_SIGNAL, process_control
-from igrpo.rewards.workers.worker import end_descendants, receive
+from igrpo.rewards.workers.worker import become_child, described, end_descendants, receive, returned
 
 NEW, END = b"N", b"E"
 ORDER = struct.Struct(">cQ")
@@ -75,13 +75,13 @@ class Trajectory:
         their own."""
         _seed(seed)
         reset = getattr(self.environment, "reset", None)  # there may be functions alone
-        said = _run(reset, _accepted(reset, row)) if reset is not None else None
+        said = returned(reset, _accepted(reset, row)) if reset is not None else None
         _seed(then)
         if said is not None and not isinstance(said, str):
             raise TypeError(f"reset returned {type(said).__name__}, not text or None")
         if said is not None and len(said) > LONGEST:
             raise ValueError(f"reset returned {len(said)} characters, more than {LONGEST}")
-        return None if said is None else _unicode(said)
+        return None if said is None else whole_characters(said)
 
     def call(self, calls: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, bool]]:
         """What each call said, and whether it failed."""
@@ -101,9 +101,9 @@ class Trajectory:
         except TypeError as error:
             return f"Error: {name}: {error}", True
         try:
-            return _unicode(str(_run(tool, arguments))), False
+            return whole_characters(str(returned(tool, arguments))), False
         except BaseException as error:  # SystemExit and KeyboardInterrupt included
-            return f"Error: {_described(error)}", True
+            return f"Error: {whole_characters(described(error))}", True
         finally:
             if os.getpid() != own:  # a process that the tool forked, and that came back from it
                 os._exit(0)
@@ -113,14 +113,14 @@ class Trajectory:
         reward, state = None, None
         if wants_reward:
             try:
-                reward = _number(_run(self.environment.get_reward, {}))
+                reward = _number(returned(self.environment.get_reward, {}))
             except BaseException as error:
-                reward = f"get_reward: {_described(error)}"
+                reward = f"get_reward: {whole_characters(described(error))}"
         if wants_state:
             try:
                 state = base64.b64encode(pickle.dumps(self.environment)).decode()
             except Exception as error:  # pickle raises whatever a value's own hooks raise
-                state = f"the environment cannot be pickled for reward functions: {_described(error)}"
+                state = f"the environment cannot be pickled for reward functions: {whole_characters(described(error))}"
         return {"reward": reward, "environment": state}
 
     def serve(self, channel: socket.socket) -> None:
@@ -130,7 +130,7 @@ class Trajectory:
             try:
                 reply = {"ok": getattr(self, method)(*arguments)}
             except BaseException as error:
-                reply = {"failed": _described(error)}
+                reply = {"failed": whole_characters(described(error))}
             _reply(channel, reply)
 
 
@@ -154,7 +154,7 @@ class Host:
             environment = load(factory)() if factory else None
             trajectory = Trajectory(environment, tools_of(environment, [load(path) for path in functions]))
         except BaseException as error:
-            wrong = _described(error)
+            wrong = whole_characters(described(error))
         with contextlib.suppress(OSError):  # the trainer is gone
             self.control.send(wrong.encode() or b"ready")
         gc.collect()
@@ -186,26 +186,21 @@ class Host:
         except OSError as error:  # no room for another process: the others live on
             with channel, contextlib.suppress(OSError):
                 channel.sendall(BEGUN)
-                _reply(channel, {"failed": _described(error)})
+                _reply(channel, {"failed": whole_characters(described(error))})
             return
         if pid:
             self.alive[number] = pid
             channel.close()
             return
         try:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             self.control.close()
-            process_control(SET_CHILD_SUBREAPER, 1)
-            process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-            if os.getppid() == host:
-                with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-                    file.write("900")  # where memory ends, a tool goes before the trainer
-                with contextlib.suppress(OSError, ValueError):
-                    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-                silence = os.open(os.devnull, os.O_RDWR)
-                for stream in range(3):
-                    os.dup2(silence, stream)
-                trajectory.serve(channel)
+            become_child(host)
+            with contextlib.suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+            silence = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):
+                os.dup2(silence, stream)
+            trajectory.serve(channel)
         finally:
             os._exit(0)
 
@@ -232,15 +227,6 @@ def _children() -> set[int]:
         return {child.pid for child in psutil.Process().children()}
 
 
-def _run(function: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
-    result = function(**arguments)
-    return asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
-
-
 def _accepted(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
     """The whole row for ``**kwargs``, else the columns that are named."""
     parameters = inspect.signature(function).parameters.values()
@@ -263,19 +249,6 @@ def _seed(text: str) -> None:
     random.seed(text)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(random.getrandbits(32))
-
-
-def _described(error: BaseException) -> str:
-    try:
-        text = str(error)
-    except Exception as unprintable:
-        text = f"<{type(unprintable).__name__} while printing it>"
-    return _unicode(f"{type(error).__name__}: {text[:800]}")
-
-
-def _unicode(text: str) -> str:
-    """Half a character is none that a tokenizer reads."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def main() -> None:

@@ -84,7 +84,6 @@ class Environments:
     ):
         self.timeout, self.environment = timeout, {**environment, MARK: uuid.uuid4().hex}
         self._setup = pickle.dumps((factory, tuple(functions), memory, str(seed), sys.argv)).hex()
-        self._sessions: dict[int, Session] = {}
         self._count, self._started = 0, 0
         self._poll = select.poll()
         self._channels: dict[int, Session] = {}

@@ -89,7 +89,7 @@ def load_benchmark(
             raise
         hint = f"; --data_dir FOLDER reads FOLDER/{asked}/test.jsonl instead" if source and data_dir is None else ""
         raise ConfigError(f"benchmarks: {asked}: {str(error).removeprefix('dataset_name: ')}{hint}") from error
-    return Benchmark(asked, list(problems), n, f"{source.hub_id}: {source.prompt} -> {source.solution}")
+    return Benchmark(asked, problems, n, f"{source.hub_id}: {source.prompt} -> {source.solution}")
 
 
 def _from_folder(name: str, source: Source, n: int, folder: Path, max_samples: int | None) -> Benchmark:
@@ -121,7 +121,7 @@ def _from_file(
     problems = load_problems(
         str(path), dataset_prompt_column=prompt, dataset_solution_column=solution, max_samples=max_samples
     )
-    return Benchmark(name, list(problems), n, f"{path}: {prompt} -> {solution}")
+    return Benchmark(name, problems, n, f"{path}: {prompt} -> {solution}")
 
 
 def _other(asked: str, n: int, max_samples: int | None) -> Benchmark:
@@ -137,7 +137,7 @@ def _other(asked: str, n: int, max_samples: int | None) -> Benchmark:
             dataset_solution_column="answer",
             max_samples=max_samples,
         )
-        return Benchmark(re.sub(r"\W+", "_", asked), list(problems), n, asked)
+        return Benchmark(re.sub(r"\W+", "_", asked), problems, n, asked)
     near = difflib.get_close_matches(asked, [*BENCHMARKS, HELD_OUT], n=1)
     hint = f", did you mean {near[0]}" if near else ""
     siblings = path.parent if path.suffix and path.parent.is_dir() else Path(".")
@@ -154,7 +154,6 @@ def _held_out(n: int, max_samples: int | None, run_config: TrainConfig | None) -
     if not run_config.eval_samples:
         raise ConfigError(f"benchmarks: the run held nothing out (eval_samples: 0); name another than {HELD_OUT}")
     _, problems = load_data(run_config)
-    problems = list(problems)[:max_samples]
     weights = run_config.reward_weights and tuple(run_config.reward_weights)
     origin = f"held out of {run_config.dataset_name}"
-    return Benchmark(HELD_OUT, problems, n, origin, tuple(run_config.reward_funcs), weights)
+    return Benchmark(HELD_OUT, problems[:max_samples], n, origin, tuple(run_config.reward_funcs), weights)

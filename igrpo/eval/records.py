@@ -83,7 +83,7 @@ class Records:
         for problem in problems:
             self._check(problem)
         if path.is_file():
-            self._rewrite()
+            self.rewrite()
 
     def _read(self) -> Iterator[dict[str, Any]]:
         """Whole records; problems of those that are broken, which are named, are sampled again."""
@@ -114,11 +114,8 @@ class Records:
     def of(self, problems: Sequence[Problem]) -> list[dict[str, Any]]:
         return [self.by_row[problem.index] for problem in problems]
 
-    def close(self) -> None:
+    def rewrite(self) -> None:
         """In the order of the rows: the order in which they finished says nothing."""
-        self._rewrite()
-
-    def _rewrite(self) -> None:
         write_atomically(self.path, "".join(_line(self.by_row[row]) for row in sorted(self.by_row)))
 
     def _check(self, problem: Problem) -> None:

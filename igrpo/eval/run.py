@@ -168,7 +168,8 @@ class EvaluationRun:
         turns = turns_of(self.environment, self.prompts, pool.functions)
         done = sampler.sample(engine, pool, self.tokenizer, tasks, sampler.window(self.config), turns)
         pool.tallies()
-        with _Ticker(f"{self.model.name} on {label}", len(records.by_row), len(tasks)) as ticker:
+        ticker = _Ticker(f"{self.model.name} on {label}", len(records.by_row), len(tasks))
+        with ticker.progress:
             for problem, scored in done:
                 record = make_record(problem, scored, judged_by, with_ids=bool(self.rules) and not chosen)
                 if chosen:
@@ -181,7 +182,7 @@ class EvaluationRun:
                         records.add(record)
                     unsaved.clear()
                 ticker.step(sum(len(s.completion.token_ids) for s in scored))
-        records.close()
+        records.rewrite()
         tallies = pool.tallies()
         if unsaved:
             check_tallies([tallies], benchmark.name)
@@ -265,13 +266,6 @@ class _Ticker:
         )
         self.progress = Progress(*columns, console=Console(file=sys.stdout), disable=not self.live)
         self.bar = self.progress.add_task(self.label, total=total)
-
-    def __enter__(self) -> _Ticker:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
 
     def step(self, tokens: int) -> None:
         self.done, self.tokens = self.done + 1, self.tokens + tokens

@@ -92,7 +92,8 @@ def table(rows: Sequence[Row]) -> str:
 
 def pass_table(rows: Sequence[Row]) -> str:
     """pass@k at powers of two and at n, one line per row and benchmark."""
-    ks = sorted({k for row in rows for f in row["benchmarks"].values() for k in shown_k(f["n"])})
+    ns = {f["n"] for row in rows for f in row["benchmarks"].values()}
+    ks = sorted(ns | {2**i for n in ns for i in range(n.bit_length())})
     lines = [["model", "benchmark", *(f"pass@{k}" for k in ks)], ["---", "---", *("--:" for _ in ks)]]
     for row in rows:
         for benchmark, f in row["benchmarks"].items():
@@ -100,10 +101,6 @@ def pass_table(rows: Sequence[Row]) -> str:
             cells = (f"{100 * values[k]:.1f}" if k in values else "–" for k in ks)
             lines.append([row_label(row), benchmark, *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shown_k(n: int) -> list[int]:
-    return sorted({2**i for i in range(n.bit_length())} | {n})
 
 
 def percent(estimate: Estimate) -> str:

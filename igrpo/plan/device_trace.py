@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -91,23 +92,13 @@ class DeviceTrace(TorchDispatchMode):
             self._phase.held = self.current
             self._phase = before
 
-    @contextmanager
-    def owned(self, name: str) -> Iterator[None]:
-        """What is allocated inside is called ``name``, not by its line."""
-        before, self._owner = self._owner, name
-        try:
-            yield
-        finally:
-            self._owner = before
+    def owned(self, name: str) -> Any:
+        """What is allocated inside, or in a function that it decorates, is called ``name``, not by its line."""
+        return patch.object(self, "_owner", name)
 
-    @contextmanager
-    def fake_weights(self) -> Iterator[None]:
-        """Inside, new tensors on the CPU are fake as well."""
-        self._fake_cpu = True
-        try:
-            yield
-        finally:
-            self._fake_cpu = False
+    def fake_weights(self) -> Any:
+        """Inside, or in a function that it decorates, new tensors on the CPU are fake as well."""
+        return patch.object(self, "_fake_cpu", True)
 
     def move(self, tensor: torch.Tensor, device: torch.device) -> None:
         """A fake tensor to another device in place, which ``Module.to`` and FSDP do through ``.data``."""
@@ -192,9 +183,7 @@ class DeviceTrace(TorchDispatchMode):
 
     def _allocated(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._storages:
-            return
-        if _line() is _PLANNING:
+        if storage._cdata in self._storages or _line() is _PLANNING:
             return
         self._storages[storage._cdata] = (0, "")
         self._change(storage._cdata, storage.nbytes())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from igrpo.machine import package_folder
 from igrpo.settings import ConfigError
 
 SOURCE = Path(__file__).with_name("fake_gpu.cpp")
@@ -35,10 +35,9 @@ def load() -> None:
         return
     if "torch" in sys.modules:
         raise RuntimeError("fake_gpu_library.load() must come before anything imports torch")
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
+    root = package_folder("torch")
+    if root is None:
         raise ConfigError("rehearse: torch is not installed; pip install torch")
-    root = Path(spec.origin).parent
     if any((root / "lib").glob("libtorch_cuda.*")):  # it would end the process: the hooks have one place
         raise ConfigError(
             "rehearse: this torch was built for CUDA, whose own hooks leave no room for made-up GPUs; rehearse where "

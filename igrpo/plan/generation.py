@@ -59,7 +59,7 @@ class EngineCost:
 OnFinish = Callable[[Sequence_, float], Sequence[Sequence_]]
 
 
-def decode(queue: Sequence[Sequence_], cost: EngineCost, on_finish: OnFinish) -> float:
+def decode(queue: Sequence[Sequence_], cost: EngineCost, on_finish: OnFinish = lambda sequence, now: ()) -> float:
     """Seconds until everything is decoded, first come first served; ``on_finish(sequence, now)`` may add more."""
     waiting, active = list(queue), []
     left, context = np.empty(0), np.empty(0)
@@ -156,7 +156,7 @@ def _one_engine(
     if not N:
         alone = lengths.draw(rng, problems, G, "refinement")
         queue = [Sequence_("refinement", i, int(t), question, question / G) for i, row in enumerate(alone) for t in row]
-        return Generation(0.0, decode(queue, cost, _nothing))
+        return Generation(0.0, decode(queue, cost))
     drafted, refined = lengths.draw(rng, problems, N), lengths.draw(rng, problems, G, "refinement")
     # Any of the drafts may be the best one; what it was decoded for stays in the prefix cache up to the question.
     shown = drafted[np.arange(problems), rng.integers(0, N, problems)]
@@ -169,7 +169,7 @@ def _one_engine(
 
     everything = [s for i in range(problems) for s in refinements(i)]
     if scheduler == "barrier":
-        return Generation(decode(drafts, cost, _nothing), decode(everything, cost, _nothing))
+        return Generation(decode(drafts, cost), decode(everything, cost))
     last = {"draft": 0.0, "refinement": 0.0}
     open_drafts = [N] * problems
 
@@ -185,7 +185,3 @@ def _one_engine(
         return Generation(last["draft"], total - last["draft"])
     total = decode(everything + drafts, cost, finished)  # the drafts are the next batch's
     return Generation(0.0, last["refinement"], total - last["refinement"])
-
-
-def _nothing(sequence: Sequence_, now: float) -> Sequence[Sequence_]:
-    return ()

@@ -181,8 +181,9 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     else:
         note = f"two moments in {'8 bits' if eight_bit else 'fp32'}{split}"
         items.append(Item("optimiser", (2 if eight_bit else 8) * trained // parts, True, note))
-    if config.beta > 0 and not config.use_peft:
-        items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because beta > 0{split}"))
+    if config.has_reference:
+        why = "beta > 0" if config.beta > 0 else "teacher_model_kind: base"
+        items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because {why}{split}"))
     if machine.offloads and sharded:
         return [replace(item, bytes=0, note=f"{item.note}: {item.bytes / GIB:.2f} GiB, on the host") for item in items]
     return items
@@ -283,7 +284,7 @@ def engine_weight_bytes(shape: ModelShape, config: TrainConfig) -> int:
 
 def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: int) -> list[Item]:
     weights = engine_weight_bytes(shape, config)
-    if config.use_vllm and config.vllm_mode == "server":
+    if config.uses_servers:
         return []
     if not config.use_vllm:
         cache = config.per_device_train_batch_size * context * shape.kv_bytes_per_token
@@ -305,11 +306,11 @@ def _engine(shape: ModelShape, config: TrainConfig, machine: Machine, context: i
 
 def _suggestions(config: TrainConfig, machine: Machine, sharded: bool) -> tuple[str, ...]:
     said = []
-    beside = config.use_vllm and config.vllm_mode == "colocate"
-    if beside and machine.device == "cuda" and not config.engine_sleeps:
+    beside = config.colocates and machine.device == "cuda"
+    if beside and not config.engine_sleeps:
         keys = f"vllm_enable_sleep_mode: true, {config.lag_key}: 0"
         said.append(f"let the engine sleep while the learner works ({keys})")
-    if beside and machine.device == "cuda" and config.vllm_gpu_memory_utilization > 0.3:
+    if beside and config.vllm_gpu_memory_utilization > 0.3:
         said.append("lower vllm_gpu_memory_utilization, or let vLLM run elsewhere")
     if not config.gradient_checkpointing:
         said.append("set gradient_checkpointing: true")

@@ -26,10 +26,9 @@ from igrpo.config.train_config import TrainConfig
 from igrpo.data_types import TrainingSample
 from igrpo.plan.device_trace import DeviceTrace, Phase
 from igrpo.plan.fake_devices import FakeGPUMode, fake_gpus
-from igrpo.plan.memory import ASLEEP
+from igrpo.plan.memory import ASLEEP, GIB
 from igrpo.settings import ConfigError
 
-GIB = 2**30
 LOAD, TRY, BATCHES, STEP, PUSH = "loading", "trying kernels", "micro-batches", "clip and optimiser", "weight push"
 MICRO_BATCHES = 2
 SPREAD = 0.4
@@ -129,11 +128,8 @@ def rehearse(
     def gathered(mine: Any) -> list[Any]:
         return everyone if mine and isinstance(mine[0], TrainingSample) else [mine] * devices
 
-    with ExitStack() as stack:
-        stack.enter_context(fake_gpus(devices, memory, trace.wait, gathered))
-        stack.enter_context(_stand_ins(trace, config.use_peft))
-        stack.enter_context(FakeGPUMode())
-        stack.enter_context(trace)
+    gpus = fake_gpus(devices, memory, trace.wait, gathered)
+    with gpus, _stand_ins(trace, config.use_peft), FakeGPUMode(), trace:
         return _steps(trace, model_config, config, everyone, memory)
 
 
@@ -145,8 +141,8 @@ def _steps(
 
     with trace.phase(LOAD), trace.owned("weights"):
         model = _model(model_config, config, trace)
-        reference = _model(model_config, config, trace) if config.beta > 0 and not config.use_peft else None
-        with patch.object(Learner, "_find_form", _in_phase(trace, Learner._find_form)):
+        reference = _model(model_config, config, trace) if config.has_reference else None
+        with patch.object(Learner, "_find_form", trace.phase(TRY)(trace.owned("")(Learner._find_form))):
             learner = Learner(model, reference, config, 0)
     learner.set_schedule(10)
     with trace.phase("first step"):
@@ -168,14 +164,6 @@ def _steps(
     largest = max(map(unique_tokens, bins))
     share = config.vllm_gpu_memory_utilization if config.engine_sleeps else None
     return Rehearsal(trace.phases, memory, len(everyone), -(-len(bins) // len(everyone)), largest, share)
-
-
-def _in_phase(trace: DeviceTrace, find_form: Any) -> Any:
-    def tried(*args: Any) -> Any:
-        with trace.phase(TRY), trace.owned(""):
-            return find_form(*args)
-
-    return tried
 
 
 def _model(model_config: Any, config: TrainConfig, trace: DeviceTrace) -> Any:

@@ -29,8 +29,6 @@ class ModelShape:
     experts: int = 0
     """E of a layer; 0: one MLP for all tokens."""
     experts_per_token: int = 0
-    expert_size: int = 0
-    """Width of one expert."""
     expert_parameters: int = 0
     """Of all experts that a token may be sent to, of all layers."""
     adapter_parameters: int | None = None
@@ -122,6 +120,5 @@ def model_shape(config: Mapping[str, Any], counted: Counted | None = None) -> Mo
         active_parameters=counted.parameters - idle,
         experts=experts,
         experts_per_token=chosen if experts else 0,
-        expert_size=width if experts else 0,
         expert_parameters=counted.experts if experts else 0,
     )

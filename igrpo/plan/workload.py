@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from igrpo.config.train_config import TrainConfig
 from igrpo.machine import Machine, offloads_weights, this_machine
-from igrpo.plan.generation import EngineCost, Generation, Lengths, generate
+from igrpo.plan.generation import EngineCost, Lengths, generate
 from igrpo.plan.hardware import GUESSED, Hardware, Rates
 from igrpo.plan.memory import MemoryPlan, engine_weight_bytes, memory_plan, trained_parameters
 from igrpo.plan.shapes import ModelShape
@@ -168,15 +168,12 @@ class Workload:
         sampled = generate(scheduler, self.prompts_per_step, N, G, self.lengths, self.engine_cost(), engines)
         tokens = self.learner_tokens(N, G)
         learner, sync = self.learner_seconds(N, G), self.sync_seconds()
-        drafts = sampled.drafts + self._exposed(sampled, learner + sync)
+        # What is left of lagging drafts when the learner is done: all of it where one device does both.
+        exposed = max(0.0, sampled.hidden - (learner + sync if self.hardware.generation else 0.0))
         return StepTime(
-            name, drafts, sampled.refinements, learner, sync, self.prompts_per_step,
+            name, sampled.drafts + exposed, sampled.refinements, learner, sync, self.prompts_per_step,
             self.prompts_per_step * (N + G), tokens,
         )  # fmt: skip
-
-    def _exposed(self, sampled: Generation, learner: float) -> float:
-        """What is left of lagging drafts when the learner is done: all of it where one device does both."""
-        return max(0.0, sampled.hidden - (learner if self.hardware.generation else 0.0))
 
 
 def _mean(lengths: Lengths, stage: str) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from igrpo.report.runs import Run, Series, whole_characters
+from igrpo.log_lines import whole_characters
+from igrpo.report.runs import Run, Series
 
 SAME_ARM = frozenset({"seed", "output_dir", "run_name", "resume_from_checkpoint", "report_to"})
 """Keys that may differ inside an arm."""

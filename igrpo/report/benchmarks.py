@@ -10,10 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from igrpo.log_lines import LARGEST, number_of
+from igrpo.log_lines import LARGEST, number_of, whole_characters
 from igrpo.report.arms import Arm
 from igrpo.report.drawing import ARM_COLOURS, HEIGHT, INK, MUTED, WIDE, colour_of, styled, to_png
-from igrpo.report.runs import whole_characters
 from igrpo.report.svg import save
 from igrpo.settings import shown
 
@@ -26,11 +25,10 @@ LINES = {SINGLE_SHOT: "-", "two-stage, first draft": "-.", "two-stage, majority"
 
 def find_summaries(folders: Sequence[Path]) -> list[Path]:
     """``summary.json`` of evaluation folders, and of evaluations inside run folders."""
-    return list(dict.fromkeys(p for folder in folders for p in (folder / "summary.json", *_inside(folder))))
-
-
-def _inside(folder: Path) -> list[Path]:
-    return sorted(p for pattern in ("*/summary.json", "*/*/summary.json") for p in folder.glob(pattern))
+    found = []
+    for folder in folders:
+        found += [folder / "summary.json", *sorted([*folder.glob("*/summary.json"), *folder.glob("*/*/summary.json")])]
+    return list(dict.fromkeys(found))
 
 
 def read_rows(paths: Sequence[Path], notes: list[str]) -> list[Row]:
@@ -168,7 +166,3 @@ def write_pass_at_k(rows: Sequence[Row], folder: Path) -> None:
         canvas = draw_pass_at_k(rows, row_colours(rows, ()))
         to_png(canvas, folder / "pass_at_k.png")
         save(canvas, folder / "pass_at_k.svg", "pass@k", facecolor="white")
-
-
-def has_pass_at_k(rows: Sequence[Row]) -> bool:
-    return any(len(f.get("pass_at_k", [])) > 1 for row in rows for f in row["benchmarks"].values())

@@ -102,8 +102,10 @@ STAGES = (
 )  # fmt: skip
 
 POLICY = (
-    _one("entropy", "Entropy", "Mean entropy of the policy over the trained tokens. A fast fall means that sampling "
-         "stops exploring.", "entropy", "nats"),
+    Figure("entropy", "Entropy", "Mean entropy of the policy over the trained tokens, and as sampled from the bare "
+           "prompt: compare arms by that. A fast fall means that sampling stops exploring.", (
+        Panel("trained tokens", "nats", (Line("entropy"),), zero=True),
+        Panel("bare prompt", "nats", (Line("bare/entropy"),), zero=True)), wide=True),
     _one("grad_norm", "Gradient norm", "Before clipping.", "grad_norm", "", log=True),
     Figure("lengths", "Drafts and cut completions", "Mean draft length, and the shares cut off at "
            "max_completion_length.", (

@@ -128,7 +128,7 @@ def _draw_all(
             colours = benchmarks.row_colours(rows, arms)
             text = "Accuracy averaged over n samples per problem (avg@n), with the evaluation's 95 % interval."
             drawn = [finish(benchmarks.draw_bars(rows, colours), "benchmarks", "Benchmarks", text, True)]
-            if benchmarks.has_pass_at_k(rows):
+            if any(len(figures["pass_at_k"]) > 1 for row in rows for figures in row["benchmarks"].values()):
                 text = "Chance that at least one of k samples is right, estimated without bias from n samples."
                 drawn.append(finish(benchmarks.draw_pass_at_k(rows, colours), "pass_at_k", "pass@k", text, True))
             result.append(("Evaluation", drawn))

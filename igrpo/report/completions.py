@@ -11,7 +11,7 @@ from itertools import accumulate, takewhile
 from pathlib import Path
 from typing import Any
 
-from igrpo.log_lines import MOST_BYTES, number_of, parse
+from igrpo.log_lines import MOST_BYTES, number_of, parse, whole_characters
 from igrpo.report.arms import Arm
 from igrpo.settings import shown
 
@@ -55,9 +55,10 @@ def sample_groups(arms: Sequence[Arm], notes: list[str], most: int = MOST_GROUPS
         if broken:
             notes.append(f"{run.name}: {broken} lines of completions.jsonl cannot be read and are not in the browser")
         groups += [{**group, "run": name} for group in found]
-    budget, size = MOST_CHARACTERS, [_size(group) for group in groups]
-    if sum(size) > budget:
-        keep = max(1, int(len(groups) * budget / sum(size)))
+    size = sum(len(group["prompt"]) for group in groups)
+    size += sum(len(s["text"]) for group in groups for s in (*group["drafts"], *group["refinements"]))
+    if size > MOST_CHARACTERS:
+        keep = max(1, int(len(groups) * MOST_CHARACTERS / size))
         groups = [groups[i] for i in _even(len(groups), keep)]
     return Sample(groups, total)
 
@@ -217,19 +218,14 @@ def changes(draft: str, refinement: str) -> list[Change]:
     return spans
 
 
-def _size(group: Group) -> int:
-    return len(group["prompt"]) + sum(len(s["text"]) for s in (*group["drafts"], *group["refinements"]))
-
-
 def as_script_json(value: Any) -> str:
     """JSON that can stand inside a ``<script>`` element: no character in it can end or open a tag.
 
     JavaScript counts UTF-16 units and Python code points, so the offsets in ``changes`` would drift after an emoji; the
     page therefore splits texts with ``Array.from``, which counts code points too.
     """
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A lone surrogate, which \ud800 in a log can leave, is no valid UTF-8.
-    text = text.encode("utf-8", errors="replace").decode("utf-8")
+    text = whole_characters(json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text

@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from igrpo.log_lines import number_of, read_records, step_of
+from igrpo.log_lines import number_of, read_records, step_of, whole_characters
 from igrpo.settings import ConfigError, shown
 from igrpo.settings.section import check_value
 from igrpo.settings.yaml_text import load_yaml
@@ -53,11 +53,6 @@ class Run:
     def last(self, metric: str) -> float | None:
         points = self.series(metric)
         return points[-1][1] if points else None
-
-
-def whole_characters(text: str) -> str:
-    """Half characters, which a log or a folder's name may hold and no font draws, as question marks."""
-    return text.encode("utf-8", errors="replace").decode("utf-8")
 
 
 def read_run(folder: Path) -> Run:

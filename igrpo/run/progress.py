@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -51,8 +50,8 @@ class LiveView:
         self.started: float | None = None
         self.resumed_at = done
         self.problems = 0
-        self.counts: dict[str, int] = {}
-        self.totals: dict[str, int] = {}
+        self.counts: dict[str, tuple[int, int]] = {}
+        """Of the step, by stage: how many are done, of how many."""
         self.doing = ""
         self.history: dict[str, list[float]] = {}
         self._bars = Progress(
@@ -80,9 +79,7 @@ class LiveView:
             threading.Thread(target=self._heartbeat, daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._closed.set()
         if self.live:
             self._live.stop()
@@ -91,14 +88,13 @@ class LiveView:
         if self.started is None:  # not earlier: an evaluation before the first step says nothing about steps
             self.started = time.monotonic()
         self.problems, self.counts = problems, {}
-        self.totals = {}
         for name in STAGES:
             self._bars.update(self._bar[name], visible=False, completed=0)
         self.stage("rollout")
 
     def rolled_out(self, stage: str) -> None:
         """One problem finished a stage of its rollout."""
-        self._count(stage, min(self.counts.get(stage, 0) + 1, self.problems), self.problems)
+        self._count(stage, min(self.counts.get(stage, (0, 0))[0] + 1, self.problems), self.problems)
 
     def learned(self, done: int, total: int) -> None:
         """The learner has finished so many of its micro-batches."""
@@ -140,14 +136,14 @@ class LiveView:
         return str(timedelta(seconds=round(seconds)))
 
     def _count(self, name: str, done: int, total: int) -> None:
-        self.counts[name], self.totals[name] = done, total
+        self.counts[name] = done, total
         if name in self._bar:
             self._bars.update(self._bar[name], visible=True, completed=done, total=total)
 
     def _heartbeat(self) -> None:
         while not self._closed.wait(min(1.0, HEARTBEAT_SECONDS / 4)):
             if time.monotonic() - self._spoke >= HEARTBEAT_SECONDS:
-                at = "  ".join(f"{name} {count}/{self.totals[name]}" for name, count in self.counts.items())
+                at = "  ".join(f"{name} {done}/{total}" for name, (done, total) in self.counts.items())
                 self.say(f"step {self.done + 1}/{self.total}  {self.doing or 'working'}  {at}".rstrip())
 
     def _picture(self) -> Group:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from igrpo.machine import SET_CHILD_SUBREAPER, SET_PARENT_DEATH_SIGNAL, process_control
 from igrpo.rewards.functions import BUILTIN, RewardFunction
-from igrpo.rewards.workers.worker import end_descendants, receive, serve
+from igrpo.rewards.workers.worker import become_child, end_descendants, receive, serve
 
 SETUP = struct.Struct(">I")
 """Bytes of the pickled ``(functions, bytes of memory that a worker may take, sys.argv)`` that follow, the first
@@ -70,7 +70,9 @@ class Keeper:
             code = 1
             try:
                 self.control.close()
-                _become_worker(keeper)
+                become_child(keeper)
+                for stream in (sys.stdout, sys.stderr):
+                    stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
                 serve(channel, functions, limit, patience)
                 code = 0
             finally:
@@ -89,18 +91,6 @@ class Keeper:
         if os.getppid() != self.trainer:
             end_descendants()
             os._exit(0)
-
-
-def _become_worker(keeper: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    process_control(SET_CHILD_SUBREAPER, 1)
-    process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != keeper:
-        os._exit(0)
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
-        file.write("900")  # where memory ends, a worker goes before the trainer
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
 
 
 def _warm_up(functions: Sequence[RewardFunction]) -> None:

@@ -32,6 +32,7 @@ from typing import Any
 import psutil
 
 from igrpo.data_types import Pickled
+from igrpo.machine import SET_CHILD_SUBREAPER, SET_PARENT_DEATH_SIGNAL, process_control
 from igrpo.rewards.functions import RewardFunction
 
 Outcome = list[float | str | None] | str
@@ -59,6 +60,17 @@ def has_children() -> bool:
     except ChildProcessError:
         return False
     return True
+
+
+def become_child(parent: int) -> None:
+    """After a fork: ends with ``parent``, goes before the trainer where memory ends, and finds all that it starts."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    process_control(SET_CHILD_SUBREAPER, 1)
+    process_control(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write("900")
 
 
 def end_descendants(keep: Sequence[int] = ()) -> bool:
@@ -237,9 +249,7 @@ def call_function(function: RewardFunction, payload: bytes, health: Health) -> t
             given["environments"] = [
                 pickle.loads(one) if isinstance(one, Pickled) else one for one in given["environments"]
             ]
-        scores = loaded(**given)
-        if inspect.isawaitable(scores):
-            scores = asyncio.run(_awaited(scores))
+        scores = returned(loaded, given)
         health.leave_forks()
         if isinstance(scores, str | Mapping) or not hasattr(scores, "__iter__"):
             return f"it returned {type(scores).__name__}, not a list of numbers", None
@@ -250,7 +260,8 @@ def call_function(function: RewardFunction, payload: bytes, health: Health) -> t
         return [_checked(score) for score in scores], None
     except BaseException as error:  # SystemExit and KeyboardInterrupt included
         health.leave_forks()
-        return _described(error, loaded), f"a call ended in {type(error).__name__}" if _unusual(error) else None
+        worn = f"a call ended in {type(error).__name__}" if _unusual(error) else None
+        return described(error) + _place(error, loaded), worn
 
 
 def _unusual(error: BaseException) -> bool:
@@ -261,12 +272,17 @@ def _unusual(error: BaseException) -> bool:
     return exhausted or isinstance(error, MemoryError | RecursionError) or not isinstance(error, Exception)
 
 
-def _described(error: BaseException, function: Any) -> str:
-    """Type and text, and the last line of the user's own file: where a library raised says less."""
+def described(error: BaseException) -> str:
+    """Type and text, whatever prints it."""
     try:
         text = str(error)
     except Exception as unprintable:
         text = f"<{type(unprintable).__name__} while printing it>"
+    return f"{type(error).__name__}: {text[:800]}"
+
+
+def _place(error: BaseException, function: Any) -> str:
+    """The last line of the user's own file that ran: where a library raised says less."""
     try:
         frames = traceback.extract_tb(error.__traceback__)
         while isinstance(function, functools.partial):
@@ -274,14 +290,19 @@ def _described(error: BaseException, function: Any) -> str:
         own = getattr(getattr(inspect.unwrap(function), "__code__", None), "co_filename", None)
         foreign = [frame for frame in frames if frame.filename != __file__]
         place = next((frame for frame in reversed(foreign) if frame.filename == own), foreign[-1])
-        where = f" ({os.path.basename(place.filename)}:{place.lineno}: {(place.line or '')[:160]})"
+        return f" ({os.path.basename(place.filename)}:{place.lineno}: {(place.line or '')[:160]})"
     except Exception:  # none of its lines ran, or out of memory
-        where = ""
-    return f"{type(error).__name__}: {text[:800]}{where}"
+        return ""
 
 
-async def _awaited(scores: Any) -> Any:
-    return await scores
+def returned(function: Any, arguments: Mapping[str, Any]) -> Any:
+    """What a function returns; of an ``async`` one, what it does in the end."""
+
+    async def awaited() -> Any:
+        return await result
+
+    result = function(**arguments)
+    return asyncio.run(awaited()) if inspect.isawaitable(result) else result
 
 
 def _accepted(function: Any, arguments: dict[str, list[Any]]) -> dict[str, list[Any]]:
