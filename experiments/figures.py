@@ -30,7 +30,8 @@ COURSE = Figure(
         Panel("groups without a gradient", "%", (Line("frac_reward_zero_std"),), zero=True),
         Panel("refinements' 4-grams copied from the draft", "%", (Line("refinement/copy_rate"),), zero=True),
         Panel("accuracy of the draft that is shown", "%", (Line("draft/chosen_accuracy"),)),
-        Panel("entropy", "nats", (Line("entropy"),), zero=True),
+        Panel("entropy of what is trained", "nats", (Line("entropy"),), zero=True),
+        Panel("entropy on the bare prompt", "nats", (Line("bare/entropy"),), zero=True),
     ), wide=True,
 )  # fmt: skip
 OUTCOMES = (

@@ -1,36 +1,24 @@
-"""``python -m experiments.lab``: a small model of our own, trained from scratch, on a task made as a control.
+"""``python -m experiments.lab``: a small model of our own, trained from scratch, on a task made for the question.
 
-A question is twenty digits; its answer is what a secret table makes of each. The model learns both from documents with
-mistakes. A digit t of an answer is drawn with probability proportional to
-
-    exp(own · 1[t is right] + copied · 1[t is the draft's])
-
-the second term where a draft, drawn without it, stands beside the question. So the model's own evidence is the same and
-as noisy with a draft as without, and a draft, nearly always wrong as a whole, adds evidence to it: beside a right digit
-0.60 become 0.92, beside a wrong one 0.45, on average 0.74, so that all twenty are right some sixty times as often. A
-document without a draft is right once in 28,000, the model that has learnt from them about once in 20,000 answers from
-the bare prompt, so that GRPO waits for its first reward; what refinements learn, to trust the table, is what the bare
-prompt lacks. Before any training the likeliest answer is the right one: the lab is about sampling at temperature 1.
+A question is a string of digits. The model learns its answers from documents with mistakes, every other one with a
+draft beside the question (``experiments/lab_tasks.py``). ``--task sorting`` makes the other laboratory.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.lab_tasks import Sorting, Table
 from experiments.plan import FOLDER
 
-LAB = FOLDER.parent / "runs" / "lab"
-TABLE = "7294850316"
-"""What each digit becomes; no document says it, solutions only use it."""
-DIGITS = 20
+RUNS = FOLDER.parent / "runs"
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>")
 WORDS = ("<answer>", "</answer>", "#", *"0123456789")
 CHAT_TEMPLATE = (
@@ -42,45 +30,28 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
+    task: Table | Sorting = field(default_factory=Table)
     steps: int = 600
     batch: int = 32
     learning_rate: float = 3e-3
     hidden: int = 96
     layers: int = 2
-    own: float = 2.6
-    """Logit of the right digit: 0.60 of all digits are right without a draft."""
-    copied: float = 2.1
-    """Logit of the draft's digit: 0.74 are right with one."""
     problems: int = 8000
     held_out: int = 500
     seed: int = 0
 
 
-def ask(rng: random.Random) -> str:
-    return "".join(rng.choices(TABLE, k=DIGITS))
+LABS = {"table": ("lab", Recipe()), "sorting": ("lab-sorting", Recipe(Sorting(), steps=1500, batch=64, layers=3))}
+"""Folder under ``runs`` and recipe of each task."""
 
 
-def solution(question: str) -> str:
-    """The right answer: ``solution("384712") == "418329"``."""
-    return "".join(TABLE[int(digit)] for digit in question)
-
-
-def attempt(question: str, recipe: Recipe, rng: random.Random, draft: str = "") -> str:
-    """Digits of an answer with mistakes."""
-    made = ""
-    for place, right in enumerate(solution(question)):
-        logits = [recipe.own * (t == right) + recipe.copied * (t == draft[place : place + 1]) for t in TABLE]
-        made += rng.choices(TABLE, [math.exp(logit) for logit in logits])[0]
-    return made
-
-
-def document(recipe: Recipe, rng: random.Random) -> tuple[str, str]:
+def document(task: Table | Sorting, rng: random.Random) -> tuple[str, str]:
     """Prompt and answer; every other prompt shows a draft."""
-    prompt = question = ask(rng)
-    draft = attempt(question, recipe, rng) if rng.random() < 0.5 else ""
+    prompt = question = task.ask(rng)
+    draft = task.attempt(question, rng) if rng.random() < 0.5 else ""
     if draft:
         prompt += f"#<answer>{draft}</answer>"
-    return prompt, f"<answer>{attempt(question, recipe, rng, draft)}</answer>"
+    return prompt, f"<answer>{task.attempt(question, rng, draft)}</answer>"
 
 
 def make_tokenizer() -> Any:
@@ -126,7 +97,7 @@ def train(recipe: Recipe, folder: Path) -> None:
     from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
     rng, tokenizer = random.Random(recipe.seed), make_tokenizer()
-    documents = [document(recipe, rng) for _ in range(recipe.steps * recipe.batch)]
+    documents = [document(recipe.task, rng) for _ in range(recipe.steps * recipe.batch)]
     arguments = TrainingArguments(
         output_dir=str(folder), max_steps=recipe.steps, per_device_train_batch_size=recipe.batch, seed=recipe.seed,
         learning_rate=recipe.learning_rate, lr_scheduler_type="cosine", warmup_steps=recipe.steps // 10,
@@ -139,20 +110,23 @@ def train(recipe: Recipe, folder: Path) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     for split, count in (("train", recipe.problems), ("test", recipe.held_out)):
-        questions = [ask(rng) for _ in range(count)]
-        lines = [json.dumps({"prompt": question, "solution": solution(question)}) for question in questions]
+        questions = [recipe.task.ask(rng) for _ in range(count)]
+        lines = [json.dumps({"prompt": question, "solution": recipe.task.solution(question)}) for question in questions]
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.lab", description=__doc__)
-    parser.add_argument("--output", type=Path, default=LAB, help="folder for the model and its problems")
+    parser.add_argument("--task", choices=LABS, default="table")
+    parser.add_argument("--output", type=Path, help="folder for the model and its problems (default: runs/lab…)")
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     args = parser.parse_args(argv)
-    if (args.output / "config.json").exists():
-        parser.error(f"{args.output}: a model is there, and runs may stand on it; remove it, or give another --output")
-    train(Recipe(seed=args.seed), args.output)
-    print(f"wrote {args.output}")
+    name, recipe = LABS[args.task]
+    output = args.output or RUNS / name
+    if (output / "config.json").exists():
+        parser.error(f"{output}: a model is there, and runs may stand on it; remove it, or give another --output")
+    train(replace(recipe, seed=args.seed), output)
+    print(f"wrote {output}")
     return 0
 
 

@@ -34,6 +34,8 @@ class Plan:
     """Arms that are compared with another arm than ``baseline``."""
     base: str = BASE_CPU.name
     """Recipe of what all arms share, beside this module; ``--base`` names another."""
+    every_arm: dict[str, Any] = field(default_factory=dict)
+    """Settings that all arms change in the base recipe."""
 
     def baseline_of(self, arm: str) -> str:
         return self.baselines.get(arm, self.baseline)
@@ -44,7 +46,7 @@ class Plan:
         ``prompts_per_step`` of the base recipe is kept equal over arms, so that every arm sees a problem equally often
         in equally many updates. ``per_device_train_batch_size`` is the most that a micro-batch may hold.
         """
-        settings = {**base, **self.arms[arm]}
+        settings = {**base, **self.every_arm, **self.arms[arm]}
         prompts, largest = settings.pop("prompts_per_step"), settings["per_device_train_batch_size"]
         if prompts % processes:
             raise ConfigError(f"prompts_per_step: {prompts} prompts do not divide over {processes} processes")
@@ -70,9 +72,9 @@ def load_plan(name: str) -> Plan:
     plan = Plan(name=name, **yaml.safe_load(path.read_text(encoding="utf-8")))
     for arm in {plan.baseline, *plan.baselines, *plan.baselines.values()} - set(plan.arms):
         raise ConfigError(f"{path.name}: {arm!r} of its baselines is no arm; arms: {', '.join(plan.arms)}")
-    for arm, settings in plan.arms.items():
+    for arm, settings in [("every_arm", plan.every_arm), *plan.arms.items()]:
         for key in set(settings) - set(field_types(TrainConfig)):
-            raise ConfigError(f"{path.name}: arm {arm} has an unknown key {key!r}")
+            raise ConfigError(f"{path.name}: {arm} has an unknown key {key!r}")
     return plan
 
 

@@ -40,6 +40,7 @@ SERIES = (
     "completions/mean_length",
     "completions/clipped_ratio",
     "entropy",
+    "bare/entropy",
     "kl",
     "step_time",
     "rollout/seconds",

@@ -3,6 +3,7 @@
 A task can show something where it starts between 10 % and 60 %: above, little is left to learn; below, most groups hold
 no right answer and give no gradient. ``--data_dir`` adds GSM8K itself, from ``DIR/gsm8k/test.jsonl``. ``--with_draft``
 adds what it gets right beside one of its own answers: where that is no more, a second stage has nothing to begin with.
+``--score`` names a reward function with partial credit, whose mean is said, too.
 
     python -m experiments.starting_points --with_draft --model runs/lab --base experiments/base-lab.yaml --n 16 \
         --tasks experiments/tasks-lab.yaml --problems 500 --output experiments/results/starting-points-lab.json
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base, tasks = load_base(args.base), yaml.safe_load(args.tasks.read_text(encoding="utf-8"))
     words = ["--with_draft"] if args.with_draft else []
     words += [f"--n {args.n}"] if args.n > 1 else []
+    words += [f"--score {args.score}"] if args.score else []
     named = {key: str(getattr(args, key)) for key in ("model", "base", "tasks", "output")}
     words += [f"--{key} {name}" for key, name in named.items() if name != MODEL and not Path(name).is_absolute()]
     words += [f"--problems {args.problems}"] + (["--data_dir DIR"] if args.data_dir else [])
@@ -72,6 +74,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=200, help="per task")
     parser.add_argument("--n", type=int, default=1, help="answers per problem")
     parser.add_argument("--with_draft", action="store_true", help="also beside a draft, each answer with its own")
+    parser.add_argument("--score", help="a reward function beside accuracy")
     parser.add_argument("--data_dir", type=Path, help="folder with gsm8k/test.jsonl")
     parser.add_argument("--output", type=Path, default=RECORD)
     return parser.parse_args(argv)
@@ -90,7 +93,7 @@ def write_problems(path: Path, task: dict[str, Any], count: int) -> Path:
             dataset_solution_column="answer",
             dataset_kwargs={"size": count, "seed": 7, **task.get("dataset_kwargs", {})},
         )
-    lines = [json.dumps({"prompt": p.prompt, "solution": p.solution}) for p in problems]
+    lines = [json.dumps({**p.columns, "prompt": p.prompt, "solution": p.solution}) for p in problems]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -102,6 +105,8 @@ def evaluate(
     evaluation, with top_p 0.95 unless that is 1."""
     temperature = load_base(args.base).get("eval_temperature", 0.6)
     extra = [*extra, "--temperature", str(temperature), *(["--top_p", "1.0"] if temperature == 1 else [])]
+    if args.score:
+        extra += ["--reward_funcs", json.dumps(["accuracy", args.score])]
     if args.with_draft:
         extra += ["--two_stage", "first", "--num_drafts", "1"]
     command = [
@@ -111,25 +116,31 @@ def evaluate(
     ]  # fmt: skip
     if code := subprocess.run(command).returncode:
         raise SystemExit(f"exit code {code} of {shlex.join(command)}")
-    bare, *staged = ({name: _figures(b) for name, b in row["benchmarks"].items()}
+    bare, *staged = ({name: _figures(b, args.score) for name, b in row["benchmarks"].items()}
                      for row in read_json(output / "summary.json")["rows"])  # fmt: skip
     return {name: f | ({"with_draft": staged[0][name]} if staged else {}) for name, f in bare.items()}
 
 
-def _figures(benchmark: dict[str, Any]) -> dict[str, Any]:
-    accuracy = {key: round(benchmark["accuracy"][key], 5) for key in ("value", "low", "high")}
-    return accuracy | {"problems": benchmark["problems"]}
+def _figures(benchmark: dict[str, Any], score: str | None) -> dict[str, Any]:
+    figures = {key: round(benchmark["accuracy"][key], 5) for key in ("value", "low", "high")}
+    figures |= {"score": round(benchmark["rewards"][score.rpartition(":")[2]], 5)} if score else {}
+    return figures | {"problems": benchmark["problems"]}
 
 
 def table(record: dict[str, Any]) -> list[str]:
     """Markdown lines; in bold the tasks that start in the useful range."""
-    drafts = any("with_draft" in f for f in record["tasks"].values())
-    heads = ["task", "reasoning-gym or hub name", "right, %", "95 % interval", *(["with a draft, %"] if drafts else [])]
+    drafts, scores = (any(key in f for f in record["tasks"].values()) for key in ("with_draft", "score"))
+    heads = ["task", "reasoning-gym or hub name", "right, %", "95 % interval", *(["score"] if scores else [])]
+    heads += ["with a draft, %", *(["score"] if scores else [])] if drafts else []
     lines = [f"| {' | '.join([*heads, 'problems'])} |", "|---" * (len(heads) + 1) + "|"]
     for task, f in record["tasks"].items():
         name = f"**{task}**" if USEFUL[0] <= f["value"] <= USEFUL[1] else task
         cells = [name, f"`{f['dataset_name']}`", f"{100 * f['value']:.1f}", _interval(f)]
-        cells += [f"{100 * f['with_draft']['value']:.2f} ({_interval(f['with_draft'])})"] if drafts else []
+        cells += [f"{f['score']:.2f}"] if scores else []
+        if drafts:
+            beside = f["with_draft"]
+            cells.append(f"{100 * beside['value']:.2f} ({_interval(beside)})")
+            cells += [f"{beside['score']:.2f}"] if scores else []
         lines.append(f"| {' | '.join(cells)} | {f['problems']} |")
     return lines
 

@@ -85,6 +85,9 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "copy_rate_last": interval([at_end(r, "refinement/copy_rate", -1) for r in records]),
         "answer_equals_draft": interval([r["answer_equals_draft"] for r in records]),
         "entropy_last": interval([at_end(r, "entropy", -1) for r in records]),
+        "bare_entropy_first": interval([at_end(r, "bare/entropy", 0) for r in records]),
+        "bare_entropy_last": interval([lately(r, "bare/entropy") for r in records]),
+        "bare_entropy_at_equal_accuracy": interval([entropy_at_equal_accuracy(r, base[r["seed"]]) for r in shared]),
         "decoded_tokens": interval([r["totals"]["decoded_tokens"] for r in records]),
         "seconds_per_step": interval([mean_of(r, "step_time") for r in records]),
         "core_hours": interval([r["totals"]["core_seconds"] / 3600 for r in counted]),
@@ -124,6 +127,19 @@ def at_equal_tokens(record: dict, baseline: dict) -> float:
     """Accuracy minus the baseline's, both read where the one that decoded fewer tokens ended."""
     budget = min(r["evaluations"][-1]["decoded_tokens"] for r in (record, baseline))
     return accuracy_at(record, budget) - accuracy_at(baseline, budget)
+
+
+def entropy_at_equal_accuracy(record: dict, baseline: dict) -> float | None:
+    """Entropy on the bare prompt at the end, minus the baseline's when it had first come as far as this run ended; None
+    where it never had, or nothing was learnt."""
+    ends, before = outcome(record, "accuracy"), record["evaluations"][0]["accuracy"]
+    mine, others = known(record, "bare/entropy"), known(baseline, "bare/entropy")
+    points = [(e["step"], e["accuracy"]) for e in baseline["evaluations"]]
+    for (s0, a0), (s1, a1) in pairwise(points):
+        if ends > before and a0 < ends <= a1 and mine and others:
+            step = round(s0 + (s1 - s0) * (ends - a0) / (a1 - a0))
+            return fmean(mine[-5:]) - fmean(others[max(step - 3, 0) : step + 2])
+    return None
 
 
 def accuracy_at(record: dict, tokens: float) -> float:
@@ -179,6 +195,16 @@ def p_value(figure: dict[str, Any]) -> float:
         term *= math.cos(angle) ** 2 * step / (step + 1)
     inside = 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
     return max(0.0, 1 - inside)
+
+
+def detectable(figure: dict[str, Any]) -> float:
+    """The true difference that seeds with this interval would have shown four times in five: its half width and, on
+    top, the distance from the mean that Student's t stays below with 80 %."""
+    low, high = 0.0, 1.0
+    for _ in range(40):  # two-sided 0.4 is one-sided 0.2
+        middle = (low + high) / 2
+        low, high = (middle, high) if p_value({**figure, "mean": middle, "half_width": 1.0}) > 0.4 else (low, middle)
+    return figure["half_width"] * (1 + low)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -314,6 +314,11 @@ def test_tasks_are_measured_before_anything_is_trained(tiny_base, tmp_path):
     assert list(record["tasks"]) == ["sums", "GSM8K"] and str(tmp_path) not in record["command"]
     assert all(found["problems"] == 3 and found["value"] == 0.0 for found in record["tasks"].values())
     assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–0.0 | 0.00 (0.0–0.0) | 3 |" in page(output.parent)
+    graded = ["--score", "reasoning_gym_score", "--problems", "3", "--output", output]
+    assert starting_points.main([*map(str, [*where[:6], "--with_draft", *graded])]) == 0
+    found = json.loads(output.read_text())["tasks"]["sums"]
+    assert 0.0 <= found["score"] < 1.0 and 0.0 <= found["with_draft"]["score"] < 1.0
+    assert f"| {found['score']:.2f} | 0.00 (0.0–0.0) | {found['with_draft']['score']:.2f} | 3 |" in page(output.parent)
     record["tasks"]["sums"]["value"] = 0.3
     assert "| **sums** |" in starting_points.table(record)[2]
 

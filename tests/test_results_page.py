@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from experiments.page import PAGE, READING, page, reading, verdict
 from experiments.plan import RESULTS
 from experiments.record import read_json, write_json
-from experiments.summary import holm, p_value, show, student_t95
+from experiments.summary import detectable, holm, interval, p_value, show, student_t95
 
 
 def test_the_page_of_results_is_what_the_records_say():
@@ -40,14 +42,26 @@ def test_the_advice_follows_the_sign_of_its_figure(tmp_path):
     """The first table once advised iGRPO whatever its figure said."""
     (tmp_path / "lab-control").mkdir()
     summary = read_json(RESULTS / "lab-control" / "summary.json")
-    for mean, half_width, said in (
-        (0.064, 0.009, "iGRPO as published, not GRPO"),
-        (-0.064, 0.009, "GRPO, not iGRPO as published"),
-        (-0.064, 0.1, "iGRPO as published or GRPO: no difference shown"),
+    summary["arms"] = {arm: summary["arms"][arm] for arm in ("grpo", "igrpo")}
+    for mean, half_width, run, cell in (
+        (0.064, 0.009, "iGRPO as published", "**6.4 ± 0.9**"),
+        (-0.064, 0.009, "GRPO", "-6.4 ± 0.9"),
+        (-0.064, 0.1, "GRPO", "-6.4 ± 10.0 *not shown* (13.6)"),
     ):
         summary["arms"]["igrpo"]["minus_baseline"] = {"mean": mean, "half_width": half_width, "n": 6}
         write_json(tmp_path / "lab-control" / "summary.json", summary)
-        assert f"far likelier | {said} |" in page(tmp_path)
+        assert f"likelier](#lab-control) | {run} | {cell} |  |" in page(tmp_path)
+
+
+def test_what_seeds_would_have_shown_four_times_in_five():
+    """By drawing: six seeds of a normal of deviation 1 and this mean are told from zero by their interval."""
+    draw, n = random.Random(0), 6
+    true = detectable({"mean": 0.0, "half_width": student_t95(n - 1) / math.sqrt(n), "n": n})
+    seen = 0
+    for _ in range(4000):
+        figure = interval([draw.gauss(true, 1.0) for _ in range(n)])
+        seen += abs(figure["mean"]) > figure["half_width"]
+    assert seen / 4000 == pytest.approx(0.8, abs=0.04)
 
 
 def gap(mean: float, half_width: float | None) -> dict:
