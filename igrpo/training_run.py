@@ -28,6 +28,7 @@ from igrpo.rewards.workers.tally import check_tallies
 from igrpo.run.checkpoints import checkpoints, find_checkpoint, place
 from igrpo.run.folder import RunFolder, group_record, table_rows
 from igrpo.run.output_folder import claimed
+from igrpo.run.trackers import show_table, tracked
 from igrpo.settings import ConfigError
 from igrpo.terminal import Warnings
 
@@ -158,8 +159,7 @@ class TrainingRun:
                 records = [record for part in everyone for record in part]
                 self.folder.log_completions(records)
                 if written:
-                    rows = [row for record in records for row in table_rows(record)]
-                    self.learner.show_table("completions", rows, self.step)
+                    show_table(accelerator, "completions", [row for r in records for row in table_rows(r)], self.step)
         self.timeline.flush()
 
     def save(self) -> None:
@@ -255,7 +255,7 @@ def build(config: TrainConfig) -> Iterator[TrainingRun]:
         )  # fmt: skip
         _announce(run)
         run.push_weights(run.step)
-        stack.enter_context(learner.trackers())
+        stack.enter_context(tracked(learner.accelerator, config))
         yield run
 
 

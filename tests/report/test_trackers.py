@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import sqlite3
 from contextlib import closing
-from types import SimpleNamespace
 
 import pytest
 from accelerate import Accelerator
 
 from igrpo.config.train_config import TrainConfig
-from igrpo.learner.learner import Learner
+from igrpo.run.trackers import show_table
 from igrpo.settings import ConfigError
 from igrpo.train import main
 
@@ -44,7 +43,7 @@ def test_a_tracker_with_tables_gets_the_completions(name, tmp_path, monkeypatch)
     accelerator = Accelerator(cpu=True, log_with=name)
     accelerator.init_trackers("igrpo", init_kwargs={name: {"name": "n"}})
     row = {"step": 1, "prompt": "a|b", "stage": "draft", "completion": "c\nd", "reward": 0.5, "advantage": None}
-    Learner.show_table(SimpleNamespace(accelerator=accelerator), "completions", [row, {**row, "advantage": 0.25}], 1)
+    show_table(accelerator, "completions", [row, {**row, "advantage": 0.25}], 1)
     accelerator.end_training()
     if name == "wandb":
         (file,) = tmp_path.rglob("completions*.table.json")
