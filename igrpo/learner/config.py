@@ -63,8 +63,11 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """`distillation_weight`: 0 is the forward KL(teacher || policy), 1 the reverse one, between them Jensen-Shannon."""
     distillation_topk: Count = 100
     """`distillation_weight`: so many of the teacher's likeliest tokens; all others are one."""
-    teacher_model_kind: Literal["live", "base"] = "live"
-    """`distillation_weight`: the teacher's weights are the policy's own of each update, or those the run began with."""
+    teacher_model_kind: Literal["live", "base", "ema"] = "live"
+    """`distillation_weight`: the teacher's weights are the policy's own of each update, those the run began with, or an
+    average over the updates."""
+    teacher_update_rate: Share = 0.05
+    """`teacher_model_kind: ema`: what an update's weights count for in the average."""
     top_entropy_quantile: Share = 1.0
     """Train only on the tokens with the highest entropy: this share of them."""
     off_policy_mask_threshold: Finite | None = None
@@ -150,6 +153,11 @@ class LearnerConfig(ModelConfig, OutputConfig, SamplingConfig, BatchConfig, Weig
     """Optimiser steps per rollout batch."""
     trust_checkpoint: bool = False
     """Unpickle what a checkpoint holds beyond tensors and plain data; its files can then run code on this machine."""
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether an average of the weights over the updates is kept beside them."""
+        return self.distillation_weight > 0 and self.teacher_model_kind == "ema"
 
     @property
     def has_reference(self) -> bool:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from igrpo.learner.packed_attention import packed_kernel
 from igrpo.learner.packing import Bin, Limits, PrefixGroup, pack, pad
 from igrpo.learner.placements import Placement, launched
 from igrpo.learner.policy import Policy
+from igrpo.learner.teacher import Average, topk_rows
 from igrpo.machine import peak_resident
 from igrpo.models.four_bits import plain
 from igrpo.models.rotary import pin_rotary
@@ -37,7 +38,6 @@ from igrpo.models.saved_format import SavedFormat, tensors_of
 from igrpo.settings import ConfigError
 from igrpo_kernels.losses import LOSSES
 
-TEXT_ROWS = 32
 OnProgress = Callable[[int, int], None]
 """Told after each micro-batch how many of the step's are done."""
 
@@ -81,6 +81,8 @@ class Learner:
         if reference is not None:
             frozen = Policy(reference, config).requires_grad_(False).eval()
             self.reference = kind(frozen, config, self.accelerator, trains=False)
+        averages, rate = config.averages_weights, config.teacher_update_rate
+        self.average = Average(self.policy, self.placement, rate) if averages else None
         self._find_form(models, context)
         self.scheduler: Any = None
 
@@ -122,34 +124,6 @@ class Learner:
             ConfigError: an unknown schedule or option.
         """
         self.scheduler = build_schedule(self.placement.optimizer, self.config, total_steps)
-
-    @contextmanager
-    def trackers(self) -> Iterator[None]:
-        """Those of ``report_to``, told the run's settings; closed at the end, so that nothing stays in buffers."""
-        name = self.config.run_name or Path(self.config.output_dir).resolve().name
-        settings = {k: v if isinstance(v, int | float | str) else str(v) for k, v in asdict(self.config).items()}
-        options = {tracker: {"name": name} for tracker in ("wandb", "trackio") if tracker in self.config.trackers}
-        self.accelerator.init_trackers("igrpo", config=settings, init_kwargs=options)
-        try:
-            yield
-        finally:
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-
-    def show_table(self, name: str, rows: Sequence[Mapping[str, Any]], step: int) -> None:
-        """To the trackers that show tables, all rows with the same columns; to TensorBoard ``TEXT_ROWS`` as text."""
-        for tracker in self.accelerator.trackers if rows else ():
-            if tracker.name == "tensorboard":
-                lines = ([*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows[:TEXT_ROWS]))
-                cells = [[" ⏎ ".join(str(one).replace("|", "\\|").splitlines()) for one in line] for line in lines]
-                tracker.tracker.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in cells), step)
-            elif tracker.name == "trackio":
-                import pandas
-                import trackio
-
-                tracker.log({name: trackio.Table(dataframe=pandas.DataFrame(rows))}, step=step)
-            elif hasattr(tracker, "log_table"):
-                tracker.log_table(name, columns=[*rows[0]], data=[[*row.values()] for row in rows], step=step)
 
     def train_on(
         self, samples: Sequence[TrainingSample], on_progress: OnProgress = lambda done, total: None
@@ -217,6 +191,8 @@ class Learner:
             )
         norm = self.placement.clip(self.config.max_grad_norm or math.inf)
         self.placement.step(metrics.end_step(loss_sum, norm, self.accelerator))
+        if self.average is not None:
+            self.average.follow()
         self.scheduler.step()
 
     def _plan(self, samples: Sequence[TrainingSample]) -> list[Bin]:
@@ -265,23 +241,23 @@ class Learner:
         return load if load.numel() else None
 
     def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
-        """Of each micro-batch the teacher's top k (n, k), on the host, which has room for those of a whole step. Every
-        process reads as often as the others do."""
+        """What the teacher says of each micro-batch. Every process reads as often as the others do."""
         if not self.config.distillation_weight:
             return [{} for _ in micros]
         alone, found = self.accelerator.num_processes == 1, []
-        with self._initial() if self.config.teacher_model_kind == "base" else nullcontext() as teacher:
+        with self._teaching() as teacher:
             for micro in micros:
-                n = len(micro.completion_ids)
-                ids, logps = torch.full((n, 1), -1, dtype=torch.int32), torch.zeros(n, 1)
+                top = None
                 if micro.teacher is not None or not alone:
                     top = self._log_probs(micro.teacher or self._filler(), teacher, top_k=self.config.distillation_topk)
-                    if micro.teacher is not None:
-                        taught = micro.taught.cpu()
-                        ids, logps = (x.expand(-1, top[0].shape[1]).clone() for x in (ids, logps))
-                        ids[taught], logps[taught] = top[0].int().cpu(), top[1].float().cpu()
-                found.append({"teacher_topk_ids": ids, "teacher_topk_logps": logps})
+                found.append(topk_rows(micro, top if micro.teacher is not None else None))
         return found
+
+    def _teaching(self) -> AbstractContextManager[Placement | None]:
+        """The weights of `teacher_model_kind`; None: the policy, with those that it has in here."""
+        if self.average is not None:
+            return self.average.instead()
+        return self._initial() if self.config.teacher_model_kind == "base" else nullcontext()
 
     @contextmanager
     def _initial(self) -> Iterator[Placement | None]:
@@ -359,6 +335,8 @@ class Learner:
         state.mkdir(parents=True, exist_ok=True)
         learner_state.save_random_numbers(state, self.accelerator.process_index)
         self.placement.save(state)
+        if self.average is not None:
+            self.average.save(state)
         weights = {name: tensor.cpu() for name, tensor in self.named_tensors() if main}
         trained = self._full_tensors() if self.adapters is not None else ()
         adapters = [(name, tensor.cpu()) for name, tensor in trained if main and ".lora_" in name]
@@ -383,6 +361,8 @@ class Learner:
         state, trust = folder / "state", self.config.trust_checkpoint
         try:
             self.placement.load(state, trust)
+            if self.average is not None:
+                self.average.load(state)
             extra = learner_state.load_loop(self.scheduler, state, trust)
             learner_state.load_random_numbers(state, self.accelerator.process_index, trust)
         except ConfigError:

@@ -107,6 +107,15 @@ class Placement(ABC):
         self.settle()
         return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.module.parameters()]
 
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        """Writes tensors that lie as the weights do; every process must ask for it. Not where ``local_parameters`` has
+        none."""
+        raise NotImplementedError
+
+    def read(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        """What ``write`` wrote, in place."""
+        raise NotImplementedError
+
     @abstractmethod
     def save(self, state: Path) -> None:
         """Writes weights and optimiser into the folder ``state``; every process must ask for it."""

@@ -184,6 +184,8 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     if config.has_reference:
         why = "beta > 0" if config.beta > 0 else "teacher_model_kind: base"
         items.append(Item("reference model", 4 * shape.parameters // parts, True, f"fp32, because {why}{split}"))
+    if config.averages_weights:
+        items.append(Item("averaged teacher", 4 * trained // parts, True, f"fp32, of what trains{split}"))
     if machine.offloads and sharded:
         return [replace(item, bytes=0, note=f"{item.note}: {item.bytes / GIB:.2f} GiB, on the host") for item in items]
     return items

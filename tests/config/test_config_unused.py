@@ -61,7 +61,11 @@ CASES = {
     "distillation_weight is 1: the divergence is the whole loss": (
         {"distillation_weight": 1.0, "train_on_drafts": True}, "cpu",
         {"distillation_weight": 0.9, "train_on_drafts": True}, "cpu"),
-    "distillation_weight is 0": ({}, "cpu", {"distillation_weight": 0.1, "train_on_drafts": True}, "cpu"),
+    "distillation_weight is 0": (
+        {}, "cpu", {"distillation_weight": 0.1, "train_on_drafts": True, "teacher_model_kind": "ema"}, "cpu"),
+    "teacher_model_kind is not ema": (
+        {"distillation_weight": 0.1, "train_on_drafts": True}, "cpu",
+        {"distillation_weight": 0.1, "train_on_drafts": True, "teacher_model_kind": "ema"}, "cpu"),
     "beta is 0": ({}, "cpu", {"beta": 0.1}, "cpu"),
     "vllm_importance_sampling_correction is false": ({"vllm_importance_sampling_correction": False}, "cpu", {}, "cpu"),
     "no refinement is held against its sampler, which saw the draft": (
@@ -90,8 +94,7 @@ PARTICULAR = {
     "lora_sync": "adapter", "bnb_4bit_quant_type": "fp4", "hub_private_repo": True,
     "vllm_enable_sleep_mode": True, "vllm_quantization": "fp8", "vllm_engine_args": {"enforce_eager": True},
     "bare_importance_ratio": "behaviour", "refinement_copy_limit": 0.5, "rollout_rs": "token_k2",
-    "distillation_alpha": 0.0, "teacher_model_kind": "base",
-    "top_entropy_quantile": 0.5,
+    "distillation_alpha": 0.0, "teacher_model_kind": "base", "teacher_update_rate": 0.5, "top_entropy_quantile": 0.5,
 }  # fmt: skip
 """Values that are neither the default nor a number more than it."""
 

@@ -14,6 +14,7 @@ from igrpo.data_types import RolloutGroup
 from igrpo.learner.batching import contributing, training_samples
 from igrpo.rollout.algorithm import two_stage
 from igrpo.rollout.prompts import PromptBuilder
+from igrpo.settings import ConfigError
 from tests.learner.test_bare_refinements import FORMS, GROUPS, MODEL, ids
 from tests.learner.test_learner import fresh_accelerate, gradients, learner  # noqa: F401
 from tests.rollout.test_rollout import PROBLEMS, TOKENIZER, drafts
@@ -114,23 +115,28 @@ def test_the_gradient_is_that_of_the_loss_written_out(context, drafts, dead, los
     assert metrics["self_distillation/distillation_loss"] == pytest.approx(mean, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["live", "base"])
-def test_further_iterations_have_the_teacher_that_the_policy_has_become_or_the_first_one(kind):
+RATES = {"live": 1.0, "base": 0.0, "ema": 0.25}
+"""What the policy's weights count for in the teacher's, after each update."""
+
+
+@pytest.mark.parametrize("kind", RATES)
+def test_further_iterations_have_the_teacher_that_is_asked_for(kind):
     options = {"optim": "sgd", "learning_rate": 0.3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
     made = learner(
-        MODEL, train_on_drafts=True, num_iterations=2, num_generations=3, per_device_train_batch_size=12,
+        MODEL, train_on_drafts=True, num_iterations=3, num_generations=3, per_device_train_batch_size=12,
         distillation_weight=1.0, distillation_alpha=0.0, distillation_topk=TOP_K, teacher_model_kind=kind,
-        reference=copy.deepcopy(MODEL) if kind == "base" else None, **options,
+        teacher_update_rate=0.25, reference=copy.deepcopy(MODEL) if kind == "base" else None, **options,
     )  # fmt: skip
     made.train_on(training_samples(SOME, made.config))
     exact = copy.deepcopy(MODEL).double()
-    teacher = exact if kind == "live" else copy.deepcopy(exact)
-    for _ in range(2):
+    teacher = copy.deepcopy(exact)
+    for _ in range(3):
         exact.zero_grad()
         by_hand(exact, rows(SOME, "draft", True), "grpo", 1.0, 0.0, TOP_K, teacher)[0].backward()
         with torch.no_grad():
-            for p in exact.parameters():
+            for p, t in zip(exact.parameters(), teacher.parameters(), strict=True):
                 p -= 0.3 * p.grad
+                t += RATES[kind] * (p - t)
     for mine, other in zip(made.unwrapped.parameters(), exact.parameters(), strict=True):
         assert float((mine.double() - other).abs().max()) < 1e-5
 
@@ -176,3 +182,35 @@ def test_a_teacher_sees_a_right_draft_and_never_the_one_it_teaches():
         mine = [s.teacher_prompt_ids for s in training_samples([group], config)[-3:]]
         first, other, *_ = (*prompts, (), ())
         assert mine == [other if right[:1] == (i,) else first for i in range(3)]
+
+
+def test_an_average_is_of_adapters_where_they_train_and_goes_on_from_a_checkpoint(tmp_path):
+    options = {"num_generations": 3, "per_device_train_batch_size": 12, "lr_scheduler_type": "constant"}
+    options |= {"train_on_drafts": True, "use_peft": True, "lora_dropout": 0.0, "learning_rate": 0.1}
+    options |= {"distillation_weight": 1.0, "teacher_model_kind": "ema", "teacher_update_rate": 0.25}
+
+    def averaged(made) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in made.average.weights.items()}
+
+    made = learner(MODEL, **options)
+    first = averaged(made)
+    assert len(first) == sum(p.requires_grad for p in made.policy.parameters()) < len(list(made.policy.parameters()))
+    made.train_on(training_samples(SOME, made.config))
+    kept, own = averaged(made), {n: p.detach().clone() for n, p in made.policy.named_parameters()}
+    for name, was in first.items():
+        torch.testing.assert_close(kept[name], was + 0.25 * (own[name] - was))
+    assert any(not torch.equal(kept[name], own[name]) for name in kept)
+    made.save(tmp_path, TOKENIZER, {})
+    metrics = made.train_on(training_samples(SOME, made.config))
+
+    other = learner(MODEL, **options)
+    other.load(tmp_path)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in averaged(other).items())
+    again = other.train_on(training_samples(SOME, other.config))
+    assert again == {**metrics, **{name: again[name] for name in metrics if "seconds" in name}}
+    assert all(torch.equal(p, q) for p, q in zip(made.policy.parameters(), other.policy.parameters(), strict=True))
+
+    (tmp_path / "state" / "teacher" / "model.safetensors").unlink()
+    (tmp_path / "state" / "teacher").rmdir()
+    with pytest.raises(ConfigError, match="has no average of the weights, which teacher_model_kind: ema goes on from"):
+        other.load(tmp_path)

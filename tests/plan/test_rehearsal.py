@@ -78,7 +78,7 @@ def test_a_collective_counts_with_its_bytes(traced):
 
 def test_the_memory_plan_is_within_a_tenth_of_the_rehearsal(traced):
     found, _ = traced
-    assert len(found["planned"]) == 21
+    assert len(found["planned"]) == 23
     assert {case: ratio for case, ratio in found["planned"].items() if not 0.9 < ratio < 1.1} == {}
 
 
@@ -99,7 +99,7 @@ def test_eight_gpus_are_rehearsed_on_none(traced):
 
 def test_the_host_waits_once_per_optimiser_step_and_not_within_it(traced):
     found, said = traced
-    assert len(found["waited"]) == 10 and not any(found["waited"].values())
+    assert len(found["waited"]) == 11 and not any(found["waited"].values())
     assert "micro-batches: the host waits 0 times" in said
     assert "clip and optimiser: the host waits 1 times" in said
     assert "weight push: the host waits 0 times" in said

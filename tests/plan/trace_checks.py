@@ -24,7 +24,8 @@ from igrpo.plan.shapes import model_shape
 from tests.kernels import linear_on_fake_gpu
 
 MIB = 2**20
-WEIGHTS = ("master weights", "base weights", "adapters", "reference model")
+WEIGHTS = ("master weights", "base weights", "adapters", "reference model", "averaged teacher")
+TAUGHT = {"train_on_drafts": True, "distillation_weight": 0.5, "teacher_model_kind": "ema"}
 GPU = torch.device("cuda", 0)
 
 
@@ -98,7 +99,7 @@ def planned(made):
     kept, adapters = {"gradient_checkpointing": False}, {"use_peft": True, "lora_r": 2}
     alone = adapters | {"lora_sync": "adapter"}
     cases = ((8, {}), (8, kept), (8, alone), (1, {}), (1, kept), (1, adapters), (16, {"beta": 0.04}))
-    cases += ((8, {"activation_offloading": True}), (8, {"fsdp_offload_params": True}))
+    cases += ((8, TAUGHT), (8, {"activation_offloading": True}), (8, {"fsdp_offload_params": True}))
     cases += ((8, {"experts": 16}), (1, {"experts": 16}))
     common = {"bf16": True, "token_budget": 8192, "gradient_checkpointing": True}
     ratios, loaded, waited = {}, {}, {}

@@ -40,7 +40,11 @@ CASES: dict[str, dict[str, Any]] = {
     "sharded, untied, checkpointing": {
         "fsdp": True, "tied": False, "loss_type": "dapo", "gradient_checkpointing": True, "token_budget": 40,
     },
-    "sharded, taught": {"fsdp": True, "train_on_drafts": True, "distillation_weight": 1.0, "num_iterations": 2},
+    "sharded, taught": {
+        "fsdp": True, "train_on_drafts": True, "distillation_weight": 1.0, "num_iterations": 2,
+        "teacher_model_kind": "ema", "teacher_update_rate": 0.3,
+    },
+    "taught": {"train_on_drafts": True, "distillation_weight": 1.0, "teacher_model_kind": "ema"},
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
@@ -68,7 +72,7 @@ READ_IN_PARTS: list[bool] = []
 """Of each model that came from files."""
 COUNTED = "sharded, untied, checkpointing"
 """Here the gathers of a step are counted."""
-RESUMED = ("sharded", "sharded, adapters, kl", "zero3", "zero3, adapters, kl")
+RESUMED = ("sharded", "sharded, adapters, kl", "sharded, taught", "zero3", "zero3, adapters, kl")
 
 
 def samples() -> list[TrainingSample]:

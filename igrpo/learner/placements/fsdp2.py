@@ -122,14 +122,20 @@ class Fsdp2(Placement):
         tensor = super().whole(tensor, dtype)
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
-    def save(self, state: Path) -> None:
-        """Every process writes its shards, as safetensors; the first one what is no tensor, as JSON."""
-        folder, values = state / SHARDS, _state(self.module, self.optimizer)
-        tensors = _once(values, self.module)
-        plain = {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
+    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         writer = dcp.HuggingFaceStorageWriter(str(folder), _files(tensors), save_distributed=True)
         with _one_error():
             dcp.save(tensors, storage_writer=writer)
+
+    def read(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
+        with _one_error():
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+
+    def save(self, state: Path) -> None:
+        """Every process writes its shards, as safetensors; the first one what is no tensor, as JSON."""
+        folder, values = state / SHARDS, _state(self.module, self.optimizer)
+        self.write(_once(values, self.module), folder)
+        plain = {k: v for k, v in values.items() if not isinstance(v, torch.Tensor)}
         if torch.distributed.get_rank() == 0:
             (folder / PLAIN).write_text(json.dumps(plain), encoding="utf-8")
 
@@ -138,8 +144,7 @@ class Fsdp2(Placement):
         folder = state / SHARDS
         self.settle()
         values, plain = _state(self.module, self.optimizer), read_plain(folder)
-        with _one_error():  # in place
-            dcp.load(_once(values, self.module), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+        self.read(_once(values, self.module), folder)
         parts: dict[str, dict[str, Any]] = {"model": {}, "optimizer": {}}
         for name, value in (values | plain).items():
             part, _, key = name.partition("/")
