@@ -187,9 +187,9 @@ def assumptions(work: Any, source: str, rows: int | None, calibrated: bool) -> l
         "rewards and tokenisation are hidden behind decoding; the slowest engine counts",
     ]
     if work.shape.experts and work.config.router_aux_loss_coef != 0:
-        said.append("not counted: the forward pass more that balances experts, where the model's config weighs that")
+        said.append("with a forward pass more that balances experts, as if the model's config weighs that")
     if work.config.distillation_weight:
-        said.append("not counted: the teacher's forward passes")
+        said.append("with a teacher for every completion; those without a right draft to see have none")
     if device.kind == "cuda" and work.placed.engine_sleeps:
         awake = replace(work, config=replace(work.config, vllm_enable_sleep_mode=False))
         total = awake.memory().total / 2**30

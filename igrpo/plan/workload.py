@@ -105,16 +105,27 @@ class Workload:
         return self.trained_share * self.prompts_per_step * per_prompt
 
     def learner_seconds(self, N: int, G: int) -> float:
-        """Compute, or the network where that is slower: 6 FLOP per parameter and token, a third more to recompute."""
+        """Compute, or the network where that is slower: 6 FLOP per parameter and token in an update, 2 more to
+        recompute, and 2 in a forward pass alone."""
         shape, device, rates = self.shape, self.hardware.device, self.rates
         context = self.prefix(N) + _mean(self.lengths, "refinement")
         # Scores and their values: 4 FLOP per pair and attention unit, half of the pairs are masked; times 3 with the
         # backward pass.
         attention = 3 * 4 * shape.num_layers * shape.attention_size * context / 2
         recompute = 4 / 3 if self.config.gradient_checkpointing else 1
-        flops = self.learner_tokens(N, G) * (6 * shape.active_parameters + attention) * recompute
+        passes = self.config.num_iterations * recompute + self._forward_passes(N) / 3
+        flops = self.learner_tokens(N, G) * (6 * shape.active_parameters + attention) * passes
         compute = flops / (self.hardware.learners * device.flops * rates.learner)
         return rates.learner_scale * max(compute, self._network_seconds(N, G))
+
+    def _forward_passes(self, N: int) -> int:
+        """Of a step, without a gradient: the reference's and the old policy's, and in each update what balances experts
+        and, with drafts to see, the teacher's, counted as if every completion had one."""
+        config = self.config
+        balances = bool(self.shape.experts) and config.router_aux_loss_coef != 0
+        once = (config.beta > 0) + (config.num_iterations > 1 and not config.bypass_mode)
+        teaches = N > 0 and config.distillation_weight > 0
+        return once + config.num_iterations * (balances + teaches)
 
     def prefix(self, N: int) -> float:
         """Tokens before a refinement: the question, and with N drafts those that are shown."""
@@ -122,7 +133,8 @@ class Workload:
         return self.lengths.question + (self.lengths.template + drafts if N else 0)
 
     def _network_seconds(self, N: int, G: int) -> float:
-        """FSDP2: weights gathered twice, 2 bytes each, and gradients scattered once, in fp32, per micro-batch."""
+        """FSDP2, per micro-batch: in an update weights gathered twice, 2 bytes each, and gradients scattered once, in
+        fp32; in a forward pass alone weights gathered once."""
         learners = self.hardware.learners
         if learners == 1:
             return 0.0
@@ -130,7 +142,7 @@ class Workload:
             batches = self.learner_tokens(N, G) / learners / self.config.token_budget
         else:
             batches = self.prompts_per_step * G / learners / self.config.per_device_train_batch_size
-        size = (2 * 2 + 4) * self.shape.parameters
+        size = (self.config.num_iterations * (2 * 2 + 4) + self._forward_passes(N) * 2) * self.shape.parameters
         return max(1.0, batches) * size / (self.hardware.network * self.rates.network)
 
     def sync_seconds(self) -> float:
