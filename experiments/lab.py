@@ -115,6 +115,23 @@ def train(recipe: Recipe, folder: Path) -> None:
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def chance(folder: Path, problems: int = 500) -> float:
+    """How often the model is right from the bare prompt at temperature 1: the mean probability of the right answers,
+    exactly, where so few are that sampling would not meet them."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    rows = [json.loads(line) for line in (folder / "test.jsonl").read_text(encoding="utf-8").splitlines()][:problems]
+    found = 0.0
+    for row in learnt([(row["prompt"], f"<answer>{row['solution']}</answer>") for row in rows], tokenizer):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, :-1].double().log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+        found += float(logps[torch.tensor(row["labels"][1:]) != -100].sum().exp())
+    return found / len(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments.lab", description=__doc__)
     parser.add_argument("--task", choices=LABS, default="table")
@@ -126,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (output / "config.json").exists():
         parser.error(f"{output}: a model is there, and runs may stand on it; remove it, or give another --output")
     train(replace(recipe, seed=args.seed), output)
-    print(f"wrote {output}")
+    print(f"wrote {output}, right from the bare prompt once in {1 / chance(output):,.0f} answers")
     return 0
 
 

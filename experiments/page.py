@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 from experiments import starting_points, test_time
-from experiments.choices import LAB_ROWS, LEVEL, opening
+from experiments.choices import LAB_ROWS, LEVEL, beside, of_tasks, opening
 from experiments.plan import FOLDER, PLANS, RESULTS, load_plan
-from experiments.record import read_json
+from experiments.record import load_records, read_json
 from experiments.summary import holm, p_value, show
 
 READING, LAB = FOLDER / "reading.md", FOLDER / "lab.md"
 PAGE = FOLDER.parent / "docs" / "results.md"
 TABLES = (
-    ("accuracy_before", "accuracy", "minus_baseline", "minus_baseline_at_equal_tokens", "format", "reward",
-     "reward_minus_baseline"),
+    ("accuracy_before", "accuracy_halfway", "accuracy_best", "accuracy", "minus_baseline",
+     "minus_baseline_at_equal_tokens", "format", "reward", "reward_minus_baseline"),
     ("zero_variance_groups", "copy_rate", "copy_rate_last", "refinement_accuracy_last",
      "chosen_accuracy_last", "answer_equals_draft", "entropy_last", "bare_entropy_first", "bare_entropy_last",
      "bare_entropy_at_equal_accuracy",
@@ -26,6 +27,8 @@ TABLES = (
 """Where the arms ended; how they got there and what it cost."""
 COLUMNS = {
     "accuracy_before": ("accuracy before", 100),
+    "accuracy_halfway": ("half-way", 100),
+    "accuracy_best": ("best on the way", 100),
     "accuracy": ("accuracy after", 100),
     "minus_baseline": ("minus baseline", 100),
     "minus_baseline_at_equal_tokens": ("the same at equal decoded tokens", 100),
@@ -108,6 +111,8 @@ drafts: none starts high enough, and a draft adds nearly nothing, so they were n
 for one, which the score does not\
 """
 NO_CLAIM, NO_DIFFERENCE = "one seed, no claim", "no difference that these seeds can show"
+SCATTER = 0.1
+"""Standard deviation of accuracy over the seeds of an arm."""
 SHORT = {
     NO_CLAIM: "(one seed)",
     NO_DIFFERENCE: "",
@@ -123,6 +128,7 @@ def page(results: Path = RESULTS) -> str:
     parts = [
         "# Results\n",
         *opening(results),
+        *beside(results),
         *filled(results, LAB_ROWS),
         INTRO,
         *reading(results, LAB),
@@ -176,6 +182,8 @@ def reading(results: Path, source: Path = READING) -> list[str]:
 
 
 def filled(results: Path, text: str) -> list[str]:
+    """``text`` with its figures filled in, as in ``reading``."""
+    opened = {(name, arm): one.p for (name, arm, against), one in of_tasks(results).items() if against == "grpo"}
 
     def fill(found: re.Match[str]) -> str:
         name, arm, key, verdict = found.groups()
@@ -185,7 +193,8 @@ def filled(results: Path, text: str) -> list[str]:
         figure = summary["arms"][arm][key]
         if not verdict:
             return show(figure, COLUMNS[key][1])
-        alone = key == "minus_baseline" and judged(figure) in ("better", "worse") and corrected(summary)[arm] > LEVEL
+        found = judged(figure) in ("better", "worse") and key == "minus_baseline"
+        alone = found and opened.get((name, arm), corrected(summary)[arm]) > LEVEL  # the first table has the last word
         return judged(figure) + (" alone, not after Holm's correction" if alone else "")
 
     kept = []
@@ -273,11 +282,11 @@ def _section(name: str, paper: dict[str, Any], results: Path) -> str:
             cells = [show(figures[key], COLUMNS[key][1]) for key in keys]
             lines.append(f"| {arm} | {len(figures['seeds'])} | {' | '.join(cells)} |")
         lines.append("")
-    lines.append(verdict(summary))
+    lines.append(verdict(summary) + scattered(load_records(results / name), list(summary["arms"])))
     if at_test := test_time.table(results / name / "test-time", list(plan.arms)):
         lines += ["", *at_test]
-    if passes := test_time.pass_table(results / name / test_time.PASS_AT_K, plan):
-        lines += ["", *passes]
+    for folder in sorted((results / name).glob(f"{test_time.PASS_AT_K}*")):
+        lines += ["", *test_time.pass_table(folder, plan)]
     for picture, text in (("outcome", "Where the arms ended"), ("course", "How they got there")):
         if (results / name / f"{picture}.svg").is_file():
             lines += ["", f"![{text}](../experiments/results/{name}/{picture}.svg)"]
@@ -300,6 +309,16 @@ def verdict(summary: dict[str, Any]) -> str:
         values = ", ".join(f"`{arm}` {p:.2g}" for arm, p in ps.items())
         text += f" Accuracy after Holm's correction over these {len(ps)} comparisons, p: {values}."
     return text
+
+
+def scattered(records: list[dict[str, Any]], arms: list[str]) -> str:
+    """The seeds of arms that end so far apart that a mean says little."""
+    found = []
+    for arm in arms:
+        ends = [r["evaluations"][-1]["accuracy"] for r in sorted(records, key=lambda r: r["seed"]) if r["arm"] == arm]
+        if len(ends) > 2 and stdev(ends) > SCATTER:
+            found.append(f"`{arm}` {', '.join(f'{100 * end:.1f}' for end in ends)}")
+    return f" Seed by seed, where they end far apart: {'; '.join(found)}." if found else ""
 
 
 def corrected(summary: dict[str, Any]) -> dict[str, float]:

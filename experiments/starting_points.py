@@ -146,6 +146,12 @@ def table(record: dict[str, Any]) -> list[str]:
 
 
 def _interval(figures: dict[str, Any]) -> str:
+    """Where no problem was ever answered right, or all were, up to what one in twenty such sets would hide."""
+    hidden = 1 - 0.05 ** (1 / figures["problems"]) if "problems" in figures else 0.0
+    if figures["value"] == 0:
+        figures = figures | {"high": hidden}
+    if figures["value"] == 1:
+        figures = figures | {"low": 1 - hidden}
     return f"{100 * figures['low']:.1f}–{100 * figures['high']:.1f}"
 
 

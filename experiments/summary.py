@@ -12,7 +12,7 @@ the same held-out ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
@@ -58,22 +58,20 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         return sampling_error([answer_variance(r, key, end) for r in records])
 
     def gap_noise(key: str) -> float:
-        if shared == others:
-            return 0.0
-        return sampling_error(*([answer_variance(r, key) for r in arm] for arm in (shared, others)))
+        return paired_noise(shared, others, key)
 
     return {
         "seeds": sorted(r["seed"] for r in records),
         "accuracy_before": interval([r["evaluations"][0]["accuracy"] for r in records], noise("accuracy", 0)),
+        "accuracy_halfway": interval([halfway(r) for r in records], noise("accuracy")),
+        "accuracy_best": interval([max(e["accuracy"] for e in r["evaluations"]) for r in records], noise("accuracy")),
         "accuracy": interval([outcome(r, "accuracy") for r in records], noise("accuracy")),
         "reward": interval([outcome(r, "reward") for r in records], noise("reward")),
         "reward_minus_baseline": interval(
             [outcome(r, "reward") - outcome(base[r["seed"]], "reward") for r in shared], gap_noise("reward")
         ),
         "format": interval([outcome(r, "format") for r in records], noise("format")),
-        "minus_baseline": interval(
-            [outcome(r, "accuracy") - outcome(base[r["seed"]], "accuracy") for r in shared], gap_noise("accuracy")
-        ),
+        "minus_baseline": difference(records, baseline),
         "minus_baseline_at_equal_tokens": interval(
             [at_equal_tokens(r, base[r["seed"]]) for r in shared], gap_noise("accuracy")
         ),
@@ -94,6 +92,28 @@ def summarise_arm(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str
         "samples_per_core_second": interval([r["totals"]["rollouts"] / r["totals"]["core_seconds"] for r in counted]),
         "peak_memory_gib": interval([r["totals"]["peak_memory_gib"] for r in records]),
     }
+
+
+def difference(records: Sequence[dict], baseline: Sequence[dict]) -> dict[str, Any] | None:
+    """Of accuracy at the end, over the seeds that both arms have."""
+    base = {r["seed"]: r for r in baseline}
+    shared = [r for r in records if r["seed"] in base]
+    others = [base[r["seed"]] for r in shared]
+    gaps = [outcome(r, "accuracy") - outcome(other, "accuracy") for r, other in zip(shared, others, strict=True)]
+    return interval(gaps, paired_noise(shared, others, "accuracy"))
+
+
+def paired_noise(records: Sequence[dict], others: Sequence[dict], key: str) -> float:
+    """Half width that the answers alone give a mean difference of two arms; of an arm from itself none."""
+    if records == others:
+        return 0.0
+    return sampling_error(*([answer_variance(r, key) for r in arm] for arm in (records, others)))
+
+
+def halfway(record: dict) -> float:
+    """Accuracy at the first evaluation after at least half of the steps."""
+    points = record["evaluations"]
+    return next(e["accuracy"] for e in points if 2 * e["step"] >= points[-1]["step"])
 
 
 def known(record: dict, name: str) -> list[float]:
@@ -197,14 +217,39 @@ def p_value(figure: dict[str, Any]) -> float:
     return max(0.0, 1 - inside)
 
 
-def detectable(figure: dict[str, Any]) -> float:
-    """The true difference that seeds with this interval would have shown four times in five: its half width and, on
-    top, the distance from the mean that Student's t stays below with 80 %."""
+def detectable(figure: dict[str, Any], level: float = 0.05) -> float:
+    """The true difference that seeds with this interval would have shown four times in five, p below ``level``."""
+    n = figure["n"]
+    of_95 = student_t95(n - 1)
+
+    def p_of(t: float) -> float:
+        return p_value({"mean": t, "half_width": of_95, "n": n})
+
+    critical = crossing(lambda t: level - p_of(t))
+    return figure["half_width"] / of_95 * crossing(lambda shift: power(shift, critical, n - 1) - 0.8)
+
+
+def power(shift: float, critical: float, degrees: int) -> float:
+    """How often Student's t exceeds ``critical`` where the mean is ``shift`` standard errors: the normal's share beyond
+    it, averaged over the deviation s that the sample happens to have (of true deviation 1)."""
+    scale = math.log(2) + degrees / 2 * math.log(degrees / 2) - math.lgamma(degrees / 2)
+    total, width = 0.0, 0.005
+    for i in range(round(6 / width)):
+        s = (i + 0.5) * width
+        density = math.exp(scale + (degrees - 1) * math.log(s) - degrees * s * s / 2)
+        total += width * density * (1 + math.erf((shift - critical * s) / math.sqrt(2))) / 2
+    return total
+
+
+def crossing(rising: Callable[[float], float]) -> float:
+    """Where a function of positive numbers turns positive."""
     low, high = 0.0, 1.0
-    for _ in range(40):  # two-sided 0.4 is one-sided 0.2
+    while rising(high) < 0:
+        low, high = high, 2 * high
+    for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if p_value({**figure, "mean": middle, "half_width": 1.0}) > 0.4 else (low, middle)
-    return figure["half_width"] * (1 + low)
+        low, high = (middle, high) if rising(middle) < 0 else (low, middle)
+    return high
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

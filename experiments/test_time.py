@@ -3,7 +3,8 @@
 The deployed model answers once, from the bare prompt. Here the same checkpoints also draft N times and refine one
 draft, chosen by a rule that needs no reference answer, or by the oracle that does. Takes the finished runs of a plan
 and writes one record per run into the plan's ``test-time`` folder; what is there is not repeated. ``--single_shot``
-leaves the drafts out and asks for pass@k (folder ``pass-at-k``), sampled as the training run was judged.
+leaves the drafts out and asks for pass@k (folder ``pass-at-k``), sampled as the training run was judged, or at another
+``--temperature`` (``pass-at-k-0.8``).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 settings = plan.settings(arm, base) | {"seed": seed}
                 run = args.runs / fingerprint(settings)
                 kind = PASS_AT_K if args.single_shot else "test-time"
+                kind += "" if args.temperature is None else f"-{args.temperature:g}"
                 target = args.results / plan.name / kind / f"{arm}-seed{seed}.json"
                 if target.is_file():
                     continue
@@ -59,12 +61,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", help="only these arms")
     parser.add_argument("--single_shot", action="store_true", help="no second stage: pass@k")
+    parser.add_argument("--temperature", type=float, help="of single shots (default: the training run's evaluation's)")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"answers per problem (default {SAMPLES})")
     parser.add_argument("--problems", type=int, help="only the first of the held-out problems (default: all)")
     parser.add_argument("--base", type=Path)
     parser.add_argument("--runs", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.temperature is not None and not args.single_shot:
+        parser.error("--temperature is of single shots; add --single_shot")
+    return args
 
 
 def evaluation(run: Path, output: Path, settings: dict[str, Any], args: argparse.Namespace) -> list[str]:
@@ -73,7 +79,8 @@ def evaluation(run: Path, output: Path, settings: dict[str, Any], args: argparse
         "eval", "--model", str(run), "--benchmarks", "held_out", "--n", str(args.samples), "--output_dir", str(output),
     ]  # fmt: skip
     if args.single_shot:
-        command += ["--temperature", str(settings["eval_temperature"]), "--top_p", "1.0"]
+        temperature = settings["eval_temperature"] if args.temperature is None else args.temperature
+        command += ["--temperature", f"{temperature:g}", "--top_p", "1.0"]
     else:
         command += ["--two_stage", "first,majority,oracle"]
     return command if args.problems is None else [*command, "--max_samples", str(args.problems)]
@@ -93,6 +100,7 @@ def evaluate(run: Path, target: Path, plan: str, arm: str, settings: dict[str, A
         "seed": seed,
         "command": f"python -m experiments.test_time {plan} --arms {arm} --seeds {seed}"
         + (f" --single_shot --samples {args.samples}" if args.single_shot else "")
+        + ("" if args.temperature is None else f" --temperature {args.temperature:g}")
         + ("" if problems is None else f" --problems {problems}"),
         **provenance(),
         "samples": args.samples,

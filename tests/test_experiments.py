@@ -110,6 +110,7 @@ def test_the_summary_is_the_arithmetic_it_says(tmp_path):
     assert igrpo["minus_baseline_at_equal_tokens"]["mean"] == pytest.approx(0.0)
     assert igrpo["zero_variance_groups"]["mean"] == pytest.approx(0.375)
     assert igrpo["copy_rate"]["mean"] == pytest.approx(0.6)
+    assert igrpo["accuracy_halfway"]["mean"] == igrpo["accuracy_best"]["mean"] == pytest.approx(0.7)
     assert igrpo["seconds_per_step"]["mean"] == pytest.approx(3.0)
     assert igrpo["core_hours"]["mean"] == pytest.approx(0.1)
     assert igrpo["samples_per_core_second"]["mean"] == pytest.approx(2.0)
@@ -284,6 +285,11 @@ def test_single_shots_are_sampled_at_their_arms_temperature():
     settings = plan.settings("grpo", load_base(None, plan))
     command = test_time.evaluation(Path("run"), Path("out"), settings, args)
     assert command[command.index("--temperature") + 1] == "0.8"
+    greedy = test_time.parse(["lab-fed", "--single_shot", "--temperature", "0"])
+    command = test_time.evaluation(Path("run"), Path("out"), settings, greedy)
+    assert command[command.index("--temperature") + 1] == "0"
+    with pytest.raises(SystemExit):
+        test_time.parse(["lab-fed", "--temperature", "0"])
 
 
 def test_pass_at_k_stands_beside_its_baseline_seed_by_seed(tmp_path):
@@ -313,12 +319,13 @@ def test_tasks_are_measured_before_anything_is_trained(tiny_base, tmp_path):
     assert record["command"] == "python -m experiments.starting_points --with_draft --problems 3 --data_dir DIR"
     assert list(record["tasks"]) == ["sums", "GSM8K"] and str(tmp_path) not in record["command"]
     assert all(found["problems"] == 3 and found["value"] == 0.0 for found in record["tasks"].values())
-    assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–0.0 | 0.00 (0.0–0.0) | 3 |" in page(output.parent)
+    # None of three: where 63 of 100 problems were right, three in a row would be wrong one time in twenty.
+    assert "| sums | `reasoning_gym:chain_sum` | 0.0 | 0.0–63.2 | 0.00 (0.0–63.2) | 3 |" in page(output.parent)
     graded = ["--score", "reasoning_gym_score", "--problems", "3", "--output", output]
     assert starting_points.main([*map(str, [*where[:6], "--with_draft", *graded])]) == 0
     found = json.loads(output.read_text())["tasks"]["sums"]
     assert 0.0 <= found["score"] < 1.0 and 0.0 <= found["with_draft"]["score"] < 1.0
-    assert f"| {found['score']:.2f} | 0.00 (0.0–0.0) | {found['with_draft']['score']:.2f} | 3 |" in page(output.parent)
+    assert f"| {found['score']:.2f} | 0.00 (0.0–63.2) | {found['with_draft']['score']:.2f} | 3 |" in page(output.parent)
     record["tasks"]["sums"]["value"] = 0.3
     assert "| **sums** |" in starting_points.table(record)[2]
 

@@ -9,9 +9,10 @@ import re
 
 import pytest
 
-from experiments.page import PAGE, READING, page, reading, verdict
+from experiments.choices import judge
+from experiments.page import PAGE, READING, page, reading, scattered, verdict
 from experiments.plan import RESULTS
-from experiments.record import read_json, write_json
+from experiments.record import point, read_json, write_json
 from experiments.summary import detectable, holm, interval, p_value, show, student_t95
 
 
@@ -46,27 +47,56 @@ def test_the_advice_follows_the_sign_of_its_figure(tmp_path):
     for mean, half_width, run, cell in (
         (0.064, 0.009, "iGRPO as published", "**6.4 ± 0.9**"),
         (-0.064, 0.009, "GRPO", "-6.4 ± 0.9"),
-        (-0.064, 0.1, "GRPO", "-6.4 ± 10.0 *not shown* (13.6)"),
+        (-0.064, 0.05, "GRPO", "-6.4 ± 5.0, p 0.022"),
+        (-0.064, 0.1, "GRPO, for its simplicity: nothing is shown", "-6.4 ± 10.0 *not shown*, p 0.16 [14]"),
     ):
         summary["arms"]["igrpo"]["minus_baseline"] = {"mean": mean, "half_width": half_width, "n": 6}
         write_json(tmp_path / "lab-control" / "summary.json", summary)
         assert f"likelier](#lab-control) | {run} | {cell} |  |" in page(tmp_path)
 
 
-def test_what_seeds_would_have_shown_four_times_in_five():
-    """By drawing: six seeds of a normal of deviation 1 and this mean are told from zero by their interval."""
-    draw, n = random.Random(0), 6
-    true = detectable({"mean": 0.0, "half_width": student_t95(n - 1) / math.sqrt(n), "n": n})
-    seen = 0
+@pytest.mark.parametrize(("n", "level"), [(3, 0.05), (6, 0.05), (6, 0.05 / 7)])
+def test_what_seeds_would_have_shown_four_times_in_five(n, level):
+    """By drawing: seeds of a normal of deviation 1 and this mean are told from zero at this level."""
+    draw, seen = random.Random(0), 0
+    true = detectable({"mean": 0.0, "half_width": student_t95(n - 1) / math.sqrt(n), "n": n}, level)
     for _ in range(4000):
-        figure = interval([draw.gauss(true, 1.0) for _ in range(n)])
-        seen += abs(figure["mean"]) > figure["half_width"]
-    assert seen / 4000 == pytest.approx(0.8, abs=0.04)
+        seen += p_value(interval([draw.gauss(true, 1.0) for _ in range(n)])) <= level
+    assert seen / 4000 == pytest.approx(0.8, abs=0.02)
+
+
+def test_what_was_corrected_together_is_judged_at_the_level_where_it_failed(tmp_path):
+    """Two of three are shown, so the third had to come below 5 %; the power is said of that. Arms that a plan holds
+    against another than GRPO are held against it here, seed by seed."""
+    (tmp_path / "train-on-drafts").mkdir()
+    runs = {"grpo": (0.5, 0.6, 0.7), "igrpo": (0.3, 0.4, 0.6), "train_on_drafts": (0.4, 0.6, 0.6)}
+    for arm, ends in runs.items():
+        for seed, accuracy in enumerate(ends):
+            name = f"{arm}{seed}"
+            ends_at = {"accuracy": accuracy, "format": None, "reward": accuracy, "samples": 10**9}
+            write_json(tmp_path / "runs" / f"{name}.json", {"evaluations": [ends_at]})
+            point(tmp_path / "train-on-drafts", arm, seed, name)
+    figures = gap(0.1, 0.05) | {"against": "igrpo", "accuracy": {"mean": 0.5, "half_width": 0.1, "n": 3}}
+    write_json(tmp_path / "train-on-drafts" / "summary.json", {"arms": dict.fromkeys(runs, figures)})
+    cell = ("train-on-drafts", "train_on_drafts", "grpo")
+    found = judge(tmp_path, [cell])[cell]
+    assert found.gap["mean"] == pytest.approx(-0.2 / 3, abs=1e-6) and found.late and not found.shown
+    assert found.cell().startswith("-6.7 ± 14.3 † *not shown*") and found.level == 0.05
+    two = judge(tmp_path, [cell, ("train-on-drafts", "train_on_drafts", "igrpo"), ("nowhere", "igrpo", "grpo")])
+    assert len(two) == 2 and two[cell].p > found.p / 2
 
 
 def gap(mean: float, half_width: float | None) -> dict:
     figure = {"mean": mean, "half_width": half_width, "n": 3}
     return {"against": "base", "minus_baseline": figure, "reward_minus_baseline": {**figure, "mean": -mean}}
+
+
+def test_seeds_that_end_far_apart_are_listed():
+    ends = {"a": (0.0, 0.6, 0.1), "b": (0.5, 0.5, 0.51), "c": (0.0, 0.9)}
+    records = [{"arm": arm, "seed": seed, "evaluations": [{"accuracy": 0.3}, {"accuracy": end}]}
+               for arm, some in ends.items() for seed, end in enumerate(some)]  # fmt: skip
+    assert scattered(records[::-1], [*ends]) == " Seed by seed, where they end far apart: `a` 0.0, 60.0, 10.0."
+    assert scattered(records, ["b"]) == ""
 
 
 def test_only_an_interval_without_zero_is_called_a_difference():
