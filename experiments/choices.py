@@ -75,8 +75,8 @@ question](#the-laboratory). In lab-control GRPO met no reward in any seed, so it
 tests only that the other arm does not end at nothing. The task of lab-control and lab-fed was chosen with results in \
 sight, and its likeliest answer is right before any training: sampling at temperature 0.8 lets GRPO learn it \
 (lab-fed), so before a second stage look for a setting in which some answers are rewarded. The task of the other two \
-was chosen by its starting points, its learning rate and length by one run of GRPO. At equal decoded tokens iGRPO as published is \
-{matched-budget/igrpo/minus_baseline_at_equal_tokens} points from GRPO in the first row and \
+was chosen by its starting points, its learning rate and length by one run of GRPO. At equal decoded tokens iGRPO as \
+published is {matched-budget/igrpo/minus_baseline_at_equal_tokens} points from GRPO in the first row and \
 {accuracy-only/igrpo/minus_baseline_at_equal_tokens} in the second; in the laboratory all answers are as long.
 """
 
