@@ -339,15 +339,14 @@ class ServerEngine:
             weights, compared = self._weights, 0
             if weights is None:
                 server.version = self.version
-            elif server.version != weights.version:
-                if not self.leads:
-                    work = server.wait_for_version(weights, self.config.vllm_request_timeout)
-                elif weights.folder is not None:
-                    work = push_files(server.client, weights, self.config.vllm_sync_timeout)
-                else:
-                    return 0  # up, but empty: a direct transfer reaches it with the next push
+            elif server.version != weights.version and not self.leads:
+                newest = server.wait_for_version(lambda: self._weights or weights, self.config.vllm_request_timeout)
+                await server.unless_broken(newest)
+            elif server.version != weights.version and weights.folder is not None:
+                work = push_files(server.client, weights, self.config.vllm_sync_timeout)
                 compared = await server.unless_broken(work)
                 server.version = weights.version
+            # Else up, but empty, if the transfer is a direct one, which reaches it with the next push.
             return compared
 
     def _outdated(self, server: Server) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -211,15 +211,24 @@ class Server:
             if self.instance == instance and not (hung and await self.client.tokens_done() > done):
                 self.break_off(reason, hung)
 
-    async def wait_for_version(self, weights: Published, timeout: float) -> int:
-        """For a process that does not feed the servers: until the one that does has. It compares no tensor: 0."""
+    async def wait_for_version(self, wanted: Callable[[], Published], timeout: float) -> None:
+        """For a process that does not feed the servers: until the one that does has.
+
+        Args:
+            wanted: the newest, which a push that begins meanwhile replaces: a server that comes back gets that one
+                alone, and never holds the one before.
+        """
         deadline = time.monotonic() + timeout
-        while (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"] != str(weights.version):
+        while True:
+            held = (await self.client.call("GET", "/weight_info", SHORT_SECONDS))["weight_version"]
+            weights = wanted()
+            if held == str(weights.version):
+                break
             if time.monotonic() > deadline:
                 raise ServerError(f"{self.client.url} did not get version {weights.version} in {timeout:g} s")
             await asyncio.sleep(PROBE_SECONDS)
         self.client.model = ADAPTER if weights.adapter else SERVED_NAME
-        return 0
+        self.version = weights.version
 
     async def renew(self, leads: bool) -> None:
         """Ends what is left of it; ``come_up`` starts it again, or waits until somebody has."""
