@@ -117,6 +117,9 @@ class WeightSync:
             )
 
     def _gap(self, own: Sequence[float]) -> float:
+        # Nobody reads a server before the first process has fed it: weights that were refused, by this trainer or one
+        # before it, stand there under the same version.
+        self.learner.gather(None)
         return self._over_processes(self.engine.score(self.probe), own)
 
     def _over_processes(self, ours: Sequence[float], theirs: Sequence[float]) -> float:

@@ -6,8 +6,11 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,6 +20,7 @@ from igrpo.engines.servers.client import NEEDED_PATHS, Client
 from igrpo.engines.servers.engine import ServerEngine
 from igrpo.engines.servers.launch import SERVED_NAME
 from igrpo.engines.servers.server import Server
+from igrpo.engines.sync import WeightSync
 from tests.support.servers import REQUEST_SECONDS, config, wait_until
 
 
@@ -82,3 +86,55 @@ def test_a_server_that_comes_back_as_the_next_push_begins_is_waited_for_with_tha
 
 async def _broken(server: Server) -> None:
     server.break_off("it was started anew, with other weights")
+
+
+class _Process:
+    """Learner and engine of one of two processes; only the first one's push brings ``weights``, and takes its time."""
+
+    version = 0
+
+    def __init__(self, leads: bool, held: list[float], barrier: threading.Barrier, told: dict[bool, object]):
+        self.leads, self.held, self.barrier, self.told, self.pushes = leads, held, barrier, told, 0
+        self.placement = self
+
+    def drop_gradients(self) -> None: ...
+
+    def sleep(self) -> None: ...
+
+    def restart(self) -> None: ...
+
+    def push_weights(self, source: object, version: int) -> dict[str, float]:
+        self.pushes += 1
+        if self.leads:
+            time.sleep(0.2)
+            self.held[0] = -1.0 if self.pushes == 2 else -9.0  # half of the first push is lost
+        return {}
+
+    def score(self, ids: object) -> list[float]:
+        return [self.held[0]]
+
+    def gather(self, one: object) -> list[object]:
+        self.told[self.leads] = one
+        self.barrier.wait(REQUEST_SECONDS)
+        everyone = [self.told[True], self.told[False]]
+        self.barrier.wait(REQUEST_SECONDS)
+        return everyone
+
+    def over_processes(self, figures: dict[str, float]) -> dict[str, float]:
+        return {"gap": fmean(one["gap"] for one in self.gather(figures))}
+
+
+def test_no_process_reads_weights_that_the_first_one_is_about_to_replace():
+    """A server that was sent weights it does not hold says their version all the same, until it is sent them again."""
+    held, barrier, told = [-9.0], threading.Barrier(2), {}
+
+    def push(leads: bool) -> float:
+        one = _Process(leads, held, barrier, told)
+        learner = SimpleNamespace(
+            placement=one, score=lambda ids: [-1.0], gather=one.gather, over_processes=one.over_processes,
+            named_tensors=None,
+        )  # fmt: skip
+        return WeightSync(one, learner, [5, 6], config("m")).push(3)["sync/probe_logp_gap"]
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(push, (True, False))) == [0.0, 0.0]
