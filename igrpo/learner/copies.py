@@ -1,4 +1,4 @@
-"""From the computer's memory to the device: many tensors in one copy, for which the host does not wait."""
+"""Between the computer's memory and the device, without the host waiting: many tensors in one copy; there and back."""
 
 from __future__ import annotations
 
@@ -34,24 +34,30 @@ def parted(buffer: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, 
     }
 
 
+Kept = tuple[torch.device, torch.Tensor]
+"""Where a tensor belongs, and its copy in the computer's memory."""
+
+
+def put_away(tensor: torch.Tensor) -> Kept:
+    """A pinned copy. Both ways follow the stream that computes, so only ``fetched`` may read it."""
+    if tensor.device.type == "cpu":
+        return tensor.device, tensor
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+    return tensor.device, copy.copy_(tensor, non_blocking=True)
+
+
+def fetched(kept: Kept) -> torch.Tensor:
+    """What was put away, where it belongs."""
+    device, tensor = kept
+    return tensor.to(device, non_blocking=True)
+
+
 class Offloaded(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, what autograd keeps of a GPU lies in the computer's memory, one pinned copy of each. The host waits for
-    none, as it does in torch's ``save_on_cpu``: both ways follow the stream that computes."""
+    """Inside, what autograd keeps of a GPU lies in the computer's memory. The host waits for none of it, as it does in
+    torch's ``save_on_cpu``."""
 
     def __init__(self) -> None:
-        super().__init__(self._out, self._back)
-
-    @staticmethod
-    def _out(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
-        if tensor.device.type == "cpu":
-            return tensor.device, tensor
-        copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, copy.copy_(tensor, non_blocking=True)
-
-    @staticmethod
-    def _back(kept: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-        device, tensor = kept
-        return tensor.to(device, non_blocking=True)
+        super().__init__(put_away, fetched)
 
 
 def _starts(tensors: Mapping[str, torch.Tensor]) -> list[int]:

@@ -21,7 +21,7 @@ from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
-from igrpo.learner.copies import sent
+from igrpo.learner.copies import Kept, fetched
 from igrpo.learner.dealing import deal, light
 from igrpo.learner.experts import without_routers
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
@@ -146,9 +146,11 @@ class Learner:
         if self.config.beta > 0:
             with self._initial() as initial:
                 reference = [self._log_probs(micro, initial) for micro in micros]
-        metrics = Accumulator()
+        metrics, teachers = Accumulator(), None
         for _ in range(self.config.num_iterations):
-            self._step(micros, old, reference, totals, metrics, on_progress)
+            if teachers is None or self.config.teacher_model_kind != "base":
+                teachers = self._teachers(micros)
+            self._step(micros, old, reference, teachers, totals, metrics, on_progress)
         return metrics.means() | work(everyone, useful, bins, self.packs) | {"learning_rate": self.last_learning_rate}
 
     def _step(
@@ -156,11 +158,11 @@ class Learner:
         micros: list[MicroBatch],
         old: list[torch.Tensor] | None,
         reference: list[torch.Tensor] | None,
+        teachers: list[dict[str, Kept]],
         totals: Denominators,
         metrics: Accumulator,
         on_progress: OnProgress,
     ) -> None:
-        teachers = self._teachers(micros)
         self.placement.settle()
         self.placement.drop_gradients()
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
@@ -175,7 +177,7 @@ class Learner:
                     ref_per_token_logps=reference[i] if reference is not None else None,
                     num_items_in_batch=getattr(totals, LOSSES[self.config.loss_type].reduction.items),
                     expert_load=load,
-                    **sent(teachers[i], self.accelerator.device),
+                    **{name: fetched(kept) for name, kept in teachers[i].items()},
                 )
                 # Processes average gradients, the denominators span all of them: hence the factor.
                 loss = out.loss * micro.scale * self.accelerator.num_processes
@@ -240,7 +242,7 @@ class Learner:
         load = self.accelerator.reduce(torch.stack(loads).sum(0), reduction="sum")
         return load if load.numel() else None
 
-    def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, torch.Tensor]]:
+    def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, Kept]]:
         """What the teacher says of each micro-batch. Every process reads as often as the others do."""
         if not self.config.distillation_weight:
             return [{} for _ in micros]

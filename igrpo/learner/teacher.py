@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from igrpo.learner.batching import MicroBatch
+from igrpo.learner.copies import Kept, put_away
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
 from igrpo.settings import ConfigError
@@ -84,19 +85,22 @@ class Average:
             other.copy_(before)
 
 
-def topk_rows(micro: MicroBatch, top: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, torch.Tensor]:
-    """The teacher's top k of each token, (n, k) on the host, which has room for those of a whole step.
+def topk_rows(micro: MicroBatch, top: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, Kept]:
+    """The teacher's top k of each token, (n, k), in the computer's memory, which has room for those of a whole step.
 
     Args:
         top: ids and log-probabilities (taught tokens, k) of each; None: nothing is taught.
     """
-    n = len(micro.completion_ids)
-    ids, logps = torch.full((n, 1), -1, dtype=torch.int32), torch.zeros(n, 1)
-    if top is not None:
-        taught = micro.taught.cpu()
-        ids, logps = (x.expand(-1, top[0].shape[1]).clone() for x in (ids, logps))
-        ids[taught], logps[taught] = top[0].int().cpu(), top[1].float().cpu()
-    return {"teacher_topk_ids": ids, "teacher_topk_logps": logps}
+    if top is None or micro.taught is None:
+        ids = torch.full((len(micro.completion_ids), 1), -1, dtype=torch.int32, device=micro.completion_ids.device)
+        logps = torch.zeros_like(ids, dtype=torch.float32)
+    else:
+        row = (micro.taught.cumsum(0) - 1).clamp(
+            min=0
+        )  # of a token in ``top``; a boolean index would make the host wait
+        ids = torch.where(micro.taught[:, None], top[0].int()[row], -1)
+        logps = torch.where(micro.taught[:, None], top[1].float()[row], 0.0)
+    return {"teacher_topk_ids": put_away(ids), "teacher_topk_logps": put_away(logps)}
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

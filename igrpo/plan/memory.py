@@ -25,6 +25,8 @@ from igrpo.plan.shapes import ModelShape
 GIB = 2**30
 CHUNK_BYTES = {"cuda": 5 * 2**29, "cpu": 2**27}
 """Of logits that ``igrpo_kernels.linear_grpo_loss`` holds at a time; their gradient takes their place."""
+TEACHER_LOGITS = 2**25
+"""That ``igrpo_kernels.linear_topk_log_softmax`` holds at a time, in float32 and twice."""
 ENGINE = ("engine weights", "KV cache", "sleeping engine")
 ASLEEP = GIB
 """What a sleeping engine keeps: CUDA graphs, and what vLLM allocates outside of its pool. A guess."""
@@ -191,12 +193,10 @@ def _weights(shape: ModelShape, config: TrainConfig, machine: Machine, sharded: 
     return items
 
 
-def _moments(
-    shape: ModelShape, config: TrainConfig, machine: Machine, context: int, sharded: bool
-) -> tuple[list[Item], list[Item]]:
-    """What comes on top at the two worst moments of a micro-batch: in the loss, when every layer has been computed and
-    the head's gradient is made; and when the last layer goes backward, computed again where it was checkpointed. On a
-    CPU the process keeps what the first has given back, in pieces that the second does not use."""
+def _moments(shape: ModelShape, config: TrainConfig, machine: Machine, context: int, sharded: bool) -> list[list[Item]]:
+    """What comes on top at the worst moments of a micro-batch: in the loss, when every layer has been computed and
+    the head's gradient is made; when the last layer goes backward, computed again where it was checkpointed; and when a
+    teacher reads. On a CPU the process keeps what the first has given back, in pieces that the second does not use."""
     tokens = max(context, config.token_budget) if config.token_budget else context * config.per_device_train_batch_size
     sharded = sharded and machine.processes > 1
     layer = activation_bytes_per_token(shape, config.bf16, sharded or config.use_peft)
@@ -239,7 +239,13 @@ def _moments(
         Item("logits chunk", chunk * stays, False, chunks),
         Item("gradient of the head", held, True, "until the embedding has its own"),
     ]
-    return tuple([item for item in moment if item.bytes] for moment in (loss, last))  # type: ignore[return-value]
+    logits = 8 * min(TEACHER_LOGITS, tokens * shape.vocab_size) if config.distillation_weight else 0
+    teacher = [
+        Item("compute copy", _copies(shape, config, sharded, in_loss=True), True, _copied(sharded, config)),
+        Item("activations", tokens * stream + rows, False, f"{tokens} tokens: one layer's, while a teacher reads"),
+        Item("teacher's logits", logits, False, "fp32, a chunk of them twice"),
+    ]
+    return [[item for item in moment if item.bytes] for moment in (loss, last, teacher)]
 
 
 def _width(config: TrainConfig) -> int:

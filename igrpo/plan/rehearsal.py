@@ -192,15 +192,18 @@ def full_micro_batches(
         mean = max(4, (limit // together - prompts) // G)
         lengths = [int(mean * (1 + SPREAD * (2 * i / (G - 1) - 1))) for i in range(G)]
         groups = MICRO_BATCHES * together
+    taught = config.distillation_weight > 0
     return [
-        [_sample(prompt, n, 1 + rank * groups + g, i) for g in range(groups) for i, n in enumerate(lengths)]
+        [_sample(prompt, n, 1 + rank * groups + g, i, taught) for g in range(groups) for i, n in enumerate(lengths)]
         for rank in range(devices)
     ]
 
 
-def _sample(prompt: int, completion: int, group: int, number: int) -> TrainingSample:
+def _sample(prompt: int, completion: int, group: int, number: int, taught: bool) -> TrainingSample:
+    """Its teacher's prompt is as long as its own, which holds a draft as well."""
     question = (3 + group % 97, 3 + group // 97) + (5,) * (prompt - 2)  # no two groups share it
-    return TrainingSample(question, (7,) * completion, (-0.5,) * completion, 1.0 if number % 2 else -1.0)
+    logps, advantage = (-0.5,) * completion, 1.0 if number % 2 else -1.0
+    return TrainingSample(question, (7,) * completion, logps, advantage, teacher_prompt_ids=question if taught else ())
 
 
 class _Attention(torch.autograd.Function):

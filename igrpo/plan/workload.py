@@ -119,13 +119,13 @@ class Workload:
         return rates.learner_scale * max(compute, self._network_seconds(N, G))
 
     def _forward_passes(self, N: int) -> int:
-        """Of a step, without a gradient: the reference's and the old policy's, and in each update what balances experts
-        and, with drafts to see, the teacher's, counted as if every completion had one."""
+        """Of a step, without a gradient: the reference's, the old policy's and a fixed teacher's, and in each update
+        what balances experts and any other teacher's; with drafts to see, and as if every completion had a teacher."""
         config = self.config
         balances = bool(self.shape.experts) and config.router_aux_loss_coef != 0
         once = (config.beta > 0) + (config.num_iterations > 1 and not config.bypass_mode)
-        teaches = N > 0 and config.distillation_weight > 0
-        return once + config.num_iterations * (balances + teaches)
+        teaches, fixed = N > 0 and config.distillation_weight > 0, config.teacher_model_kind == "base"
+        return once + (teaches and fixed) + config.num_iterations * (balances + (teaches and not fixed))
 
     def prefix(self, N: int) -> float:
         """Tokens before a refinement: the question, and with N drafts those that are shown."""

@@ -102,6 +102,8 @@ def test_learner_tokens_and_seconds_by_hand():
     bare = {"refinement_context": "bare"}
     taught = passes(**bare, distillation_weight=0.5, num_iterations=2, beta=0.1)
     assert taught / passes(**bare) == pytest.approx(2 + 4 / 3)
+    taught = passes(**bare, distillation_weight=0.5, num_iterations=2, beta=0.1, teacher_model_kind="base")
+    assert taught / passes(**bare) == pytest.approx(2 + 3 / 3)
     experts = replace(work.shape, experts=8)
     assert passes(experts) == pytest.approx(4 / 3) and passes(experts, router_aux_loss_coef=0.0) == pytest.approx(1)
     slow = replace(work.hardware.device, link=1e9, fabric=1e9)

@@ -25,7 +25,7 @@ from tests.kernels import linear_on_fake_gpu
 
 MIB = 2**20
 WEIGHTS = ("master weights", "base weights", "adapters", "reference model", "averaged teacher")
-TAUGHT = {"train_on_drafts": True, "distillation_weight": 0.5, "teacher_model_kind": "ema"}
+TAUGHT = {"train_on_drafts": True, "distillation_weight": 1.0, "teacher_model_kind": "ema"}
 GPU = torch.device("cuda", 0)
 
 

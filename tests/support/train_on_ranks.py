@@ -45,6 +45,14 @@ CASES: dict[str, dict[str, Any]] = {
         "teacher_model_kind": "ema", "teacher_update_rate": 0.3,
     },
     "taught": {"train_on_drafts": True, "distillation_weight": 1.0, "teacher_model_kind": "ema"},
+    "sharded, taught by the first weights": {
+        "fsdp": True, "train_on_drafts": True, "distillation_weight": 0.5, "num_iterations": 2,
+        "teacher_model_kind": "base",
+    },
+    "sharded, adapters, taught": {
+        "fsdp": True, "train_on_drafts": True, "distillation_weight": 1.0, "teacher_model_kind": "base",
+        "use_peft": True, "lora_dropout": 0.0,
+    },
     "sharded, kl": {"fsdp": True, "beta": 0.01, "num_iterations": 2},
     "sharded, adapters, kl": {"fsdp": True, **EVERYWHERE},
     "sharded, bf16": {"fsdp": True, "bf16": True},
@@ -92,7 +100,8 @@ def with_more(sample: TrainingSample, config: TrainConfig) -> TrainingSample:
     """Experts of a token, and what its sampler kept, where the learner asks for them."""
     if config.router_replay:
         read = len(sample.prompt_ids) + len(sample.completion_ids) - 1
-        chosen = torch.rand(read, 2, 4, generator=torch.Generator().manual_seed(read)).topk(2).indices
+        own = torch.Generator().manual_seed(sum(sample.completion_ids))  # those of another sample would differ
+        chosen = torch.rand(read, 2, 4, generator=own).topk(2).indices
         sample = replace(sample, routes=Routes(chosen.to(torch.int16).numpy().tobytes(), 2, 2))
     if config.top_k:
         sample = replace(sample, kept=Kept.of([[t, *({5, 9, t + 1} - {t})] for t in sample.completion_ids]))
@@ -116,7 +125,7 @@ def build(
     }  # fmt: skip
     config = TrainConfig(model_name_or_path="m", dataset_name="d", **options)
     torch.manual_seed(1)  # the adapters' first values
-    reference = tiny_llama(tied=tied) if config.beta > 0 and not config.use_peft else None
+    reference = tiny_llama(tied=tied) if config.has_reference else None
     if reference is not None:
         with torch.no_grad():
             reference.model.norm.weight.mul_(1.1)  # near enough that the KL term's gradient is of ordinary size
