@@ -31,7 +31,7 @@ TASKS: tuple[tuple[str, str, Mapping[str, Cell]], ...] = (
     *(
         (task, plan, {method: (plan, arm, GRPO) for method, arm in LAB_ARMS.items()})
         for task, plan in (
-            ("never right, no partial credit; a wrong draft makes right answers likelier", "lab-control"),
+            ("right once in 20,000, no partial credit; a wrong draft makes right answers likelier", "lab-control"),
             ("the same, but right once in 310", "lab-fed"),
             ("right once in 25, with partial credit; a draft is work done", "lab-sorting"),
             ("the same, but without partial credit", "lab-sparse"),

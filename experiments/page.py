@@ -67,8 +67,8 @@ judges dozens of differences, so expect one or two to look real by chance.
 
 Runs repeat: seeds 0 and 1 of iGRPO were trained again half a day of commits later, and every figure but times and
 memory came out the same to the last digit; so did lab-sorting's first iGRPO seed, and seeds 0 to 5 of lab-control's
-`grpo` and `dead`, at another commit. A change of the loss's last bit changes a run: lab-control's `bare`, `both` and
-`rltf_sd` are older than one, and so was `train_on_drafts`, whose seed 0 came to 41.2 % afterwards and to 44.2 before.
+`grpo` and `dead`, at another commit. A change of the loss's last bit changes a run: lab-control was trained again after
+one, and seed 0 of `train_on_drafts` came to 41.2 % where it had been 44.2; most others ended where they had.
 
 All runs here were graded by the rules of their day. The present rules (docs/rewards.md) are stricter: they judge 44 of
 the 3,072 completions of a quickstart run otherwise, so a run that is trained with them takes another course.

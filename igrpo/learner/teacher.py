@@ -95,9 +95,8 @@ def topk_rows(micro: MicroBatch, top: tuple[torch.Tensor, torch.Tensor] | None) 
         ids = torch.full((len(micro.completion_ids), 1), -1, dtype=torch.int32, device=micro.completion_ids.device)
         logps = torch.zeros_like(ids, dtype=torch.float32)
     else:
-        row = (micro.taught.cumsum(0) - 1).clamp(
-            min=0
-        )  # of a token in ``top``; a boolean index would make the host wait
+        # A token's row in ``top``; for a boolean index the host would wait.
+        row = (micro.taught.cumsum(0) - 1).clamp(min=0)
         ids = torch.where(micro.taught[:, None], top[0].int()[row], -1)
         logps = torch.where(micro.taught[:, None], top[1].float()[row], 0.0)
     return {"teacher_topk_ids": put_away(ids), "teacher_topk_logps": put_away(logps)}
