@@ -34,11 +34,11 @@ def parted(buffer: torch.Tensor, like: Mapping[str, torch.Tensor]) -> dict[str, 
     }
 
 
-Kept = tuple[torch.device, torch.Tensor]
+Away = tuple[torch.device, torch.Tensor]
 """Where a tensor belongs, and its copy in the computer's memory."""
 
 
-def put_away(tensor: torch.Tensor) -> Kept:
+def put_away(tensor: torch.Tensor) -> Away:
     """A pinned copy. Both ways follow the stream that computes, so only ``fetched`` may read it."""
     if tensor.device.type == "cpu":
         return tensor.device, tensor
@@ -46,7 +46,7 @@ def put_away(tensor: torch.Tensor) -> Kept:
     return tensor.device, copy.copy_(tensor, non_blocking=True)
 
 
-def fetched(kept: Kept) -> torch.Tensor:
+def fetched(kept: Away) -> torch.Tensor:
     """What was put away, where it belongs."""
     device, tensor = kept
     return tensor.to(device, non_blocking=True)

@@ -21,7 +21,7 @@ from igrpo.learner.adapters import Adapters, sent_name
 from igrpo.learner.batch_form import EXACT, ROUNDED, Form, find_form, rounds
 from igrpo.learner.batching import Denominators, MicroBatch
 from igrpo.learner.config import LearnerConfig
-from igrpo.learner.copies import Kept, fetched
+from igrpo.learner.copies import Away, fetched
 from igrpo.learner.dealing import deal, light
 from igrpo.learner.experts import without_routers
 from igrpo.learner.metrics import Accumulator, Metrics, over_processes, work
@@ -158,7 +158,7 @@ class Learner:
         micros: list[MicroBatch],
         old: list[torch.Tensor] | None,
         reference: list[torch.Tensor] | None,
-        teachers: list[dict[str, Kept]],
+        teachers: list[dict[str, Away]],
         totals: Denominators,
         metrics: Accumulator,
         on_progress: OnProgress,
@@ -242,7 +242,7 @@ class Learner:
         load = self.accelerator.reduce(torch.stack(loads).sum(0), reduction="sum")
         return load if load.numel() else None
 
-    def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, Kept]]:
+    def _teachers(self, micros: Sequence[MicroBatch]) -> list[dict[str, Away]]:
         """What the teacher says of each micro-batch. Every process reads as often as the others do."""
         if not self.config.distillation_weight:
             return [{} for _ in micros]

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from igrpo.learner.adapters import Adapters
 from igrpo.learner.config import LearnerConfig
 from igrpo.learner.policy import Policy
 from igrpo_kernels import GRPOLossOutput
+
+TENSORS = "model.safetensors"
 
 
 class Placement(ABC):
@@ -108,13 +112,16 @@ class Placement(ABC):
         return [p.to_local() if isinstance(p, DTensor) else p.detach() for p in self.module.parameters()]
 
     def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        """Writes tensors that lie as the weights do; every process must ask for it. Not where ``local_parameters`` has
-        none."""
-        raise NotImplementedError
+        """Writes tensors that lie as the weights do, here whole in every process; every process must ask for it."""
+        if not distributed.is_initialized() or distributed.get_rank() == 0:
+            folder.mkdir(exist_ok=True)
+            save_file(tensors, folder / TENSORS)
 
     def read(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
         """What ``write`` wrote, in place."""
-        raise NotImplementedError
+        there = load_file(folder / TENSORS)
+        for name, tensor in tensors.items():
+            tensor.copy_(there[name])
 
     @abstractmethod
     def save(self, state: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from igrpo.learner.batching import MicroBatch
-from igrpo.learner.copies import Kept, put_away
+from igrpo.learner.copies import Away, put_away
 from igrpo.learner.placement import Placement
 from igrpo.learner.policy import Policy
 from igrpo.settings import ConfigError
@@ -85,7 +85,7 @@ class Average:
             other.copy_(before)
 
 
-def topk_rows(micro: MicroBatch, top: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, Kept]:
+def topk_rows(micro: MicroBatch, top: tuple[torch.Tensor, torch.Tensor] | None) -> dict[str, Away]:
     """The teacher's top k of each token, (n, k), in the computer's memory, which has room for those of a whole step.
 
     Args:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
 
 from igrpo.learner import state as learner_state
@@ -43,16 +43,6 @@ class Whole(Placement):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients once per step, with its last micro-batch."""
         return nullcontext() if last else self._accelerator.no_sync(self.module)
-
-    def write(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        if self._accelerator.is_main_process:
-            folder.mkdir(exist_ok=True)
-            save_file(tensors, folder / WEIGHTS)
-
-    def read(self, tensors: dict[str, torch.Tensor], folder: Path) -> None:
-        there = load_file(folder / WEIGHTS)
-        for name, tensor in tensors.items():
-            tensor.copy_(there[name])
 
     def save(self, state: Path) -> None:
         if self._accelerator.is_main_process:
